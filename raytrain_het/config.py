@@ -1,0 +1,79 @@
+"""HetConfig: everything about a run that is neither Ray's nor the model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from raytrain_het.errors import ConfigError
+
+
+def _require(condition: bool, field: str, value: object, allowed: str, fix: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field}={value!r} is not valid: allowed is {allowed}. {fix}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HetConfig:
+    """Settings of the step protocol and of membership.
+
+    Raises:
+        ConfigError: a value is out of range; the message says which and what to write.
+    """
+
+    shares: tuple[float, ...] | None = None
+    """Relative batch shares by world rank (any non-negative numbers, they are normalised).
+    ``None`` is equal shares. A worker with share 0 takes part but trains on nothing."""
+
+    codec: Literal["none", "bf16"] = "none"
+    """How gradients travel: ``none`` is fp32, ``bf16`` halves the bytes."""
+
+    bucket_mib: float = 4.0
+    """Target size of a gradient bucket. Smaller overlaps more, larger has less overhead."""
+
+    micro_batch_size: int | None = None
+    """Most samples in one forward pass. A larger share is handed out in several, summed exactly."""
+
+    seed: int = 0
+    """Seed of the data order and of the randomness that belongs to a sample."""
+
+    replica_check_steps: int = 50
+    """Every so many steps the replicas' parameters are compared; where they differ (unlike
+    devices) they are re-sent from one member and the drift is recorded. 0 never."""
+
+    max_skipped_steps: int = 10
+    """So many updates in a row may be skipped for non-finite gradients before the run fails."""
+
+    silence_s: float = 0.5
+    """A worker that leaves a ping unanswered for so long, while its peers wait, is dropped."""
+
+    hang_limit_s: float = 600.0
+    """A worker that answers pings but makes its peers wait for so long is dropped too."""
+
+    start_timeout_s: float = 120.0
+    """How long the first step waits for all workers before it starts with those that are there."""
+
+    def __post_init__(self) -> None:
+        if self.shares is not None:
+            object.__setattr__(self, "shares", tuple(float(s) for s in self.shares))
+            assert self.shares is not None
+            ok = all(math.isfinite(s) and s >= 0 for s in self.shares) and sum(self.shares) > 0
+            _require(ok, "shares", self.shares, "non-negative numbers, at least one above 0",
+                     "Write one number per worker, such as shares=[3, 1].")
+        _require(self.codec in ("none", "bf16"), "codec", self.codec, "'none' or 'bf16'",
+                 "Write codec='none'.")
+        _require(self.micro_batch_size is None or self.micro_batch_size >= 1, "micro_batch_size",
+                 self.micro_batch_size, "a whole number from 1, or None", "Leave it out for one batch.")
+        for name, low in (("bucket_mib", 0), ("silence_s", 0), ("hang_limit_s", 0), ("start_timeout_s", 0)):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > low, name, value, "a number above 0",
+                     f"The default is {_DEFAULTS[name]}.")
+        for name in ("replica_check_steps", "max_skipped_steps", "seed"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 0, name, value, "a whole number from 0",
+                     f"The default is {_DEFAULTS[name]}.")
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(HetConfig)}
