@@ -40,4 +40,16 @@ class ProtocolError(HetError, RuntimeError):
 
 
 class RunFailedError(HetError, RuntimeError):
-    """The run cannot go on: the membership actor ended it, with the reason."""
+    """The run cannot go on: the membership actor ended it, with the reason.
+
+    Args:
+        message: The reason.
+        poison: Where workers died again and again: ``{"step": int, "slots": [int]}``.
+    """
+
+    def __init__(self, message: str, poison: dict | None = None) -> None:
+        super().__init__(message, poison)
+        self.poison = poison
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -1,0 +1,483 @@
+"""The communication thread: one launch order on all members, overlapped with the backward pass.
+
+It enters generations (makes the group, replays the kept sums for whoever is one step behind), runs the jobs the training thread
+submits, and follows along by itself while this member is not healed. The training thread never touches the group.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from raytrain_het.collectives import points
+from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, one_to_all
+from raytrain_het.collectives.group import Group, GroupBuilder, Operation, Reaper
+from raytrain_het.collectives.header import FINITE, Header, header_bytes, read_header, write_header
+from raytrain_het.collectives.layout import Bucket, Layout
+from raytrain_het.errors import ProtocolError
+from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.record import Record
+
+logger = logging.getLogger("raytrain_het")
+
+Cursor = dict[str, int]
+FIRST_DEADLINE_S = 2.0
+DEADLINE_MARGIN_S = 0.15
+_CONFIRM = Bucket(0xFFFF, torch.uint8, ())
+
+
+class _Interrupted(Exception):
+    """The generation is void: what is under way is abandoned."""
+
+
+@dataclass(eq=False)
+class Job:
+    """Something all members do together in one generation."""
+
+    generation: int
+    step: int
+    outcome: str | None = None
+    """None until it is over; then "done" or "aborted"."""
+    error: BaseException | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.outcome is not None
+
+
+@dataclass(eq=False)
+class StepJob(Job):
+    """One step's all-reduce. Buckets are filled by the training thread, in layout order."""
+
+    locals: list[torch.Tensor] | None = None
+    """Weighted local gradients by bucket (n,); None if this member sends nothing."""
+    outs: list[torch.Tensor] = field(default_factory=list)
+    """Where the decoded means go, by bucket (n,)."""
+    ready: int = 0
+    """So many buckets, from the first on, may be sent."""
+    weight: float = 0.0
+    contributes: bool = False
+    finite: list[bool] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
+    digest: int = 0
+    sums: Sums | None = None
+
+
+@dataclass(eq=False)
+class ConfirmJob(Job):
+    """All say that they have committed the step. ``want`` is the highest number any of them knows of."""
+
+    want: int = 0
+
+
+@dataclass(eq=False)
+class ResyncJob(Job):
+    """One member's parameters are sent to all others."""
+
+    data: torch.Tensor | None = None
+
+
+class Communicator:
+    """See the module's text. Public attributes are read under ``agent.condition``."""
+
+    def __init__(
+        self,
+        agent: MemberAgent,
+        layout: Layout,
+        *,
+        advance: Callable[[Cursor], tuple[Cursor, bool]],
+        resync_bytes: int,
+        hang_limit_s: float,
+    ) -> None:
+        self.agent, self.layout = agent, layout
+        self.entered: Record | None = None
+        """The generation whose group stands and whose replays are done."""
+        self.replayed: Sums | None = None
+        """Sums of the base step that this member had missed; decoded into the step's ``outs``."""
+        self.followed: collections.deque[tuple[Sums, list[torch.Tensor], Cursor]] = collections.deque()
+        """While not healed: the sums of the steps gone by, to be replayed on the snapshot."""
+        self.followed_to: Cursor | None = None
+        self.follow_starts = 0
+        """Grows whenever following starts anew."""
+        self.traffic = Traffic()
+        self.step_s = 0.0
+        """Typical duration of a step, from which the deadline follows."""
+        self.cpu_s, self.data_cpu_s = 0.0, 0.0
+        """Thread CPU time of this thread, and the part of it spent on tensors."""
+        self._outs = [torch.zeros(b.numel, dtype=b.dtype) for b in layout.buckets]
+        self._advance, self._resync_bytes, self._hang_limit_s = advance, resync_bytes, hang_limit_s
+        self._wake = threading.Event()
+        self._jobs: collections.deque[Job] = collections.deque()
+        self._group: Group | None = None
+        self._exchange: Exchange | None = None
+        self._kept: tuple[Sums, Exchange] | None = None
+        self._target_outs = self._outs
+        self._position = 0
+        self._broken = 0
+        self._closed = False
+        self.reaper = Reaper()
+        agent.position = lambda: self._position
+        agent.on_change = self._wake.set
+        self._thread = threading.Thread(target=self._run, name="het-communication", daemon=True)
+        self._thread.start()
+
+    # ---------------------------------------------------------------- the training thread's side
+
+    def submit(self, job: Job) -> None:
+        """Queue a job of the generation in force. A job of another one is aborted."""
+        self._jobs.append(job)
+        self._wake.set()
+
+    def bucket_ready(self, job: StepJob, count: int) -> None:
+        """The first ``count`` buckets of the job are filled."""
+        job.ready = count
+        self._wake.set()
+
+    def replay_into(self, outs: list[torch.Tensor]) -> None:
+        """Where replayed sums are decoded to (the training thread's gradients)."""
+        self._target_outs = outs
+
+    def close(self) -> None:
+        """Stop the thread; its group is left to the reaper."""
+        self._closed = True
+        self._wake.set()
+        self._thread.join(timeout=2)
+        self._leave_group()
+        self.reaper.close()
+
+    # ---------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)  # Its tensor work is copies and sums; a pool of its own would fight the training's.
+        while not self._closed:
+            if not self._turn():
+                self.cpu_s = time.thread_time()
+                self._wake.wait(1.0)
+                self._wake.clear()
+
+    def _turn(self) -> bool:
+        """Do the next thing there is to do; False if there is nothing."""
+        record, entered, void = self.agent.record, self.entered, self.agent.void
+        if record is not None and (entered is None or record.number > entered.number):
+            if void <= record.number > self._broken:
+                self._abort_jobs(before=record.number)
+                self._guard(lambda: self._enter(record), record.number)
+                return True
+        if entered is None:
+            return False
+        if void > entered.number or self._broken >= entered.number:
+            self._leave_group()
+        if self._interrupted(entered.number) or self._broken >= entered.number:
+            self._abort_jobs(before=entered.number + 1)
+            return False
+        if self.agent.uid in entered.unhealed:
+            self._follow(entered)
+            return True
+        job = self._next_job(entered)
+        if job is not None:
+            self._perform(job)
+        return job is not None
+
+    def _next_job(self, entered: Record) -> Job | None:
+        while self._jobs:
+            job = self._jobs.popleft()
+            if job.generation == entered.number:
+                return job
+            self._end(job, "aborted")
+        return None
+
+    def _perform(self, job: Job) -> None:
+        ok = self._guard(lambda: self._dispatch(job), job.generation, job)
+        self._end(job, "done" if ok else "aborted")
+
+    def _dispatch(self, job: Job) -> None:
+        if isinstance(job, StepJob):
+            self._step(job)
+        elif isinstance(job, ConfirmJob):
+            self._confirm(job)
+        elif isinstance(job, ResyncJob):
+            self._resync(job)
+
+    def _guard(self, action: Callable[[], None], generation: int, job: Job | None = None) -> bool:
+        """Run something that a fault may end; what it had under way is abandoned then."""
+        try:
+            action()
+            return True
+        except _Interrupted:
+            pass
+        except ProtocolError as error:
+            if job is None:
+                self.agent.failed(generation, str(error))
+            else:
+                job.error = error
+        except RuntimeError as error:
+            logger.debug("collective of generation %d failed: %s", generation, error)
+            self.agent.failed(generation, str(error).splitlines()[0][:200])
+        self._broken = max(self._broken, generation)
+        self._leave_group()
+        return False
+
+    def _end(self, job: Job, outcome: str) -> None:
+        with self.agent.condition:
+            job.outcome = outcome
+            self.agent.condition.notify_all()
+
+    def _abort_jobs(self, before: int) -> None:
+        for job in [j for j in self._jobs if j.generation < before]:
+            self._jobs.remove(job)
+            self._end(job, "aborted")
+
+    def _interrupted(self, generation: int) -> bool:
+        agent, record = self.agent, self.agent.record
+        return (
+            self._closed
+            or agent.gone is not None
+            or agent.void > generation
+            or agent.answered > generation
+            or (record is not None and record.number > generation)
+        )
+
+    def _await(self, condition: Callable[[], bool], generation: int, step: int, *, peers: bool) -> None:
+        """Wait; a deadline that passes while peers are waited for is told as a suspicion, and then doubled."""
+        deadline = FIRST_DEADLINE_S if self.step_s == 0 else DEADLINE_MARGIN_S + self.step_s
+        started = time.monotonic()
+        suspect_at = started + deadline
+        while not condition():
+            if self._interrupted(generation):
+                raise _Interrupted
+            now = time.monotonic()
+            if peers and now >= suspect_at:
+                self.agent.suspect(generation, now - started, step)
+                deadline = min(2 * deadline, self._hang_limit_s / 4)
+                suspect_at = now + deadline
+            self._wake.wait(min(max(suspect_at - now, 0.001), 1.0))
+            self._wake.clear()
+
+    def _finish(self, operation: Operation, generation: int, step: int) -> None:
+        self._await(lambda: operation.done, generation, step, peers=True)
+        operation.result()
+
+    # ---------------------------------------------------------------- generations
+
+    def _leave_group(self) -> None:
+        group, self._group, self._exchange = self._group, None, None
+        if group is not None:
+            self.reaper.take(group)
+
+    def _enter(self, record: Record) -> None:
+        rank = record.rank_of(self.agent.uid)
+        if rank is None:
+            return
+        if self._group is None or self._group.key != record.group:
+            self._leave_group()
+            if len(record.members) >= 1:
+                self._group = self._build(record, rank)
+        self._collect_traffic()
+        self._exchange = Exchange(record, rank, self.layout, self._group)
+        replayed = self._replay(record, rank) if record.behind else None
+        if self.agent.uid in record.unhealed and self.followed_to != record.cursor:
+            # What was followed so far does not lead here: healing starts again from a new snapshot.
+            self.followed.clear()
+            self.followed_to = dict(record.cursor)
+            self.follow_starts += 1
+        with self.agent.condition:
+            self.entered, self.replayed = record, replayed
+            self.agent.condition.notify_all()
+
+    def _build(self, record: Record, rank: int) -> Group:
+        builder = GroupBuilder(
+            self.reaper, record.group, record.store, rank, len(record.members), self.agent.member.host, self._wake.set
+        )
+        try:
+            self._await(lambda: builder.done, record.number, record.base, peers=True)
+        except _Interrupted:
+            builder.abandon()
+            raise
+        if builder.error is not None or builder.group is None:
+            raise RuntimeError(f"no group for generation {record.number}: {builder.error}")
+        return builder.group
+
+    def _replay(self, record: Record, rank: int) -> Sums | None:
+        """Whoever holds the base step sends its decoded sums to those that are one step behind."""
+        assert self._group is not None and record.source is not None
+        source = record.rank_of(record.source)
+        receivers = [r for r in (record.rank_of(uid) for uid in record.behind) if r is not None]
+        assert source is not None
+        heads = sum(header_bytes(len(b.segments)) for b in self.layout.buckets)
+        bodies = sum(b.numel * b.dtype.itemsize + 16 for b in self.layout.buckets)
+        data = torch.zeros(heads + bodies if rank in (source, *receivers) else 0, dtype=torch.uint8)
+        if rank == source:
+            self._pack(data, record)
+        one_to_all(
+            self._group, source, receivers, data, lambda op: self._finish(op, record.number, record.base)
+        )  # fmt: skip
+        return self._unpack(data, record) if rank in receivers else None
+
+    def _pack(self, data: torch.Tensor, record: Record) -> None:
+        assert self._kept is not None and self._kept[0].step == record.base, "the source keeps the base step"
+        sums, exchange = self._kept
+        place = 0
+        for bucket in self.layout.buckets:
+            size = header_bytes(len(bucket.segments))
+            header = Header(
+                sums.step, record.number, bucket.index, 0, sums.total_weight, sums.finite, True, 0, sums.used[bucket.index]
+            )
+            write_header(header, len(bucket.segments), data[place : place + size])
+            place += size
+            out = torch.empty(bucket.numel, dtype=bucket.dtype)
+            exchange.decode(bucket, out)
+            raw = out.view(torch.uint8)
+            data[place : place + raw.numel()] = raw
+            place += -(-raw.numel() // 16) * 16
+
+    def _unpack(self, data: torch.Tensor, record: Record) -> Sums:
+        sums, place = Sums(step=record.base), 0
+        for bucket in self.layout.buckets:
+            header = read_header(data[place:], len(bucket.segments))
+            place += header_bytes(len(bucket.segments))
+            sums.total_weight, sums.finite = header.weight, header.finite
+            sums.used.append(header.used)
+            size = bucket.numel * bucket.dtype.itemsize
+            self._target_outs[bucket.index].copy_(data[place : place + size].view(bucket.dtype))
+            place += -(-size // 16) * 16
+        return sums
+
+    # ---------------------------------------------------------------- jobs
+
+    def _step(self, job: StepJob) -> None:
+        """Scatter of bucket k+1 is launched before the gather of bucket k: one order on all members."""
+        exchange, buckets, generation = self._exchange, self.layout.buckets, job.generation
+        assert exchange is not None
+        sums = Sums(step=job.step)
+        scatters: list[Operation] = []
+        gathers: list[Operation] = []
+        for k in range(len(buckets) + 1):
+            if k < len(buckets):
+                self._await(lambda k=k: job.ready > k, generation, job.step, peers=False)
+                self._position = job.step * 1000 + k
+                started = time.thread_time()
+                scatters.append(exchange.scatter(buckets[k], self._header(job, buckets[k]), self._local(job, k)))
+                self.data_cpu_s += time.thread_time() - started
+            if k == 1:
+                points.reach("between_buckets", job.step)
+            if k > 0:
+                self._finish(scatters[k - 1], generation, job.step)
+                started = time.thread_time()
+                gathers.append(exchange.reduce(buckets[k - 1], sums))
+                self.data_cpu_s += time.thread_time() - started
+            if k > 1:
+                self._decode(exchange, gathers[k - 2], buckets[k - 2], job)
+        self._decode(exchange, gathers[-1], buckets[-1], job)
+        self._kept = (sums, exchange)
+        self._collect_traffic()
+        points.reach("decoded", job.step)
+        job.sums = sums
+
+    def _decode(self, exchange: Exchange, gather: Operation, bucket: Bucket, job: StepJob) -> None:
+        self._finish(gather, job.generation, job.step)
+        started = time.thread_time()
+        exchange.decode(bucket, job.outs[bucket.index])
+        self.data_cpu_s += time.thread_time() - started
+
+    def _header(self, job: StepJob, bucket: Bucket) -> Header:
+        k = bucket.index
+        return Header(
+            step=job.step,
+            generation=job.generation,
+            bucket=k,
+            want=max(self.agent.want, job.generation),
+            weight=job.weight,
+            finite=job.finite[k] if job.finite else True,
+            contributes=job.contributes,
+            digest=job.digest,
+            used=job.used[k] if job.used else 0,
+        )
+
+    def _local(self, job: StepJob, k: int) -> torch.Tensor | None:
+        return job.locals[k] if job.locals is not None else None
+
+    def _confirm(self, job: ConfirmJob) -> None:
+        """A round of headers only."""
+        exchange = self._exchange
+        assert exchange is not None
+        size, length = exchange.group.size, header_bytes(0)
+        message = torch.zeros(size * length, dtype=torch.uint8)
+        out = torch.zeros_like(message)
+        header = Header(
+            job.step, job.generation, _CONFIRM.index, max(self.agent.want, job.generation), 0.0, bool(FINITE), False, 0, 0
+        )
+        for rank in range(size):
+            write_header(header, 0, message[rank * length : (rank + 1) * length])
+        self._position = job.step * 1000 + 999
+        self._finish(
+            exchange.group.all_to_all(out, message, [length] * size, [length] * size), job.generation, job.step
+        )
+        exchange.traffic.sent += (size - 1) * length
+        exchange.traffic.received += (size - 1) * length
+        for rank in range(size):
+            theirs = read_header(out[rank * length :], 0)
+            exchange._check(theirs, _CONFIRM, job.step, rank)
+            job.want = max(job.want, theirs.want)
+
+    def _resync(self, job: ResyncJob) -> None:
+        record, group = self.entered, self._group
+        assert record is not None and group is not None
+        healed = [rank for rank, m in enumerate(record.members) if m.uid not in record.unhealed]
+        data = job.data if job.data is not None else torch.zeros(self._resync_bytes, dtype=torch.uint8)
+        receivers = healed[1:]
+        one_to_all(group, healed[0], receivers, data, lambda op: self._finish(op, job.generation, job.step))
+        if group.rank == healed[0]:
+            self.traffic.sent += data.numel() * len(receivers)
+        elif group.rank in receivers:
+            self.traffic.received += data.numel()
+
+    # ---------------------------------------------------------------- while not healed
+
+    def _follow(self, record: Record) -> None:
+        """Take part in the next step with a header only, and keep its sums for the replay."""
+        assert self.followed_to is not None
+        number, step = record.number, self.followed_to["step"] + 1
+        job = StepJob(number, step, outs=self._outs, ready=len(self.layout.buckets))
+        if not self._guard(lambda: self._step(job), number):
+            return
+        sums = job.sums
+        assert sums is not None
+        after, at_epoch_end = self._advance(self.followed_to)
+        with self.agent.committing(number) as allowed:
+            if not allowed:
+                return
+            with self.agent.condition:
+                self.followed.append((sums, [out.clone() for out in self._outs], after))
+                self.followed_to = after
+                self.agent.advance(after)
+                self.agent.condition.notify_all()
+        want = sums.want
+        if want <= number and resync_due(sums) and not self._guard(
+            lambda: self._resync(ResyncJob(number, step)), number
+        ):
+            return
+        if want <= number and at_epoch_end:
+            confirm = ConfirmJob(number, step)
+            if not self._guard(lambda: self._confirm(confirm), number):
+                return
+            want = confirm.want
+        if want > number:
+            self.agent.answer_want(want)
+
+    def _collect_traffic(self) -> None:
+        if self._exchange is not None:
+            self.traffic.sent += self._exchange.traffic.sent
+            self.traffic.received += self._exchange.traffic.received
+            self._exchange.traffic = Traffic()
+
+
+def resync_due(sums: Sums) -> bool:
+    """Whether the members' replicas differ in the last comparison. The same on all of them."""
+    return len(set(sums.digests.values())) > 1

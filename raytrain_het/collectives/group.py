@@ -1,0 +1,166 @@
+"""Process groups that come and go with generations, and operations that can be abandoned.
+
+An abandoned operation stays live: a stopped peer that wakes writes into its receive buffer. So its buffers and its group belong to
+it until it ends, and a reaper thread drops them then (dropping a group that is stuck blocks until the operation's time-out).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+OPERATION_TIMEOUT = timedelta(minutes=30)
+"""gloo's own; never what detects a failure."""
+
+
+class Operation:
+    """One collective under way. Keeps its tensors alive until it ends."""
+
+    def __init__(self, work: dist.Work, tensors: tuple[torch.Tensor, ...], wake: Callable[[], None]) -> None:
+        self._tensors = tensors
+        self._future = work.get_future()
+        self._future.add_done_callback(lambda _: wake())
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._future.done()
+
+    def result(self) -> None:
+        """Raises:
+        RuntimeError: it failed, since a peer is gone.
+        """
+        self._future.value()
+
+
+class Group:
+    """A gloo group of a generation's members."""
+
+    def __init__(self, key: str, pg: dist.ProcessGroupGloo, rank: int, size: int, wake: Callable[[], None]) -> None:
+        self.key, self.rank, self.size = key, rank, size
+        self._pg: dist.ProcessGroupGloo | None = pg
+        self._wake = wake
+        self._under_way: list[Operation] = []
+
+    def all_to_all(
+        self, out: torch.Tensor, inp: torch.Tensor, out_splits: list[int], in_splits: list[int]
+    ) -> Operation:
+        """Uneven all-to-all of uint8: rank ``i``'s part of ``inp`` goes to ``i``; its message lands in its part of ``out``."""
+        assert self._pg is not None
+        work = self._pg.alltoall_base(out, inp, out_splits, in_splits, dist.AllToAllOptions())
+        operation = Operation(work, (out, inp), self._wake)
+        self._under_way = [op for op in self._under_way if not op.done]
+        self._under_way.append(operation)
+        return operation
+
+    @property
+    def idle(self) -> bool:
+        """Whether no operation is under way, so that dropping it does not block."""
+        self._under_way = [op for op in self._under_way if not op.done]
+        return not self._under_way
+
+    def drop(self) -> None:
+        """Free the group's threads and sockets."""
+        self._pg = None
+
+
+class Reaper:
+    """One thread that drops groups once nothing of theirs is under way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Condition()
+        self._groups: list[Group] = []
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="het-reaper", daemon=True)
+        self._thread.start()
+
+    def take(self, group: Group) -> None:
+        """Own this group from now on."""
+        with self._lock:
+            self._groups.append(group)
+            self._lock.notify()
+
+    @property
+    def num_waiting(self) -> int:
+        """Groups that still have an operation under way."""
+        with self._lock:
+            return len(self._groups)
+
+    def close(self) -> None:
+        """Stop. Groups that are still stuck are left to the end of the process."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._closed or self._groups)
+                if self._closed:
+                    return
+                idle = [g for g in self._groups if g.idle]
+                self._groups = [g for g in self._groups if g not in idle]
+                if not idle:
+                    self._lock.wait(0.05)
+            for group in idle:
+                group.drop()
+
+
+def make_group(
+    key: str, store: tuple[str, int], rank: int, size: int, host: str, wake: Callable[[], None]
+) -> Group:
+    """Meet the other members at the store. Blocks, even past its time-out if a member dies meanwhile.
+
+    The store client is a fresh one: one that is stuck in an abandoned constructor blocks its next user.
+    """
+    client = dist.TCPStore(store[0], store[1], is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = OPERATION_TIMEOUT
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._threads = 2
+    pg = dist.ProcessGroupGloo(dist.PrefixStore(f"het/{key}", client), rank, size, options)
+    return Group(key, pg, rank, size, wake)
+
+
+class GroupBuilder:
+    """Makes a group in a helper thread, which is left to itself when the group is no longer wanted."""
+
+    def __init__(self, reaper: Reaper, *args: object) -> None:
+        self.group: Group | None = None
+        self.error: Exception | None = None
+        self._abandoned = False
+        self._lock = threading.Lock()
+        self._reaper = reaper
+        self._args = args
+        self.started = time.monotonic()
+        threading.Thread(target=self._run, name="het-group", daemon=True).start()
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a group or an error."""
+        return self.group is not None or self.error is not None
+
+    def abandon(self) -> None:
+        """Nobody wants the group any more."""
+        with self._lock:
+            self._abandoned = True
+            if self.group is not None:
+                self._reaper.take(self.group)
+
+    def _run(self) -> None:
+        wake: Callable[[], None] = self._args[-1]  # type: ignore[assignment]
+        try:
+            group = make_group(*self._args)  # type: ignore[arg-type]
+        except Exception as error:
+            self.error = error
+        else:
+            with self._lock:
+                self.group = group
+                if self._abandoned:
+                    self._reaper.take(group)
+        wake()

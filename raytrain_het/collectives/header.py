@@ -1,0 +1,67 @@
+"""The header in front of every bucket's message: small, of fixed size, sent to every member."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from raytrain_het.collectives.layout import aligned
+from raytrain_het.errors import ProtocolError
+
+_FIXED = struct.Struct("<HHHHqqqdq")
+MAGIC = 0x4E57
+FINITE, CONTRIBUTES = 1, 2
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a sender says about one bucket of one step."""
+
+    step: int
+    generation: int
+    bucket: int
+    want: int
+    """Highest generation number that the sender was told of."""
+    weight: float
+    """Its gradient's weight ``w_i``: the samples behind it (or the user's measure)."""
+    finite: bool
+    contributes: bool
+    """False with an empty share: the payload is to be dropped, not multiplied by 0."""
+    digest: int
+    """Digest of its parameters after the last commit, when a comparison is due; else 0."""
+    used: int
+    """Bit ``k`` is set if parameter ``k`` of the bucket had a gradient."""
+
+
+def header_bytes(num_segments: int) -> int:
+    """Size of the header of a bucket with so many tensors."""
+    return aligned(_FIXED.size + (num_segments + 7) // 8)
+
+
+def write_header(header: Header, num_segments: int, out: torch.Tensor) -> None:
+    """Pack it into ``out`` (header_bytes,) uint8."""
+    flags = FINITE * header.finite + CONTRIBUTES * header.contributes
+    data = _FIXED.pack(
+        MAGIC, header.bucket, flags, 0, header.step, header.generation, header.want, header.weight, header.digest
+    )
+    data += header.used.to_bytes((num_segments + 7) // 8, "little")
+    data = data.ljust(header_bytes(num_segments), b"\0")
+    out.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+
+def read_header(message: torch.Tensor, num_segments: int) -> Header:
+    """Unpack the first bytes of a message.
+
+    Raises:
+        ProtocolError: it is no header of ours.
+    """
+    data = bytes(message[: header_bytes(num_segments)].numpy())
+    magic, bucket, flags, _, step, generation, want, weight, digest = _FIXED.unpack_from(data)
+    if magic != MAGIC:
+        raise ProtocolError(f"a message starts with {magic:#06x} instead of {MAGIC:#06x}: it is not a step's message")
+    used = int.from_bytes(data[_FIXED.size : _FIXED.size + (num_segments + 7) // 8], "little")
+    return Header(
+        step, generation, bucket, want, weight, bool(flags & FINITE), bool(flags & CONTRIBUTES), digest, used
+    )

@@ -1,0 +1,255 @@
+"""A member's side of membership: one connection to the hub, answered whatever the training thread does."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from raytrain_het.errors import EvictedError, HetError, ReplicaMismatchError, RunFailedError
+from raytrain_het.membership.record import Member, Record
+from raytrain_het.membership.wire import Connection
+
+logger = logging.getLogger("raytrain_het")
+
+RECONNECT_LIMIT_S = 120.0
+
+
+class RunOver(BaseException):
+    """Unwinds the training function of a worker that is no longer needed. Not an error."""
+
+
+class MemberAgent:
+    """Holds what this member knows of the run, under one condition that every waiting thread shares.
+
+    ``commit_lock`` serialises committing a step and answering to a forming generation: once answered, nothing of the old
+    generation commits. The reader thread never waits for it; a committing thread answers itself when it is done.
+    """
+
+    def __init__(self, member: Member, locate: Callable[[], dict[str, Any]], *, fingerprint: str = "") -> None:
+        self.member = member
+        self.uid = member.uid
+        self.condition = threading.Condition()
+        self.commit_lock = threading.Lock()
+        self.record: Record | None = None
+        self.cursor: dict[str, int] = {"epoch": 0, "offset": 0, "step": 0}
+        self.healed = False
+        self.fresh = False
+        self.want = 0
+        """Highest generation number this member was told of; travels in step headers."""
+        self.void = 0
+        """Highest generation number for which the current one was declared void."""
+        self.answered = 0
+        """Highest generation number answered to: nothing older commits any more."""
+        self.gone: BaseException | None = None
+        """Why this member is no part of the run any more."""
+        self.failing: BaseException | None = None
+        self.finished = False
+        self.position: Callable[[], int] = lambda: 0
+        self.batch: Callable[[], list[int] | None] = lambda: None
+        self.patience = 0
+        self.checkpoint: str | None = None
+        self.checkpoint_cursor: dict[str, int] | None = None
+        self.on_reconnect: Callable[[], None] = lambda: None
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after anything here has changed, for a thread that waits elsewhere."""
+        self.on_message: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self._fingerprint = fingerprint
+        self._locate = locate
+        self._connection: Connection | None = None
+        self._closing = False
+        self._replies: dict[int, dict[str, Any] | None] = {}
+        self._next_id = 0
+        self._failed_said = 0
+        self._thread = threading.Thread(target=self._read, name="het-member", daemon=True)
+
+    # ---------------------------------------------------------------- what the other threads ask
+
+    def join(self) -> None:
+        """Connect and say hello."""
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise if this member is no part of the run any more."""
+        if self.gone is not None:
+            raise self.gone
+
+    def is_current(self, generation: int) -> bool:
+        """Whether that generation is in force and may still commit."""
+        record = self.record
+        return record is not None and record.number == generation and self.answered <= generation >= self.void
+
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> bool:
+        """Wait on the shared condition until the predicate holds. Raises if this member is out."""
+        with self.condition:
+            self.condition.wait_for(lambda: self.gone is not None or predicate(), timeout)
+            self.check()
+            return bool(predicate())
+
+    @contextlib.contextmanager
+    def committing(self, generation: int) -> Iterator[bool]:
+        """Hold the right to commit a step of that generation; yields whether it is still there."""
+        with self.commit_lock:
+            yield self.is_current(generation)
+        self._answer_if_void()
+
+    def advance(self, cursor: dict[str, int], *, healed: bool | None = None, fresh: bool | None = None) -> None:
+        """Record a commit (or a load). The caller holds ``commit_lock``."""
+        self.cursor = dict(cursor)
+        self.healed = self.healed if healed is None else healed
+        self.fresh = self.fresh if fresh is None else fresh
+
+    def answer_want(self, number: int) -> None:
+        """Re-form: the members have agreed to by a step's headers. The step is committed."""
+        with self.commit_lock:
+            self._answer(number)
+        self._answer_if_void()
+
+    def failed(self, generation: int, reason: str) -> None:
+        """Tell that a collective of that generation has failed."""
+        if generation > self._failed_said:
+            self._failed_said = generation
+            self._send(type="failed", generation=generation, reason=reason)
+
+    def suspect(self, generation: int, waited_s: float, step: int) -> None:
+        """Tell that a collective takes longer than it should."""
+        self._send(type="suspect", generation=generation, waited_s=waited_s, step=step)
+
+    def tell(self, kind: str, **values: Any) -> None:
+        """Send a message that needs no reply; a lost connection drops it."""
+        self._send(type=kind, **values)
+
+    def request(self, kind: str, **values: Any) -> dict[str, Any] | None:
+        """Send a message and wait for its reply; None if the connection was lost meanwhile."""
+        with self.condition:
+            self._next_id += 1
+            number = self._next_id
+            connection = self._connection
+        if not self._send(type=kind, id=number, **values):
+            self.wait_for(lambda: self._connection is not connection, 1.0)
+            return None
+        self.wait_for(lambda: number in self._replies or self._connection is not connection)
+        return self._replies.pop(number, None)
+
+    def close(self) -> None:
+        """End the connection for good."""
+        self._closing = True
+        if self._connection is not None:
+            self._connection.close()
+
+    # ---------------------------------------------------------------- the reader thread
+
+    def _read(self) -> None:
+        since = time.monotonic()
+        while not self._closing:
+            try:
+                # The hub listens on every address; each try asks anew where it is, since it may have been restarted.
+                where = self._locate()
+                connection = Connection(where["host"], where["port"])
+                connection.send(self._hello(where["token"]))
+            except Exception as error:
+                if time.monotonic() - since > RECONNECT_LIMIT_S:
+                    self._leave_with(RunFailedError(f"the membership actor could not be reached: {error}"))
+                    return
+                time.sleep(0.05)
+                continue
+            with self.condition:
+                self._connection = connection
+                self.condition.notify_all()
+            self._failed_said = 0
+            self.on_reconnect()
+            try:
+                for message in connection.messages():
+                    self._handle(message)
+            except (OSError, ValueError):
+                pass
+            since = time.monotonic()
+            with self.condition:
+                self._connection = None
+                self.condition.notify_all()
+            if self.gone is not None:
+                return
+
+    def _hello(self, token: str) -> dict[str, Any]:
+        with self.commit_lock:
+            return {
+                "token": token, "member": vars(self.member), "cursor": self.cursor, "healed": self.healed,
+                "record": self.record.to_json() if self.record else None, "answered": max(self.answered, self.want),
+                "fingerprint": self._fingerprint, "checkpoint": self.checkpoint,
+                "checkpoint_cursor": self.checkpoint_cursor,
+            }  # fmt: skip
+
+    def _handle(self, m: dict[str, Any]) -> None:
+        kind = m["type"]
+        if kind == "ping":
+            self._send(type="pong", position=self.position())
+            return
+        if kind in self.on_message:
+            self.on_message[kind](m)
+            return
+        with self.condition:
+            if kind == "want":
+                self.want = max(self.want, m["number"])
+            elif kind == "void":
+                self.want = max(self.want, m["number"])
+                self.void = max(self.void, m["number"])
+            elif kind == "record":
+                record = Record.from_json(m["record"])
+                if self.record is None or record.number > self.record.number:
+                    self.record = record
+                    self.want = max(self.want, record.number)
+                    self.patience = 0
+            elif kind == "patience":
+                self.patience += 1
+            elif kind == "reply":
+                self._replies[m["id"]] = m
+            elif kind == "evicted":
+                self.gone = EvictedError(f"worker {self.member.slot} was dropped from the run: {m['reason']}")
+            elif kind == "mismatch":
+                self.gone = ReplicaMismatchError(m["message"])
+            elif kind == "fail":
+                self.failing = self.gone = RunFailedError(m["message"], m.get("poison"))
+            elif kind in ("bye", "end"):
+                self.finished = True
+                self.gone = RunOver()
+            self.condition.notify_all()
+        self.on_change()
+        if kind == "void":
+            self._answer_if_void()
+
+    def _answer_if_void(self) -> None:
+        """Answer to a void, unless a commit is under way: then the committing thread comes here when it is done."""
+        while self.void > self.answered and self.commit_lock.acquire(blocking=False):
+            try:
+                self._answer(self.void)
+            finally:
+                self.commit_lock.release()
+
+    def _answer(self, number: int) -> None:
+        if number <= self.answered:
+            return
+        with self.condition:
+            self.answered = number
+            self.condition.notify_all()
+        self.on_change()
+        self._send(
+            type="answer", number=number, cursor=self.cursor, healed=self.healed, fresh=self.fresh, batch=self.batch()
+        )
+
+    def _send(self, **message: Any) -> bool:
+        connection = self._connection
+        if connection is None:
+            return False
+        try:
+            connection.send(message)
+        except OSError:
+            return False
+        return True
+
+    def _leave_with(self, error: HetError) -> None:
+        with self.condition:
+            self.gone = error
+            self.condition.notify_all()

@@ -1,0 +1,85 @@
+"""The record of a generation: the single source of what all its members must agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One worker process, as its peers see it."""
+
+    uid: str
+    """Unique for the life of the process: ``"<slot>-<hex>"``. A refilled slot has a new one."""
+    slot: int
+    """The world rank: the slot's number, constant through refills."""
+    host: str
+    """Address at which peers reach it."""
+    state_port: int
+    """Port of its state server, from which an unhealed member takes snapshots."""
+    device: str
+    """Its device, as torch writes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a generation is. Immutable; two members never act on different ones in one step."""
+
+    number: int
+    """Grows by one with every generation of the run and is never reused, restarts of the actor included."""
+    incarnation: int
+    """Which life of the membership actor formed it."""
+    group: str
+    """Names the process group. An unchanged member list keeps its predecessor's."""
+    store: tuple[str, int]
+    """Host and port of the store through which the group's members find each other."""
+    members: tuple[Member, ...]
+    """In rank order (the rank inside the group, not the world rank)."""
+    shares: tuple[float, ...]
+    """Relative batch shares by rank; 0 for those that are not healed."""
+    owners: tuple[float, ...]
+    """Relative sizes of the owner shards by rank; 0 for those that are not healed."""
+    codecs: tuple[str, ...]
+    """Codec by which each rank encodes what it sends."""
+    cursor: dict[str, int]
+    """Position (epoch, offset, step) after the base step, from which all go on."""
+    source: str | None
+    """Uid of the member that holds the base step: it serves snapshots and kept sums."""
+    behind: tuple[str, ...]
+    """Healed members that have yet to replay the base step from the source's kept sums."""
+    unhealed: tuple[str, ...]
+    """Members that take a snapshot of the source while the others train."""
+    fresh: tuple[str, ...]
+    """Members that have just healed by replay and now verify it against the source."""
+    reset: bool
+    """Nobody was healed: all start from ``checkpoint``, or from the source's state at step 0."""
+    checkpoint: str | None
+    """The checkpoint that a reset loads."""
+    reason: str
+    """Why this generation was formed, for people."""
+
+    @property
+    def base(self) -> int:
+        """The last step that counts as committed when this generation starts."""
+        return self.cursor["step"]
+
+    def rank_of(self, uid: str) -> int | None:
+        """The group rank of a member, or None."""
+        return next((rank for rank, m in enumerate(self.members) if m.uid == uid), None)
+
+    def member(self, uid: str) -> Member:
+        """The member with this uid."""
+        return next(m for m in self.members if m.uid == uid)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that survives JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Record:
+        """The inverse of :meth:`to_json`."""
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values["members"] = tuple(Member(**m) for m in data["members"])
+        return cls(**values)

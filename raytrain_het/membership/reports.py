@@ -1,0 +1,179 @@
+"""Reports and evaluations on the hub's side: pure bookkeeping, keyed so that nothing counts twice."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+REDUCTIONS = ("mean", "sum", "max", "min")
+
+
+def reduce_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge the workers' metrics: means weighted by samples, unless a part's ``reduce`` says otherwise.
+
+    A value that is no number is taken from the first worker. A worker that trained on nothing since its last report has
+    weight 0; if all have, they count the same.
+    """
+    merged: dict[str, Any] = {}
+    names = list(dict.fromkeys(name for part in parts for name in part["metrics"]))
+    for name in names:
+        having = [p for p in parts if name in p["metrics"]]
+        values = [p["metrics"][name] for p in having]
+        how = next((p["reduce"][name] for p in having if name in p.get("reduce", {})), "mean")
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            merged[name] = values[0]
+        elif how == "sum":
+            merged[name] = math.fsum(values)
+        elif how in ("max", "min"):
+            merged[name] = (max if how == "max" else min)(values)
+        else:
+            weights = [p["samples"] for p in having]
+            if sum(weights) == 0:
+                weights = [1] * len(values)
+            pairs = [(w, v) for w, v in zip(weights, values, strict=True) if w]
+            same = len({v for _, v in pairs}) == 1
+            merged[name] = pairs[0][1] if same else math.fsum(w * v for w, v in pairs) / sum(w for w, _ in pairs)
+    return merged
+
+
+@dataclass
+class _Report:
+    step: int
+    epoch: int
+    parts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    checkpoint_wanted: bool = True
+    checkpoint: str | None = None
+    checkpoint_error: str | None = None
+    files: dict[int, str] = field(default_factory=dict)
+    taken: bool = False
+
+
+class ReportBook:
+    """Collects every worker's part of each report until it is whole.
+
+    A report is whole when each current member has given its part, or has gone past it, or is no longer there; and when its
+    checkpoint is stored, or has failed.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[str, _Report] = {}
+        self._done: list[dict[str, Any]] = []
+        self._unacknowledged: dict[str, dict[str, Any]] = {}
+        self._acknowledged: set[str] = set()
+        self._last_order: dict[int, tuple[int, int]] = {}
+
+    def part(self, slot: int, message: dict[str, Any]) -> str | None:
+        """A worker's part. Returns the key if it was acknowledged long ago (so that the worker is told again)."""
+        key = message["key"]
+        if key in self._acknowledged:
+            return key
+        if key in self._unacknowledged:
+            return None
+        report = self._open.setdefault(key, _Report(step=message["step"], epoch=message["epoch"]))
+        report.parts[slot] = message
+        report.checkpoint_wanted = bool(message["checkpoint"])
+        self._last_order[slot] = _order(key)
+        return None
+
+    def checkpoint_stored(self, key: str, path: str | None, error: str | None) -> None:
+        """The writer has stored the checkpoint of a report, or failed to."""
+        report = self._open.get(key)
+        if report is not None and report.checkpoint is None:
+            report.checkpoint, report.checkpoint_error = path, error
+
+    def writer_wanted(self, slots: list[int]) -> dict[str, int]:
+        """For each report that waits for its checkpoint only: the slot that should write it."""
+        wanted = {}
+        for key, report in self._open.items():
+            if report.checkpoint_wanted and report.checkpoint is None and report.checkpoint_error is None:
+                writers = sorted(s for s, part in report.parts.items() if s in slots and part.get("holds_snapshot"))
+                if writers:
+                    wanted[key] = writers[0]
+        return wanted
+
+    def settle(self, slots: list[int], *, ended: bool = False) -> list[dict[str, Any]]:
+        """Reports that have become whole, given the slots of the current members; oldest first."""
+        ready = []
+        for key in sorted(self._open, key=_order):
+            report = self._open[key]
+            missing = [s for s in slots if s not in report.parts and self._last_order.get(s, (-1, -1)) < _order(key)]
+            if missing and not ended:
+                break
+            waiting = report.checkpoint_wanted and report.checkpoint is None and report.checkpoint_error is None
+            if waiting and any(s in slots and p.get("holds_snapshot") for s, p in report.parts.items()):
+                break
+            del self._open[key]
+            parts = [report.parts[s] for s in sorted(report.parts)]
+            entry = {
+                "seq": len(self._done), "key": key, "step": report.step, "epoch": report.epoch,
+                "metrics": reduce_metrics(parts), "checkpoint": report.checkpoint,
+                "checkpoint_error": report.checkpoint_error, "num_workers": len(parts),
+            }  # fmt: skip
+            if waiting:
+                entry["checkpoint_error"] = "every worker that held the snapshot was lost before it was stored"
+            self._done.append(entry)
+            self._unacknowledged[key] = entry
+            ready.append(entry)
+        return ready
+
+    def forget(self, slot: int) -> None:
+        """A slot's process is gone; a new one in its place starts from nothing."""
+        self._last_order.pop(slot, None)
+
+    def untaken(self) -> list[dict[str, Any]]:
+        """Whole reports that nobody has acknowledged, oldest first."""
+        return list(self._unacknowledged.values())
+
+    def acknowledge(self, keys: list[str]) -> None:
+        """The reports are in the hands of whoever asked for them."""
+        for key in keys:
+            if self._unacknowledged.pop(key, None) is not None:
+                self._acknowledged.add(key)
+
+    def since(self, seq: int) -> list[dict[str, Any]]:
+        """All whole reports from a sequence number on."""
+        return self._done[seq:]
+
+    @property
+    def pending(self) -> bool:
+        """Whether any report is unfinished or unacknowledged."""
+        return bool(self._open or self._unacknowledged)
+
+
+def _order(key: str) -> tuple[int, int]:
+    step, ordinal = key.split(".")
+    return int(step), int(ordinal)
+
+
+class EvaluationBook:
+    """Hands the chunks of an evaluation out to whoever is free, and adds up the results exactly.
+
+    A chunk given to a worker that dies is given out again. Sums are taken over chunks in their order with ``math.fsum``, so
+    the result depends neither on who computed what nor on when.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[str, dict[str, Any]] = {}
+
+    def next(self, key: str, num_chunks: int, uid: str, result: list[Any] | None) -> dict[str, Any]:
+        """Take a finished chunk's result and give the next: ``{"chunk": i}``, ``{"wait": True}`` or ``{"sums": ...}``."""
+        run = self._runs.setdefault(key, {"results": {}, "given": {}, "num_chunks": num_chunks})
+        if result is not None:
+            chunk, sums = result
+            run["results"].setdefault(chunk, sums)
+            run["given"].pop(chunk, None)
+        if len(run["results"]) >= run["num_chunks"]:
+            names = list(dict.fromkeys(n for c in range(run["num_chunks"]) for n in run["results"][c]))
+            chunks = [run["results"][c] for c in range(run["num_chunks"])]
+            return {"sums": {n: math.fsum(c.get(n, 0.0) for c in chunks) for n in names}}
+        for chunk in range(run["num_chunks"]):
+            if chunk not in run["results"] and chunk not in run["given"]:
+                run["given"][chunk] = uid
+                return {"chunk": chunk}
+        return {"wait": True}
+
+    def forget(self, uid: str) -> None:
+        """A worker is gone: its chunks are free again."""
+        for run in self._runs.values():
+            run["given"] = {c: u for c, u in run["given"].items() if u != uid}

@@ -1,0 +1,278 @@
+"""The hub: sockets, clock and store around the pure membership logic. Runs in a thread of whatever process hosts it.
+
+Each member keeps one connection open to it. The kernel closes that connection when the process dies, so a death is known
+within a millisecond, the same way with Ray and without; what Ray knows besides (a vanished machine) comes by
+:meth:`Hub.slot_lost`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import secrets
+import threading
+import time
+from typing import Any
+
+from torch.distributed import TCPStore
+
+from raytrain_het.membership.record import Member, Record
+from raytrain_het.membership.reports import EvaluationBook, ReportBook
+from raytrain_het.membership.settings import HubSettings
+from raytrain_het.membership.state import Membership
+from raytrain_het.membership.wire import MAX_LINE_BYTES, encode
+
+TICK_S = 0.025
+STANDSTILL_S = 0.1
+"""More than this between two ticks is a standstill of this process, and no member's silence."""
+
+
+class FairClock:
+    """Seconds that count only while this process was able to listen."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._now = 0.0
+
+    def now(self) -> float:
+        """The time, advanced by at most ``STANDSTILL_S`` since the last call."""
+        real = time.monotonic()
+        self._now += min(real - self._last, STANDSTILL_S)
+        self._last = real
+        return self._now
+
+
+class Hub:
+    """Serves one run. All state is touched by its own thread only."""
+
+    def __init__(self, settings: HubSettings, *, token: str | None = None, port: int = 0) -> None:
+        self.settings = settings
+        self.token = token or secrets.token_hex(16)
+        self._store = TCPStore(settings.host, 0, is_master=True, wait_for_workers=False)
+        self._core = Membership(
+            settings, incarnation=time.time_ns(), store=(settings.host, self._store.port)
+        )  # fmt: skip
+        self._clock = FairClock()
+        self._reports = ReportBook()
+        self._evaluations = EvaluationBook()
+        self._writers: dict[str, int] = {}
+        self._stats: dict[int, dict[str, Any]] = {}
+        self._connections: dict[str, asyncio.StreamWriter] = {}
+        self._noted = 0
+        self._loop = asyncio.new_event_loop()
+        self._port = port
+        ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="het-hub", daemon=True)
+        self._thread.start()
+        ready.wait()
+
+    # ---------------------------------------------------------------- for whoever hosts it
+
+    def address(self) -> dict[str, Any]:
+        """Where members find it."""
+        return {"host": self.settings.host, "port": self._port, "token": self.token}
+
+    def slot_lost(self, slot: int, reason: str) -> None:
+        """Ray's word that the worker in a slot is dead."""
+        self._call(lambda: self._core.slot_lost(slot, reason, self._clock.now()))
+
+    def slot_vacant(self, slot: int, reason: str) -> None:
+        """Nobody will come for this slot for now."""
+        self._call(lambda: self._core.slot_vacant(slot, reason, self._clock.now()))
+
+    def take_reports(self) -> list[dict[str, Any]]:
+        """Whole reports that were not acknowledged yet, oldest first."""
+        return self._call(self._reports.untaken)
+
+    def acknowledge(self, keys: list[str]) -> None:
+        """Those reports are registered; the workers may forget them."""
+        self._call(lambda: self._acknowledge(keys))
+
+    def reports(self, since: int) -> list[dict[str, Any]]:
+        """All whole reports with a sequence number of ``since`` or more."""
+        return self._call(lambda: self._reports.since(since))
+
+    def events(self, since: int) -> list[dict[str, Any]]:
+        """Membership events with a sequence number of ``since`` or more."""
+        return self._call(lambda: self._core.events[since:])
+
+    def status(self) -> dict[str, Any]:
+        """Who takes part and how far they are."""
+        return self._call(self._status)
+
+    def shutdown(self) -> None:
+        """Close everything."""
+
+        def stop() -> None:
+            for writer in self._connections.values():
+                writer.close()
+            self._loop.stop()
+
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(stop)
+        self._thread.join(timeout=5)
+
+    def _call(self, fn: Any) -> Any:
+        async def run() -> Any:
+            result = fn()
+            self._flush()
+            return result
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout=30)
+
+    # ---------------------------------------------------------------- its thread
+
+    def _run(self, ready: threading.Event) -> None:
+        asyncio.set_event_loop(self._loop)
+
+        async def start() -> None:
+            server = await asyncio.start_server(self._serve, host=None, port=self._port, limit=MAX_LINE_BYTES)
+            self._port = server.sockets[0].getsockname()[1]
+            self._server = server
+            self._ticker = asyncio.ensure_future(self._tick())
+            ready.set()
+
+        self._loop.run_until_complete(start())
+        self._loop.run_forever()
+        self._ticker.cancel()
+        self._server.close()
+        with contextlib.suppress(Exception):
+            self._loop.run_until_complete(asyncio.sleep(0))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._core.tick(self._clock.now())
+            self._flush()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        uid: str | None = None
+        try:
+            hello = json.loads(await asyncio.wait_for(reader.readline(), timeout=10))
+            if not hmac.compare_digest(str(hello.get("token", "")), self.token):
+                return
+            member = Member(**hello["member"])
+            uid = member.uid
+            self._connections[uid] = writer
+            self._core.hello(
+                member,
+                cursor=hello["cursor"],
+                healed=hello["healed"],
+                now=self._clock.now(),
+                record=Record.from_json(hello["record"]) if hello["record"] else None,
+                answered=hello["answered"],
+                fingerprint=hello["fingerprint"],
+            )
+            if hello["checkpoint"] and not self._core.checkpoint:
+                self._core.checkpoint, self._core.checkpoint_cursor = hello["checkpoint"], hello["checkpoint_cursor"]
+            self._flush()
+            while line := await reader.readline():
+                self._handle(uid, member.slot, json.loads(line))
+                self._flush()
+        except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError):
+            pass  # A torn or foreign connection is the same as a closed one.
+        finally:
+            writer.close()
+            if uid is not None and self._connections.get(uid) is writer:
+                del self._connections[uid]
+                self._core.closed(uid, self._clock.now())
+                self._flush()
+
+    def _handle(self, uid: str, slot: int, m: dict[str, Any]) -> None:
+        core, now = self._core, self._clock.now()
+        match m["type"]:
+            case "answer":
+                core.answer(
+                    uid, m["number"], cursor=m["cursor"], healed=m["healed"], fresh=m["fresh"], batch=m["batch"], now=now
+                )
+            case "pong":
+                core.pong(uid, m["position"], now)
+            case "failed":
+                core.failed(uid, m["generation"], m["reason"], now)
+            case "suspect":
+                core.suspect(uid, m["generation"], m["waited_s"], m["step"], now)
+            case "healed":
+                core.healed(uid, now)
+            case "stats":
+                core.progress(uid, m["step"], now)
+                self._stats[slot] = m | {"uid": uid}
+            case "event":
+                core.events.append({"seq": len(core.events), "slot": slot, **m["event"], "time": time.time()})
+            case "leave":
+                core.leave(uid, now)
+            case "finish":
+                core.finish(uid, cursor=m["cursor"], confirmed=m["confirmed"], now=now)
+            case "raised":
+                core.raised(uid, m["error"], now)
+            case "report":
+                known = self._reports.part(slot, m)
+                if known is not None:
+                    self._send(uid, {"type": "acknowledged", "keys": [known]})
+            case "stored":
+                self._reports.checkpoint_stored(m["key"], m["path"], m["error"])
+                if m["path"] is not None:
+                    core.checkpoint, core.checkpoint_cursor = m["path"], m["cursor"]
+            case "evaluate":
+                reply = self._evaluations.next(m["key"], m["num_chunks"], uid, m["result"])
+                self._send(uid, {"type": "reply", "id": m["id"], **reply})
+
+    def _flush(self) -> None:
+        """Send what the logic has decided, stamp its events, and settle reports under the new membership."""
+        for event in self._core.events[self._noted :]:
+            event.setdefault("time", time.time())
+            if event["kind"] in ("lost", "evicted", "left", "finished", "raised"):
+                self._evaluations.forget(event["uid"])
+                if event["kind"] in ("lost", "evicted"):
+                    self._reports.forget(event["slot"])
+        self._noted = len(self._core.events)
+        for uid, message in self._core.drain():
+            self._send(uid, message)
+        slots = [p.member.slot for p in self._core.peers.values() if p.healed]
+        by_slot = {p.member.slot: p.member.uid for p in self._core.peers.values()}
+        for key, slot in self._reports.writer_wanted(slots).items():
+            if self._writers.get(key) != slot:
+                self._writers[key] = slot
+                self._send(by_slot[slot], {"type": "write", "key": key})
+        self._reports.settle(slots, ended=self._core.over)
+
+    def _acknowledge(self, keys: list[str]) -> None:
+        self._reports.acknowledge(keys)
+        for uid in self._core.peers:
+            self._send(uid, {"type": "acknowledged", "keys": keys})
+
+    def _send(self, uid: str, message: dict[str, Any]) -> None:
+        writer = self._connections.get(uid)
+        if writer is not None and not writer.is_closing():
+            writer.write(encode(message))
+
+    def _status(self) -> dict[str, Any]:
+        core, record = self._core, self._core.record
+        total = sum(record.shares) if record else 0.0
+        members = []
+        for slot in sorted(set(self._stats) | {p.member.slot for p in core.peers.values()}):
+            peer = next((p for p in core.peers.values() if p.member.slot == slot), None)
+            stats = {k: v for k, v in self._stats.get(slot, {}).items() if k != "type"}
+            entry: dict[str, Any] = {"slot": slot, "finished": slot in core.finished_slots, "alive": peer is not None}
+            entry |= stats
+            if peer is not None:
+                rank = record.rank_of(peer.member.uid) if record else None
+                entry |= {
+                    "uid": peer.member.uid, "device": peer.member.device, "node_ip": peer.member.host,
+                    "healed": peer.healed, "phase": peer.phase.value,
+                    "share": record.shares[rank] / total if record and rank is not None and total else 0.0,
+                }  # fmt: skip
+            members.append(entry)
+        return {
+            "generation": record.number if record else 0,
+            "state": core.state,
+            "failure": core.failure,
+            "vacant": sorted(core.vacant),
+            "dead_slots": sorted(core.dead_slots),
+            "step": max((m.get("step", 0) for m in members), default=0),
+            "epoch": max((m.get("epoch", 0) for m in members), default=0),
+            "samples": max((m.get("global_samples", 0) for m in members), default=0),
+            "reports_pending": self._reports.pending,
+            "members": members,
+        }

@@ -1,0 +1,26 @@
+"""What the membership actor has to know about a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSettings:
+    """Settings of one run's membership. Times in seconds."""
+
+    run_id: str
+    num_slots: int
+    shares: tuple[float, ...] | None = None
+    """Relative batch shares by slot; None is equal."""
+    codec: str = "none"
+    host: str = "127.0.0.1"
+    """Address of the machine the actor runs on, as the workers reach it."""
+    silence_s: float = 0.5
+    hang_limit_s: float = 600.0
+    start_timeout_s: float = 120.0
+    checkpoint: str | None = None
+    """Checkpoint from which the run resumes."""
+    checkpoint_step: int = 0
+    checkpoint_cursor: dict[str, int] | None = None
+    """Cursor stored in that checkpoint; None derives it from ``checkpoint_step``."""

@@ -1,0 +1,662 @@
+"""The membership actor's logic: a pure state machine, without sockets, threads or clocks.
+
+Calls go in (a message of a member, a closed connection, Ray's word, the time); messages to members come out of
+:meth:`Membership.drain`. Its interleavings are enumerated in ``tests/unit/test_membership_interleavings.py``.
+
+A generation is formed in one of two ways. A *void* is for a failure: all answer at once, and what the old generation had under
+way is dropped. A *want* is for a change that can wait for the end of the step: members pass it on in their step headers,
+commit, and then answer. Either way the new record is issued when every member of the last one has answered or is gone.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytrain_het.membership.record import Member, Record
+from raytrain_het.membership.settings import HubSettings
+
+MAX_FRUITLESS_DEATHS = 3
+"""A slot that dies so often without a commit stays vacant; so many deaths in one step fail the run."""
+MAX_FRUITLESS_GENERATIONS = 20
+"""So many generations in a row voided without a death or a commit fail the run: some link must be broken."""
+RECOVERY_GRACE_S = 10.0
+"""How long a restarted actor waits for the members of the highest record."""
+
+Cursor = dict[str, int]
+ZERO: Cursor = {"epoch": 0, "offset": 0, "step": 0}
+
+
+class Phase(enum.Enum):
+    """Where a member stands."""
+
+    JOINING = "joining"
+    IN = "in"
+    LEAVING = "leaving"
+    FINISHED = "finished"
+
+
+@dataclass
+class Peer:
+    """One connected member."""
+
+    member: Member
+    phase: Phase
+    cursor: Cursor
+    healed: bool
+    heard: float
+    first_base: int = -1
+    answered: bool = False
+    """Whether it has answered to the generation being formed."""
+    fresh: bool = False
+    position: int = 0
+    """How far into the protocol it is, for telling who holds up the others."""
+    confirmed: bool = False
+    batch: list[int] | None = None
+
+
+@dataclass
+class Inquiry:
+    """A round of pings: has everybody been heard of since it started?"""
+
+    started: float
+    suspecting: dict[str, float] = field(default_factory=dict)
+
+
+class Membership:
+    """See the module's text. Times are seconds of a clock that does not count the caller's own standstills."""
+
+    def __init__(self, settings: HubSettings, *, incarnation: int, store: tuple[str, int]) -> None:
+        self.settings = settings
+        self.incarnation = incarnation
+        self.store = store
+        self.peers: dict[str, Peer] = {}
+        self.record: Record | None = None
+        self.number = 0
+        self.voided = False
+        self.failure: str | None = None
+        self.events: list[dict[str, Any]] = []
+        self.vacant: set[int] = set()
+        self.dead_slots: set[int] = set()
+        self.finished_slots: set[int] = set()
+        self.checkpoint = settings.checkpoint
+        self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or {**ZERO, "step": settings.checkpoint_step}
+        self._outbox: list[tuple[str, dict[str, Any]]] = []
+        self._gone: dict[str, str] = {}
+        self._fruitless: Counter[int] = Counter()
+        self._deaths_in_step: Counter[int] = Counter()
+        self._lost_members: list[Peer] = []
+        self._fruitless_generations = 0
+        self._inquiry: Inquiry | None = None
+        self._suspected_since: tuple[int, int, float] | None = None
+        self._forming_since = 0.0
+        self._first_hello: float | None = None
+        self._recovering: Record | None = None
+        self._recovery_needs_void = False
+        self._fingerprint: tuple[str, int] | None = None
+        self._reason = ""
+
+    # ---------------------------------------------------------------- what the caller reads
+
+    def drain(self) -> list[tuple[str, dict[str, Any]]]:
+        """Messages to send, as (uid, message), in order."""
+        out, self._outbox = self._outbox, []
+        return out
+
+    @property
+    def forming(self) -> bool:
+        """Whether a generation is being formed."""
+        return self.record is not None and self.number > self.record.number
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended in good order."""
+        return bool(self.finished_slots) and not any(p.phase is not Phase.JOINING for p in self.peers.values())
+
+    @property
+    def state(self) -> str:
+        """One word for people: forming, running, ended or failed."""
+        if self.failure is not None:
+            return "failed"
+        if self.over:
+            return "ended"
+        return "forming" if self.record is None or self.forming else "running"
+
+    @property
+    def watching(self) -> bool:
+        """Whether somebody is waited for, so that :meth:`tick` should come often."""
+        return self._inquiry is not None or (self.forming and self.voided) or self._recovering is not None
+
+    # ---------------------------------------------------------------- members come and go
+
+    def hello(
+        self,
+        member: Member,
+        *,
+        cursor: Cursor,
+        healed: bool,
+        now: float,
+        record: Record | None = None,
+        answered: int = 0,
+        fingerprint: str = "",
+    ) -> None:
+        """A worker has connected, for the first time or again after this actor was restarted."""
+        uid = member.uid
+        if uid in self._gone:
+            self._send(uid, type="evicted", reason=self._gone[uid])
+            return
+        if self.failure is not None:
+            self._send(uid, type="fail", message=self.failure)
+            return
+        if self.over and record is None:
+            self._send(uid, type="end")
+            return
+        for other in [p for p in self.peers.values() if p.member.slot == member.slot and p.member.uid != uid]:
+            self._lose(other.member.uid, "its slot was taken by a new process", now, died=True)
+        if self._refuse_other_model(member, fingerprint):
+            return
+        self.vacant.discard(member.slot)
+        if self._first_hello is None:
+            self._first_hello = now
+        peer = Peer(member=member, phase=Phase.JOINING, cursor=dict(cursor), healed=healed, heard=now)
+        self.peers[uid] = peer
+        self.number = max(self.number, answered)
+        if record is not None:
+            self._hello_from_before(peer, record, answered, now)
+            return
+        self._log("joined", now, slot=member.slot, uid=uid, device=member.device, host=member.host)
+        if self._recovering is not None:
+            return
+        if self.record is None:
+            self._start_if_all_are_there(now)
+        elif not self.forming:
+            self._start_forming(void=False, reason=f"slot {member.slot} joins", now=now)
+        else:
+            self._form_if_answered(now)
+
+    def closed(self, uid: str, now: float, reason: str = "its connection closed") -> None:
+        """A member's connection has closed: the process is dead, unless it was let go before."""
+        if uid in self.peers:
+            self._lose(uid, reason, now, died=True)
+
+    def slot_lost(self, slot: int, reason: str, now: float) -> None:
+        """Ray's word that the worker in a slot is dead."""
+        for peer in [p for p in self.peers.values() if p.member.slot == slot]:
+            self._lose(peer.member.uid, reason, now, died=True)
+        if self._recovering is not None:
+            self._recover_if_complete(now)
+
+    def slot_vacant(self, slot: int, reason: str, now: float) -> None:
+        """Nobody will come for this slot for now."""
+        if slot not in self.vacant:
+            self.vacant.add(slot)
+            self._log("vacant", now, slot=slot, reason=reason)
+            if self.record is None and self._recovering is None:
+                self._start_if_all_are_there(now)
+
+    # ---------------------------------------------------------------- what members say
+
+    def answer(
+        self,
+        uid: str,
+        number: int,
+        *,
+        cursor: Cursor,
+        healed: bool,
+        now: float,
+        fresh: bool = False,
+        batch: list[int] | None = None,
+    ) -> None:
+        """A member has stopped committing for the old generation, and says where it stands."""
+        peer = self._heard(uid, now)
+        if peer is None or self.record is None or number <= self.record.number:
+            return
+        if number > self.number:
+            # Peers of a restarted actor may know of a number that it never announced.
+            self._start_forming(void=False, reason="a member asks for it", now=now, number=number)
+        peer.cursor, peer.healed, peer.fresh, peer.batch = dict(cursor), healed, fresh, batch
+        peer.answered = True
+        self._form_if_answered(now)
+
+    def failed(self, uid: str, generation: int, reason: str, now: float) -> None:
+        """A member's collective has failed."""
+        if self._heard(uid, now) is None:
+            return
+        if self._recovering is not None:
+            self._recovery_needs_void = True
+        elif self.record is not None and generation == self.record.number:
+            self._start_forming(void=True, reason=f"a collective failed: {reason}", now=now)
+
+    def suspect(self, uid: str, generation: int, waited_s: float, step: int, now: float) -> None:
+        """A member has waited past its deadline. Only a suspicion: everybody is pinged."""
+        if self._heard(uid, now) is None or self.record is None or generation != self.record.number or self.voided:
+            return
+        if any(m.uid not in self.peers for m in self.record.members):
+            self._start_forming(void=True, reason="a member has finished and the others go on", now=now)
+            return
+        key = (generation, step)
+        if self._suspected_since is None or self._suspected_since[:2] != key:
+            self._suspected_since = (*key, now)
+        self._inquire(now)
+        assert self._inquiry is not None
+        self._inquiry.suspecting[uid] = waited_s
+
+    def pong(self, uid: str, position: int, now: float) -> None:
+        """A member has answered a ping."""
+        peer = self._heard(uid, now)
+        if peer is not None:
+            peer.position = position
+            self._settle_inquiry(now)
+
+    def healed(self, uid: str, now: float) -> None:
+        """An unhealed member has caught up and wants a share."""
+        peer = self._heard(uid, now)
+        if peer is not None and not (self.forming and not self.voided):
+            self._start_forming(void=False, reason=f"slot {peer.member.slot} is healed", now=now)
+
+    def progress(self, uid: str, step: int, now: float) -> None:
+        """A member has committed a step; told from time to time only."""
+        peer = self._heard(uid, now)
+        if peer is not None and step > max(peer.first_base, 0) and peer.first_base >= 0:
+            self._fruitless[peer.member.slot] = 0
+
+    def leave(self, uid: str, now: float) -> None:
+        """A member wants to go, in good order."""
+        peer = self._heard(uid, now)
+        if peer is None:
+            return
+        if peer.phase is Phase.JOINING:
+            self._release(uid, "left", now)
+            return
+        peer.phase = Phase.LEAVING
+        if not self.forming:
+            self._start_forming(void=False, reason=f"slot {peer.member.slot} leaves", now=now)
+
+    def finish(self, uid: str, *, cursor: Cursor, confirmed: bool, now: float) -> None:
+        """A member's training function has come to its end."""
+        peer = self._heard(uid, now)
+        if peer is None:
+            return
+        if peer.phase is Phase.JOINING:
+            self._release(uid, "left", now)
+            return
+        peer.phase, peer.cursor, peer.confirmed = Phase.FINISHED, dict(cursor), confirmed
+        self._release_the_finished(now)
+
+    def raised(self, uid: str, error: str, now: float) -> None:
+        """A training function has raised: no generation follows."""
+        peer = self._heard(uid, now)
+        if peer is None or self.failure is not None:
+            return
+        self._log("raised", now, slot=peer.member.slot, uid=uid, error=error.strip().splitlines()[-1])
+        self.peers.pop(uid)
+        self._gone[uid] = "its training function raised"
+        self._fail(f"the training function of worker {peer.member.slot} raised:\n{error}", now)
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        if self.failure is not None:
+            return
+        if self.record is None and self._first_hello is not None:
+            waited = now - self._first_hello
+            if self._recovering is not None:
+                if waited >= RECOVERY_GRACE_S:
+                    self._recover(now)
+            elif waited >= self.settings.start_timeout_s:
+                self._issue_first(now, f"{self.settings.start_timeout_s:g} s have passed")
+        if self._inquiry is not None and now - self._inquiry.started >= self.settings.silence_s:
+            for uid in self._silent():
+                self._lose(uid, f"silent for {self.settings.silence_s:g} s while its peers waited", now, died=False)
+            self._inquiry = None
+        if self.forming and self.voided:
+            missing = [p for p in self._required() if not p.answered]
+            if missing and now - self._forming_since >= self.settings.hang_limit_s:
+                for peer in missing:
+                    self._lose(peer.member.uid, "it did not answer within the hang limit", now, died=False)
+            elif missing and self._inquiry is None:
+                self._inquire(now)
+
+    # ---------------------------------------------------------------- forming
+
+    def _required(self) -> list[Peer]:
+        return [p for p in self.peers.values() if p.phase is not Phase.JOINING]
+
+    def _start_forming(self, *, void: bool, reason: str, now: float, number: int | None = None) -> None:
+        if self.failure is not None or self.record is None:
+            return
+        if self.forming:
+            if void and not self.voided:
+                # A want that somebody may never reach, now that the step has failed.
+                self.voided, self._forming_since = True, now
+                self._announce("void")
+            self._form_if_answered(now)
+            return
+        self.number = max(self.number + 1, number or 0)
+        self.voided, self._forming_since, self._reason = void, now, reason
+        for peer in self.peers.values():
+            peer.answered = False
+        if void:
+            self._fruitless_generations += 1
+            if self._fruitless_generations > MAX_FRUITLESS_GENERATIONS:
+                self._fail(
+                    f"{MAX_FRUITLESS_GENERATIONS} generations in a row failed without a death or a commit ({reason}). "
+                    "A link between two workers must be broken: check that all nodes reach each other on all ports.",
+                    now,
+                )
+                return
+        self._log("void" if void else "wanted", now, number=self.number, reason=reason)
+        self._announce("void" if void else "want")
+        self._form_if_answered(now)
+
+    def _announce(self, kind: str) -> None:
+        for peer in self._required():
+            self._send(peer.member.uid, type=kind, number=self.number)
+
+    def _form_if_answered(self, now: float) -> None:
+        if not self.forming or self.failure is not None:
+            return
+        required = self._required()
+        if all(p.answered for p in required):
+            self._issue(required, now)
+
+    def _issue(self, answered: list[Peer], now: float) -> None:
+        assert self.record is not None
+        # Who has only just healed by replay has not been checked against anybody yet, so it can't be a base.
+        healed = [p for p in answered if p.healed and not p.fresh]
+        if not healed:
+            staying = [p for p in answered if p.phase is Phase.IN]
+            self._let_go([p for p in answered if p.phase is not Phase.IN], now)
+            self._publish(staying, base=None, source=None, now=now)
+            return
+        base = max(healed, key=lambda p: p.cursor["step"]).cursor
+        holders = [p for p in healed if p.cursor["step"] == base["step"]]
+        lasting = [p for p in holders if p.phase is Phase.IN]
+        # Who alone holds the base step stays one generation longer, so that the others can take it over.
+        source = min(lasting or holders, key=lambda p: p.member.slot)
+        going = [p for p in answered if p.phase is not Phase.IN and p is not source]
+        if not lasting and not any(p.phase is Phase.IN for p in answered):
+            going = answered
+        self._let_go(going, now)
+        staying = [p for p in answered if p not in going]
+        self._publish(staying, base=base, source=source, now=now)
+        if source.phase is not Phase.IN and source.member.uid in self.peers:
+            self._start_forming(void=False, reason=f"slot {source.member.slot} leaves", now=now)
+
+    def _publish(self, staying: list[Peer], *, base: Cursor | None, source: Peer | None, now: float) -> None:
+        """Issue the record of a new generation: ``staying`` and all that are joining."""
+        previous = self.record
+        joining = [p for p in self.peers.values() if p.phase is Phase.JOINING]
+        peers = sorted(staying + joining, key=lambda p: p.member.slot)
+        if not peers:
+            self._end_or_wait(now)
+            return
+        reset = base is None
+        if reset:
+            base = dict(self.checkpoint_cursor) if self.checkpoint else dict(ZERO)
+            source = peers[0]
+            for peer in peers:
+                peer.healed, peer.fresh, peer.cursor = True, False, dict(base)
+        assert base is not None and source is not None
+        behind, unhealed, fresh = [], [], []
+        for peer in peers:
+            missed = base["step"] - peer.cursor["step"]
+            if not peer.healed or missed > 1 or (peer.fresh and missed):
+                peer.healed = False
+                unhealed.append(peer.member.uid)
+            elif missed == 1:
+                behind.append(peer.member.uid)
+            elif peer.fresh:
+                fresh.append(peer.member.uid)
+        self._count_deaths(base["step"], peers, now)
+        if self.failure is not None:
+            return
+        members = tuple(p.member for p in peers)
+        same = previous is not None and not self.voided and not reset and previous.members == members
+        group = previous.group if same and previous is not None else f"{self.incarnation}.{self.number}"
+        if previous is not None and base["step"] > previous.base:
+            self._fruitless_generations = 0
+        self.record = Record(
+            number=self.number,
+            incarnation=self.incarnation,
+            group=group,
+            store=self.store,
+            members=members,
+            shares=self._shares(peers),
+            owners=tuple(1.0 if p.healed else 0.0 for p in peers),
+            codecs=(self.settings.codec,) * len(peers),
+            cursor=base,
+            source=source.member.uid,
+            behind=tuple(behind),
+            unhealed=tuple(unhealed),
+            fresh=tuple(fresh),
+            reset=reset,
+            checkpoint=self.checkpoint if reset else None,
+            reason=self._reason,
+        )
+        self._log(
+            "formed", now, number=self.number, base=base["step"], slots=[p.member.slot for p in peers],
+            unhealed=[p.member.slot for p in peers if not p.healed], reason=self._reason, reset=reset,
+        )  # fmt: skip
+        for peer in peers:
+            if peer.phase is Phase.JOINING:
+                peer.phase = Phase.IN
+            if peer.first_base < 0 and peer.healed:
+                peer.first_base = base["step"]
+            peer.answered, peer.fresh = False, False
+            self._send(peer.member.uid, type="record", record=self.record.to_json())
+        self.voided, self._inquiry, self._suspected_since = False, None, None
+        self._release_the_finished(now)
+
+    def _shares(self, peers: list[Peer]) -> tuple[float, ...]:
+        given = self.settings.shares
+        shares = [(given[p.member.slot] if given else 1.0) if p.healed else 0.0 for p in peers]
+        if sum(shares) == 0:
+            shares = [1.0 if p.healed else 0.0 for p in peers]
+        return tuple(shares)
+
+    def _start_if_all_are_there(self, now: float) -> None:
+        joined = {p.member.slot for p in self.peers.values()}
+        if joined and joined | self.vacant | self.dead_slots >= set(range(self.settings.num_slots)):
+            self._issue_first(now, "the run starts")
+
+    def _issue_first(self, now: float, reason: str) -> None:
+        self.number += 1
+        self._reason = reason
+        self._publish([], base=None, source=None, now=now)
+
+    def _end_or_wait(self, now: float) -> None:
+        """Nobody is left: either the run has ended, or the slots' next workers start from the last checkpoint."""
+        if not self.finished_slots:
+            self.record, self.voided, self._first_hello = None, False, None
+            self._log("empty", now)
+
+    # ---------------------------------------------------------------- leaving, dying, ending
+
+    def _let_go(self, peers: list[Peer], now: float) -> None:
+        for peer in peers:
+            self._release(peer.member.uid, "finished" if peer.phase is Phase.FINISHED else "left", now)
+
+    def _release(self, uid: str, how: str, now: float) -> None:
+        peer = self.peers.pop(uid)
+        self._gone[uid] = f"it had {how}"
+        if how == "finished":
+            self.finished_slots.add(peer.member.slot)
+        self._log(how, now, slot=peer.member.slot, uid=uid, step=peer.cursor["step"])
+        self._send(uid, type="bye", how=how)
+        if self.over:
+            for joiner in list(self.peers):
+                self._send(joiner, type="end")
+                self.peers.pop(joiner)
+
+    def _release_the_finished(self, now: float) -> None:
+        finished = [p for p in self.peers.values() if p.phase is Phase.FINISHED]
+        active = [p for p in self.peers.values() if p.phase in (Phase.IN, Phase.LEAVING) and p.healed]
+        for peer in finished:
+            step = peer.cursor["step"]
+            held_by_others = all(p.cursor["step"] >= step for p in finished) and not active
+            if peer.confirmed or held_by_others:
+                self._release(peer.member.uid, "finished", now)
+        self._form_if_answered(now)
+
+    def _lose(self, uid: str, reason: str, now: float, *, died: bool) -> None:
+        peer = self.peers.pop(uid, None)
+        if peer is None:
+            return
+        self._gone[uid] = reason
+        slot = peer.member.slot
+        self._log("lost" if died else "evicted", now, slot=slot, uid=uid, reason=reason)
+        if not died:
+            self._send(uid, type="evicted", reason=reason)
+        self._fruitless[slot] += 1
+        if self._fruitless[slot] >= MAX_FRUITLESS_DEATHS:
+            self.dead_slots.add(slot)
+            self._log("given_up", now, slot=slot, reason=f"it died {MAX_FRUITLESS_DEATHS} times without a commit")
+        if self.failure is not None:
+            return
+        if self._recovering is not None:
+            self._recover_if_complete(now)
+        elif self.record is None:
+            self._start_if_all_are_there(now)
+        elif peer.phase is Phase.JOINING:
+            self._form_if_answered(now)
+        else:
+            if died and peer.healed and peer.phase is Phase.IN:
+                self._lost_members.append(peer)
+            self._fruitless_generations = 0
+            if not self._required() and self.finished_slots:
+                for joiner in list(self.peers):
+                    self._send(joiner, type="end")
+                    self.peers.pop(joiner)
+                return
+            self._release_the_finished(now)
+            if uid in {m.uid for m in self.record.members}:
+                self._start_forming(void=True, reason=f"slot {slot} was lost: {reason}", now=now)
+
+    def _count_deaths(self, base: int, peers: list[Peer], now: float) -> None:
+        """Three deaths in one step fail the run: some sample of it must be poison."""
+        for step in [s for s in self._deaths_in_step if s != base + 1]:
+            del self._deaths_in_step[step]
+        self._deaths_in_step[base + 1] += len(self._lost_members)
+        lost, self._lost_members = self._lost_members, []
+        if lost and self._deaths_in_step[base + 1] >= MAX_FRUITLESS_DEATHS:
+            slots = sorted({p.member.slot for p in lost})
+            batch = next((p.batch for p in peers if p.batch), None)
+            where = f" (epoch {batch[0]}, positions {batch[1]} to {batch[1] + batch[2]} of its order)" if batch else ""
+            self._fail(
+                f"{MAX_FRUITLESS_DEATHS} workers died in step {base + 1}{where}, the last in slots {slots}. "
+                "Some sample of that step probably kills the process: train without it, or look at the workers' logs.",
+                now, poison={"step": base + 1, "slots": slots},
+            )  # fmt: skip
+
+    def _fail(self, message: str, now: float, **extra: Any) -> None:
+        self.failure = message
+        self._log("failed", now, message=message)
+        for uid in self.peers:
+            self._send(uid, type="fail", message=message, **extra)
+
+    # ---------------------------------------------------------------- suspicion
+
+    def _inquire(self, now: float) -> None:
+        if self._inquiry is None:
+            self._inquiry = Inquiry(started=now)
+            for peer in self._required():
+                self._send(peer.member.uid, type="ping")
+
+    def _silent(self) -> list[str]:
+        assert self._inquiry is not None
+        return [p.member.uid for p in self._required() if p.heard <= self._inquiry.started]
+
+    def _settle_inquiry(self, now: float) -> None:
+        inquiry = self._inquiry
+        if inquiry is None or self._silent():
+            return
+        self._inquiry = None
+        if not inquiry.suspecting:
+            return
+        assert self._suspected_since is not None
+        if now - self._suspected_since[2] >= self.settings.hang_limit_s:
+            furthest = max(p.position for p in self._required())
+            late = [p.member.uid for p in self._required() if p.position < furthest]
+            for uid in late:
+                self._lose(uid, f"its peers waited {self.settings.hang_limit_s:g} s for it", now, died=False)
+            if late:
+                return
+        for uid in inquiry.suspecting:
+            self._send(uid, type="patience")
+
+    # ---------------------------------------------------------------- a restart of this actor
+
+    def _hello_from_before(self, peer: Peer, record: Record, answered: int, now: float) -> None:
+        """A member that knew this actor's predecessor."""
+        uid = peer.member.uid
+        self.number = max(self.number, record.number)
+        if self.record is not None:
+            if record.number == self.record.number:
+                peer.phase = Phase.IN
+            elif any(m.uid == uid for m in self.record.members):
+                peer.phase = Phase.IN
+                self._start_forming(void=True, reason="a member missed a record", now=now)
+            else:
+                self._lose(uid, "it was away when the others went on", now, died=False)
+            return
+        peer.phase = Phase.IN
+        known = self._recovering
+        if known is not None and known.number != record.number or answered > record.number:
+            self._recovery_needs_void = True
+        if known is None or record.number > known.number:
+            self._recovering = record
+        self._recover_if_complete(now)
+
+    def _recover_if_complete(self, now: float) -> None:
+        assert self._recovering is not None
+        awaited = {m.uid for m in self._recovering.members} - self._gone.keys()
+        if awaited <= self.peers.keys():
+            self._recover(now)
+
+    def _recover(self, now: float) -> None:
+        """Put the highest record in force again; form anew if anything happened to it meanwhile."""
+        record, self._recovering = self._recovering, None
+        assert record is not None
+        highest, self.record, self.number = max(self.number, record.number), record, record.number
+        members = {m.uid for m in record.members}
+        self._log("recovered", now, number=record.number)
+        for peer in [p for p in self._required() if p.member.uid not in members]:
+            self._lose(peer.member.uid, "it was not in the last record", now, died=False)
+        if self._recovery_needs_void or members - self.peers.keys():
+            reason = "the membership actor was restarted"
+            self._start_forming(void=True, reason=reason, now=now, number=highest + 1)
+        elif any(p.phase is Phase.JOINING for p in self.peers.values()):
+            self._start_forming(void=False, reason="workers have joined", now=now, number=highest + 1)
+
+    # ---------------------------------------------------------------- small things
+
+    def _heard(self, uid: str, now: float) -> Peer | None:
+        peer = self.peers.get(uid)
+        if peer is not None:
+            peer.heard = now
+        return peer
+
+    def _refuse_other_model(self, member: Member, fingerprint: str) -> bool:
+        """Workers must train the same model on the same data."""
+        if not fingerprint:
+            return False
+        if self._fingerprint is None:
+            self._fingerprint = (fingerprint, member.slot)
+        if self._fingerprint[0] == fingerprint:
+            return False
+        self._send(
+            member.uid, type="mismatch",
+            message=f"worker {member.slot} built another model or dataset than worker {self._fingerprint[1]}: "
+            f"{fingerprint} against {self._fingerprint[0]}. Build the same on every worker, "
+            "whatever its device, rank or random seed.",
+        )  # fmt: skip
+        return True
+
+    def _send(self, uid: str, **message: Any) -> None:
+        self._outbox.append((uid, message))
+
+    def _log(self, kind: str, now: float, **values: Any) -> None:
+        generation = self.record.number if self.record else 0
+        self.events.append({"seq": len(self.events), "kind": kind, "generation": generation, **values})
