@@ -135,7 +135,7 @@ class DataPlan:
                 # Not Generator.permutation: numpy may change its stream between versions, and two members with
                 # different versions would use some samples twice. PCG64's raw bits and SeedSequence are guaranteed.
                 bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
-                # Sort random numbers whose low bits are the index: ten times faster than argsort, and as no two are
+                # Sort random numbers whose low bits are the index: faster than argsort, and as no two of them are
                 # equal the result cannot depend on the sorting algorithm, which differs between processors.
                 low_bits = np.uint64((1 << self.dataset_size.bit_length()) - 1)
                 keys = bits.random_raw(self.dataset_size) & ~low_bits | np.arange(self.dataset_size, dtype=np.uint64)
