@@ -31,6 +31,10 @@ class CheckpointError(HetError, RuntimeError):
     """A checkpoint could not be written or read."""
 
 
+class DataProcessError(HetError, RuntimeError):
+    """A process that fetches samples for a worker died."""
+
+
 class EvictedError(HetError, RuntimeError):
     """This worker was dropped from the run: its peers had to go on without it."""
 
