@@ -151,6 +151,7 @@ class MemberAgent:
                 connection = Connection(where["host"], where["port"])
                 connection.send(self._hello(where["token"]))
             except Exception as error:
+                logger.debug("the hub is not reached", exc_info=True)
                 if time.monotonic() - since > RECONNECT_LIMIT_S:
                     self._leave_with(RunFailedError(f"the membership actor could not be reached: {error}"))
                     return

@@ -1,0 +1,82 @@
+"""Scripted faults: at a protocol point of a chosen step, on a chosen worker, exactly once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from raytrain_het.collectives import points
+
+Kind = Literal["kill", "stop", "leave", "raise", "slow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What happens, where and to whom.
+
+    ``kill``: SIGKILL. ``stop``: SIGSTOP (somebody else must continue or kill it). ``leave``: orderly leave. ``raise``: an exception
+    in the training function. ``slow``: sleep ``seconds`` at the point in each of ``steps`` steps.
+    """
+
+    slot: int
+    step: int
+    point: str
+    kind: Kind = "kill"
+    steps: int = 1
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.point not in points.POINTS:
+            raise ValueError(f"point={self.point!r} is not valid: allowed are {points.POINTS}")
+
+
+def install(faults: Sequence[Fault], slot: int, directory: str, leave: Callable[[], None] | None = None) -> None:
+    """Let the faults meant for this slot happen in this process.
+
+    Args:
+        faults: the script.
+        slot: this worker's.
+        directory: holds a mark for each fault that has happened, so that a refilled worker does not meet it again; the mark
+            holds the wall-clock time at which it did.
+        leave: how this worker leaves in good order.
+    """
+    mine = [f for f in faults if f.slot == slot]
+
+    def reached(point: str, step: int) -> None:
+        for fault in mine:
+            if fault.point != point or not fault.step <= step < fault.step + fault.steps:
+                continue
+            mark = Path(directory) / f"fault_{fault.slot}_{step}_{fault.point}_{fault.kind}"
+            if mark.exists():
+                continue
+            with mark.open("w") as file:
+                file.write(repr(time.time()))
+                file.flush()
+            _happen(fault, leave)
+
+    if mine:
+        points.listeners.append(reached)
+
+
+def _happen(fault: Fault, leave: Callable[[], None] | None) -> None:
+    if fault.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.kind == "slow":
+        time.sleep(fault.seconds)
+    elif fault.kind == "leave":
+        assert leave is not None
+        leave()
+    else:
+        raise RuntimeError(f"scripted fault at {fault.point} of step {fault.step}")
+
+
+def times_of(directory: str) -> list[float]:
+    """When the faults happened, in seconds of the wall clock."""
+    return sorted(float(p.read_text()) for p in Path(directory).glob("fault_*"))

@@ -1,0 +1,208 @@
+"""Workers as plain processes, with a hub and without Ray: where faults are cheap.
+
+Processes come from a fork server that has imported torch, so that a refill takes tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+import torch._dynamo  # Imported by every optimizer's first step: once in the fork server, not in each worker.
+
+from raytrain_het.config import HetConfig
+from raytrain_het.errors import HetError
+from raytrain_het.membership.server import Hub
+from raytrain_het.membership.settings import HubSettings
+from raytrain_het.testing import faults as fault_kit
+from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
+from raytrain_het.training import session as sessions
+from raytrain_het.training.checkpoint import LocalStorage
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["raytrain_het.testing.processes"])
+
+
+class WorkersFailedError(HetError, AssertionError):
+    """A worker of a lab run failed; the message has its traceback."""
+
+
+class ProcessLab:
+    """A run of ``num_slots`` workers in processes of this machine; dead ones are refilled.
+
+    Args:
+        train_fn: takes the lab's directory; runs in every worker.
+        directory: for ledgers, marks of faults and checkpoints.
+        config: the run's settings.
+        faults: the script.
+        refill: whether dead slots get new processes.
+        threads: torch threads per worker.
+    """
+
+    def __init__(
+        self, train_fn: Callable[[str], Any], directory: str | os.PathLike[str], *, num_slots: int,
+        config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True, threads: int = 1,
+        ledger: bool = True, hub: Hub | None = None, locate: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
+        self.config = config or HetConfig()
+        Path(self.directory).mkdir(parents=True, exist_ok=True)
+        settings = HubSettings(
+            run_id="lab", num_slots=num_slots, shares=self.config.shares, codec=self.config.codec,
+            silence_s=self.config.silence_s, hang_limit_s=self.config.hang_limit_s,
+            start_timeout_s=self.config.start_timeout_s,
+        )  # fmt: skip
+        self.settings = settings
+        self.hub = hub or Hub(settings)
+        self._address_file = Path(self.directory) / "hub.pickle"
+        self.publish()
+        payload = (train_fn, self.directory, self.config, faults or [], threads, ledger, num_slots)
+        self._payload = cloudpickle.dumps(payload)
+        self.processes: dict[int, BaseProcess] = {}
+        self.restarts = 0
+        self.results: dict[int, Any] = {}
+        self.errors: dict[int, str] = {}
+
+    def publish(self) -> None:
+        """Write down where the hub is."""
+        part = self._address_file.with_suffix(".part")
+        part.write_bytes(pickle.dumps(self.hub.address()))
+        part.rename(self._address_file)
+
+    def restart_hub(self) -> None:
+        """Kill the hub as a crash of its actor would, and start a new one."""
+        self.hub.shutdown()
+        self.hub = Hub(self.settings)
+        self.publish()
+
+    def start(self, slot: int) -> BaseProcess:
+        """Start or refill a slot."""
+        process = _context.Process(target=_work, args=(slot, self._payload), daemon=True)
+        process.start()
+        self.processes[slot] = process
+        return process
+
+    def run(self, timeout_s: float = 120.0, on_poll: Callable[[], None] | None = None) -> dict[int, Any]:
+        """Run all slots to the end; returns each slot's result.
+
+        Raises:
+            WorkersFailedError: a training function raised, or time ran out.
+        """
+        for slot in range(self.num_slots):
+            self.start(slot)
+        deadline = time.monotonic() + timeout_s
+        try:
+            while self.processes:
+                self.hub.acknowledge([r["key"] for r in self.hub.take_reports()])
+                sentinels = [p.sentinel for p in self.processes.values()]
+                multiprocessing.connection.wait(sentinels, timeout=0.05)
+                for slot, process in list(self.processes.items()):
+                    if not process.is_alive():
+                        self._reap(slot, process)
+                if on_poll is not None:
+                    on_poll()
+                if time.monotonic() > deadline:
+                    raise WorkersFailedError(f"not done after {timeout_s} s: {self.hub.status()}")
+        finally:
+            self.kill_all()
+        if self.errors:
+            raise WorkersFailedError("\n".join(f"worker {slot}: {text}" for slot, text in sorted(self.errors.items())))
+        return self.results
+
+    def kill_all(self) -> None:
+        """End every process that is left, and the hub."""
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            process.join(timeout=5)
+        self.processes.clear()
+        self.hub.shutdown()
+
+    def _reap(self, slot: int, process: BaseProcess) -> None:
+        process.join()
+        del self.processes[slot]
+        outcome = Path(self.directory) / f"outcome_{slot}_{process.pid}"
+        if outcome.exists():
+            kind, value = pickle.loads(outcome.read_bytes())
+            if kind == "result":
+                self.results[slot] = value
+                return
+            if kind == "error":
+                self.errors[slot] = value
+                return
+        status = self.hub.status()
+        if status["state"] in ("ended", "failed") or slot in status["dead_slots"]:
+            return
+        if self.refill:
+            self.restarts += 1
+            self.start(slot)
+        else:
+            self.hub.slot_vacant(slot, "the lab does not refill")
+
+
+def _work(slot: int, payload: bytes) -> None:
+    """A worker process."""
+    train_fn, directory, config, faults, threads, ledger, num_slots = cloudpickle.loads(payload)
+    torch.set_num_threads(threads)
+    where = Path(directory) / "hub.pickle"
+    kind, value = "gone", None
+    try:
+        value = sessions.run_worker(
+            lambda: _train(train_fn, directory, faults, slot, ledger),
+            config=config, slot=slot, num_slots=num_slots, locate=lambda: pickle.loads(where.read_bytes()),
+            storage=LocalStorage(Path(directory) / "storage"), device=torch.device("cpu"), node_ip="127.0.0.1",
+        )  # fmt: skip
+        kind = "result" if value is not _LEFT else "gone"
+    except sessions.EvictedError:
+        pass
+    except BaseException:
+        kind, value = "error", traceback.format_exc()
+    if value is None and kind == "result":
+        kind = "result"
+    part = Path(directory) / f".outcome_{slot}_{os.getpid()}"
+    part.write_bytes(pickle.dumps((kind, value)))
+    part.rename(Path(directory) / f"outcome_{slot}_{os.getpid()}")
+    # Threads of abandoned groups may be stuck in gloo: a normal exit would wait for them.
+    os._exit(0)
+
+
+_LEFT = object()
+
+
+def _train(train_fn: Callable[[str], Any], directory: str, faults: list, slot: int, ledger: bool) -> Any:
+    session = sessions.current()
+    fault_kit.install(faults, slot, directory, session.leave)
+    if ledger:
+        writer = LedgerWriter(Path(directory) / f"ledger_{slot}_{os.getpid()}.jsonl")
+        session.listeners.append(lambda note: writer.append(_entry(note)))
+    return train_fn(directory)
+
+
+def _entry(note: sessions.StepRecord) -> LedgerEntry:
+    return LedgerEntry(
+        step=note.step, generation=note.generation, epoch=note.epoch, offset=note.offset, batch_size=note.batch_size,
+        slices=note.slices, writer=note.uid, own_samples=note.own_samples,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, what: str) -> Iterator[None]:
+    """Kill this process loudly if a block takes too long (for tests that would hang)."""
+    timer = threading.Timer(seconds, lambda: (print(f"{what} took more than {seconds} s"), os._exit(3)))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,435 @@
+"""One step, from the training thread's side: opened by the loader, closed by the optimizer, done again if it fails.
+
+Order of a step: :meth:`Engine.open` (the record in force gives the slice) -> for each micro-batch :meth:`Engine.arm`, the user's
+forward and backward pass -> at the end of the last backward pass the sums are waited for -> :meth:`Engine.close` updates and
+commits. A step whose generation was voided is closed without an update and opened again under the next record.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from raytrain_het.collectives import points
+from raytrain_het.collectives.communicator import Communicator, ConfirmJob, ResyncJob, StepJob, resync_due
+from raytrain_het.collectives.exchange import Sums
+from raytrain_het.config import HetConfig
+from raytrain_het.errors import LoopOrderError, NonFiniteGradientError
+from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.record import Record
+from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
+from raytrain_het.training.gradients import Gradients
+from raytrain_het.training.healing import Healing
+from raytrain_het.training.replica import Replica
+
+logger = logging.getLogger("raytrain_het")
+
+
+@dataclass
+class Opened:
+    """A step under way."""
+
+    record: Record
+    cursor: Cursor
+    batch: range
+    own: range
+    """This worker's slice of the epoch's permutation; empty with a share of 0."""
+    micro: list[range]
+    job: StepJob
+    started: float
+    weights: list[float] = field(default_factory=list)
+    sums: Sums | None = None
+    settled: bool = False
+    """Whether the backward pass is over and it is known what became of the step."""
+    closed: bool = False
+    submitted: float = 0.0
+    inputs: Any = None
+
+
+@dataclass
+class Counters:
+    """What this worker has done since it started. Seconds, bytes, samples."""
+
+    samples: int = 0
+    global_samples: int = 0
+    steps: int = 0
+    skipped: int = 0
+    redone: int = 0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    protocol_cpu_s: float = 0.0
+
+
+class Engine:
+    """Drives the steps of one worker. Used by the training thread only."""
+
+    def __init__(
+        self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, plan: DataPlan,
+        config: HetConfig, healing: Healing, micro_batch_size: int | None,
+    ) -> None:  # fmt: skip
+        self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
+        self.plan, self.config, self.healing = plan, config, healing
+        self.counters = Counters()
+        self.opened: Opened | None = None
+        self.confirmed = 0
+        """Steps up to this one are committed on every member."""
+        self.on_commit: list[Callable[[Opened, Sums], None]] = []
+        self.on_confirm: list[Callable[[int], None]] = []
+        self._micro_batch_size = micro_batch_size
+        self._light: dict[str, Any] | None = None
+        self._redo = False
+        self._confirm: ConfirmJob | None = None
+        self._skipped_in_a_row = 0
+        self._record: Record | None = None
+        agent.batch = self._open_batch
+        communicator.replay_into(gradients.outs)
+
+    @property
+    def cursor(self) -> Cursor:
+        """Position after the last committed step."""
+        return Cursor.from_dict(self.agent.cursor)
+
+    # ---------------------------------------------------------------- opening
+
+    def start(self) -> None:
+        """Wait for the first generation and take over its state."""
+        self._enter()
+
+    def open(self, epoch: int) -> Opened | None:
+        """Open the next step; None at the end of the epoch, confirmed by all."""
+        began = time.thread_time()
+        self._settle_last()
+        while True:
+            self._wait_for_confirmation()
+            record = self._enter()
+            if self.cursor.epoch != epoch:
+                if self._confirm is None and self.agent.is_current(record.number):
+                    return None
+                continue
+            points.reach("slice", self.cursor.step + 1)
+            if self.agent.is_current(record.number):
+                break
+        cursor = self.cursor
+        if self._redo and self._light is not None:
+            self.replica.restore_light(self._light)
+            self.counters.redone += 1
+        else:
+            self._light = self.replica.light()
+        self._redo = False
+        self.healing.offer(record, cursor, self._light, self._parameters_digest)
+        opened = self._slice(record, cursor)
+        self.opened = opened
+        self.gradients.begin(
+            opened.job.step,
+            contributes=opened.job.contributes,
+            stale=lambda: opened.job.over,
+            on_ready=lambda count: self._ready(opened, count),
+            on_backward_done=lambda last: self._backward_done(opened, last),
+        )
+        self.comm.submit(opened.job)
+        self.counters.protocol_cpu_s += time.thread_time() - began
+        return opened
+
+    def _slice(self, record: Record, cursor: Cursor) -> Opened:
+        rank = record.rank_of(self.agent.uid)
+        assert rank is not None
+        batch = self.plan.batch_at(cursor)
+        own = slice_of(batch, record.shares, rank)
+        # A share of 0 still runs the loop's body, on one sample, so that user code behaves alike; the gradient is dropped.
+        micro = micro_batches(own, self._micro_batch_size) if len(own) else [range(batch.start, batch.start + 1)]
+        step = cursor.step + 1
+        job = StepJob(
+            record.number, step, locals=self.gradients.locals, outs=self.gradients.outs, contributes=len(own) > 0,
+            finite=self.gradients.finite, used=self.gradients.used, digest=self._digest_if_due(step),
+        )  # fmt: skip
+        return Opened(record, cursor, batch, own, micro, job, time.monotonic())
+
+    def _digest_if_due(self, step: int) -> int:
+        every = self.config.replica_check_steps
+        return self.replica.digest() if every and step % every == 0 else 0
+
+    def _parameters_digest(self) -> int:
+        return self.replica.digest(optimizer=True)
+
+    def _enter(self) -> Record:
+        """The record in force, once its group stands and this worker holds its base."""
+        agent, comm = self.agent, self.comm
+        while True:
+            agent.wait_for(lambda: comm.entered is not None and agent.is_current(comm.entered.number))
+            record = comm.entered
+            assert record is not None
+            if record is self._record:
+                return record
+            if not self.healing.take_over(record):
+                continue  # The generation was superseded while this worker was healing.
+            self._record = record
+            self.comm.step_s = 0.0 if record.reset else self.comm.step_s
+            self._confirm_up_to(record.base)
+            return record
+
+    def _open_batch(self) -> list[int] | None:
+        opened = self.opened
+        if opened is None or opened.closed:
+            return None
+        return [opened.cursor.epoch, opened.batch.start, len(opened.batch)]
+
+    # ---------------------------------------------------------------- the body of the loop
+
+    def arm(self, index: int, weight: float, inputs: Any) -> None:
+        """The next backward pass belongs to this micro-batch."""
+        opened = self._current()
+        opened.weights.append(weight if opened.job.contributes else 0.0)
+        opened.inputs = inputs
+        last = index == len(opened.micro) - 1
+        if last:
+            self.gradients.total_weight = opened.job.weight = float(sum(opened.weights))
+        self.gradients.arm(opened.weights[-1], last=last)
+
+    def body_done(self) -> None:
+        """The user's loop body has come to its end and asks for the next batch."""
+        opened = self._current()
+        ran = self.gradients.backward_ran
+        self.gradients.disarm()
+        if not ran:
+            raise LoopOrderError(
+                f"the loop asked for the next batch at step {opened.job.step} without backward(): every batch of the "
+                "prepared loader needs one backward() and one optimizer.step(). To skip samples, filter the dataset; "
+                "to evaluate, use raytrain_het.evaluate()."
+            )
+
+    @property
+    def stale(self) -> bool:
+        """Whether the open step is over already, so that its remaining micro-batches need not run."""
+        return self.opened is not None and self.opened.job.over and self.opened.job.outcome == "aborted"
+
+    def _ready(self, opened: Opened, count: int) -> None:
+        if self.gradients.not_zeroed():
+            raise LoopOrderError(
+                "backward() ran without optimizer.zero_grad() since the last step, so it would add to the old gradients: "
+                "call optimizer.zero_grad() before backward()."
+            )
+        if count == len(self.gradients.layout.buckets):
+            opened.submitted = time.monotonic()
+        self.comm.bucket_ready(opened.job, count)
+
+    def _backward_done(self, opened: Opened, last: bool) -> None:
+        if not last:
+            return
+        if not opened.submitted:
+            opened.submitted = time.monotonic()
+        self._await_sums(opened)
+        opened.settled = True
+        self.gradients.show(opened.sums)
+        now = time.monotonic()
+        self.counters.compute_s += opened.submitted - opened.started
+        self.counters.wait_s += now - opened.submitted
+
+    def _await_sums(self, opened: Opened) -> None:
+        """Wait until the step has its sums (perhaps from a peer that had them), or is to be done again."""
+        try:
+            self.agent.wait_for(lambda: opened.job.over)
+            if opened.job.error is not None:
+                raise opened.job.error
+            opened.sums = opened.job.sums if opened.job.outcome == "done" else None
+            if opened.sums is None:
+                self._resolve(opened)
+        except BaseException as error:
+            # Raised in the loop, not through autograd's engine, which is no place for control flow.
+            self._error = error
+
+    _error: BaseException | None = None
+
+    def _resolve(self, opened: Opened) -> None:
+        """The generation is void: see from the next one what became of the step."""
+        number, comm = opened.job.generation, self.comm
+        self.agent.wait_for(
+            lambda: comm.entered is not None
+            and comm.entered.number > number
+            and self.agent.is_current(comm.entered.number)
+        )
+        record = comm.entered
+        assert record is not None
+        opened.sums = None
+        if record.base == opened.job.step and comm.replayed is not None and comm.replayed.step == opened.job.step:
+            opened.sums = comm.replayed
+            opened.job = StepJob(record.number, opened.job.step, outcome="done")
+            self.gradients.show(opened.sums)
+
+    # ---------------------------------------------------------------- closing
+
+    def close(self, update: Callable[[], Any]) -> Any:
+        """The user's ``optimizer.step()``: update and commit, or nothing if the step is not whole or is done again."""
+        self._raise_pending()
+        opened = self.opened
+        if opened is None or opened.closed:
+            raise LoopOrderError(
+                "optimizer.step() was called without a batch of the prepared loader: the order is "
+                "for x, y in loader: zero_grad(), backward(), step(), once each."
+            )
+        if not opened.settled:
+            if not self.gradients.backward_ran:
+                raise LoopOrderError("optimizer.step() was called before backward(): swap the two lines.")
+            return None  # A micro-batch that is not the last.
+        result = None
+        while opened.sums is not None and not opened.closed:
+            with self.agent.committing(opened.job.generation) as allowed:
+                if allowed:
+                    result = self._commit(opened, opened.sums, update)
+                    opened.closed = True
+            if not opened.closed:
+                self._resolve(opened)
+        if opened.closed:
+            self._after_commit(opened)
+        else:
+            opened.closed = True
+            self._redo = True
+        return result
+
+    def _commit(self, opened: Opened, sums: Sums, update: Callable[[], Any]) -> Any:
+        result = None
+        if sums.applies:
+            self.healing.log(opened.job.step, self.replica.hyperparameters)
+            result = update()
+            self.gradients.apply_buffers()
+        else:
+            self.healing.log(opened.job.step, lambda: None)
+        points.reach("updated", opened.job.step)
+        after, _ = advance(self.plan, opened.cursor.to_dict())
+        self.agent.advance(after, healed=True)
+        return result
+
+    def _after_commit(self, opened: Opened) -> None:
+        sums, number, step = opened.sums, opened.job.generation, opened.job.step
+        assert sums is not None
+        began = time.thread_time()
+        self._confirm_up_to(step - 1)
+        counters = self.counters
+        counters.steps += 1
+        counters.samples += len(opened.own)
+        counters.global_samples += len(opened.batch)
+        duration = time.monotonic() - opened.started
+        self.comm.step_s = duration if self.comm.step_s == 0 else 0.8 * self.comm.step_s + 0.2 * duration
+        for listener in self.on_commit:
+            listener(opened, sums)
+        self._note_skips(opened, sums)
+        if sums.want > number:
+            self.agent.answer_want(sums.want)
+        elif opened.record.number == number:
+            if resync_due(sums):
+                self._resync(number, step)
+            if self.cursor.epoch != opened.cursor.epoch:
+                self._confirm = ConfirmJob(number, step)
+                self.comm.submit(self._confirm)
+        counters.protocol_cpu_s += time.thread_time() - began
+
+    def _resync(self, number: int, step: int) -> None:
+        """The replicas differ, as they do on unlike devices: take the first healed member's parameters."""
+        record = self._record
+        assert record is not None
+        first = next(m.uid for m in record.members if m.uid not in record.unhealed)
+        job = ResyncJob(number, step)
+        if first == self.agent.uid:
+            job.data = self.replica.pack_parameters()
+        else:
+            job.data = torch.zeros(self.replica.parameter_bytes(), dtype=torch.uint8)
+        self.comm.submit(job)
+        self.agent.wait_for(lambda: job.over)
+        if job.outcome == "done" and first != self.agent.uid:
+            drift = self.replica.unpack_parameters(job.data)
+            self.agent.tell("event", event={"kind": "drift", "step": step, "largest_difference": drift})
+
+    def _wait_for_confirmation(self) -> None:
+        """Until all have committed the epoch's last step: by the round, or by the next generation's base."""
+        confirm = self._confirm
+        if confirm is None:
+            return
+        self.agent.wait_for(lambda: confirm.over)
+        if confirm.error is not None:
+            raise confirm.error
+        if confirm.outcome == "done":
+            self._confirm_up_to(confirm.step)
+            if confirm.want > confirm.generation:
+                self.agent.answer_want(confirm.want)
+        self._confirm = None
+
+    def _confirm_up_to(self, step: int) -> None:
+        if step > self.confirmed:
+            self.confirmed = step
+            for listener in self.on_confirm:
+                listener(step)
+
+    # ---------------------------------------------------------------- errors and odd ends
+
+    def _settle_last(self) -> None:
+        """The loop has asked for another batch: was the last one dealt with?"""
+        self._raise_pending()
+        opened = self.opened
+        if opened is None or opened.closed:
+            return
+        if opened.job.over and opened.job.outcome == "aborted" and not opened.settled:
+            opened.closed = self._redo = True  # Given up in the middle of its micro-batches.
+        elif opened.settled and opened.sums is not None and not opened.sums.applies:
+            self.close(lambda: None)  # A loss scaler skips step() itself when gradients overflow.
+        elif opened.settled and opened.sums is None:
+            opened.closed = self._redo = True
+        else:
+            raise LoopOrderError(
+                f"the loop asked for the next batch at step {opened.job.step} without optimizer.step(): every batch needs "
+                "one backward() and one step(). To accumulate gradients, give prepare_data_loader a micro_batch_size."
+            )
+
+    def _raise_pending(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _current(self) -> Opened:
+        assert self.opened is not None
+        return self.opened
+
+    def _note_skips(self, opened: Opened, sums: Sums) -> None:
+        if sums.finite:
+            self._skipped_in_a_row = 0
+            return
+        self.counters.skipped += 1
+        self._skipped_in_a_row += 1
+        names: list[str] = []
+        slot = self.agent.member.slot
+        text = f"workers {sums.nonfinite_slots}" if sums.nonfinite_slots else "a peer"
+        if slot in sums.nonfinite_slots:
+            names = self.gradients.nonfinite_parameters()
+            text = f"worker {slot}, parameters {names[:3]}{self._bad_samples(opened)}"
+            logger.warning("step %d: gradient not finite on %s; the update is skipped", opened.job.step, text)
+            event = {"kind": "skipped", "step": opened.job.step, "parameters": names[:10]}
+            self.agent.tell("event", event=event)
+        limit = self.config.max_skipped_steps
+        if limit and self._skipped_in_a_row >= limit:
+            raise NonFiniteGradientError(
+                f"{limit} updates in a row were skipped for gradients that are not finite, the last at step "
+                f"{opened.job.step} ({text}). Lower the learning rate, look for NaNs in the data, or raise "
+                f"HetConfig(max_skipped_steps={limit})."
+            )
+
+    def _bad_samples(self, opened: Opened) -> str:
+        tensors = opened.inputs if isinstance(opened.inputs, list | tuple) else [opened.inputs]
+        indices = opened.micro[-1]
+        order = self.plan.permutation(opened.cursor.epoch)
+        for t in tensors:
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and len(t) == len(indices):
+                bad = (~torch.isfinite(t.reshape(len(t), -1))).any(dim=1).nonzero().flatten().tolist()
+                if bad:
+                    return f" (the data is not finite: samples {[int(order[indices[k]]) for k in bad[:5]]})"
+        return ""
+
+
+def advance(plan: DataPlan, cursor: dict[str, int]) -> tuple[dict[str, int], bool]:
+    """The cursor after one more committed step, rolled over into the next epoch at an epoch's end, and whether it did."""
+    after = plan.advance(Cursor.from_dict(cursor))
+    if plan.is_epoch_end(after):
+        return plan.next_epoch(after).to_dict(), True
+    return after.to_dict(), False

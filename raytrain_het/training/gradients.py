@@ -1,0 +1,247 @@
+"""Local gradients: hooks on the parameters gather them, weighted, into buckets, and hand the means back.
+
+Symbols: ``b_j`` the weight of micro-batch ``j`` (its samples, or the user's measure), ``g_j`` its mean gradient. What a member
+sends is ``w g = sum_j b_j g_j``: exact sums, so that cutting a share into micro-batches changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from raytrain_het.collectives import points
+from raytrain_het.collectives.exchange import Sums
+from raytrain_het.collectives.layout import Layout
+from raytrain_het.errors import ConfigError, LoopOrderError
+
+
+class Gradients:
+    """The training thread's end of the all-reduce.
+
+    After the last micro-batch's ``backward()`` every ``p.grad`` is the weighted mean over all members, as with torch's DDP, so
+    clipping and logging of gradients work as they do there.
+
+    Args:
+        model: the user's model; it is not wrapped, only its parameters get hooks.
+        bucket_bytes: target size of a bucket.
+
+    Raises:
+        ConfigError: no parameter is trained, or one is of a kind that cannot travel.
+    """
+
+    def __init__(self, model: nn.Module, bucket_bytes: int) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            total = sum(1 for _ in model.parameters())
+            raise ConfigError(
+                f"the model has no trainable parameters ({total} parameters, requires_grad=False on all). "
+                "Set p.requires_grad_(True) on those to train before prepare_model()."
+            )
+        for name, p in named:
+            if p.is_complex() or not p.is_floating_point():
+                raise ConfigError(f"parameter {name!r} has dtype {p.dtype}: only real floating point can be trained here.")
+        self.model = model
+        self._buffers = [(n, b) for n, b in model.named_buffers() if not b.is_complex()]
+        self.layout = Layout(named, self._buffers, bucket_bytes)
+        by_name = dict(named)
+        self.locals: list[torch.Tensor] = []
+        self.outs: list[torch.Tensor] = []
+        self._params: list[nn.Parameter] = []
+        self._slots: list[tuple[int, int]] = []
+        self._local_views: list[torch.Tensor] = []
+        self._out_views: list[torch.Tensor] = []
+        self._gradient_buckets = [b for b in self.layout.buckets if not b.is_state]
+        for bucket in self.layout.buckets:
+            device = by_name[bucket.segments[0].name].device if not bucket.is_state else torch.device("cpu")
+            self.locals.append(torch.zeros(bucket.numel, dtype=bucket.dtype, device=device))
+            self.outs.append(torch.zeros(bucket.numel, dtype=bucket.dtype, device=device))
+            if bucket.is_state:
+                continue
+            for place, segment in enumerate(bucket.segments):
+                p = by_name[segment.name]
+                self._slots.append((bucket.index, place))
+                self._params.append(p)
+                self._local_views.append(self.locals[-1][segment.offset : segment.stop].view(segment.shape))
+                self._out_views.append(self.outs[-1][segment.offset : segment.stop].view(segment.shape))
+                p.register_post_accumulate_grad_hook(self._hook(len(self._params) - 1))
+        self._shown: list[torch.Tensor | None] = [None] * len(self._params)
+        self._touched = [False] * len(self._params)
+        self._fired: set[int] = set()
+        self._missing: list[int] = []
+        self._ready = 0
+        self._armed = False
+        self._weight = 0.0
+        self._last = False
+        self._contributes = False
+        self._step = 0
+        self._stale: Callable[[], bool] = lambda: False
+        self._on_ready: Callable[[int], None] = lambda count: None
+        self._on_backward_done: Callable[[bool], None] = lambda last: None
+        self.finite: list[bool] = []
+        self.used: list[int] = []
+
+    # ---------------------------------------------------------------- a step
+
+    def begin(
+        self, step: int, *, contributes: bool, stale: Callable[[], bool],
+        on_ready: Callable[[int], None], on_backward_done: Callable[[bool], None],
+    ) -> None:  # fmt: skip
+        """A step is opened: nothing is gathered yet."""
+        self._step, self._contributes, self._stale = step, contributes, stale
+        self._on_ready, self._on_backward_done = on_ready, on_backward_done
+        self._touched = [False] * len(self._params)
+        self.finite = [True] * len(self.layout.buckets)
+        self.used = [0] * len(self.layout.buckets)
+        self._ready = 0
+
+    def arm(self, weight: float, *, last: bool) -> None:
+        """The next backward pass is that of a micro-batch of this weight."""
+        self._weight, self._last, self._armed = weight, last, True
+        self._fired = set()
+        if last:
+            counts = [0] * len(self.layout.buckets)
+            for bucket, _ in self._slots:
+                counts[bucket] += 1
+            self._missing = counts
+
+    def disarm(self) -> None:
+        """The micro-batch is over. Another backward pass before the next one is an error."""
+        self._armed = False
+
+    @property
+    def backward_ran(self) -> bool:
+        """Whether the armed micro-batch had its backward pass."""
+        return bool(self._fired)
+
+    def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
+        bucket, place = self._slots[index]
+
+        def gathered(p: torch.Tensor) -> None:
+            if not self._armed:
+                raise LoopOrderError(
+                    "backward() was called outside of a step: take a batch from the prepared loader first "
+                    "(for x, y in loader: ...), one backward() and one optimizer.step() for each."
+                )
+            if not self._fired:
+                points.reach("backward", self._step)
+                torch.autograd.Variable._execution_engine.queue_callback(self._done)
+            if index in self._fired:
+                raise LoopOrderError(
+                    "backward() ran twice for one batch: add the losses up and call it once, or give prepare_data_loader "
+                    "a micro_batch_size to accumulate gradients."
+                )
+            self._fired.add(index)
+            if self._stale():
+                return
+            grad = p.grad
+            assert grad is not None
+            if grad.is_sparse:
+                raise ConfigError(f"parameter {self._name(index)!r} has a sparse gradient: build it with sparse=False.")
+            if self._contributes:
+                view = self._local_views[index]
+                if self._touched[index]:
+                    view.add_(grad, alpha=self._weight)
+                else:
+                    torch.mul(grad, self._weight, out=view) if grad.dtype == view.dtype else view.copy_(grad).mul_(
+                        self._weight
+                    )
+                self._touched[index] = True
+            if self._last:
+                self.used[bucket] |= (1 << place) if self._touched[index] else 0
+                self._missing[bucket] -= 1
+                if self._missing[bucket] == 0:
+                    self._pass_on()
+
+        return gathered
+
+    def _pass_on(self) -> None:
+        """Hand over all full buckets that come next in the launch order."""
+        before = self._ready
+        while self._ready < len(self._gradient_buckets) and self._missing[self._ready] == 0:
+            if self._contributes:
+                self.finite[self._ready] = _is_finite(self.locals[self._ready])
+            self._ready += 1
+        if self._ready > before:
+            self._on_ready(self._ready)
+
+    def _done(self) -> None:
+        """The backward pass is over: what had no gradient counts as zero; then the sums are waited for."""
+        if not self._stale() and self._last:
+            for index, (bucket, place) in enumerate(self._slots):
+                if index in self._fired:
+                    continue
+                if not self._touched[index]:
+                    self._local_views[index].zero_()
+                else:
+                    self.used[bucket] |= 1 << place
+                self._missing[bucket] -= 1
+            self._pass_on()
+            self._fill_buffers()
+            self._on_ready(len(self.layout.buckets))
+        if not self._last:
+            for p in self._params:
+                p.grad = None
+        self._on_backward_done(self._last)
+
+    def _fill_buffers(self) -> None:
+        weight, place = self.total_weight, 0
+        for bucket in self.layout.buckets[len(self._gradient_buckets) :]:
+            for segment in bucket.segments:
+                buffer = self._buffers[place][1]
+                self.locals[bucket.index][segment.offset : segment.stop].copy_(buffer.reshape(-1)).mul_(weight)
+                place += 1
+
+    total_weight = 0.0
+    """Weight of the whole share; set before the last micro-batch."""
+
+    # ---------------------------------------------------------------- its result
+
+    def show(self, sums: Sums | None) -> None:
+        """Point every ``p.grad`` at its mean; zeros where the step came to nothing. None where nobody had a gradient."""
+        for index, (bucket, place) in enumerate(self._slots):
+            p = self._params[index]
+            self._shown[index] = None
+            if sums is None:
+                self._out_views[index].zero_()
+            elif not sums.used[bucket] >> place & 1:
+                p.grad = None
+                continue
+            view = self._out_views[index]
+            p.grad = self._shown[index] = view if view.dtype == p.dtype else view.to(p.dtype)
+
+    def apply_buffers(self) -> None:
+        """Take the running statistics averaged over members."""
+        place = 0
+        with torch.no_grad():
+            for bucket in self.layout.buckets[len(self._gradient_buckets) :]:
+                for segment in bucket.segments:
+                    buffer = self._buffers[place][1]
+                    value = self.outs[bucket.index][segment.offset : segment.stop].view(segment.shape)
+                    buffer.copy_(value if buffer.is_floating_point() else value.round())
+                    place += 1
+
+    def not_zeroed(self) -> bool:
+        """Whether the last step's gradients are still there, so that a backward pass has added to them."""
+        return any(p.grad is shown for p, shown in zip(self._params, self._shown, strict=True) if shown is not None)
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for p in self._params:
+            p.grad = None
+
+    def nonfinite_parameters(self) -> list[str]:
+        """Names of the parameters whose local gradient is not finite."""
+        return [
+            self._name(i) for i, view in enumerate(self._local_views) if self._touched[i] and not _is_finite(view)
+        ]
+
+    def _name(self, index: int) -> str:
+        bucket, place = self._slots[index]
+        return self.layout.buckets[bucket].segments[place].name
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    # A finite sum proves it in one cheap pass; sums of finite values may overflow, so only then each is looked at.
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())

@@ -1,0 +1,204 @@
+"""How a worker comes to hold what the others hold: from a checkpoint, a snapshot, or a snapshot and a replay.
+
+An unhealed member takes a snapshot of a peer while the others train, replays the decoded sums of the steps gone by since, and asks
+for a share. With the record that gives it one it compares itself to the peer, bit by bit: what a training function does
+to gradients between ``backward()`` and ``step()`` is not in the sums. If it differs it takes the peer's state as it stands; the peer
+cannot move on meanwhile, for the step needs them both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from raytrain_het.collectives.communicator import Communicator
+from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.record import Record
+from raytrain_het.training.cursor import Cursor
+from raytrain_het.training.gradients import Gradients
+from raytrain_het.training.replica import Hyperparameters, Replica
+from raytrain_het.training.state_server import StateServer, ask
+
+
+class Healing:
+    """Both sides of it: :meth:`take_over` heals this worker, :meth:`offer` and :meth:`log` serve its peers."""
+
+    def __init__(
+        self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, server: StateServer,
+        token: Callable[[], str], update: Callable[[], Any], load_checkpoint: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._agent, self._comm, self._replica, self._gradients = agent, communicator, replica, gradients
+        self._server, self._token, self._update = server, token, update
+        self._load_checkpoint = load_checkpoint
+        self._offered = 0
+        self._log: list[tuple[int, Hyperparameters | None]] = []
+        self._logging = False
+        self._snapshot_step = -1
+        self._snapshot_source = ""
+        self._follow_start = -1
+
+    # ---------------------------------------------------------------- this worker heals
+
+    def take_over(self, record: Record) -> bool:
+        """Come to hold the record's base; False if the record was superseded before that."""
+        uid, held = self._agent.uid, True
+        if record.reset:
+            held = self._reset(record)
+        elif uid in record.unhealed:
+            held = self._heal(record)
+        elif uid in record.fresh:
+            held = self._verify(record)
+        else:
+            return True
+        self._gradients.clear()
+        return held
+
+    def _reset(self, record: Record) -> bool:
+        if record.checkpoint is not None:
+            self._load_checkpoint(record.checkpoint)
+        elif record.source != self._agent.uid:
+            snapshot = self._ask(record, f"snapshot.{record.number}")
+            if snapshot is None:
+                return False
+            self._replica.load(snapshot)
+        else:
+            self._offer_snapshot(record)
+        return self._hold(record, cursor=record.cursor, healed=True, fresh=False)
+
+    def _heal(self, record: Record) -> bool:
+        """Snapshot, then replay; comes back when another record is there."""
+        comm, agent = self._comm, self._agent
+        if self._follow_start != comm.follow_starts or self._snapshot_source != record.source:
+            if not self._hold(record, cursor=None, healed=False, fresh=False):
+                return False
+            snapshot = self._ask(record, f"snapshot.{record.number}")
+            if snapshot is None:
+                return False
+            self._replica.load(snapshot)
+            self._snapshot_step, self._snapshot_source = record.base, record.source or ""
+            self._follow_start = comm.follow_starts
+        asked = False
+        while agent.is_current(record.number):
+            self._replay(record, until=None)
+            if not asked and not self._behind():
+                if not self._hold(record, cursor=None, healed=True, fresh=True):
+                    break
+                agent.tell("healed")
+                asked = True
+            agent.wait_for(lambda: not agent.is_current(record.number) or self._behind())
+        return False
+
+    def _behind(self) -> bool:
+        """Whether steps that the snapshot does not hold wait for their replay."""
+        return any(after["step"] > self._snapshot_step for _, _, after in self._comm.followed)
+
+    def _replay(self, record: Record, until: int | None) -> bool:
+        """Replay the followed steps on the snapshot, each with the settings the peer used for it."""
+        comm = self._comm
+        settings: dict[int, Hyperparameters | None] = {}
+        while comm.followed:
+            sums, outs, after = comm.followed[0]
+            step = after["step"]
+            if step <= self._snapshot_step:
+                comm.followed.popleft()
+                continue
+            if until is not None and step > until:
+                break
+            if step not in settings:
+                log = self._ask(record, "log", after=self._snapshot_step, at_least=step)
+                if log is None:
+                    return False
+                settings = dict(log)
+                if step not in settings:
+                    return False
+            chosen = settings[step]
+            if sums.applies and chosen is not None:
+                for mine, theirs in zip(self._gradients.outs, outs, strict=True):
+                    mine.copy_(theirs)
+                self._gradients.show(sums)
+                self._replica.set_hyperparameters(chosen)
+                self._update()
+                self._gradients.apply_buffers()
+            comm.followed.popleft()
+            self._snapshot_step = step
+        return True
+
+    def _verify(self, record: Record) -> bool:
+        """Replay to the base, and compare with the peer before the first step that counts."""
+        complete = self._replay(record, until=record.base) and self._snapshot_step == record.base
+        light = self._ask(record, f"light.{record.number}")
+        if light is None:
+            return False
+        same = complete and light["digest"] == self._replica.digest(optimizer=True)
+        if not same:
+            full = self._ask(record, f"full.{record.number}")
+            if full is None:
+                return False
+            self._replica.load(full)
+        self._replica.restore_light(light)
+        self._comm.followed.clear()
+        how = "replay" if same else "the peer's state, as the replay differed"
+        self._agent.tell("event", event={"kind": "healed", "step": record.base, "by": how})
+        return self._hold(record, cursor=record.cursor, healed=True, fresh=False)
+
+    def _hold(self, record: Record, *, cursor: dict[str, int] | None, healed: bool, fresh: bool) -> bool:
+        """Say what this worker holds from now on, unless the record is superseded. ``cursor`` None leaves it."""
+        with self._agent.committing(record.number) as allowed:
+            if allowed:
+                self._agent.advance(cursor or self._agent.cursor, healed=healed, fresh=fresh)
+        return allowed
+
+    def _ask(self, record: Record, name: str, **values: Any) -> Any | None:
+        """Ask the record's source; None once the record is superseded (a source that is gone will see to that)."""
+        agent = self._agent
+        assert record.source is not None
+        source = record.member(record.source)
+        stale = lambda: agent.gone is not None or not agent.is_current(record.number)  # noqa: E731
+        while not stale():
+            answer = ask(source.host, source.state_port, self._token(), name, give_up=stale, **values)
+            if answer is not None:
+                return answer
+            agent.wait_for(stale, timeout=0.05)
+        agent.check()
+        return None
+
+    # ---------------------------------------------------------------- this worker serves
+
+    def offer(self, record: Record, cursor: Cursor, light: dict[str, Any], digest: Callable[[], int]) -> None:
+        """At the opening of a step: serve those that heal, if this worker is the record's source."""
+        waiting = bool(record.unhealed or record.fresh)
+        self._logging = waiting and record.source == self._agent.uid
+        if not waiting:
+            self._log.clear()
+        if record.reset and cursor.step == record.base:
+            return  # What _reset offers stays until all have taken it, and so have taken part in a step.
+        if record.source != self._agent.uid or self._offered == record.number:
+            return
+        self._offered = record.number
+        for prefix in ("snapshot.", "light.", "full.", "log"):
+            self._server.withdraw(prefix)
+        if not waiting:
+            return
+        if record.unhealed:
+            self._offer_snapshot(record)
+        if record.fresh:
+            value = light | {"digest": digest()}
+            replica = self._replica
+            self._server.offer(f"light.{record.number}", lambda _: value)
+            # Made when asked for: the step that would change it needs the one that asks.
+            self._server.offer(f"full.{record.number}", lambda _: replica.snapshot(copy_tensors=False))
+        self._server.offer("log", self._serve_log)
+
+    def _offer_snapshot(self, record: Record) -> None:
+        snapshot = self._replica.snapshot()
+        self._server.offer(f"snapshot.{record.number}", lambda _: snapshot)
+
+    def log(self, step: int, hyperparameters: Callable[[], Hyperparameters | None]) -> None:
+        """Keep the optimizer's settings of a step for those that will replay it; None if it was skipped."""
+        if self._logging:
+            self._log.append((step, hyperparameters()))
+
+    def _serve_log(self, request: dict[str, Any]) -> list[tuple[int, Hyperparameters | None]]:
+        agent = self._agent
+        agent.wait_for(lambda: agent.cursor["step"] >= request["at_least"] or not self._logging, timeout=10.0)
+        return [(step, values) for step, values in list(self._log) if step > request["after"]]

@@ -1,0 +1,39 @@
+"""An optimizer whose ``step()`` closes the step. Its class is replaced by a subclass, so that it stays what it was to others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raytrain_het.errors import LoopOrderError
+
+if TYPE_CHECKING:
+    from raytrain_het.training.session import Session
+
+
+def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[], Any]:
+    """Turn the optimizer into one of ours, in place; returns its own ``step``."""
+    cls = type(optimizer)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise LoopOrderError(f"prepare_optimizer() got a {cls.__name__}: pass a torch.optim.Optimizer.")
+    if "step" in vars(optimizer):
+        raise LoopOrderError(
+            "prepare_optimizer() must come before the learning-rate scheduler: prepare the optimizer, then make the "
+            "scheduler from it, then register_state('scheduler', scheduler)."
+        )
+
+    def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
+        if closure is not None:
+            raise LoopOrderError("optimizer.step(closure) is not supported: call backward() yourself, then step().")
+        if session.engine is None:
+            raise LoopOrderError("optimizer.step() was called before loader.epochs(): use for epoch in loader.epochs(n).")
+        return session.engine.close(lambda: cls.step(self))
+
+    def zero_grad(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+        # Gradients are gathered in buckets, so there is nothing to keep in p.grad, whatever the flag.
+        cls.zero_grad(self, set_to_none=True)
+
+    optimizer.__class__ = type(f"Het{cls.__name__}", (cls,), {"step": step, "zero_grad": zero_grad, "__module__": __name__})
+    return lambda: cls.step(optimizer)

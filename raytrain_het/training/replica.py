@@ -1,0 +1,164 @@
+"""The state that heals, is checkpointed and moves only on commit: model, optimizer, registered objects."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytrain_het.errors import ConfigError, LoopOrderError
+
+Hyperparameters = list[dict[str, Any]]
+
+
+class Replica:
+    """This worker's copy of what all workers share."""
+
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.registered: dict[str, Any] = {}
+
+    def register(self, name: str, obj: Any) -> None:
+        """Keep an object's ``state_dict`` in step with the model.
+
+        Raises:
+            ConfigError: it has none, or the name is taken.
+        """
+        if not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
+            raise ConfigError(
+                f"register_state({name!r}, ...) got a {type(obj).__name__}, which has no state_dict() and load_state_dict(): "
+                "give it both, or register an object that has them."
+            )
+        if self.registered.get(name, obj) is not obj:
+            raise ConfigError(f"register_state({name!r}, ...): the name is taken. Use one name per object.")
+        self.registered[name] = obj
+
+    # ---------------------------------------------------------------- the light part, copied at every step's opening
+
+    def light(self) -> dict[str, Any]:
+        """Buffers, registered objects and the optimizer's settings: what a step done again has to start from."""
+        assert self.model is not None
+        return {
+            "buffers": {name: b.detach().clone() for name, b in self.model.named_buffers()},
+            "registered": {name: copy.deepcopy(obj.state_dict()) for name, obj in self.registered.items()},
+            "hyperparameters": self.hyperparameters(),
+        }
+
+    def restore_light(self, light: dict[str, Any], *, buffers: bool = True) -> None:
+        """Go back to what :meth:`light` returned."""
+        assert self.model is not None
+        for name, obj in self.registered.items():
+            if name not in light["registered"]:
+                raise LoopOrderError(
+                    f"state {name!r} was registered after the first step: call register_state() before loader.epochs()."
+                )
+            obj.load_state_dict(copy.deepcopy(light["registered"][name]))
+        self.set_hyperparameters(light["hyperparameters"])
+        if buffers:
+            with torch.no_grad():
+                for name, buffer in self.model.named_buffers():
+                    buffer.copy_(light["buffers"][name])
+
+    def hyperparameters(self) -> Hyperparameters:
+        """The optimizer's settings by parameter group (rate, momentum, ...)."""
+        assert self.optimizer is not None
+        return [
+            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+        ]
+
+    def set_hyperparameters(self, values: Hyperparameters) -> None:
+        """The inverse of :meth:`hyperparameters`."""
+        assert self.optimizer is not None
+        for group, new in zip(self.optimizer.param_groups, values, strict=True):
+            for key, value in new.items():
+                if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
+
+    # ---------------------------------------------------------------- the whole
+
+    def snapshot(self, *, copy_tensors: bool = True) -> dict[str, Any]:
+        """Everything, on the CPU. With ``copy_tensors=False`` it shares memory with the live state where it can."""
+        assert self.model is not None and self.optimizer is not None
+        keep = _cpu_clone if copy_tensors else _cpu
+        return {
+            "model": {name: keep(t) for name, t in self.model.state_dict().items()},
+            "optimizer": _map(self.optimizer.state_dict(), keep),
+            "registered": {name: copy.deepcopy(obj.state_dict()) for name, obj in self.registered.items()},
+        }
+
+    def load(self, snapshot: dict[str, Any], *, registered: bool = True) -> None:
+        """Take over a snapshot. Shapes must fit; callers compare fingerprints first."""
+        assert self.model is not None and self.optimizer is not None
+        self.model.load_state_dict(snapshot["model"])
+        self.optimizer.load_state_dict(snapshot["optimizer"])
+        if registered:
+            for name, obj in self.registered.items():
+                if name in snapshot["registered"]:
+                    obj.load_state_dict(copy.deepcopy(snapshot["registered"][name]))
+
+    def digest(self, *, optimizer: bool = False) -> int:
+        """A number that differs if any parameter's bits differ (about surely); never 0.
+
+        ``sum_k (2k + 1) s_k mod 2^63`` over tensors ``k``, with ``s_k`` the sum of its bits read as whole numbers.
+        """
+        assert self.model is not None and self.optimizer is not None
+        tensors: list[torch.Tensor] = [p.detach() for p in self.model.parameters()]
+        if optimizer:
+            for state in self.optimizer.state_dict()["state"].values():
+                tensors += [v for _, v in sorted(state.items()) if isinstance(v, torch.Tensor)]
+        total = 0
+        for k, t in enumerate(tensors):
+            total += (2 * k + 1) * int(_as_integers(t).sum(dtype=torch.int64))
+        return total % (2**62) + 1
+
+    def parameter_bytes(self) -> int:
+        """Bytes of all parameters."""
+        assert self.model is not None
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def pack_parameters(self) -> torch.Tensor:
+        """All parameters as one uint8 tensor on the CPU."""
+        assert self.model is not None
+        return torch.cat([p.detach().cpu().contiguous().view(-1).view(torch.uint8) for p in self.model.parameters()])
+
+    def unpack_parameters(self, data: torch.Tensor) -> float:
+        """Take over packed parameters; returns the largest absolute difference there was."""
+        assert self.model is not None
+        drift, place = 0.0, 0
+        with torch.no_grad():
+            for p in self.model.parameters():
+                size = p.numel() * p.element_size()
+                new = data[place : place + size].clone().view(p.dtype).view(p.shape).to(p.device)
+                drift = max(drift, float((new - p).abs().max()) if p.numel() else 0.0)
+                p.copy_(new)
+                place += size
+        return drift
+
+
+def _as_integers(t: torch.Tensor) -> torch.Tensor:
+    t = t.contiguous()
+    if not t.is_floating_point():
+        return t.view(-1).to(torch.int64)
+    return t.view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def _cpu_clone(t: Any) -> Any:
+    return t.detach().to("cpu", copy=True) if isinstance(t, torch.Tensor) else t
+
+
+def _cpu(t: Any) -> Any:
+    return t.detach().to("cpu") if isinstance(t, torch.Tensor) else t
+
+
+def _map(value: Any, fn: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _map(v, fn) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_map(v, fn) for v in value]
+    return fn(value)

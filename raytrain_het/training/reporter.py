@@ -1,0 +1,155 @@
+"""Reports: metrics and a snapshot, handed over keyed by step, repeated until acknowledged. Never holds training on a barrier."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.record import Record
+from raytrain_het.membership.reports import REDUCTIONS
+from raytrain_het.training import checkpoint as files
+from raytrain_het.training.state_server import StateServer, ask
+
+logger = logging.getLogger("raytrain_het")
+
+NUM_HOLDERS = 2
+"""So many members keep a snapshot until it is stored, so that a dying writer takes no checkpoint with it."""
+MAX_UNACKNOWLEDGED = 2
+
+
+@dataclass
+class Report:
+    """A report on its way."""
+
+    key: str
+    step: int
+    message: dict[str, Any]
+    meta: dict[str, Any]
+    snapshot: dict[str, Any] | None
+    record: Record
+    stored: dict[str, Any] | None = None
+    sent: bool = False
+    writing: bool = False
+
+
+class Reporter:
+    """Holds this worker's part of each report until the hub has acknowledged it."""
+
+    def __init__(
+        self, agent: MemberAgent, server: StateServer, storage: files.Storage, token: Callable[[], str]
+    ) -> None:
+        self._agent, self._server, self._storage, self._token = agent, server, storage, token
+        self._open: dict[str, Report] = {}
+        self._confirmed = 0
+        self._ordinal = (0, 0)
+        agent.on_message["acknowledged"] = self._acknowledged
+        agent.on_message["write"] = self._write_asked
+
+    def next_key(self, step: int) -> str:
+        """The key of the next report made at this step: ``<step>.<ordinal>``, the same on all workers."""
+        self._ordinal = (step, self._ordinal[1] + 1 if self._ordinal[0] == step else 0)
+        return f"{step}.{self._ordinal[1]}"
+
+    def add(self, report: Report, own_state: dict[str, Any]) -> None:
+        """Take a report; it is sent once its step is confirmed."""
+        self._agent.wait_for(lambda: len(self._open) < MAX_UNACKNOWLEDGED or report.snapshot is None)
+        self._open[report.key] = report
+        self._server.offer(f"worker.{report.key}", lambda _: own_state)
+        self.send_up_to(self._confirmed)
+
+    def send_up_to(self, step: int, *, force: bool = False) -> None:
+        """All reports up to this step may go: their step is committed everywhere."""
+        self._confirmed = max(self._confirmed, step)
+        for report in list(self._open.values()):
+            if not report.sent and (force or report.step <= self._confirmed):
+                report.sent = True
+                self._agent.tell("report", **report.message)
+
+    def resend(self) -> None:
+        """The hub is a new one: tell it again what has not been acknowledged."""
+        for report in list(self._open.values()):
+            if report.sent:
+                self._agent.tell("report", **report.message)
+                if report.stored is not None:
+                    self._agent.tell("stored", **report.stored)
+
+    def flush(self) -> None:
+        """Wait until every report is acknowledged."""
+        self.send_up_to(self._confirmed, force=True)
+        self._agent.wait_for(lambda: not self._open)
+
+    def _acknowledged(self, message: dict[str, Any]) -> None:
+        with self._agent.condition:
+            for key in message["keys"]:
+                report = self._open.pop(key, None)
+                if report is not None:
+                    self._server.withdraw(f"worker.{key}")
+            self._agent.condition.notify_all()
+
+    def _write_asked(self, message: dict[str, Any]) -> None:
+        report = self._open.get(message["key"])
+        if report is not None and report.snapshot is not None and not report.writing:
+            report.writing = True
+            threading.Thread(target=self._write, args=(report,), name="het-checkpoint", daemon=True).start()
+
+    def _write(self, report: Report) -> None:
+        """Write and store the checkpoint. A failure costs this checkpoint, never an older one, and never the run."""
+        name = "checkpoint_{:09d}_{}".format(*map(int, report.key.split(".")))
+        path, error = None, None
+        try:
+            assert report.snapshot is not None
+            with tempfile.TemporaryDirectory(prefix="het_checkpoint_") as directory:
+                files.write(directory, report.meta, report.snapshot, self._own_states(report))
+                path = self._storage.persist(directory, name)
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {problem}"
+            logger.warning("the checkpoint of step %d could not be stored, the run goes on: %s", report.step, error)
+            try:
+                self._storage.delete(name)
+            except Exception:
+                logger.debug("nor removed", exc_info=True)
+            self._agent.tell("event", event={"kind": "checkpoint_failed", "step": report.step, "error": error})
+        cursor = report.meta["cursor"]
+        report.stored = {"key": report.key, "path": path, "error": error, "cursor": cursor}
+        if path is not None:
+            self._agent.checkpoint, self._agent.checkpoint_cursor = path, cursor
+        self._agent.tell("stored", **report.stored)
+
+    def _own_states(self, report: Report) -> dict[int, dict[str, Any]]:
+        states = {}
+        for member in report.record.members:
+            gone = lambda uid=member.uid: self._agent.record is None or self._agent.record.rank_of(uid) is None  # noqa: E731
+            own = ask(member.host, member.state_port, self._token(), f"worker.{report.key}", give_up=gone)
+            if own is not None:
+                states[member.slot] = own
+        return states
+
+
+def check_metrics(metrics: dict[str, Any], reduce: dict[str, str]) -> dict[str, Any]:
+    """Metrics as plain values.
+
+    Raises:
+        ConfigError: a metric is no number, text or flag, or ``reduce`` names what is not there.
+    """
+    plain: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if hasattr(value, "item") and getattr(value, "numel", lambda: 1)() == 1:
+            value = value.item()
+        if not isinstance(value, int | float | str | bool | None):
+            raise ConfigError(
+                f"report(): metric {name!r} is a {type(value).__name__}; allowed are numbers, texts, flags and tensors of one "
+                "element. Reduce it first, for example with .mean().item()."
+            )
+        plain[name] = value
+    for name, how in reduce.items():
+        if name not in metrics or how not in REDUCTIONS:
+            raise ConfigError(
+                f"report(reduce={{{name!r}: {how!r}}}): allowed are the metrics {sorted(metrics)} with one of {REDUCTIONS}."
+            )
+    return plain

@@ -1,0 +1,410 @@
+"""A worker's session: the parts wired together, and the functions users call inside the training function."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytrain_het.collectives import points
+from raytrain_het.collectives.communicator import Communicator
+from raytrain_het.collectives.exchange import Sums
+from raytrain_het.config import HetConfig
+from raytrain_het.errors import CheckpointError, EvictedError, HetError, LoopOrderError, RunFailedError
+from raytrain_het.membership.agent import MemberAgent, RunOver
+from raytrain_het.membership.record import Member
+from raytrain_het.training import checkpoint as files
+from raytrain_het.training.cursor import DataPlan
+from raytrain_het.training.engine import Engine, Opened, advance
+from raytrain_het.training.gradients import Gradients
+from raytrain_het.training.healing import Healing
+from raytrain_het.training.replica import Replica
+from raytrain_het.training.reporter import Report, Reporter, check_metrics
+from raytrain_het.training.state_server import StateServer
+
+logger = logging.getLogger("raytrain_het")
+
+STATS_INTERVAL_S = 0.5
+
+
+@dataclass
+class StepRecord:
+    """What listeners are told of each committed step; the ledger is written from it."""
+
+    step: int
+    """Steps committed before this one."""
+    generation: int
+    epoch: int
+    offset: int
+    batch_size: int
+    slices: dict[str, list[int]]
+    """By uid: [start, stop) in the epoch's permutation."""
+    uid: str
+    own_samples: list[int]
+    applied: bool
+    digest: Callable[[], int]
+
+
+class Session:
+    """One worker's part in one run.
+
+    Args:
+        config: the run's settings.
+        slot: world rank.
+        num_slots: world size.
+        locate: where the hub is; asked again whenever the connection is lost.
+        storage: where checkpoints go.
+        device: this worker's device.
+        node_ip: address at which peers reach this worker.
+    """
+
+    def __init__(
+        self, *, config: HetConfig, slot: int, num_slots: int, locate: Callable[[], dict[str, Any]], storage: files.Storage,
+        device: torch.device, node_ip: str,
+    ) -> None:  # fmt: skip
+        self.config, self.slot, self.num_slots = config, slot, num_slots
+        self.storage, self.device, self.node_ip = storage, device, node_ip
+        self._locate, self._token_value = locate, ""
+        self.replica = Replica()
+        self.gradients: Gradients | None = None
+        self.plan: DataPlan | None = None
+        self.engine: Engine | None = None
+        self.agent: MemberAgent | None = None
+        self.reporter: Reporter | None = None
+        self.listeners: list[Callable[[StepRecord], None]] = []
+        self._communicator: Communicator | None = None
+        self._server: StateServer | None = None
+        self._inner_step: Callable[[], Any] | None = None
+        self._micro_batch_size = config.micro_batch_size
+        self._last_stats = 0.0
+        self._reported_samples = 0
+        self._epoch = 0
+        self._evaluations: dict[str, int] = {}
+        self._resumed = False
+
+    # ---------------------------------------------------------------- preparing
+
+    def set_model(self, model: nn.Module) -> None:
+        """Keep the model, put its hooks on."""
+        if self.replica.model is not None:
+            raise LoopOrderError("prepare_model() was called twice: one model per run. Wrap several in one nn.Module.")
+        self.gradients = Gradients(model, int(self.config.bucket_mib * 2**20))
+        self.replica.model = model
+
+    def set_optimizer(self, optimizer: torch.optim.Optimizer, inner_step: Callable[[], Any]) -> None:
+        """Keep the optimizer and its own ``step``."""
+        if self.replica.optimizer is not None:
+            raise LoopOrderError("prepare_optimizer() was called twice: one optimizer per run, with parameter groups.")
+        self.replica.optimizer, self._inner_step = optimizer, inner_step
+
+    def set_data(self, plan: DataPlan, micro_batch_size: int | None) -> None:
+        """Keep the data plan."""
+        if self.plan is not None:
+            raise LoopOrderError(
+                "prepare_data_loader() was called twice: one training loader per run. For held-out data use "
+                "raytrain_het.evaluate(fn, dataset)."
+            )
+        self.plan = plan
+        self._micro_batch_size = micro_batch_size or self._micro_batch_size
+
+    def begin(self) -> Engine:
+        """Join the run: called by ``loader.epochs`` when everything has been prepared."""
+        if self.engine is not None:
+            raise LoopOrderError("loader.epochs() was called twice: one loop over epochs per run.")
+        for what, there in (("prepare_model", self.replica.model), ("prepare_optimizer", self.replica.optimizer)):
+            if there is None:
+                raise LoopOrderError(f"loader.epochs() was called before {what}(): prepare model and optimizer first.")
+        assert self.gradients is not None and self.plan is not None and self.replica.optimizer is not None
+        self._check_scheduler()
+        plan = self.plan
+        self._server = StateServer(self.node_ip, self._token)
+        member = Member(
+            uid=f"{self.slot}-{secrets.token_hex(4)}", slot=self.slot, host=self.node_ip,
+            state_port=self._server.port, device=str(self.device),
+        )  # fmt: skip
+        fingerprint = (
+            f"{self.gradients.layout.fingerprint}/{plan.dataset_size}/{plan.global_batch_size}/{plan.shuffle}/{plan.seed}"
+        )
+        self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
+        self._communicator = Communicator(
+            self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
+            resync_bytes=self.replica.parameter_bytes(), hang_limit_s=self.config.hang_limit_s,
+        )  # fmt: skip
+        assert self._inner_step is not None
+        healing = Healing(
+            agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
+            server=self._server, token=self._token, update=self._inner_step, load_checkpoint=self._load_checkpoint,
+        )  # fmt: skip
+        self.engine = Engine(
+            agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients, plan=plan,
+            config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
+        )  # fmt: skip
+        self.reporter = Reporter(self.agent, self._server, self.storage, self._token)
+        self.engine.on_commit.append(self._committed)
+        self.engine.on_confirm.append(self.reporter.send_up_to)
+        self.agent.on_reconnect = self.reporter.resend
+        self.agent.join()
+        self.engine.start()
+        return self.engine
+
+    def _check_scheduler(self) -> None:
+        optimizer = self.replica.optimizer
+        schedulers = [o for o in self.replica.registered.values() if isinstance(o, torch.optim.lr_scheduler.LRScheduler)]
+        if hasattr(getattr(optimizer, "step", None), "_wrapped_by_lr_sched") and not schedulers:
+            raise LoopOrderError(
+                "a learning-rate scheduler is attached to the optimizer but not registered, so it would count a step that is "
+                "done again twice: call raytrain_het.register_state('scheduler', scheduler) before loader.epochs()."
+            )
+
+    # ---------------------------------------------------------------- while it runs
+
+    def _committed(self, opened: Opened, sums: Sums) -> None:
+        if self.listeners:
+            from raytrain_het.training.cursor import slice_of
+
+            record, order = opened.record, self._plan().permutation(opened.cursor.epoch)
+            slices = {
+                m.uid: [s.start, s.stop]
+                for rank, m in enumerate(record.members)
+                for s in (slice_of(opened.batch, record.shares, rank),)
+                if len(s)
+            }
+            note = StepRecord(
+                step=opened.cursor.step, generation=record.number, epoch=opened.cursor.epoch, offset=opened.batch.start,
+                batch_size=len(opened.batch), slices=slices, uid=self._agent().uid,
+                own_samples=[int(order[k]) for k in opened.own], applied=sums.applies,
+                digest=lambda: self.replica.digest(optimizer=True),
+            )  # fmt: skip
+            for listener in self.listeners:
+                listener(note)
+        now = time.monotonic()
+        if now - self._last_stats >= STATS_INTERVAL_S:
+            self._last_stats = now
+            self.send_stats(opened)
+
+    def send_stats(self, opened: Opened | None = None) -> None:
+        """Tell the hub how far this worker is; for people, never for decisions of a step."""
+        engine, communicator = self.engine, self._communicator
+        if engine is None or communicator is None:
+            return
+        opened = opened or engine.opened
+        counters = engine.counters
+        self._agent().tell(
+            "stats", step=engine.cursor.step, epoch=engine.cursor.epoch, samples=counters.samples,
+            global_samples=counters.global_samples, steps=counters.steps, skipped=counters.skipped,
+            redone=counters.redone, compute_s=counters.compute_s, wait_s=counters.wait_s,
+            bytes_sent=communicator.traffic.sent, bytes_received=communicator.traffic.received,
+            batch_share=len(opened.own) if opened else 0, device=str(self.device), node_ip=self.node_ip,
+            step_s=communicator.step_s,
+        )  # fmt: skip
+
+    def report(self, metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, checkpoint: bool = True) -> None:
+        """See :func:`raytrain_het.report`."""
+        engine, reporter = self.engine, self.reporter
+        if engine is None or reporter is None:
+            raise LoopOrderError("report() was called before loader.epochs(): there is no step to report on yet.")
+        reduce = dict(reduce or {})
+        plain = check_metrics(metrics, reduce)
+        engine.agent.check()
+        cursor, record = engine.cursor, engine.agent.record
+        assert record is not None and self.gradients is not None
+        points.reach("report", cursor.step)
+        healed = [m.uid for m in record.members if m.uid not in record.unhealed]
+        holds = checkpoint and engine.agent.uid in healed[:2]
+        samples = engine.counters.samples - self._reported_samples
+        self._reported_samples = engine.counters.samples
+        key = reporter.next_key(cursor.step)
+        message = {
+            "key": key, "step": cursor.step, "epoch": self._epoch, "metrics": plain, "reduce": reduce, "samples": samples,
+            "checkpoint": checkpoint, "holds_snapshot": holds,
+        }  # fmt: skip
+        meta = {
+            "cursor": cursor.to_dict(), "step": cursor.step, "generation": record.number, "world_size": self.num_slots,
+            "fingerprint": self.gradients.layout.fingerprint, "parameters": self._parameters(),
+        }  # fmt: skip
+        own = {"random": files.random_states(), "codec": {}}
+        snapshot = self.replica.snapshot() if holds else None
+        reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
+        self.send_stats()
+
+    def evaluate(
+        self, num_chunks: int, run_chunk: Callable[[int], dict[str, float]], name: str
+    ) -> dict[str, float]:
+        """Sums over all chunks, computed by whoever is free; the same on every worker."""
+        if self.engine is None:
+            raise LoopOrderError("evaluate() was called before loader.epochs(): join the run first.")
+        agent, step = self._agent(), self.engine.cursor.step
+        base = f"{step}/{name}"
+        self._evaluations = {k: v for k, v in self._evaluations.items() if k.startswith(f"{step}/")}
+        ordinal = self._evaluations[base] = self._evaluations.get(base, -1) + 1
+        result: list[Any] | None = None
+        while True:
+            answer = agent.request("evaluate", key=f"{base}/{ordinal}", num_chunks=num_chunks, result=result)
+            if answer is None:
+                continue  # The hub was restarted: offer the same result to the new one.
+            result = None
+            if "sums" in answer:
+                return answer["sums"]
+            if "chunk" in answer:
+                result = [answer["chunk"], run_chunk(answer["chunk"])]
+            else:
+                agent.wait_for(lambda: False, timeout=0.005)
+
+    def leave(self) -> None:
+        """Leave the run in good order after the step under way: the others go on without this worker."""
+        self._agent().tell("leave")
+
+    def num_participants(self) -> int:
+        """Members that take part in the steps now."""
+        record = self.agent.record if self.agent else None
+        return len(record.members) - len(record.unhealed) if record else self.num_slots
+
+    # ---------------------------------------------------------------- the end
+
+    def finish(self) -> None:
+        """The training function has returned: nothing of this worker's may be lost when its process goes."""
+        engine, agent, reporter = self.engine, self.agent, self.reporter
+        if engine is None or agent is None or reporter is None:
+            return
+        engine._settle_last()
+        engine._wait_for_confirmation()
+        reporter.flush()
+        self.send_stats()
+
+        def say() -> None:
+            cursor = agent.cursor
+            agent.tell("finish", cursor=cursor, confirmed=engine.confirmed >= cursor["step"])
+
+        agent.on_reconnect = say
+        say()
+        try:
+            agent.wait_for(lambda: agent.finished)
+        except RunOver:
+            pass
+
+    def raised(self, error: BaseException) -> None:
+        """Tell the hub before unwinding: no generation follows, nobody waits for this worker."""
+        if self.agent is not None and self.agent.gone is None:
+            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            self.agent.tell("raised", error=text[-4000:])
+
+    def close(self) -> None:
+        """Let go of threads and sockets."""
+        if self._communicator is not None:
+            self._communicator.close()
+        if self._server is not None:
+            self._server.close()
+        if self.agent is not None:
+            self.agent.close()
+
+    # ---------------------------------------------------------------- inside
+
+    def _ask_hub(self) -> dict[str, Any]:
+        where = self._locate()
+        self._token_value = where["token"]
+        return where
+
+    def _token(self) -> str:
+        return self._token_value
+
+    def _plan(self) -> DataPlan:
+        assert self.plan is not None
+        return self.plan
+
+    def _agent(self) -> MemberAgent:
+        if self.agent is None:
+            raise LoopOrderError("this worker has not joined the run yet: call loader.epochs() first.")
+        return self.agent
+
+    def _parameters(self) -> dict[str, list[int]]:
+        assert self.replica.model is not None
+        return {name: list(p.shape) for name, p in self.replica.model.named_parameters()}
+
+    def _load_checkpoint(self, path: str) -> None:
+        with self.storage.fetch(path) as directory:
+            meta = files.read_meta(directory)
+            files.check_same_model(meta, self._parameters(), path)
+            try:
+                self.replica.load(files.read_state(directory))
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise CheckpointError(f"checkpoint {path} does not fit this optimizer or model: {error}") from error
+            own = files.read_worker(directory, self.slot)
+            if own is not None and not self._resumed:
+                files.set_random_states(own["random"])
+        self._resumed = True
+
+
+_current: Session | None = None
+_lock = threading.Lock()
+
+
+def current() -> Session:
+    """The session of this worker.
+
+    Raises:
+        LoopOrderError: called outside of a training function.
+    """
+    if _current is None:
+        raise LoopOrderError(
+            "this works only inside a training function that HetTrainer(train_fn, ...).fit() runs on its workers."
+        )
+    return _current
+
+
+def run_worker(train_fn: Callable[[], Any], **kwargs: Any) -> Any:
+    """Run a training function in a session of its own, to its orderly end.
+
+    Args:
+        train_fn: the user's function, its config already bound.
+        kwargs: those of :class:`Session`.
+
+    Returns:
+        What the function returned; None if this worker was let go before its end.
+
+    Raises:
+        Exception: what the function raised; the other workers know of it by then.
+    """
+    global _current
+    session = Session(**kwargs)
+    with _lock:
+        _current = session
+    try:
+        result = train_fn()
+        session.finish()
+        return result
+    except RunOver:
+        return None
+    except EvictedError:
+        raise
+    except RunFailedError as error:
+        raise _with_samples(session, error) from None
+    except BaseException as error:
+        session.raised(error)
+        raise
+    finally:
+        session.close()
+        with _lock:
+            _current = None
+
+
+def _with_samples(session: Session, error: RunFailedError) -> HetError:
+    """Name the samples that the dead workers had, where their step is known here."""
+    opened = session.engine.opened if session.engine is not None else None
+    if not error.poison or opened is None or opened.job.step != error.poison["step"]:
+        return error
+    from raytrain_het.training.cursor import slice_of
+
+    order = session._plan().permutation(opened.cursor.epoch)
+    samples = []
+    for rank, member in enumerate(opened.record.members):
+        if member.slot in error.poison["slots"]:
+            samples += [int(order[k]) for k in slice_of(opened.batch, opened.record.shares, rank)]
+    return RunFailedError(f"{error} Samples of the last dead workers: {samples[:64]}", error.poison)
