@@ -1,0 +1,43 @@
+"""What the digits job can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pydantic
+
+from raytrain_het.jobs.config import JobConfig, check_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsJob(JobConfig):
+    """A small conv net on scikit-learn's handwritten digits.
+
+    Raises:
+        ConfigError: Two fields contradict each other.
+    """
+
+    kind: Literal["digits"] = "digits"
+
+    epochs: Annotated[int, pydantic.Field(ge=1)] = 20
+    """Passes over the training part of the data."""
+
+    global_batch_size: Annotated[int, pydantic.Field(ge=1)] = 64
+    """Samples in one step, over all workers."""
+
+    lr: Annotated[float, pydantic.Field(gt=0)] = 0.05
+    """Learning rate of SGD."""
+
+    momentum: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+
+    weight_decay: Annotated[float, pydantic.Field(ge=0)] = 5e-4
+    """L2 penalty on all parameters."""
+
+    label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.1
+    """This much of the target is spread over all ten digits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_batch_size(self.global_batch_size, self.num_workers)

@@ -1,0 +1,99 @@
+"""The kinds of jobs, and job files -> JobConfig. A new job is one new file and one line in KINDS."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs import validation
+from raytrain_het.jobs.config import JobConfig
+from raytrain_het.jobs.yaml_file import apply_overrides, read_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobKind:
+    """One built-in job."""
+
+    config: str
+    """Where its JobConfig is, as ``module:name``."""
+
+    train_fn: str
+    """Where its training function is. Apart from the configuration, so that checking a job file
+    needs neither torch nor Ray."""
+
+    requires: tuple[str, ...] = ()
+    """Modules of the extra ``jobs`` that it imports."""
+
+
+KINDS: dict[str, JobKind] = {
+    "digits": JobKind(
+        config="raytrain_het.jobs.digits_config:DigitsJob",
+        train_fn="raytrain_het.jobs.digits:train_digits",
+        requires=("sklearn",),
+    ),
+}
+
+
+def default_job() -> Path:
+    """The job file that is used when none is named: a wheel carries a copy of the checkout's."""
+    packaged = Path(str(resources.files("raytrain_het.jobs") / "digits.yaml"))
+    checkout = Path(__file__).resolve().parents[2] / "experiments" / "jobs" / "digits.yaml"
+    for path in (packaged, checkout):
+        if path.is_file():
+            return path
+    raise ConfigError(f"the default job is neither at {packaged} nor at {checkout}. Install again, or name a job file")
+
+
+def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> JobConfig:
+    """A checked job from a YAML file with ``--set`` overrides on top.
+
+    Raises:
+        ConfigError: The file or an override is wrong; the message names the place, the value
+            received, what is allowed and the fix.
+    """
+    file = Path(path) if path is not None else default_job()
+    overrides = list(overrides)
+    data = apply_overrides(read_yaml(file), overrides)
+    kind = data.get("kind")
+    if kind is None:
+        raise ConfigError(f"{file}: kind is missing: allowed is {_names()}. Write kind: digits")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ConfigError(f"{_source(file, overrides, 'kind')}={kind!r} is not valid: allowed is {_names()}.")
+    missing = [name for name in KINDS[kind].requires if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"the job {kind!r} needs {', '.join(missing)}, which is not installed. "
+            "Write: python -m pip install 'raytrain-het[jobs]'"
+        )
+    config: type[JobConfig] = _import(KINDS[kind].config)
+    return validation.build(config, data, source=lambda where: _source(file, overrides, where))
+
+
+def train_function(kind: str) -> Callable[[dict[str, Any]], None]:
+    """The training function of a kind of job."""
+    function: Callable[[dict[str, Any]], None] = _import(KINDS[kind].train_fn)
+    return function
+
+
+def _source(file: Path, overrides: list[str], where: str) -> str:
+    """Where a key was written: on the command line, if an override reaches it, else in the file."""
+    for override in reversed(overrides):
+        key = override.partition("=")[0].strip()
+        if where and (key == where or where.startswith(f"{key}.")):
+            return f"--set {where}"
+    return f"{file}: {where}" if where else f"{file}: "
+
+
+def _names() -> str:
+    return " or ".join(repr(name) for name in KINDS)
+
+
+def _import(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)

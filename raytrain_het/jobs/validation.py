@@ -1,0 +1,169 @@
+"""Plain dicts -> frozen dataclasses, with every mistake named by its path.
+
+Types and ranges are pydantic's. Unknown keys are looked for here, since the message should name
+the nearest right key, and since pydantic ignores them in a stdlib dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, Union
+
+import pydantic
+
+from raytrain_het.errors import ConfigError
+
+T = TypeVar("T")
+Where = tuple[Union[str, int], ...]
+
+
+def build(cls: type[T], data: dict[str, Any], *, source: Callable[[str], str] = str) -> T:
+    """A ``cls`` from ``data``, all of it checked.
+
+    Args:
+        cls: A dataclass, possibly of dataclasses.
+        data: As read from YAML.
+        source: Says where a dotted path was written, for the messages.
+
+    Raises:
+        ConfigError: One line per mistake: where, the value received, what is allowed, and the fix.
+    """
+    problems = [(path, text) for path, text in _structure(cls, data, ())]
+    if not problems:
+        try:
+            return pydantic.TypeAdapter(cls).validate_python(data)
+        except pydantic.ValidationError as error:
+            problems = [_explain(cls, details) for details in error.errors(include_url=False)]
+            # A list whose item is wrong is also "too short" to pydantic: the deeper mistake is the one.
+            paths = [path for path, _ in problems]
+            problems = [p for p in problems if not any(len(o) > len(p[0]) and o[: len(p[0])] == p[0] for o in paths)]
+    lines = dict.fromkeys(f"{source(dotted(path))}{text}" for path, text in problems)
+    raise ConfigError("\n".join(lines))
+
+
+def dotted(path: Where) -> str:
+    """``("workers", 0, "count")`` as ``workers.0.count``."""
+    return ".".join(str(part) for part in path)
+
+
+def _structure(kind: Any, value: Any, path: Where) -> Iterator[tuple[Where, str]]:
+    """Unknown keys, and true/false where a number belongs (pydantic would read them as 1 and 0)."""
+    cls, item = _dataclass_in(kind), _item_in(kind)
+    if cls is not None and isinstance(value, dict):
+        hints = _fields(cls)
+        for key, inner in value.items():
+            if key in hints:
+                yield from _structure(hints[key], inner, (*path, key))
+            else:
+                yield (*path, key), _unknown(key, inner, list(hints))
+    elif item is not None and isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _structure(item, inner, (*path, i))
+    elif isinstance(value, bool) and not _allows_bool(kind):
+        yield path, f"={str(value).lower()} is not valid: allowed is {_allowed(kind)}."
+
+
+def _unknown(key: object, value: object, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? Write {near[0]}: {value}" if near else "remove it"
+    return f"={value!r}: there is no such key; {hint}. Allowed: {', '.join(known)}."
+
+
+def _explain(cls: type, details: Any) -> tuple[Where, str]:
+    path, kind, field = _walk(cls, details["loc"])
+    if details["type"] == "missing":
+        return path, f" is missing: allowed is {_allowed(kind)}. Write {dotted(path)}: VALUE"
+    cause = (details.get("ctx") or {}).get("error")
+    if isinstance(cause, ValueError):
+        # The message of a dataclass's own check, complete by itself. It begins with its field.
+        name, equals, rest = str(cause).partition("=")
+        if equals and path and name in _fields(_dataclass_in(kind) or cls):
+            return (*path, name), f"={rest}"
+        return path, f"{': ' if path else ''}{cause}"
+    text = f"={details['input']!r} is not valid: allowed is {_range(details) or _allowed(kind)}."
+    if field is not None and isinstance(field.default, (int, float, str)):
+        text += f" Leave it out for the default, {field.default!r}, or write --set {dotted(path)}={field.default}"
+    return path, text
+
+
+def _range(details: Any) -> str | None:
+    """What a constraint allows, in words; ``None`` where it is the type that is wrong."""
+    ctx = details.get("ctx") or {}
+    words = {
+        "greater_than": "a number above {gt}",
+        "greater_than_equal": "a number from {ge}",
+        "less_than": "a number below {lt}",
+        "less_than_equal": "a number up to {le}",
+        "too_short": "{min_length} or more",
+        "string_too_short": "a text of {min_length} character or more",
+        "string_pattern_mismatch": "what matches {pattern}",
+        "literal_error": "{expected}",
+    }
+    form = words.get(details["type"])
+    return form.format(**ctx) if form else None
+
+
+def _walk(cls: Any, loc: tuple[Any, ...]) -> tuple[Where, Any, dataclasses.Field[Any] | None]:
+    """The path a user would write for pydantic's location, which also names branches of unions."""
+    path: list[str | int] = []
+    kind: Any = cls
+    field = None
+    for part in loc:
+        inner, item = _dataclass_in(kind), _item_in(kind)
+        if inner is not None and part in (hints := _fields(inner)):
+            field = next(f for f in dataclasses.fields(inner) if f.name == part)
+            kind = hints[part]
+        elif isinstance(part, int) and item is not None:
+            field, kind = None, item
+        elif typing.get_origin(_bare(kind)) not in (dict, Mapping):
+            continue  # the name of a union's branch
+        path.append(part)
+    return tuple(path), kind, field
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _bare(kind: Any) -> Any:
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+
+
+def _branches(kind: Any) -> list[Any]:
+    kind = _bare(kind)
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return [b for arg in typing.get_args(kind) for b in _branches(arg)]
+    return [kind]
+
+
+def _dataclass_in(kind: Any) -> Any:
+    return next((b for b in _branches(kind) if dataclasses.is_dataclass(b)), None)
+
+
+def _item_in(kind: Any) -> Any:
+    for branch in _branches(kind):
+        if typing.get_origin(branch) in (tuple, list):
+            return typing.get_args(branch)[0]
+    return None
+
+
+def _allows_bool(kind: Any) -> bool:
+    return any(b in (bool, Any) for b in _branches(kind))
+
+
+def _allowed(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", type(None): "null", bool: "true or false"}
+    out = []
+    for branch in _branches(kind):
+        if typing.get_origin(branch) is typing.Literal:
+            out += [repr(a) for a in typing.get_args(branch)]
+        elif branch in names:
+            out.append(names[branch])
+        else:
+            out.append("a list" if _item_in(branch) is not None else "a mapping")
+    return " or ".join(out)
