@@ -1,1 +1,101 @@
 """The command line: argument wiring only."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from raytrain_het.errors import ConfigError, HetError, ResourceError
+
+_EXAMPLES = """examples:
+  raytrain-het train
+  raytrain-het train --set epochs=3 --set het.shares='[7, 1]' --set het.codec=bf16
+  raytrain-het train experiments/jobs/digits.yaml --name mine --json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    0 is success, 1 a run that failed, 2 bad input (nothing was started), 130 Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    code: int = arguments.run(arguments)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raytrain-het",
+        description="Train one PyTorch model on machines of different speeds, through failures.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train a job from a YAML file",
+        description="Train a job. Without a file: handwritten digits, on two local one-CPU workers.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("job", nargs="?", metavar="JOB.yaml", help="the job file (default: the digits job)")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override a key of the job, such as het.codec=bf16 or workers.0.count=3; may be repeated",
+    )
+    train.add_argument("--name", help="the run's name; a name that was used before goes on from its last checkpoint")
+    train.add_argument(
+        "--storage", metavar="PATH", help="where the run's folder goes: a folder or a URI (default: runs)"
+    )
+    train.add_argument(
+        "--address", help="a Ray cluster: HOST:PORT, auto, or local (default: RAY_ADDRESS, else a local Ray)"
+    )
+    train.add_argument(
+        "--json", action="store_true", dest="as_json", help="end with one JSON object on stdout, progress on stderr"
+    )
+    train.set_defaults(run=_train)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from raytrain_het.jobs.display import make_display
+    from raytrain_het.jobs.failure import describe
+    from raytrain_het.jobs.runner import Interrupted, run_job
+    from raytrain_het.jobs.table import load_job
+
+    named = {"name": arguments.name, "storage": arguments.storage}
+    # Their own options are shorthands, and are checked alike.
+    overrides = [*arguments.overrides, *(f"{key}={value}" for key, value in named.items() if value is not None)]
+    try:
+        run_job(
+            load_job(arguments.job, overrides),
+            display=make_display(as_json=arguments.as_json),
+            address=arguments.address,
+        )
+    except (ConfigError, ResourceError) as error:
+        print(f"raytrain-het: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as end:
+        print("raytrain-het: interrupted; all workers are gone", file=sys.stderr)
+        return end.exit_code
+    except KeyboardInterrupt:
+        print("raytrain-het: interrupted", file=sys.stderr)
+        return 130
+    except HetError as error:
+        print(f"raytrain-het: the run failed: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        print(describe(error) or traceback.format_exc(), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,7 +18,7 @@ import pydantic
 from raytrain_het.errors import ConfigError
 
 T = TypeVar("T")
-Where = tuple[Union[str, int], ...]
+Where = tuple[str | int, ...]
 
 
 def build(cls: type[T], data: dict[str, Any], *, source: Callable[[str], str] = str) -> T:

@@ -102,9 +102,10 @@ def _assign(data: Any, parts: list[str], value: Any, override: str) -> None:
         where = ".".join(parts[:depth])
         if isinstance(at, list):
             if not part.isdigit() or int(part) >= len(at):
+                first = ".".join([*parts[:depth], "0", *parts[depth + 1 :]])
                 raise ConfigError(
                     f"--set {override}: {where} is a list of {len(at)}; {part!r} is not a position in it. "
-                    f"Allowed is 0 to {len(at) - 1}: write --set {'.'.join([*parts[:depth], '0', *parts[depth + 1 :]])}=..."
+                    f"Allowed is 0 to {len(at) - 1}: write --set {first}=..."
                 )
             if last:
                 at[int(part)] = value

@@ -1,0 +1,162 @@
+"""What a person sees while a run goes on. Drawn in the driver: bars from workers garble each other."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import IO, Any, Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+
+from raytrain_het.jobs.summary import final_tables, number, to_json, worker_table
+
+Status = Mapping[str, Any]
+Records = Sequence[Mapping[str, Any]]
+
+
+class Display(Protocol):
+    """A context manager that is fed with what the driver learns, and closes with the summary."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def say(self, line: str) -> None:
+        """One line for the reader, such as where the run's folder is."""
+
+    def on_update(self, status: Status, events: Records, reports: Records) -> None:
+        """The membership actor's status, and the events and reports since the last call."""
+
+    def finish(self, summary: Mapping[str, Any], folder: str) -> None:
+        """The end of a run that succeeded."""
+
+
+def make_display(*, as_json: bool = False, stdout: IO[str] | None = None, stderr: IO[str] | None = None) -> Display:
+    """The display that suits the reader.
+
+    A live table if stdout is a terminal, plain lines if it is not. With ``as_json`` stdout gets one
+    JSON object at the end and nothing else; progress goes to stderr.
+    """
+    stdout, stderr = stdout or sys.stdout, stderr or sys.stderr
+    if as_json:
+        return JsonDisplay(progress=stderr, result=stdout)
+    return LiveDisplay(stdout) if stdout.isatty() else PlainDisplay(stdout)
+
+
+class PlainDisplay:
+    """A line per report and per membership event."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stream.flush()
+
+    def say(self, line: str) -> None:
+        print(line, file=self.stream, flush=True)
+
+    def on_update(self, status: Status, events: Records, reports: Records) -> None:
+        for event in events:
+            self.say(event_line(event))
+        for report in reports:
+            self.say(report_line(report))
+
+    def finish(self, summary: Mapping[str, Any], folder: str) -> None:
+        # A fixed width: a file has none, and rich would otherwise cut the tables at 80 columns.
+        Console(file=self.stream, width=120, highlight=False).print(final_tables(summary, folder), soft_wrap=False)
+
+
+class JsonDisplay(PlainDisplay):
+    """Progress as plain lines on one stream, the result as one JSON object on another."""
+
+    def __init__(self, *, progress: IO[str], result: IO[str]) -> None:
+        super().__init__(progress)
+        self.result = result
+
+    def finish(self, summary: Mapping[str, Any], folder: str) -> None:
+        print(to_json(summary), file=self.result, flush=True)
+
+
+class LiveDisplay:
+    """A table that is redrawn in place, with the reports scrolling by above it."""
+
+    def __init__(self, stream: IO[str], *, num_events: int = 5) -> None:
+        self.console = Console(file=stream, highlight=False)
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self.events: deque[str] = deque(maxlen=num_events)
+        self.rate = Rate()
+
+    def __enter__(self) -> Display:
+        self.live.__enter__()
+        self.live.update("starting the workers")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.__exit__(kind, error, trace)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def on_update(self, status: Status, events: Records, reports: Records) -> None:
+        for report in reports:
+            self.say(report_line(report))
+        self.events.extend(event_line(event) for event in events)
+        self.live.update(self.picture(status))
+
+    def picture(self, status: Status) -> RenderableType:
+        """The whole of what is redrawn."""
+        rate = self.rate.of(status.get("samples", 0))
+        heading = (
+            f"{status.get('state', 'starting')}: step {status.get('step', 0)}, epoch {status.get('epoch', 0)}, "
+            f"{number(round(rate))} samples/s, generation {status.get('generation', 0)}"
+        )
+        members = [{**member, "world_rank": member["slot"]} for member in status.get("members", ())]
+        vacant = [f"slot {slot} is vacant" for slot in status.get("vacant", ())]
+        return Group(heading, worker_table(members), *vacant, *self.events)
+
+    def finish(self, summary: Mapping[str, Any], folder: str) -> None:
+        self.live.stop()
+        self.console.print(final_tables(summary, folder))
+
+
+class Rate:
+    """Samples per second over the last few seconds of a counter that only grows."""
+
+    def __init__(self, window_s: float = 10.0) -> None:
+        self.window_s = window_s
+        self.seen: deque[tuple[float, float]] = deque()
+
+    def of(self, count: float, now: float | None = None) -> float:
+        """The rate when the counter stands at ``count``, at time ``now``."""
+        now = time.monotonic() if now is None else now
+        self.seen.append((now, count))
+        while len(self.seen) > 2 and now - self.seen[0][0] > self.window_s:
+            self.seen.popleft()
+        (start, first), (end, last) = self.seen[0], self.seen[-1]
+        return (last - first) / (end - start) if end > start else 0.0
+
+
+def report_line(report: Mapping[str, Any]) -> str:
+    """``step 23  epoch 0  accuracy 0.9``."""
+    metrics = "  ".join(f"{name} {number(value)}" for name, value in report["metrics"].items())
+    return f"step {report['step']}  epoch {report['epoch']}  {metrics}"
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """``step 120  generation 3  lost  slot=1  reason=...``."""
+    rest = {k: v for k, v in event.items() if k not in ("seq", "time", "kind", "generation", "step")}
+    details = "".join(f"  {name}={value}" for name, value in rest.items())
+    return f"step {event.get('step', 0)}  generation {event.get('generation', 0)}  {event['kind']}{details}"

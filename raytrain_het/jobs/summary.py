@@ -1,0 +1,94 @@
+"""What is left to say at the end of a run: the JSON object of ``--json`` and the final tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+RUN_KEYS = ("metrics", "steps", "samples", "throughput_samples_per_s", "workers")
+WORKER_KEYS = (
+    "world_rank",
+    "device",
+    "node_ip",
+    "batch_share",
+    "compute_s",
+    "wait_s",
+    "bytes_sent",
+    "bytes_received",
+)
+
+
+def to_json(summary: Mapping[str, Any]) -> str:
+    """One line of JSON with exactly ``RUN_KEYS``, and ``WORKER_KEYS`` for each worker.
+
+    NaN and infinity become null: JSON has neither, and many readers refuse them.
+    """
+    run = {key: summary[key] for key in RUN_KEYS}
+    run["workers"] = [{key: worker.get(key) for key in WORKER_KEYS} for worker in run["workers"]]
+    return json.dumps(jsonable(run), allow_nan=False)
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` as JSON can hold it; numpy's and torch's scalars as plain numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [jsonable(inner) for inner in value]
+    if not isinstance(value, (str, bool, int, float)) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
+
+
+def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
+    """Who did what, the metrics, and where the run's files are."""
+    metrics = Table("metric", "value", title="Last report", title_justify="left")
+    for name, value in summary["metrics"].items():
+        metrics.add_row(name, number(value))
+    totals = (
+        f"{summary['steps']} steps, {summary['samples']} samples, "
+        f"{number(summary['throughput_samples_per_s'])} samples/s"
+    )
+    return Group(worker_table(summary["workers"]), metrics, totals, f"run folder: {folder}")
+
+
+def worker_table(workers: Iterable[Mapping[str, Any]]) -> Table:
+    """A row per worker, by world rank."""
+    table = Table(title="Workers", title_justify="left")
+    for name in ("rank", "device", "node", "batch share", "compute s", "wait s", "sent", "received"):
+        table.add_column(name, justify="left" if name in ("device", "node") else "right", no_wrap=True)
+    for worker in sorted(workers, key=lambda w: w["world_rank"]):
+        table.add_row(
+            str(worker["world_rank"]),
+            *(_known(worker.get(key)) for key in ("device", "node_ip", "batch_share")),
+            *(_known(worker.get(key), "{:.1f}".format) for key in ("compute_s", "wait_s")),
+            *(_known(worker.get(key), size) for key in ("bytes_sent", "bytes_received")),
+        )
+    return table
+
+
+def _known(value: Any, form: Callable[[Any], str] = str) -> str:
+    """A worker that has only just come has not told all of it."""
+    return "-" if value is None else form(value)
+
+
+def number(value: Any) -> str:
+    """A metric for reading: four digits, or as it is when it is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for reading, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
