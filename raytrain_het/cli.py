@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Sequence
 
-from raytrain_het.errors import ConfigError, HetError, ResourceError
+from raytrain_het.errors import ConfigError, ResourceError
 
 _EXAMPLES = """examples:
   raytrain-het train
@@ -88,11 +87,8 @@ def _train(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("raytrain-het: interrupted", file=sys.stderr)
         return 130
-    except HetError as error:
-        print(f"raytrain-het: the run failed: {error}", file=sys.stderr)
-        return 1
     except Exception as error:
-        print(describe(error) or traceback.format_exc(), file=sys.stderr)
+        print(describe(error), file=sys.stderr)
         return 1
     return 0
 

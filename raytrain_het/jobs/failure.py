@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import traceback
 
 from ray.train import TrainingFailedError
 
+from raytrain_het.errors import HetError
 
-def describe(error: BaseException) -> str | None:
-    """The failure in words, or ``None`` if its own traceback says it best.
 
-    Ray Train wraps what a worker raised in an error that holds one failure per world rank; all
-    ranks usually fail alike, so the first is shown in full and the others are counted.
+def describe(error: BaseException) -> str:
+    """The failure in words, with the cause first and our own line last.
+
+    The text of a ``TrainingFailedError`` begins with what the training function raised; the
+    traceback of this process, which only waited, would bury it. Other errors of this package say
+    in their message what is wrong. Anything else is a mistake of ours and shown in full.
     """
-    failures = getattr(error, "worker_failures", None)
-    if isinstance(error, TrainingFailedError) and not failures:
-        return str(error)
-    if not isinstance(failures, Mapping) or not failures:
-        return None
-    rank = min(failures)
-    others = f" (and on {len(failures) - 1} more)" if len(failures) > 1 else ""
-    return f"{str(failures[rank]).strip()}\n\nraytrain-het: the training function failed on worker {rank}{others}"
+    if isinstance(error, TrainingFailedError):
+        return f"{str(error).strip()}\n\nraytrain-het: the run failed, the cause is above"
+    if isinstance(error, HetError):
+        return f"raytrain-het: the run failed: {error}"
+    return "".join(traceback.format_exception(error)).rstrip()

@@ -146,8 +146,8 @@ def _interruptible() -> Iterator[None]:
     except KeyboardInterrupt:
         raise Interrupted(128 + signal.SIGINT) from None
     except SystemExit as leave:
-        number = leave.code if isinstance(leave.code, int) and leave.code else signal.SIGINT
-        raise Interrupted(128 + number) from None
+        # By way of Ray's Ctrl-C handler the status is 0 or 1, and says nothing.
+        raise Interrupted(128 + (signal.SIGTERM if leave.code == signal.SIGTERM else signal.SIGINT)) from None
     finally:
         if in_main:
             signal.signal(signal.SIGINT, before)
