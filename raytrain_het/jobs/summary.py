@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -48,7 +49,15 @@ def jsonable(value: Any) -> Any:
 
 def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
     """Who did what, the metrics, and where the run's files are."""
-    metrics = Table("metric", "value", title="Last report", title_justify="left")
+    metrics = Table(
+        "metric",
+        "value",
+        title="Last report",
+        title_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for name, value in summary["metrics"].items():
         metrics.add_row(name, number(value))
     totals = (
@@ -60,8 +69,9 @@ def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
 
 def worker_table(workers: Iterable[Mapping[str, Any]]) -> Table:
     """A row per worker, by world rank."""
-    table = Table(title="Workers", title_justify="left")
-    for name in ("rank", "device", "node", "batch share", "compute s", "wait s", "sent", "received"):
+    # Fits in 80 columns, since a live table cannot be scrolled sideways.
+    table = Table(title="Workers", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for name in ("rank", "device", "node", "share", "compute s", "wait s", "sent", "received"):
         table.add_column(name, justify="left" if name in ("device", "node") else "right", no_wrap=True)
     for worker in sorted(workers, key=lambda w: w["world_rank"]):
         table.add_row(
@@ -80,6 +90,7 @@ def _known(value: Any, form: Callable[[Any], str] = str) -> str:
 
 def number(value: Any) -> str:
     """A metric for reading: four digits, or as it is when it is no number."""
+    value = value.item() if hasattr(value, "item") else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return str(value) if isinstance(value, int) else f"{value:.4g}"

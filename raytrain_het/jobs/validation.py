@@ -119,7 +119,9 @@ def _walk(cls: Any, loc: tuple[Any, ...]) -> tuple[Where, Any, dataclasses.Field
             kind = hints[part]
         elif isinstance(part, int) and item is not None:
             field, kind = None, item
-        elif typing.get_origin(_bare(kind)) not in (dict, Mapping):
+        elif typing.get_origin(_bare(kind)) in (dict, Mapping):
+            field, kind = None, typing.get_args(_bare(kind))[1]
+        else:
             continue  # the name of a union's branch
         path.append(part)
     return tuple(path), kind, field

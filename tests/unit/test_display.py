@@ -1,0 +1,112 @@
+"""What a person, or a program, sees of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain_het.jobs.display import JsonDisplay, LiveDisplay, PlainDisplay, Rate, make_display
+from raytrain_het.jobs.summary import RUN_KEYS, WORKER_KEYS, size
+
+STATUS = {
+    "generation": 2,
+    "step": 23,
+    "epoch": 1,
+    "samples": 1472,
+    "state": "running",
+    "vacant": [1],
+    "members": [{"slot": 0, "device": "cpu", "node_ip": "10.0.0.1", "batch_share": 48, "compute_s": None}],
+}
+EVENTS = [{"seq": 4, "time": 1.0, "kind": "lost", "generation": 2, "step": 23, "slot": 1}]
+REPORTS = [{"key": "a", "step": 23, "epoch": 0, "metrics": {"accuracy": 0.91234}, "checkpoint": None}]
+
+
+def summary() -> dict[str, Any]:
+    worker = {
+        "world_rank": 0,
+        "device": "cpu",
+        "node_ip": "10.0.0.1",
+        "batch_share": 48,
+        "compute_s": 1.5,
+        "wait_s": 0.5,
+        "bytes_sent": 2048,
+        "bytes_received": 0,
+        "pid": 17,
+    }
+    return {
+        "metrics": {"accuracy": torch.tensor(0.5), "loss": float("nan")},
+        "steps": 23,
+        "samples": 1472,
+        "throughput_samples_per_s": 100.0,
+        "workers": [worker, {**worker, "world_rank": 1}],
+        "generations": 3,
+    }
+
+
+def test_json_is_one_object_with_exactly_the_promised_keys() -> None:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with make_display(as_json=True, stdout=stdout, stderr=stderr) as display:
+        display.say("run folder: runs/a")
+        display.on_update(STATUS, EVENTS, REPORTS)
+        display.finish(summary(), "runs/a")
+    lines = stdout.getvalue().splitlines()
+    assert len(lines) == 1
+    run = json.loads(lines[0])
+    assert tuple(run) == RUN_KEYS
+    assert [tuple(worker) for worker in run["workers"]] == [WORKER_KEYS, WORKER_KEYS]
+    assert run["metrics"] == {"accuracy": 0.5, "loss": None}
+    assert "accuracy 0.9123" in stderr.getvalue()
+
+
+def test_without_a_terminal_there_is_a_line_per_report_and_event() -> None:
+    stream = io.StringIO()
+    with make_display(stdout=stream) as display:
+        assert isinstance(display, PlainDisplay)
+        display.on_update(STATUS, [], [])
+        assert stream.getvalue() == ""
+        display.on_update(STATUS, EVENTS, REPORTS)
+    assert stream.getvalue().splitlines() == [
+        "step 23  generation 2  lost  slot=1",
+        "step 23  epoch 0  accuracy 0.9123",
+    ]
+
+
+@pytest.mark.parametrize("kind", [PlainDisplay, LiveDisplay])
+def test_the_end_shows_every_worker_the_metrics_and_the_folder(kind: Any) -> None:
+    stream = io.StringIO()
+    with kind(stream) as display:
+        display.on_update(STATUS, EVENTS, REPORTS)
+        display.finish(summary(), "runs/a")
+    text = stream.getvalue()
+    for part in ("share", "received", "10.0.0.1", "2.0 KiB", "accuracy", "1472 samples", "run folder: runs/a"):
+        assert part in text
+
+
+def test_a_terminal_gets_the_live_table_and_json_never_does() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert isinstance(make_display(stdout=Terminal()), LiveDisplay)
+    assert isinstance(make_display(as_json=True, stdout=Terminal()), JsonDisplay)
+
+
+def test_the_rate_is_over_the_last_seconds() -> None:
+    rate = Rate(window_s=10)
+    assert rate.of(0, now=0.0) == 0
+    assert rate.of(100, now=1.0) == 100
+    assert rate.of(100, now=20.0) == pytest.approx(0)
+
+
+def test_sizes_are_in_powers_of_1024() -> None:
+    assert [size(n) for n in (0, 1023, 1024, 3 * 1024**2, 2048 * 1024**3)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "3.0 MiB",
+        "2048.0 GiB",
+    ]

@@ -1,0 +1,52 @@
+"""The files around the code: what the README promises, the cluster file, the pair of quickstarts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bash_blocks() -> list[str]:
+    return re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+
+
+def test_ray_accepts_the_cluster_file() -> None:
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    validate_config(prepare_config(config))
+
+
+def test_the_readme_first_installs_and_trains_then_installs_and_tests() -> None:
+    first, second = bash_blocks()
+    assert "pip install" in first
+    assert first.splitlines()[-1] == "raytrain-het train"
+    assert "pip install" in second
+    assert second.splitlines()[-1].endswith("pytest")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_ci_runs_exactly_the_readmes_second_block() -> None:
+    shown = subprocess.run([ROOT / ".ci/run", "--block", "2"], capture_output=True, text=True, check=True).stdout
+    assert shown == bash_blocks()[1]
+
+
+def test_the_quickstarts_are_at_most_eight_lines_apart() -> None:
+    plain, ours = ((ROOT / "experiments" / f"quickstart_{name}.py").read_text().splitlines() for name in ("ray", "het"))
+    diff = [line for line in difflib.ndiff(plain, ours) if line[:2] in ("- ", "+ ")]
+    assert 0 < sum(line.startswith("+ ") for line in diff) <= 8
+    assert sum(line.startswith("- ") for line in diff) <= 8
+
+
+def test_every_path_of_the_readmes_file_map_is_in_the_repository() -> None:
+    paths = re.findall(r"^\| `([^`]+)` \|", (ROOT / "README.md").read_text(), flags=re.M)
+    assert len(paths) > 10
+    for path in paths:
+        assert list(ROOT.glob(path.rstrip("/"))), path
