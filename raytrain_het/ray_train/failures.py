@@ -1,0 +1,71 @@
+"""What an error means, and what ``fit`` raises for it."""
+
+from __future__ import annotations
+
+import enum
+
+from ray.train import TrainingFailedError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from raytrain_het.errors import EvictedError, HetError, RunFailedError
+
+
+class TrainFunctionError(HetError, WorkerGroupError):
+    """The training function raised. The text begins with its traceback.
+
+    Attributes:
+        worker_failures: The exceptions themselves, by world rank.
+    """
+
+    def __init__(self, error_message: str, worker_failures: dict[int, Exception]) -> None:
+        WorkerGroupError.__init__(self, error_message, worker_failures)
+
+    def __str__(self) -> str:
+        ranks = ", ".join(str(rank) for rank in sorted(self.worker_failures))
+        return f"{self._error_message.rstrip()}\n(raised by the training function on world rank {ranks})"
+
+
+class Verdict(enum.Enum):
+    """What an error of a worker's training function means for the run."""
+
+    LEFT = "left"
+    """The worker was dropped; the run goes on without it."""
+    RUN_FAILED = "run failed"
+    """It only passes on that the run failed; the reason is elsewhere."""
+    USER = "user"
+    """The training function itself raised."""
+
+
+def judge(error: Exception) -> Verdict:
+    """What this error of a worker's status means."""
+    cause = error._base_exc if isinstance(error, UserExceptionWithTraceback) else error
+    if isinstance(cause, EvictedError):
+        return Verdict.LEFT
+    if isinstance(cause, RunFailedError):
+        return Verdict.RUN_FAILED
+    return Verdict.USER
+
+
+def foremost(errors: dict[int, Exception]) -> dict[int, Exception]:
+    """The errors to show: the training function's own before those that only pass it on."""
+    users = {slot: e for slot, e in errors.items() if judge(e) is Verdict.USER}
+    return users or errors
+
+
+def to_raise(error: TrainingFailedError, texts: dict[int, str]) -> BaseException:
+    """The exception that ``fit`` raises for Ray's.
+
+    Args:
+        error: Of the ``Result``.
+        texts: The tracebacks by world rank, in full.
+    """
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, HetError):
+        return error.controller_failure
+    if isinstance(error, WorkerGroupError) and not isinstance(error, TrainFunctionError):
+        failures = error.worker_failures
+        if failures and all(isinstance(e, RunFailedError) for e in failures.values()):
+            return next(iter(failures.values()))
+        different = dict.fromkeys(texts[rank] for rank in sorted(failures) if rank in texts)
+        return TrainFunctionError("\n".join(different) or error._error_message, failures)
+    return error

@@ -1,0 +1,142 @@
+"""The controller's side of the membership actor: it makes it, asks it and ends it.
+
+No question holds the controller's poll for longer than it says: an actor that restarts answers
+later, and until then the last answer stands.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from raytrain_het.config import HetConfig
+from raytrain_het.errors import RunFailedError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the lower layers give: named here so that tests can put others in their place."""
+
+    actor: type
+    settings: Callable[..., Any]
+    run_worker: Callable[..., Any]
+
+    @staticmethod
+    def default() -> Parts:
+        """The real ones. Imported late, so that the driver need not load them to describe a run."""
+        from raytrain_het.membership.actor import MembershipActor
+        from raytrain_het.membership.settings import HubSettings
+        from raytrain_het.training.session import run_worker
+
+        return Parts(actor=MembershipActor, settings=HubSettings, run_worker=run_worker)
+
+
+def hub_name(run_id: str, attempt: int) -> str:
+    """The name under which the driver finds the membership actor of one attempt of a run."""
+    return f"raytrain_het-membership-{run_id}-{attempt}"
+
+
+class Hub:
+    """One attempt's membership actor.
+
+    It is owned by the process that makes it, the controller, and so dies with it.
+    """
+
+    def __init__(
+        self, parts: Parts, config: HetConfig, *, run_id: str, attempt: int, num_slots: int,
+        checkpoint: str | None, checkpoint_step: int,
+    ) -> None:  # fmt: skip
+        context = ray.get_runtime_context()
+        settings = parts.settings(
+            run_id=f"{run_id}-{attempt}",
+            num_slots=num_slots,
+            shares=config.shares,
+            host=ray.util.get_node_ip_address(),
+            silence_s=config.silence_s,
+            hang_limit_s=config.hang_limit_s,
+            start_timeout_s=config.start_timeout_s,
+            checkpoint=checkpoint,
+            checkpoint_step=checkpoint_step,
+        )
+        self.handle = (
+            ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(parts.actor)
+            .options(
+                name=hub_name(run_id, attempt), label_selector={ray._raylet.RAY_NODE_ID_KEY: context.get_node_id()}
+            )
+            .remote(settings)
+        )
+        self.status: dict[str, Any] = {}
+        self._pending: tuple[Any, Any] | None = None
+        self._acknowledged: dict[str, None] = {}
+        self._last_answer = time.monotonic()
+
+    def ask(self, timeout_s: float) -> list[dict[str, Any]] | None:
+        """Refresh ``status`` and return the finished reports that were not acknowledged yet.
+
+        Returns:
+            None where no answer came in time, else the reports, oldest first. The answer to a
+            question asked in an earlier round does not count as this round's.
+
+        Raises:
+            RunFailedError: The actor is gone for good.
+        """
+        stale = self._pending is not None
+        refs = self._pending or (self.handle.status.remote(), self.handle.take_reports.remote())
+        try:
+            status, reports = ray.get(list(refs), timeout=timeout_s)
+        except GetTimeoutError:
+            self._pending = refs
+            return None
+        except RayActorError as error:
+            self._pending = None
+            if time.monotonic() - self._last_answer > 30:
+                raise RunFailedError(f"The membership actor is gone and was not restarted: {error}") from None
+            return None
+        self._pending, self._last_answer = None, time.monotonic()
+        self.status = status
+        if stale:
+            return None
+        again = [r["key"] for r in reports if r["key"] in self._acknowledged]
+        if again:  # an acknowledgement that a restart of the actor lost
+            self.handle.acknowledge.remote(again)
+        return [r for r in reports if r["key"] not in self._acknowledged]
+
+    def acknowledge(self, keys: list[str]) -> None:
+        """These reports are registered."""
+        self._acknowledged |= dict.fromkeys(keys)
+        self.handle.acknowledge.remote(keys)
+
+    def slot_lost(self, slot: int, reason: str) -> None:
+        """Ray says that the slot's worker is dead. Does not wait."""
+        self.handle.slot_lost.remote(slot, reason)
+
+    def slot_vacant(self, slot: int, reason: str) -> None:
+        """Nobody comes for this slot for now. Does not wait."""
+        self.handle.slot_vacant.remote(slot, reason)
+
+    def last_word(self) -> dict[str, Any]:
+        """Status, events and reports at the end, as far as they come."""
+        last: dict[str, Any] = {"status": self.status, "events": [], "reports": []}
+        asked = {"status": (), "events": (0,), "reports": (0,)}
+        for name, args in asked.items():
+            try:
+                last[name] = ray.get(getattr(self.handle, name).remote(*args), timeout=2)
+            except (RayError, TimeoutError, AttributeError):
+                logger.debug("The membership actor gave no last %s.", name)
+        return last
+
+    def end(self) -> None:
+        """End the actor for good."""
+        try:
+            ray.get(self.handle.shutdown.remote(), timeout=2)
+        except (RayError, TimeoutError):
+            pass
+        ray.kill(self.handle, no_restart=True)

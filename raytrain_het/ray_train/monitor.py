@@ -1,0 +1,129 @@
+"""The driver's thread that watches a run: it fills the run folder and feeds a live display."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from raytrain_het.ray_train.hub import hub_name
+from raytrain_het.ray_train.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+OnUpdate = Callable[[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]], None]
+_INTERVAL_S = 0.5
+_WORKER_KEYS = ("device", "node_ip", "batch_share", "compute_s", "wait_s", "bytes_sent", "bytes_received")
+
+
+class Monitor:
+    """Polls the membership actor until it is stopped.
+
+    Args:
+        run_id: Ray Train's id of the run.
+        folder: Where to write; may write nothing.
+        on_update: Called from this thread with (status, new events, new reports).
+    """
+
+    def __init__(self, run_id: str, folder: RunFolder, on_update: OnUpdate | None = None) -> None:
+        self._run_id, self._folder, self._on_update = run_id, folder, on_update
+        self._attempt = 0
+        self._handle: Any = None
+        self._events_seen = self._reports_seen = 0
+        self._stopped = threading.Event()
+        self._workers: dict[int, dict[str, Any]] = {}
+        self._status: dict[str, Any] = {}
+        self._last_report: dict[str, Any] = {}
+        self._started: tuple[float, int] | None = None
+        self._ended: tuple[float, int] | None = None
+        self._thread = threading.Thread(target=self._run, name="het-monitor", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self, last_word: dict[str, Any] | None) -> None:
+        """Stop, and take in what the membership actor said last."""
+        self._stopped.set()
+        self._thread.join(5)
+        if last_word:
+            self._take(
+                last_word.get("status") or {},
+                [e for e in last_word.get("events", []) if e["seq"] >= self._events_seen],
+                [r for r in last_word.get("reports", []) if r["seq"] >= self._reports_seen],
+            )
+        self._folder.close()
+
+    def summary(self, metrics: dict[str, Any] | None) -> dict[str, Any]:
+        """The figures of the run, the last known of every worker.
+
+        Args:
+            metrics: Of the ``Result``.
+        """
+        throughput = 0.0
+        if self._started and self._ended and self._ended[0] > self._started[0]:
+            throughput = (self._ended[1] - self._started[1]) / (self._ended[0] - self._started[0])
+        return {
+            "metrics": metrics if metrics is not None else self._last_report.get("metrics", {}),
+            "steps": self._status.get("step", 0),
+            "samples": self._status.get("samples", 0),
+            "throughput_samples_per_s": throughput,
+            "workers": [self._workers[slot] for slot in sorted(self._workers)],
+        }
+
+    def _run(self) -> None:
+        while not self._stopped.wait(_INTERVAL_S):
+            try:
+                self._poll()
+            except (RayError, TimeoutError):
+                self._handle = None
+            except ValueError:
+                self._handle = None  # no such actor: not yet, or no longer
+            except Exception:
+                logger.warning("The display of the run failed; the run goes on.", exc_info=True)
+
+    def _poll(self) -> None:
+        if self._handle is None:
+            self._handle = self._find()
+        status, events, reports = ray.get(
+            [
+                self._handle.status.remote(),
+                self._handle.events.remote(self._events_seen),
+                self._handle.reports.remote(self._reports_seen),
+            ],
+            timeout=2,
+        )
+        self._take(status, events, reports)
+
+    def _find(self) -> Any:
+        """The actor of the latest attempt. Its counters start anew."""
+        try:
+            handle = ray.get_actor(hub_name(self._run_id, self._attempt + 1))
+            self._attempt += 1
+            self._events_seen = self._reports_seen = 0
+            return handle
+        except ValueError:
+            return ray.get_actor(hub_name(self._run_id, self._attempt))
+
+    def _take(self, status: dict[str, Any], events: list[dict[str, Any]], reports: list[dict[str, Any]]) -> None:
+        self._events_seen = max([self._events_seen, *(e["seq"] + 1 for e in events)])
+        self._reports_seen = max([self._reports_seen, *(r["seq"] + 1 for r in reports)])
+        self._folder.add_events(events)
+        self._folder.add_reports(reports)
+        if reports:
+            self._last_report = reports[-1]
+        if status:
+            samples = int(status.get("samples", 0))
+            if samples > self._status.get("samples", 0) or self._started is None:
+                self._ended = (time.monotonic(), samples)
+            self._started = self._started or (time.monotonic(), samples)
+            self._status = status
+            for member in status.get("members", []):
+                slot = member["slot"]
+                self._workers[slot] = {"world_rank": slot} | {key: member.get(key) for key in _WORKER_KEYS}
+        if self._on_update is not None:
+            self._on_update(status, events, reports)

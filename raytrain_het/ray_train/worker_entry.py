@@ -1,0 +1,105 @@
+"""Where a worker begins: it gathers what Ray knows and hands over to the training session."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.train.v2._internal.util import construct_train_func
+
+from raytrain_het.config import HetConfig
+from raytrain_het.errors import ConfigError
+from raytrain_het.ray_train.hub import Parts
+
+_hub: Any = None
+
+
+def set_hub(handle: Any) -> None:
+    """Called on the worker by the controller, before the training function starts."""
+    global _hub
+    _hub = handle
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerEntry:
+    """The function that Ray Train runs on every worker."""
+
+    train_fn: Any
+    """The user's, without arguments."""
+    config: HetConfig
+    parts: Parts
+    num_slots: int
+
+    def __call__(self) -> Any:
+        try:
+            return self._run()
+        except BaseException as error:
+            # Ray leaves out the first three frames, of which this is the last.
+            raise error.with_traceback(_users_part(error.__traceback__)) from error.__cause__
+
+    def _run(self) -> Any:
+        from ray.train.torch import get_device
+        from ray.train.v2._internal.execution.context import get_train_context
+        from ray.train.v2._internal.execution.train_fn_utils import set_train_fn_utils
+
+        from raytrain_het.ray_train.storage import RayStorage
+
+        _quieten()
+        set_train_fn_utils(_utils())
+        context = get_train_context()
+        hub = _hub
+        return self.parts.run_worker(
+            self.train_fn,
+            config=self.config,
+            slot=context.get_world_rank(),
+            num_slots=self.num_slots,
+            locate=lambda: ray.get(hub.address.remote()),
+            storage=RayStorage(context.get_storage()),
+            device=get_device(),
+            node_ip=ray.util.get_node_ip_address(),
+        )
+
+
+def _users_part(traceback: TracebackType | None) -> TracebackType | None:
+    """The traceback below the call of the user's function, or all of it where that was not reached."""
+    at = traceback
+    while at is not None:
+        code = at.tb_frame.f_code
+        if code.co_name == "train_fn" and code.co_filename == construct_train_func.__code__.co_filename:
+            return at.tb_next or traceback
+        at = at.tb_next
+    return traceback
+
+
+def _quieten() -> None:
+    """``fit`` raises the training function's error with its traceback: not twice."""
+    for handler in logging.getLogger("ray.train").handlers:
+        if not hasattr(handler, "get_log_file_path"):
+            handler.addFilter(lambda record: not record.getMessage().startswith("Error in training function"))
+
+
+def _utils() -> Any:
+    """Ray's functions for the training function, less those that wait for every rank."""
+    from ray.train.v2._internal.execution.train_fn_utils import DistributedTrainFnUtils
+
+    def refuse(name: str, instead: str) -> Any:
+        def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
+            raise ConfigError(
+                f"{name} waits for every rank, and here workers come and go: it would stop the run. Write {instead}."
+            )
+
+        return refused
+
+    refused = {
+        "report": ("ray.train.report", "raytrain_het.report(metrics)"),
+        "barrier": ("ray.train.collective.barrier", "nothing: steps and reports keep workers together"),
+        "broadcast_from_rank_zero": (
+            "ray.train.collective.broadcast_from_rank_zero",
+            "raytrain_het.register_state(name, obj)",
+        ),
+        "get_preemption_info": ("ray.train.get_preemption_info", "nothing: a lost worker does not end the run"),
+    }
+    return type("HetTrainFnUtils", (DistributedTrainFnUtils,), {k: refuse(*v) for k, v in refused.items()})()

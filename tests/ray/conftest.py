@@ -1,0 +1,137 @@
+"""One Ray cluster for the session: a head without CPUs, a node with a fake GPU, a node without."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE))
+
+ray = pytest.importorskip("ray")
+import ray_fakes  # noqa: E402
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from raytrain_het.ray_train.hub import Parts, hub_name  # noqa: E402
+from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec  # noqa: E402
+from raytrain_het.ray_train.trainer import HetTrainer  # noqa: E402
+
+
+def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
+    """Poll until the condition holds; returns what it gave."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {timeout_s} s: {what}")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    paths = [str(_HERE), str(_HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            # A killed node is to be noticed within seconds, not after the default 15.
+            "_system_config": {"health_check_period_ms": 1000, "health_check_failure_threshold": 3},
+        },
+    )
+    cluster.add_node(num_cpus=2, num_gpus=1, labels={"kind": "gpu-box"})
+    cluster.add_node(num_cpus=2, labels={"kind": "cpu-box"})
+    ray.init(address=cluster.address, logging_level="WARNING")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def free() -> dict[str, float]:
+    """Free CPUs and GPUs of the cluster."""
+    now = ray.available_resources()
+    return {k: now.get(k, 0.0) for k in ("CPU", "GPU")}
+
+
+class FakeRun:
+    """``fit`` in a thread, and the fake membership actor to steer it by."""
+
+    def __init__(self, trainer: HetTrainer) -> None:
+        self.trainer, self.result, self.error = trainer, None, None
+        before = trainer.train_run_context.run_id
+        self._thread = threading.Thread(target=self._fit, daemon=True)
+        self._thread.start()
+        eventually(
+            lambda: trainer.train_run_context.run_id != before or not self._thread.is_alive(), "fit did not begin"
+        )
+        self.run_id = trainer.train_run_context.run_id
+        self._handle: Any = None
+
+    def _fit(self) -> None:
+        try:
+            self.result = self.trainer.fit()
+        except BaseException as error:
+            self.error = error
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        def find() -> Any:
+            try:
+                return ray.get_actor(hub_name(self.run_id, 0))
+            except ValueError:
+                assert self._thread.is_alive(), f"fit ended early: {self.error!r}"
+                return None
+
+        self._handle = self._handle or eventually(find, "no membership actor")
+        return ray.get(getattr(self._handle, method).remote(*args, **kwargs))
+
+    def members(self, count: int, *, joins: int | None = None, timeout_s: float = 60) -> dict[int, dict[str, Any]]:
+        """Wait until so many workers are there (and have come so often in all)."""
+
+        def there() -> Any:
+            members = self.call("peek", "members")
+            return members if len(members) == count and len(self.call("peek", "joins")) >= (joins or 0) else None
+
+        return eventually(there, f"{count} workers", timeout_s)
+
+    def join(self, timeout_s: float = 60) -> Any:
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), "fit did not end"
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+@pytest.fixture
+def start(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., FakeRun]]:
+    """Starts runs with the fakes; each must give back all it took."""
+    before = eventually(lambda: free() if free()["CPU"] >= 4 else None, "the last test's resources")
+    runs: list[FakeRun] = []
+
+    def start(
+        train_fn: Any = ray_fakes.obey,
+        workers: Any = (WorkerSpec(resources={"GPU": 1, "CPU": 1}), WorkerSpec(count=2)),
+        name: str = "run",
+        **kwargs: Any,
+    ) -> FakeRun:
+        run_config = kwargs.pop("run_config", None) or ray.train.RunConfig(name=name, storage_path=str(tmp_path))
+        trainer = HetTrainer(train_fn, scaling_config=HetScalingConfig(workers), run_config=run_config, **kwargs)
+        trainer.parts = Parts(
+            actor=ray_fakes.FakeMembership, settings=ray_fakes.FakeSettings, run_worker=ray_fakes.run_fake_worker
+        )
+        runs.append(FakeRun(trainer))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        if run._thread.is_alive():
+            run.call("tell", "finish")
+            run._thread.join(30)
+    eventually(lambda: free() == before, f"free resources as before ({before})", 30)
