@@ -10,7 +10,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup
 
-from raytrain_het.ray_train.placement import PlacementCleaner
+from raytrain_het.ray_train.cleaner import PlacementCleaner
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.train import Result
 from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import ReportCallback
@@ -45,6 +46,8 @@ class HetController(TrainController):
     worker_group_cls = HetWorkerGroup
 
     def __init__(self, *, plan: RunPlan, callbacks: list[Any], **rays: Any) -> None:
+        # It is an async actor whose poll waits for its workers by design, as Ray's own does.
+        ray._private.worker.blocking_get_inside_async_warned = True
         self._plan = plan
         self._attempt = -1
         self._last_word: dict[str, Any] = {}

@@ -105,7 +105,7 @@ class StartPlan:
     """What every start of a run has in common; the group gives it."""
 
     placement: SlotPlacement
-    runtime_env: dict[str, Any]
+    runtime_env: dict[str, Any] | None
     worker_cls: type
     init_worker: Callable[[Worker], None]
     """Ray Train's context on a worker, its callbacks, and the membership actor's handle."""

@@ -77,7 +77,9 @@ class HetWorkerGroup(WorkerGroup):
         placement = SlotPlacement([slot.spec for slot in self.slots], self._on_group)
         self._plan = StartPlan(
             placement=placement,
-            runtime_env=self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env),
+            runtime_env=_or_none(
+                self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
+            ),
             worker_cls=self._worker_cls,
             init_worker=self._init_worker,
             run_worker=self._run_worker,
@@ -358,3 +360,8 @@ class HetWorkerGroup(WorkerGroup):
 
 def _short(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _or_none(runtime_env: dict[str, Any]) -> dict[str, Any] | None:
+    """Without a runtime environment Ray takes a process that it keeps ready."""
+    return runtime_env if any(runtime_env.values()) else None

@@ -1,0 +1,121 @@
+"""What the trainer checks before any worker starts, and what it gives the driver."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray_fakes
+
+from raytrain_het.config import HetConfig
+from raytrain_het.errors import CheckpointError, ConfigError, ResourceError, RunFailedError
+from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
+from raytrain_het.ray_train.trainer import HetTrainer
+
+
+def nothing() -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"datasets": {"train": 1}}, "prepare_data_loader"),
+        ({"scaling_config": ray.train.ScalingConfig(num_workers=2)}, "HetScalingConfig"),
+        ({"het_config": {"codec": "none"}}, "HetConfig()"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_what_to_write(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        HetTrainer(nothing, **arguments)
+    assert says in str(caught.value)
+
+
+def test_a_training_function_with_two_arguments_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"takes 2 required arguments \(a, b\)"):
+        HetTrainer(lambda a, b: None)
+    with pytest.raises(ConfigError, match="not callable"):
+        HetTrainer(None)  # type: ignore[arg-type]
+
+
+def test_shares_must_be_as_many_as_workers(start: Any) -> None:
+    run = start(workers=[WorkerSpec(count=2)], het_config=HetConfig(shares=(3, 2, 1)))
+    with pytest.raises(ConfigError, match=r"3 numbers, the run has 2 workers.*shares=\[1, 1\]"):
+        run.join()
+
+
+def test_a_spec_that_no_node_can_satisfy_fails_before_any_worker_starts(start: Any) -> None:
+    run = start(workers=[WorkerSpec(resources={"GPU": 4})])
+    with pytest.raises(ResourceError, match=r"GPU: 4 \(the most any one node has is 1\)"):
+        run.join(20)
+
+
+def test_a_storage_path_that_cannot_be_written_is_named(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = start(run_config=ray.train.RunConfig(name="r", storage_path=str(tmp_path / "file")))
+    with pytest.raises(CheckpointError, match=r"storage_path='.*/file'.*cannot be written"):
+        run.join(20)
+
+
+def test_auto_takes_the_gpu_node_and_the_cpu_node(start: Any) -> None:
+    run = start(workers="auto")
+    members = run.members(2)
+    assert [len(members[i]["gpu_ids"]) for i in range(2)] == [1, 0]
+    assert [members[i]["threads"] for i in range(2)] == ["2", "2"]
+    run.call("tell", "finish")
+    run.join()
+
+
+def test_rays_report_is_refused_since_it_would_wait_for_every_rank(start: Any) -> None:
+    run = start(train_fn=call_rays_report, workers=[WorkerSpec()])
+    with pytest.raises(ray.train.TrainingFailedError, match=r"raytrain_het.report\(metrics\)"):
+        run.join()
+
+
+def call_rays_report() -> None:
+    ray.train.report({"loss": 1.0})
+
+
+def test_the_reason_of_a_failed_run_is_raised(start: Any) -> None:
+    run = start(workers=[WorkerSpec()])
+    run.members(1)
+    run.call("set", state="failed", failure="three workers died on samples 3 to 5")
+    with pytest.raises(RunFailedError, match="samples 3 to 5"):
+        run.join()
+
+
+def test_the_driver_is_told_of_updates(start: Any) -> None:
+    seen: list[tuple] = []
+    run = start(workers=[WorkerSpec()], on_update=lambda *update: seen.append(update))
+    run.members(1)
+    run.call("add_report", 5, {"loss": 1.0}, None)
+    run.call("tell", "finish")
+    result = run.join()
+    assert result.metrics == {"loss": 1.0} == result.het_summary["metrics"]
+    assert [r["step"] for _, _, reports in seen for r in reports] == [5]
+    assert [e["slot"] for _, events, _ in seen for e in events] == [0]
+
+
+def test_a_checkpoint_of_another_library_is_refused(start: Any, tmp_path: Path) -> None:
+    run = start(train_fn=report_once, workers=[WorkerSpec()])
+    run.join()
+    checkpoint = tmp_path / "run" / "checkpoint_step_00000001"
+    assert json.loads((checkpoint / "het.json").read_text()) == {"step": 1}
+    (checkpoint / "het.json").unlink()
+    again = start(train_fn=report_once, workers=[WorkerSpec()])
+    with pytest.raises(CheckpointError, match="het.json does not exist.*another RunConfig"):
+        again.join()
+
+
+def report_once() -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory:
+        ray_fakes.current.report(1, {"loss": 1.0}, directory)
+
+
+def test_a_scaling_config_prints_its_workers() -> None:
+    assert repr(HetScalingConfig()) == "HetScalingConfig(workers='auto')"

@@ -1,0 +1,95 @@
+"""A checkpoint is on the storage as a whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.train.v2._internal.execution.storage import StorageContext
+
+from raytrain_het.errors import CheckpointError
+from raytrain_het.ray_train import storage as module
+from raytrain_het.ray_train.storage import RayStorage, write_atomically
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> StorageContext:
+    return StorageContext(str(tmp_path / "runs"), "run")
+
+
+def local(tmp_path: Path, text: str) -> str:
+    folder = tmp_path / "local"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.pt").write_text(text)
+    return str(folder)
+
+
+def fail_halfway(source: str, target: str, **_: Any) -> None:
+    Path(target, "model.pt").write_text("ha")
+    raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_comes_back_as_it_was(context: StorageContext, tmp_path: Path) -> None:
+    store = RayStorage(context)
+    path = store.persist(local(tmp_path, "one"), "c1")
+    with store.fetch(path) as folder:
+        assert Path(folder, "model.pt").read_text() == "one"
+
+
+def test_a_failed_upload_leaves_nothing_and_names_the_path(
+    context: StorageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RayStorage(context)
+    good = store.persist(local(tmp_path, "one"), "c1")
+    before = sorted(p.name for p in Path(good).parent.iterdir())
+    monkeypatch.setattr(module, "_pyarrow_fs_copy_files", fail_halfway)
+    for name in ("c1", "c2"):  # the good one's name too
+        with pytest.raises(CheckpointError, match=rf"{name} could not be written to '.*run'.*No space left.*unharmed"):
+            store.persist(local(tmp_path, "two"), name)
+    assert sorted(p.name for p in Path(good).parent.iterdir()) == before
+    assert Path(good, "model.pt").read_text() == "one"
+
+
+def test_a_checkpoint_written_again_replaces_the_old_one(context: StorageContext, tmp_path: Path) -> None:
+    store = RayStorage(context)
+    store.persist(local(tmp_path, "one"), "c1")
+    path = store.persist(local(tmp_path, "two"), "c1")
+    assert Path(path, "model.pt").read_text() == "two"
+    assert [p.name for p in Path(path).parent.iterdir() if p.is_dir()] == ["c1"]
+
+
+def test_nothing_outside_the_runs_folder_is_deleted(context: StorageContext, tmp_path: Path) -> None:
+    store = RayStorage(context)
+    store.delete("../other")
+    store.delete("")
+    store.delete("not there")
+    assert Path(context.experiment_fs_path).is_dir()
+
+
+def test_a_missing_checkpoint_is_named(context: StorageContext) -> None:
+    with pytest.raises(CheckpointError, match="/nowhere/c9.*could not be read"), RayStorage(context).fetch("/nowhere/c9"):
+        pass
+
+
+def test_the_list_of_checkpoints_survives_a_write_that_fails(
+    context: StorageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = context.checkpoint_manager_snapshot_path
+    write_atomically(context, path, b"old")
+
+    class Full:
+        type_name = "local"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(original, name)
+
+        def move(self, *_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    original = context.storage_filesystem
+    context.storage_filesystem = Full()
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_atomically(context, path, b"new")
+    assert Path(path).read_bytes() == b"old"
+    assert not list(Path(path).parent.glob("*.partial"))
