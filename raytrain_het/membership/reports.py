@@ -86,6 +86,8 @@ class ReportBook:
         """For each report that waits for its checkpoint only: the slot that should write it."""
         wanted = {}
         for key, report in self._open.items():
+            if self._missing(key, slots):
+                continue
             if report.checkpoint_wanted and report.checkpoint is None and report.checkpoint_error is None:
                 writers = sorted(s for s, part in report.parts.items() if s in slots and part.get("holds_snapshot"))
                 if writers:
@@ -97,8 +99,7 @@ class ReportBook:
         ready = []
         for key in sorted(self._open, key=_order):
             report = self._open[key]
-            missing = [s for s in slots if s not in report.parts and self._last_order.get(s, (-1, -1)) < _order(key)]
-            if missing and not ended:
+            if self._missing(key, slots) and not ended:
                 break
             waiting = report.checkpoint_wanted and report.checkpoint is None and report.checkpoint_error is None
             if waiting and any(s in slots and p.get("holds_snapshot") for s, p in report.parts.items()):
@@ -116,6 +117,11 @@ class ReportBook:
             self._unacknowledged[key] = entry
             ready.append(entry)
         return ready
+
+    def _missing(self, key: str, slots: list[int]) -> list[int]:
+        """Current members that have neither given their part nor gone past it."""
+        parts = self._open[key].parts
+        return [s for s in slots if s not in parts and self._last_order.get(s, (-1, -1)) < _order(key)]
 
     def forget(self, slot: int) -> None:
         """A slot's process is gone; a new one in its place starts from nothing."""

@@ -128,7 +128,9 @@ class Hub:
         asyncio.set_event_loop(self._loop)
 
         async def start() -> None:
-            server = await asyncio.start_server(self._serve, host=None, port=self._port, limit=MAX_LINE_BYTES)
+            # Every interface of one family: with both, a free port would be another one for each.
+            every = "::" if ":" in self.settings.host else "0.0.0.0"
+            server = await asyncio.start_server(self._serve, host=every, port=self._port, limit=MAX_LINE_BYTES)
             self._port = server.sockets[0].getsockname()[1]
             self._server = server
             self._ticker = asyncio.ensure_future(self._tick())
@@ -195,6 +197,8 @@ class Hub:
                 core.suspect(uid, m["generation"], m["waited_s"], m["step"], now)
             case "healed":
                 core.healed(uid, now)
+            case "verified":
+                core.verified(uid, now)
             case "stats":
                 core.progress(uid, m["step"], now)
                 self._stats[slot] = m | {"uid": uid}
@@ -229,10 +233,10 @@ class Hub:
         self._noted = len(self._core.events)
         for uid, message in self._core.drain():
             self._send(uid, message)
-        slots = [p.member.slot for p in self._core.peers.values() if p.healed]
+        slots = [p.member.slot for p in self._core.peers.values() if p.healed and not p.fresh]
         by_slot = {p.member.slot: p.member.uid for p in self._core.peers.values()}
         for key, slot in self._reports.writer_wanted(slots).items():
-            if self._writers.get(key) != slot:
+            if self._writers.get(key) not in slots:
                 self._writers[key] = slot
                 self._send(by_slot[slot], {"type": "write", "key": key})
         self._reports.settle(slots, ended=self._core.over)

@@ -51,6 +51,7 @@ class Peer:
     answered: bool = False
     """Whether it has answered to the generation being formed."""
     fresh: bool = False
+    """Healed by replay, and not yet compared with the others."""
     position: int = 0
     """How far into the protocol it is, for telling who holds up the others."""
     confirmed: bool = False
@@ -256,6 +257,12 @@ class Membership:
         if peer is not None and not (self.forming and not self.voided):
             self._start_forming(void=False, reason=f"slot {peer.member.slot} is healed", now=now)
 
+    def verified(self, uid: str, now: float) -> None:
+        """A healed member has compared itself with the others: it holds what they hold."""
+        peer = self._heard(uid, now)
+        if peer is not None:
+            peer.fresh = False
+
     def progress(self, uid: str, step: int, now: float) -> None:
         """A member has committed a step; told from time to time only."""
         peer = self._heard(uid, now)
@@ -444,7 +451,7 @@ class Membership:
                 peer.phase = Phase.IN
             if peer.first_base < 0 and peer.healed:
                 peer.first_base = base["step"]
-            peer.answered, peer.fresh = False, False
+            peer.answered = False
             self._send(peer.member.uid, type="record", record=self.record.to_json())
         self.voided, self._inquiry, self._suspected_since = False, None, None
         self._release_the_finished(now)
@@ -485,10 +492,17 @@ class Membership:
             self.finished_slots.add(peer.member.slot)
         self._log(how, now, slot=peer.member.slot, uid=uid, step=peer.cursor["step"])
         self._send(uid, type="bye", how=how)
-        if self.over:
-            for joiner in list(self.peers):
-                self._send(joiner, type="end")
-                self.peers.pop(joiner)
+        self._end_if_nobody_trains()
+
+    def _end_if_nobody_trains(self) -> bool:
+        """The run has ended once some have finished and all others are only on their way in."""
+        holding = [p for p in self.peers.values() if p.phase is not Phase.JOINING and p.healed and not p.fresh]
+        if not self.finished_slots or holding:
+            return False
+        for uid in list(self.peers):
+            self._send(uid, type="end")
+            self.peers.pop(uid)
+        return True
 
     def _release_the_finished(self, now: float) -> None:
         finished = [p for p in self.peers.values() if p.phase is Phase.FINISHED]
@@ -525,13 +539,10 @@ class Membership:
             if died and peer.healed and peer.phase is Phase.IN:
                 self._lost_members.append(peer)
             self._fruitless_generations = 0
-            if not self._required() and self.finished_slots:
-                for joiner in list(self.peers):
-                    self._send(joiner, type="end")
-                    self.peers.pop(joiner)
+            if self._end_if_nobody_trains():
                 return
             self._release_the_finished(now)
-            if uid in {m.uid for m in self.record.members}:
+            if self.record is not None and self.record.rank_of(uid) is not None:
                 self._start_forming(void=True, reason=f"slot {slot} was lost: {reason}", now=now)
 
     def _count_deaths(self, base: int, peers: list[Peer], now: float) -> None:

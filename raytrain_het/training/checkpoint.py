@@ -51,7 +51,7 @@ class LocalStorage:
 
     def persist(self, local_dir: str, name: str) -> str:
         """Copy to a temporary name, then rename: nobody ever sees half a checkpoint."""
-        final, part = self.root / name, self.root / f".{name}.part"
+        final, part = self.root / name, self.root / f".{name}.{os.getpid()}.part"
         self.root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(local_dir, part)
@@ -68,7 +68,7 @@ class LocalStorage:
         """Remove a checkpoint and its temporary part."""
         name = Path(path_or_name).name
         shutil.rmtree(self.root / name, ignore_errors=True)
-        shutil.rmtree(self.root / f".{name}.part", ignore_errors=True)
+        shutil.rmtree(self.root / f".{name}.{os.getpid()}.part", ignore_errors=True)
 
 
 def random_states() -> dict[str, Any]:

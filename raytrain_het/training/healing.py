@@ -138,8 +138,11 @@ class Healing:
         self._replica.restore_light(light)
         self._comm.followed.clear()
         how = "replay" if same else "the peer's state, as the replay differed"
-        self._agent.tell("event", event={"kind": "healed", "step": record.base, "by": how})
-        return self._hold(record, cursor=record.cursor, healed=True, fresh=False)
+        held = self._hold(record, cursor=record.cursor, healed=True, fresh=False)
+        if held:
+            self._agent.tell("verified")
+            self._agent.tell("event", event={"kind": "healed", "step": record.base, "by": how})
+        return held
 
     def _hold(self, record: Record, *, cursor: dict[str, int] | None, healed: bool, fresh: bool) -> bool:
         """Say what this worker holds from now on, unless the record is superseded. ``cursor`` None leaves it."""
