@@ -82,6 +82,10 @@ class ReportBook:
         if report is not None and report.checkpoint is None:
             report.checkpoint, report.checkpoint_error = path, error
 
+    def uids(self, key: str) -> list[str]:
+        """The members that have given their part: they hold a state of their own for the checkpoint."""
+        return [part["uid"] for part in self._open[key].parts.values()]
+
     def writer_wanted(self, slots: list[int]) -> dict[str, int]:
         """For each report that waits for its checkpoint only: the slot that should write it."""
         wanted = {}

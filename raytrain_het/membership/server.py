@@ -211,7 +211,7 @@ class Hub:
             case "raised":
                 core.raised(uid, m["error"], now)
             case "report":
-                known = self._reports.part(slot, m)
+                known = self._reports.part(slot, m | {"uid": uid})
                 if known is not None:
                     self._send(uid, {"type": "acknowledged", "keys": [known]})
             case "stored":
@@ -238,7 +238,7 @@ class Hub:
         for key, slot in self._reports.writer_wanted(slots).items():
             if self._writers.get(key) not in slots:
                 self._writers[key] = slot
-                self._send(by_slot[slot], {"type": "write", "key": key})
+                self._send(by_slot[slot], {"type": "write", "key": key, "uids": self._reports.uids(key)})
         self._reports.settle(slots, ended=self._core.over)
 
     def _acknowledge(self, keys: list[str]) -> None:

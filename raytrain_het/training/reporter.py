@@ -96,16 +96,16 @@ class Reporter:
         report = self._open.get(message["key"])
         if report is not None and report.snapshot is not None and not report.writing:
             report.writing = True
-            threading.Thread(target=self._write, args=(report,), name="het-checkpoint", daemon=True).start()
+            threading.Thread(target=self._write, args=(report, message["uids"]), name="het-checkpoint", daemon=True).start()
 
-    def _write(self, report: Report) -> None:
+    def _write(self, report: Report, uids: list[str]) -> None:
         """Write and store the checkpoint. A failure costs this checkpoint, never an older one, and never the run."""
         name = "checkpoint_{:09d}_{}".format(*map(int, report.key.split(".")))
         path, error = None, None
         try:
             assert report.snapshot is not None
             with tempfile.TemporaryDirectory(prefix="het_checkpoint_") as directory:
-                files.write(directory, report.meta, report.snapshot, self._own_states(report))
+                files.write(directory, report.meta, report.snapshot, self._own_states(report, uids))
                 path = self._storage.persist(directory, name)
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
@@ -121,9 +121,9 @@ class Reporter:
             self._agent.checkpoint, self._agent.checkpoint_cursor = path, cursor
         self._agent.tell("stored", **report.stored)
 
-    def _own_states(self, report: Report) -> dict[int, dict[str, Any]]:
+    def _own_states(self, report: Report, uids: list[str]) -> dict[int, dict[str, Any]]:
         states = {}
-        for member in report.record.members:
+        for member in (m for m in report.record.members if m.uid in uids):
             gone = lambda uid=member.uid: self._agent.record is None or self._agent.record.rank_of(uid) is None  # noqa: E731
             own = ask(member.host, member.state_port, self._token(), f"worker.{report.key}", give_up=gone)
             if own is not None:
