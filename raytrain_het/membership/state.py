@@ -83,7 +83,7 @@ class Membership:
         self.dead_slots: set[int] = set()
         self.finished_slots: set[int] = set()
         self.checkpoint = settings.checkpoint
-        self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or {**ZERO, "step": settings.checkpoint_step}
+        self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or dict(ZERO)
         self._outbox: list[tuple[str, dict[str, Any]]] = []
         self._gone: dict[str, str] = {}
         self._fruitless: Counter[int] = Counter()

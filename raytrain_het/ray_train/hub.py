@@ -52,7 +52,7 @@ class Hub:
 
     def __init__(
         self, parts: Parts, config: HetConfig, *, run_id: str, attempt: int, num_slots: int,
-        checkpoint: str | None, checkpoint_step: int,
+        checkpoint: str | None, checkpoint_cursor: dict[str, int] | None,
     ) -> None:  # fmt: skip
         context = ray.get_runtime_context()
         settings = parts.settings(
@@ -63,8 +63,9 @@ class Hub:
             silence_s=config.silence_s,
             hang_limit_s=config.hang_limit_s,
             start_timeout_s=config.start_timeout_s,
+            codec=config.codec,
             checkpoint=checkpoint,
-            checkpoint_step=checkpoint_step,
+            checkpoint_cursor=checkpoint_cursor,
         )
         self.handle = (
             ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(parts.actor)

@@ -89,12 +89,10 @@ class Monitor:
     def _poll(self) -> None:
         if self._handle is None:
             self._handle = self._find()
+        # Without retries: questions that are open when the actor is ended would be complained about.
+        asked = {"status": (), "events": (self._events_seen,), "reports": (self._reports_seen,)}
         status, events, reports = ray.get(
-            [
-                self._handle.status.remote(),
-                self._handle.events.remote(self._events_seen),
-                self._handle.reports.remote(self._reports_seen),
-            ],
+            [getattr(self._handle, name).options(max_task_retries=0).remote(*args) for name, args in asked.items()],
             timeout=2,
         )
         self._take(status, events, reports)
