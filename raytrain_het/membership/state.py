@@ -541,6 +541,7 @@ class Membership:
             self._fruitless_generations = 0
             if self._end_if_nobody_trains():
                 return
+            self._reason = f"slot {slot} was lost: {reason}"
             self._release_the_finished(now)
             if self.record is not None and self.record.rank_of(uid) is not None:
                 self._start_forming(void=True, reason=f"slot {slot} was lost: {reason}", now=now)

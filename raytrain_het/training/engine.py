@@ -56,7 +56,6 @@ class Counters:
     """What this worker has done since it started. Seconds, bytes, samples."""
 
     samples: int = 0
-    global_samples: int = 0
     steps: int = 0
     skipped: int = 0
     redone: int = 0
@@ -311,7 +310,6 @@ class Engine:
         counters = self.counters
         counters.steps += 1
         counters.samples += len(opened.own)
-        counters.global_samples += len(opened.batch)
         duration = time.monotonic() - opened.started
         self.comm.step_s = duration if self.comm.step_s == 0 else 0.8 * self.comm.step_s + 0.2 * duration
         for listener in self.on_commit:

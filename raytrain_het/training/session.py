@@ -200,7 +200,7 @@ class Session:
         counters = engine.counters
         self._agent().tell(
             "stats", step=engine.cursor.step, epoch=engine.cursor.epoch, samples=counters.samples,
-            global_samples=counters.global_samples, steps=counters.steps, skipped=counters.skipped,
+            global_samples=self._plan().samples_before(engine.cursor), steps=counters.steps, skipped=counters.skipped,
             redone=counters.redone, compute_s=counters.compute_s, wait_s=counters.wait_s,
             bytes_sent=communicator.traffic.sent, bytes_received=communicator.traffic.received,
             batch_share=len(opened.own) if opened else 0, device=str(self.device), node_ip=self.node_ip, pid=os.getpid(),
