@@ -121,15 +121,7 @@ class Engine:
             self._light = self.replica.light()
         self._redo = False
         self.healing.offer(record, cursor, self._light, self._parameters_digest)
-        opened = self._slice(record, cursor)
-        self.opened = opened
-        self.gradients.begin(
-            opened.job.step,
-            contributes=opened.job.contributes,
-            stale=lambda: opened.job.over,
-            on_ready=lambda count: self._ready(opened, count),
-            on_backward_done=lambda last: self._backward_done(opened, last),
-        )
+        opened = self.opened = self._slice(record, cursor)
         self.comm.submit(opened.job)
         self.counters.protocol_cpu_s += time.thread_time() - began
         return opened
@@ -142,11 +134,14 @@ class Engine:
         # A share of 0 still runs the loop's body, on one sample, so that user code behaves alike; the gradient is dropped.
         micro = micro_batches(own, self._micro_batch_size) if len(own) else [range(batch.start, batch.start + 1)]
         step = cursor.step + 1
-        job = StepJob(
-            record.number, step, locals=self.gradients.locals, outs=self.gradients.outs, contributes=len(own) > 0,
-            finite=self.gradients.finite, used=self.gradients.used, digest=self._digest_if_due(step),
-        )  # fmt: skip
-        return Opened(record, cursor, batch, own, micro, job, time.monotonic())
+        job = StepJob(record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step))
+        opened = Opened(record, cursor, batch, own, micro, job, time.monotonic())
+        self.gradients.begin(
+            job,
+            on_ready=lambda count: self._ready(opened, count),
+            on_backward_done=lambda last: self._backward_done(opened, last),
+        )
+        return opened
 
     def _digest_if_due(self, step: int) -> int:
         every = self.config.replica_check_steps
@@ -186,7 +181,7 @@ class Engine:
         opened.inputs = inputs
         last = index == len(opened.micro) - 1
         if last:
-            self.gradients.total_weight = opened.job.weight = float(sum(opened.weights))
+            opened.job.weight = float(sum(opened.weights))
         self.gradients.arm(opened.weights[-1], last=last)
 
     def body_done(self) -> None:
