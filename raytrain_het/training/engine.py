@@ -131,6 +131,8 @@ class Engine:
             on_ready=lambda count: self._ready(opened, count),
             on_backward_done=lambda last: self._backward_done(opened, last),
         )
+        # This step's own: what the last step's job refers to may still be read for it.
+        opened.job.finite, opened.job.used = self.gradients.finite, self.gradients.used
         self.comm.submit(opened.job)
         self.counters.protocol_cpu_s += time.thread_time() - began
         return opened
@@ -145,7 +147,7 @@ class Engine:
         step = cursor.step + 1
         job = StepJob(
             record.number, step, locals=self.gradients.locals, outs=self.gradients.outs, contributes=len(own) > 0,
-            finite=self.gradients.finite, used=self.gradients.used, digest=self._digest_if_due(step),
+            digest=self._digest_if_due(step),
         )  # fmt: skip
         return Opened(record, cursor, batch, own, micro, job, time.monotonic())
 
