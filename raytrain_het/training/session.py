@@ -47,7 +47,7 @@ class StepRecord:
     offset: int
     batch_size: int
     slices: dict[str, list[int]]
-    """By uid: [start, stop) in the epoch's permutation."""
+    """By uid: [start, stop) in the epoch's permutation; empty with a share of 0."""
     uid: str
     own_samples: list[int]
     applied: bool
@@ -176,7 +176,6 @@ class Session:
                 m.uid: [s.start, s.stop]
                 for rank, m in enumerate(record.members)
                 for s in (slice_of(opened.batch, record.shares, rank),)
-                if len(s)
             }
             note = StepRecord(
                 step=opened.cursor.step, generation=record.number, epoch=opened.cursor.epoch, offset=opened.batch.start,
