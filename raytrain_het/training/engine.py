@@ -132,6 +132,7 @@ class Engine:
             on_backward_done=lambda last: self._backward_done(opened, last),
         )
         self.comm.submit(opened.job)
+        points.reach("opened", opened.job.step)
         self.counters.protocol_cpu_s += time.thread_time() - began
         return opened
 
@@ -222,6 +223,7 @@ class Engine:
             return
         if not opened.submitted:
             opened.submitted = time.monotonic()
+        points.reach("arrived", opened.job.step)
         self._await_sums(opened)
         opened.settled = True
         self.gradients.show(opened.sums)
