@@ -243,7 +243,7 @@ class Hub:
 
     def _acknowledge(self, keys: list[str]) -> None:
         self._reports.acknowledge(keys)
-        for uid in self._core.peers:
+        for uid in self._core.peers if keys else ():
             self._send(uid, {"type": "acknowledged", "keys": keys})
 
     def _send(self, uid: str, message: dict[str, Any]) -> None:

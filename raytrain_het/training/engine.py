@@ -123,6 +123,7 @@ class Engine:
         self.healing.offer(record, cursor, self._light, self._parameters_digest)
         opened = self.opened = self._slice(record, cursor)
         self.comm.submit(opened.job)
+        points.reach("opened", opened.job.step)
         self.counters.protocol_cpu_s += time.thread_time() - began
         return opened
 
@@ -216,6 +217,7 @@ class Engine:
             return
         if not opened.submitted:
             opened.submitted = time.monotonic()
+        points.reach("arrived", opened.job.step)
         self._await_sums(opened)
         opened.settled = True
         self.gradients.show(opened.sums)
