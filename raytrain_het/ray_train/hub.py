@@ -59,12 +59,13 @@ class Hub:
             run_id=f"{run_id}-{attempt}",
             num_slots=num_slots,
             shares=config.shares,
+            codec=config.codec,
             host=ray.util.get_node_ip_address(),
             silence_s=config.silence_s,
             hang_limit_s=config.hang_limit_s,
             start_timeout_s=config.start_timeout_s,
-            codec=config.codec,
             checkpoint=checkpoint,
+            checkpoint_step=(checkpoint_cursor or {}).get("step", 0),
             checkpoint_cursor=checkpoint_cursor,
         )
         self.handle = (

@@ -27,6 +27,8 @@ class FakeSettings:
     start_timeout_s: float
     checkpoint: str | None
     checkpoint_step: int
+    checkpoint_cursor: dict[str, int] | None
+    codec: str
 
 
 class FakeMembership:
@@ -133,7 +135,7 @@ class FakeSession:
         path = None
         if directory:
             with open(os.path.join(directory, "het.json"), "w") as file:
-                json.dump({"step": step}, file)
+                json.dump({"cursor": {"step": step}}, file)
             path = self.storage.persist(directory, f"checkpoint_step_{step:08d}")
         ray.get(self.hub.add_report.remote(step, metrics, path))
 
