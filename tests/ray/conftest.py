@@ -24,6 +24,9 @@ from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec  # noqa:
 from raytrain_het.ray_train.trainer import HetTrainer  # noqa: E402
 
 
+_GPU_AND_TWO_CPU = (WorkerSpec(resources={"GPU": 1, "CPU": 1}), WorkerSpec(count=2))
+
+
 def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     """Poll until the condition holds; returns what it gave."""
     deadline = time.monotonic() + timeout_s
@@ -117,7 +120,7 @@ def start(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., FakeRun]]:
 
     def start(
         train_fn: Any = ray_fakes.obey,
-        workers: Any = (WorkerSpec(resources={"GPU": 1, "CPU": 1}), WorkerSpec(count=2)),
+        workers: Any = _GPU_AND_TWO_CPU,
         name: str = "run",
         **kwargs: Any,
     ) -> FakeRun:

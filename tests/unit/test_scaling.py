@@ -19,7 +19,8 @@ def specs(*workers: WorkerSpec) -> tuple:
 
 
 def test_auto_gives_one_worker_per_gpu_and_one_per_cpu_only_node() -> None:
-    slots = resolve_auto([node("c", CPU=6), node("g", CPU=9, GPU=2), node("head", CPU=0), node("x", CPU=4, alive=False)])
+    nodes = [node("c", CPU=6), node("g", CPU=9, GPU=2), node("head", CPU=0), node("x", CPU=4, alive=False)]
+    slots = resolve_auto(nodes)
     assert [s.resources for s in slots] == [{"GPU": 1, "CPU": 4}, {"GPU": 1, "CPU": 4}, {"CPU": 6}]
     assert [s.node_id for s in slots] == ["g", "g", "c"]
 
