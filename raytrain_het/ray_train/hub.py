@@ -6,6 +6,7 @@ later, and until then the last answer stands.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -137,8 +138,6 @@ class Hub:
 
     def end(self) -> None:
         """End the actor for good."""
-        try:
+        with contextlib.suppress(RayError, TimeoutError):
             ray.get(self.handle.shutdown.remote(), timeout=2)
-        except (RayError, TimeoutError):
-            pass
         ray.kill(self.handle, no_restart=True)

@@ -77,9 +77,7 @@ class HetWorkerGroup(WorkerGroup):
         placement = SlotPlacement([slot.spec for slot in self.slots], self._on_group)
         self._plan = StartPlan(
             placement=placement,
-            runtime_env=_or_none(
-                self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
-            ),
+            runtime_env=_or_none(self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)),
             worker_cls=self._worker_cls,
             init_worker=self._init_worker,
             run_worker=self._run_worker,
@@ -177,8 +175,10 @@ class HetWorkerGroup(WorkerGroup):
                 else:
                     slot.begin(self._plan, delay_s=float(slot.start_failures))
             else:
-                self._errors[slot.index] = start.error if isinstance(start.error, Exception) else RunFailedError(
-                    f"Worker {slot.index} could not be started: {start.error!r}"
+                self._errors[slot.index] = (
+                    start.error
+                    if isinstance(start.error, Exception)
+                    else RunFailedError(f"Worker {slot.index} could not be started: {start.error!r}")
                 )
                 slot.state = SlotState.DEAD
 

@@ -23,7 +23,6 @@ from raytrain_het.ray_train.hub import Parts, hub_name  # noqa: E402
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec  # noqa: E402
 from raytrain_het.ray_train.trainer import HetTrainer  # noqa: E402
 
-
 _GPU_AND_TWO_CPU = (WorkerSpec(resources={"GPU": 1, "CPU": 1}), WorkerSpec(count=2))
 
 

@@ -134,7 +134,8 @@ def test_the_autoscaler_is_asked_for_the_real_bundles() -> None:
 
     scaling = HetScalingConfig().resolved(resolve_auto([node("g", CPU=4, GPU=1), node("c", CPU=2)]))
     resources, labels = HetScalingPolicy(scaling, autoscaler=True).resource_request()
-    assert resources == [{"GPU": 1, "CPU": 4}, {"CPU": 2}] and labels is None
+    assert resources == [{"GPU": 1, "CPU": 4}, {"CPU": 2}]
+    assert labels is None
 
 
 def test_another_ray_is_refused_with_the_command_to_type() -> None:
