@@ -156,7 +156,8 @@ def _check_fits_some_node(slot: SlotSpec, shapes: Sequence[NodeShape]) -> None:
     if not labelled:
         raise ResourceError(
             f"{slot.origin}: labels={slot.labels!r} match no node of the cluster "
-            f"({describe_nodes(shapes, labels=True)}). Write labels that a node has, or start one with: ray start --labels key=value"
+            f"({describe_nodes(shapes, labels=True)}). Write labels that a node has, or start one with: "
+            "ray start --labels key=value"
         )
     short = [
         f"{name}: {_number(amount)} (the most any one node has is "
