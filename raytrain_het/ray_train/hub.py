@@ -66,7 +66,6 @@ class Hub:
             hang_limit_s=config.hang_limit_s,
             start_timeout_s=config.start_timeout_s,
             checkpoint=checkpoint,
-            checkpoint_step=(checkpoint_cursor or {}).get("step", 0),
             checkpoint_cursor=checkpoint_cursor,
         )
         self.handle = (

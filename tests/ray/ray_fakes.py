@@ -26,7 +26,6 @@ class FakeSettings:
     hang_limit_s: float
     start_timeout_s: float
     checkpoint: str | None
-    checkpoint_step: int
     checkpoint_cursor: dict[str, int] | None
     codec: str
 
@@ -93,7 +92,7 @@ class FakeMembership:
     def join(self, member: dict[str, Any]) -> dict[str, Any]:
         self.joins.append(member)
         self.members[member["slot"]] = member
-        return {"checkpoint": self.settings.checkpoint, "step": self.settings.checkpoint_step}
+        return {"checkpoint": self.settings.checkpoint, "step": (self.settings.checkpoint_cursor or {}).get("step", 0)}
 
     def done(self, slot: int) -> None:
         if slot in self.members:
