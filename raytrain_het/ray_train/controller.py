@@ -22,7 +22,7 @@ from raytrain_het.ray_train.storage import snapshot_writer
 from raytrain_het.ray_train.worker_group import HetWorkerGroup
 
 POLL_S = 0.5
-STEP_FILE = "het.json"
+META_FILE = "het.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +94,12 @@ class HetController(TrainController):
             return None, None
         path = latest.checkpoint.path
         try:
-            with latest.checkpoint.filesystem.open_input_stream(f"{path}/{STEP_FILE}") as stream:
-                return path, {k: int(v) for k, v in json.loads(stream.read())["cursor"].items()}
+            with latest.checkpoint.filesystem.open_input_stream(f"{path}/{META_FILE}") as stream:
+                return path, {name: int(value) for name, value in json.loads(stream.read())["cursor"].items()}
         except Exception as error:
             raise CheckpointError(
                 f"The run {self._run_config.name!r} has a checkpoint that raytrain_het cannot go on from: {path}/"
-                f"{STEP_FILE} {'does not exist' if isinstance(error, FileNotFoundError) else 'is not readable'}. "
+                f"{META_FILE} {'does not exist' if isinstance(error, FileNotFoundError) else 'is not readable'}. "
                 "Write another RunConfig(name=...) to start anew."
             ) from None
 

@@ -6,6 +6,7 @@ later, and until then the last answer stands.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -59,11 +60,11 @@ class Hub:
             run_id=f"{run_id}-{attempt}",
             num_slots=num_slots,
             shares=config.shares,
+            codec=config.codec,
             host=ray.util.get_node_ip_address(),
             silence_s=config.silence_s,
             hang_limit_s=config.hang_limit_s,
             start_timeout_s=config.start_timeout_s,
-            codec=config.codec,
             checkpoint=checkpoint,
             checkpoint_cursor=checkpoint_cursor,
         )
@@ -136,8 +137,6 @@ class Hub:
 
     def end(self) -> None:
         """End the actor for good."""
-        try:
+        with contextlib.suppress(RayError, TimeoutError):
             ray.get(self.handle.shutdown.remote(), timeout=2)
-        except (RayError, TimeoutError):
-            pass
         ray.kill(self.handle, no_restart=True)

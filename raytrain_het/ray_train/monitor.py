@@ -116,9 +116,10 @@ class Monitor:
             self._last_report = reports[-1]
         if status:
             samples = int(status.get("samples", 0))
-            if samples > self._status.get("samples", 0) or self._started is None:
+            if self._started is None or self._started[1] == samples:
+                self._started = (time.monotonic(), samples)  # the first step has not been done yet
+            if samples > self._status.get("samples", 0):
                 self._ended = (time.monotonic(), samples)
-            self._started = self._started or (time.monotonic(), samples)
             self._status = status
             for member in status.get("members", []):
                 slot = member["slot"]
