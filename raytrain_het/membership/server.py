@@ -243,7 +243,7 @@ class Hub:
 
     def _acknowledge(self, keys: list[str]) -> None:
         self._reports.acknowledge(keys)
-        for uid in self._core.peers:
+        for uid in self._core.peers if keys else ():
             self._send(uid, {"type": "acknowledged", "keys": keys})
 
     def _send(self, uid: str, message: dict[str, Any]) -> None:
@@ -272,7 +272,9 @@ class Hub:
             "generation": record.number if record else 0,
             "state": core.state,
             "failure": core.failure,
-            "vacant": sorted(core.vacant),
+            "vacant": sorted(
+                set(range(self.settings.num_slots)) - core.finished_slots - {p.member.slot for p in core.peers.values()}
+            ),
             "dead_slots": sorted(core.dead_slots),
             "step": max((m.get("step", 0) for m in members), default=0),
             "epoch": max((m.get("epoch", 0) for m in members), default=0),

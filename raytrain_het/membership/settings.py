@@ -21,6 +21,5 @@ class HubSettings:
     start_timeout_s: float = 120.0
     checkpoint: str | None = None
     """Checkpoint from which the run resumes."""
-    checkpoint_step: int = 0
     checkpoint_cursor: dict[str, int] | None = None
-    """Cursor stored in that checkpoint; None derives it from ``checkpoint_step``."""
+    """Position (epoch, offset, step) stored in that checkpoint."""

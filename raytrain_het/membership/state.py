@@ -84,7 +84,7 @@ class Membership:
         self.dead_slots: set[int] = set()
         self.finished_slots: set[int] = set()
         self.checkpoint = settings.checkpoint
-        self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or {**ZERO, "step": settings.checkpoint_step}
+        self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or dict(ZERO)
         self._outbox: list[tuple[str, dict[str, Any]]] = []
         self._gone: dict[str, str] = {}
         self._fruitless: Counter[int] = Counter()
@@ -542,6 +542,7 @@ class Membership:
             self._fruitless_generations = 0
             if self._end_if_nobody_trains():
                 return
+            self._reason = f"slot {slot} was lost: {reason}"
             self._release_the_finished(now)
             if self.record is not None and self.record.rank_of(uid) is not None:
                 self._start_forming(void=True, reason=f"slot {slot} was lost: {reason}", now=now)

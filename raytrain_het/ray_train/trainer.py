@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -196,10 +197,8 @@ def _abort(controller: Any) -> None:
     """End the run on Ctrl-C and wait until its processes are gone."""
 
     def end() -> None:
-        try:
+        with contextlib.suppress(RayError, TimeoutError):
             ray.get(controller.abort.remote(), timeout=_ABORT_S)
-        except (RayError, TimeoutError):
-            pass
 
     # In a thread, so that a second Ctrl-C ends the waiting and not the tidying.
     thread = threading.Thread(target=end, daemon=True)

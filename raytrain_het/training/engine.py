@@ -56,7 +56,6 @@ class Counters:
     """What this worker has done since it started. Seconds, bytes, samples."""
 
     samples: int = 0
-    global_samples: int = 0
     steps: int = 0
     skipped: int = 0
     redone: int = 0
@@ -122,18 +121,9 @@ class Engine:
             self._light = self.replica.light()
         self._redo = False
         self.healing.offer(record, cursor, self._light, self._parameters_digest)
-        opened = self._slice(record, cursor)
-        self.opened = opened
-        self.gradients.begin(
-            opened.job.step,
-            contributes=opened.job.contributes,
-            stale=lambda: opened.job.over,
-            on_ready=lambda count: self._ready(opened, count),
-            on_backward_done=lambda last: self._backward_done(opened, last),
-        )
-        # This step's own: what the last step's job refers to may still be read for it.
-        opened.job.finite, opened.job.used = self.gradients.finite, self.gradients.used
+        opened = self.opened = self._slice(record, cursor)
         self.comm.submit(opened.job)
+        points.reach("opened", opened.job.step)
         self.counters.protocol_cpu_s += time.thread_time() - began
         return opened
 
@@ -145,11 +135,14 @@ class Engine:
         # A share of 0 still runs the loop's body, on one sample, so that user code behaves alike; the gradient is dropped.
         micro = micro_batches(own, self._micro_batch_size) if len(own) else [range(batch.start, batch.start + 1)]
         step = cursor.step + 1
-        job = StepJob(
-            record.number, step, locals=self.gradients.locals, outs=self.gradients.outs, contributes=len(own) > 0,
-            digest=self._digest_if_due(step),
-        )  # fmt: skip
-        return Opened(record, cursor, batch, own, micro, job, time.monotonic())
+        job = StepJob(record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step))
+        opened = Opened(record, cursor, batch, own, micro, job, time.monotonic())
+        self.gradients.begin(
+            job,
+            on_ready=lambda count: self._ready(opened, count),
+            on_backward_done=lambda last: self._backward_done(opened, last),
+        )
+        return opened
 
     def _digest_if_due(self, step: int) -> int:
         every = self.config.replica_check_steps
@@ -189,7 +182,7 @@ class Engine:
         opened.inputs = inputs
         last = index == len(opened.micro) - 1
         if last:
-            self.gradients.total_weight = opened.job.weight = float(sum(opened.weights))
+            opened.job.weight = float(sum(opened.weights))
         self.gradients.arm(opened.weights[-1], last=last)
 
     def body_done(self) -> None:
@@ -224,6 +217,7 @@ class Engine:
             return
         if not opened.submitted:
             opened.submitted = time.monotonic()
+        points.reach("arrived", opened.job.step)
         self._await_sums(opened)
         opened.settled = True
         self.gradients.show(opened.sums)
@@ -313,7 +307,6 @@ class Engine:
         counters = self.counters
         counters.steps += 1
         counters.samples += len(opened.own)
-        counters.global_samples += len(opened.batch)
         duration = time.monotonic() - opened.started
         self.comm.step_s = duration if self.comm.step_s == 0 else 0.8 * self.comm.step_s + 0.2 * duration
         for listener in self.on_commit:

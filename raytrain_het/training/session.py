@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
@@ -198,10 +199,10 @@ class Session:
         counters = engine.counters
         self._agent().tell(
             "stats", step=engine.cursor.step, epoch=engine.cursor.epoch, samples=counters.samples,
-            global_samples=counters.global_samples, steps=counters.steps, skipped=counters.skipped,
+            global_samples=self._plan().samples_before(engine.cursor), steps=counters.steps, skipped=counters.skipped,
             redone=counters.redone, compute_s=counters.compute_s, wait_s=counters.wait_s,
             bytes_sent=communicator.traffic.sent, bytes_received=communicator.traffic.received,
-            batch_share=len(opened.own) if opened else 0, device=str(self.device), node_ip=self.node_ip,
+            batch_share=len(opened.own) if opened else 0, device=str(self.device), node_ip=self.node_ip, pid=os.getpid(),
             step_s=communicator.step_s,
         )  # fmt: skip
 
