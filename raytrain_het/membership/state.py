@@ -19,7 +19,8 @@ from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
 
 MAX_FRUITLESS_DEATHS = 3
-"""A slot that dies so often without a commit stays vacant; so many deaths in one step fail the run."""
+"""A slot that dies so often without a commit stays vacant; a step in which so many generations lost members
+fails the run."""
 MAX_FRUITLESS_GENERATIONS = 20
 """So many generations in a row voided without a death or a commit fail the run: some link must be broken."""
 RECOVERY_GRACE_S = 10.0
@@ -547,17 +548,20 @@ class Membership:
                 self._start_forming(void=True, reason=f"slot {slot} was lost: {reason}", now=now)
 
     def _count_deaths(self, base: int, peers: list[Peer], now: float) -> None:
-        """Three deaths in one step fail the run: some sample of it must be poison."""
+        """A step that has cost three generations a member fails the run: some sample of it must be poison.
+
+        How many died at once does not matter: a power cut takes all workers, and they start again.
+        """
         for step in [s for s in self._deaths_in_step if s != base + 1]:
             del self._deaths_in_step[step]
-        self._deaths_in_step[base + 1] += len(self._lost_members)
         lost, self._lost_members = self._lost_members, []
+        self._deaths_in_step[base + 1] += bool(lost)
         if lost and self._deaths_in_step[base + 1] >= MAX_FRUITLESS_DEATHS:
             slots = sorted({p.member.slot for p in lost})
             batch = next((p.batch for p in peers if p.batch), None)
             where = f" (epoch {batch[0]}, positions {batch[1]} to {batch[1] + batch[2]} of its order)" if batch else ""
             self._fail(
-                f"{MAX_FRUITLESS_DEATHS} workers died in step {base + 1}{where}, the last in slots {slots}. "
+                f"Workers died {MAX_FRUITLESS_DEATHS} times in step {base + 1}{where}, the last in slots {slots}. "
                 "Some sample of that step probably kills the process: train without it, or look at the workers' logs.",
                 now, poison={"step": base + 1, "slots": slots},
             )  # fmt: skip

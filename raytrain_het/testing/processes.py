@@ -103,6 +103,11 @@ class ProcessLab:
         self.processes[slot] = process
         return process
 
+    def kill(self, *slots: int) -> None:
+        """SIGKILL for the workers in some slots, all at the same moment; by default for all."""
+        for slot in slots or list(self.processes):
+            os.kill(self.processes[slot].pid, signal.SIGKILL)  # type: ignore[arg-type]
+
     def run(self, timeout_s: float = 120.0, on_poll: Callable[[], None] | None = None) -> dict[int, Any]:
         """Run all slots to the end; returns each slot's result.
 
@@ -173,18 +178,17 @@ def _work(slot: int, payload: bytes) -> None:
     where = Path(directory) / "hub.pickle"
     kind, value = "gone", None
     try:
-        value = sessions.run_worker(
+        done = sessions.run_worker(
             lambda: _train(train_fn, directory, faults, slot, ledger),
             config=config, slot=slot, num_slots=num_slots, locate=lambda: pickle.loads(where.read_bytes()),
             storage=storage(), device=torch.device("cpu"), node_ip="127.0.0.1",
         )  # fmt: skip
-        kind = "result" if value is not _LEFT else "gone"
+        if done is not None:  # Else it was let go before its end.
+            kind, value = "result", done[0]
     except sessions.EvictedError:
         pass
     except BaseException:
         kind, value = "error", traceback.format_exc()
-    if value is None and kind == "result":
-        kind = "result"
     part = Path(directory) / f".outcome_{slot}_{os.getpid()}"
     part.write_bytes(pickle.dumps((kind, value)))
     part.rename(Path(directory) / f"outcome_{slot}_{os.getpid()}")
@@ -192,16 +196,13 @@ def _work(slot: int, payload: bytes) -> None:
     os._exit(0)
 
 
-_LEFT = object()
-
-
-def _train(train_fn: Callable[[str], Any], directory: str, faults: list, slot: int, ledger: bool) -> Any:
+def _train(train_fn: Callable[[str], Any], directory: str, faults: list, slot: int, ledger: bool) -> tuple[Any]:
     session = sessions.current()
     fault_kit.install(faults, slot, directory, session.leave)
     if ledger:
         writer = LedgerWriter(Path(directory) / f"ledger_{slot}_{os.getpid()}.jsonl")
         session.listeners.append(lambda note: writer.append(_entry(note)))
-    return train_fn(directory)
+    return (train_fn(directory),)
 
 
 def _entry(note: sessions.StepRecord) -> LedgerEntry:

@@ -43,6 +43,8 @@ class Regression:
     """Whether a scheduler, registered, lowers the rate after every step."""
     report: bool = True
     micro_batch_size: int | None = None
+    pace_s: float = 0.0
+    """How long each step takes at least."""
     patience_s: float = 0.0
     """How long a step pauses while a slot is not filled, so that its next worker comes before the end."""
 
@@ -89,8 +91,7 @@ class Regression:
         loss = torch.zeros(())
         for _ in loader.epochs(self.epochs):
             for x, y in loader:
-                if self.patience_s and het.num_participants() < session.num_slots:
-                    time.sleep(self.patience_s)
+                time.sleep(max(self.pace_s, self.patience_s if het.num_participants() < session.num_slots else 0.0))
                 loss = F.mse_loss(model(x), y)
                 optimizer.zero_grad()
                 loss.backward()

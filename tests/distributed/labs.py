@@ -61,7 +61,7 @@ class Run:
         reports = {r["key"]: r for r in self.lab.reports}
         assert sorted({r["step"] for r in reports.values()}) == steps
         for report in reports.values():
-            assert (Path(report["checkpoint"]) / "het.json").exists(), report
+            assert report["checkpoint"] and (Path(report["checkpoint"]) / "het.json").exists(), report
 
 
 @functools.cache

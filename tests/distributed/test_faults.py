@@ -7,7 +7,7 @@ from labs import happened, run
 
 from raytrain_het.collectives.points import POINTS
 from raytrain_het.testing.faults import Fault
-from raytrain_het.testing.regression import SMALL_BUCKETS, Regression
+from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
 
 TASK = Regression(patience_s=0.01)
 STEPS = TASK.plan.steps_per_epoch
@@ -67,18 +67,25 @@ def test_two_workers_killed_in_the_same_step(tmp_path, second):
     assert happened(tmp_path) == 2
 
 
-def test_all_workers_killed_at_once_start_again_from_the_last_checkpoint(tmp_path):
-    faults = [Fault(slot=slot, step=STEPS + 4, point="backward") for slot in range(3)]
-    done = run(TASK, tmp_path, faults=faults)
-    done.check(TASK)
-    assert [e["base"] for e in done.kinds("formed") if e["reset"]] == [0, STEPS]
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_all_workers_killed_at_once_start_again_from_the_last_checkpoint(tmp_path, epoch):
+    """Before the first checkpoint, that is the beginning."""
+    killed = []
 
+    def power_cut(lab):
+        wanted = epoch == 0 or any(r["epoch"] == epoch - 1 for r in lab.hub.reports(0))
+        step = max((step for step, *_ in traces(tmp_path)), default=0)
+        if not killed and wanted and step > epoch * STEPS + 2:
+            killed.append(step)
+            lab.kill()
 
-def test_all_workers_killed_before_the_first_checkpoint_start_from_the_beginning(tmp_path):
-    faults = [Fault(slot=slot, step=4, point="backward") for slot in range(3)]
-    done = run(TASK, tmp_path, faults=faults)
+    done = run(dataclasses.replace(TASK, pace_s=0.02), tmp_path, on_poll=power_cut)
     done.check(TASK)
-    assert [e["base"] for e in done.kinds("formed") if e["reset"]] == [0, 0]
+    assert killed
+    first, second = [e["base"] for e in done.kinds("formed") if e["reset"]]
+    assert first == 0
+    assert second >= epoch * STEPS
+    assert second % STEPS == 0
 
 
 @pytest.mark.parametrize("point", ["slice", "decoded", "updated"])
