@@ -80,6 +80,7 @@ class Membership:
         self.voided = False
         self.failure: str | None = None
         self.events: list[dict[str, Any]] = []
+        self._first_seq = incarnation // 1_000_000
         self.vacant: set[int] = set()
         self.dead_slots: set[int] = set()
         self.finished_slots: set[int] = set()
@@ -675,4 +676,8 @@ class Membership:
 
     def _log(self, kind: str, now: float, **values: Any) -> None:
         generation = self.record.number if self.record else 0
-        self.events.append({"seq": len(self.events), "kind": kind, "generation": generation, **values})
+        self.note({"kind": kind, "generation": generation, **values})
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Add to the events. Sequence numbers grow across restarts, so that a reader misses none and reads none twice."""
+        self.events.append({"seq": self._first_seq + len(self.events), **event})

@@ -151,7 +151,7 @@ class Session:
         self.reporter = Reporter(self.agent, self._server, self.storage, self._token)
         self.engine.on_commit.append(self._committed)
         self.engine.on_confirm.append(self.reporter.send_up_to)
-        self.agent.on_reconnect = self.reporter.resend
+        self.agent.on_reconnect = self._tell_a_new_hub
         self.agent.join()
         self.engine.start()
         return self.engine
@@ -187,6 +187,11 @@ class Session:
         if now - self._last_stats >= STATS_INTERVAL_S:
             self._last_stats = now
             self.send_stats()
+
+    def _tell_a_new_hub(self) -> None:
+        assert self.reporter is not None
+        self.reporter.resend()
+        self.send_stats()
 
     def send_stats(self) -> None:
         """Tell the hub how far this worker is; for people, never for decisions of a step."""
