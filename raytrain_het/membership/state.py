@@ -290,6 +290,11 @@ class Membership:
             self._release(uid, "left", now)
             return
         peer.phase, peer.cursor, peer.confirmed = Phase.FINISHED, dict(cursor), confirmed
+        if self.record is not None and cursor["step"] > self.record.base:
+            # A step takes all members: whoever had to load or compare first has done so, though its word is under way.
+            for other in self.peers.values():
+                if self.record.rank_of(other.member.uid) is not None and other.member.uid not in self.record.unhealed:
+                    other.healed, other.fresh = True, False
         self._release_the_finished(now)
 
     def raised(self, uid: str, error: str, now: float) -> None:
@@ -506,7 +511,7 @@ class Membership:
 
     def _release_the_finished(self, now: float) -> None:
         finished = [p for p in self.peers.values() if p.phase is Phase.FINISHED]
-        active = [p for p in self.peers.values() if p.phase in (Phase.IN, Phase.LEAVING) and p.healed]
+        active = [p for p in self.peers.values() if p.phase in (Phase.IN, Phase.LEAVING) and p.healed and not p.fresh]
         for peer in finished:
             step = peer.cursor["step"]
             held_by_others = all(p.cursor["step"] >= step for p in finished) and not active
