@@ -388,7 +388,10 @@ class Membership:
         # Who alone holds the base step stays one generation longer, so that the others can take it over.
         source = min(lasting or holders, key=lambda p: p.member.slot)
         going = [p for p in answered if p.phase is not Phase.IN and p is not source]
-        if not lasting and not any(p.phase is Phase.IN for p in answered):
+        heirs = any(p.phase is Phase.IN for p in answered)
+        if source.phase is Phase.LEAVING:  # It also waits until those on their way in hold what it holds.
+            heirs = heirs or any(p.phase is Phase.JOINING for p in self.peers.values())
+        if not lasting and not heirs:
             going = answered
         self._let_go(going, now)
         staying = [p for p in answered if p not in going]
