@@ -139,6 +139,7 @@ class Membership:
         cursor: Cursor,
         healed: bool,
         now: float,
+        fresh: bool = False,
         record: Record | None = None,
         answered: int = 0,
         fingerprint: str = "",
@@ -161,9 +162,8 @@ class Membership:
         self.vacant.discard(member.slot)
         if self._first_hello is None:
             self._first_hello = now
-        peer = Peer(member=member, phase=Phase.JOINING, cursor=dict(cursor), healed=healed, heard=now)
+        peer = Peer(member=member, phase=Phase.JOINING, cursor=dict(cursor), healed=healed, fresh=fresh, heard=now)
         self.peers[uid] = peer
-        self.number = max(self.number, answered)
         if record is not None:
             self._hello_from_before(peer, record, answered, now)
             return
@@ -254,8 +254,10 @@ class Membership:
     def healed(self, uid: str, now: float) -> None:
         """An unhealed member has caught up and wants a share."""
         peer = self._heard(uid, now)
-        if peer is not None and not (self.forming and not self.voided):
-            self._start_forming(void=False, reason=f"slot {peer.member.slot} is healed", now=now)
+        if peer is not None:
+            peer.healed = peer.fresh = True
+            if not self.forming:
+                self._start_forming(void=False, reason=f"slot {peer.member.slot} is healed", now=now)
 
     def verified(self, uid: str, now: float) -> None:
         """A healed member has compared itself with the others: it holds what they hold."""
@@ -609,18 +611,11 @@ class Membership:
 
     def _hello_from_before(self, peer: Peer, record: Record, answered: int, now: float) -> None:
         """A member that knew this actor's predecessor."""
-        uid = peer.member.uid
-        self.number = max(self.number, record.number)
         if self.record is not None:
-            if record.number == self.record.number:
-                peer.phase = Phase.IN
-            elif any(m.uid == uid for m in self.record.members):
-                peer.phase = Phase.IN
-                self._start_forming(void=True, reason="a member missed a record", now=now)
-            else:
-                self._lose(uid, "it was away when the others went on", now, died=False)
+            self._lose(peer.member.uid, "it was away when the others went on", now, died=False)
             return
         peer.phase = Phase.IN
+        self.number = max(self.number, record.number, answered)
         known = self._recovering
         if known is not None and known.number != record.number or answered > record.number:
             self._recovery_needs_void = True
@@ -646,8 +641,8 @@ class Membership:
         if self._recovery_needs_void or members - self.peers.keys():
             reason = "the membership actor was restarted"
             self._start_forming(void=True, reason=reason, now=now, number=highest + 1)
-        elif any(p.phase is Phase.JOINING for p in self.peers.values()):
-            self._start_forming(void=False, reason="workers have joined", now=now, number=highest + 1)
+        elif any(p.phase is Phase.JOINING or p.fresh and u in record.unhealed for u, p in self.peers.items()):
+            self._start_forming(void=False, reason="workers have joined or healed", now=now, number=highest + 1)
 
     # ---------------------------------------------------------------- small things
 
