@@ -63,7 +63,7 @@ class MemberAgent:
         self._closing = False
         self._replies: dict[int, dict[str, Any] | None] = {}
         self._next_id = 0
-        self._failed_said = 0
+        self._failed = (0, "")
         self._thread = threading.Thread(target=self._read, name="het-member", daemon=True)
 
     # ---------------------------------------------------------------- what the other threads ask
@@ -110,8 +110,8 @@ class MemberAgent:
 
     def failed(self, generation: int, reason: str) -> None:
         """Tell that a collective of that generation has failed."""
-        if generation > self._failed_said:
-            self._failed_said = generation
+        if generation > self._failed[0]:
+            self._failed = (generation, reason)
             self._send(type="failed", generation=generation, reason=reason)
 
     def suspect(self, generation: int, waited_s: float, step: int) -> None:
@@ -160,7 +160,9 @@ class MemberAgent:
             with self.condition:
                 self._connection = connection
                 self.condition.notify_all()
-            self._failed_said = 0
+            if self.record is not None and self._failed[0] == self.record.number:
+                # It may have been lost with the last connection, and nobody tries that generation's group again.
+                self._send(type="failed", generation=self._failed[0], reason=self._failed[1])
             self.on_reconnect()
             try:
                 for message in connection.messages():
@@ -178,9 +180,9 @@ class MemberAgent:
         with self.commit_lock:
             return {
                 "token": token, "member": vars(self.member), "cursor": self.cursor, "healed": self.healed,
-                "record": self.record.to_json() if self.record else None, "answered": max(self.answered, self.want),
-                "fingerprint": self._fingerprint, "checkpoint": self.checkpoint,
-                "checkpoint_cursor": self.checkpoint_cursor,
+                "fresh": self.fresh, "record": self.record.to_json() if self.record else None,
+                "answered": max(self.answered, self.want), "fingerprint": self._fingerprint,
+                "checkpoint": self.checkpoint, "checkpoint_cursor": self.checkpoint_cursor,
             }  # fmt: skip
 
     def _handle(self, m: dict[str, Any]) -> None:

@@ -162,6 +162,7 @@ class Hub:
                 member,
                 cursor=hello["cursor"],
                 healed=hello["healed"],
+                fresh=hello["fresh"],
                 now=self._clock.now(),
                 record=Record.from_json(hello["record"]) if hello["record"] else None,
                 answered=hello["answered"],

@@ -141,6 +141,7 @@ class Membership:
         cursor: Cursor,
         healed: bool,
         now: float,
+        fresh: bool = False,
         record: Record | None = None,
         answered: int = 0,
         fingerprint: str = "",
@@ -163,9 +164,8 @@ class Membership:
         self.vacant.discard(member.slot)
         if self._first_hello is None:
             self._first_hello = now
-        peer = Peer(member=member, phase=Phase.JOINING, cursor=dict(cursor), healed=healed, heard=now)
+        peer = Peer(member=member, phase=Phase.JOINING, cursor=dict(cursor), healed=healed, fresh=fresh, heard=now)
         self.peers[uid] = peer
-        self.number = max(self.number, answered)
         if record is not None:
             self._hello_from_before(peer, record, answered, now)
             return
@@ -256,8 +256,10 @@ class Membership:
     def healed(self, uid: str, now: float) -> None:
         """An unhealed member has caught up and wants a share."""
         peer = self._heard(uid, now)
-        if peer is not None and not (self.forming and not self.voided):
-            self._start_forming(void=False, reason=f"slot {peer.member.slot} is healed", now=now)
+        if peer is not None:
+            peer.healed = peer.fresh = True
+            if not self.forming:
+                self._start_forming(void=False, reason=f"slot {peer.member.slot} is healed", now=now)
 
     def verified(self, uid: str, now: float) -> None:
         """A healed member has compared itself with the others: it holds what they hold."""
@@ -292,6 +294,11 @@ class Membership:
             self._release(uid, "left", now)
             return
         peer.phase, peer.cursor, peer.confirmed = Phase.FINISHED, dict(cursor), confirmed
+        if self.record is not None and cursor["step"] > self.record.base:
+            # A step takes all members: whoever had to load or compare first has done so, though its word is under way.
+            for other in self.peers.values():
+                if self.record.rank_of(other.member.uid) is not None and other.member.uid not in self.record.unhealed:
+                    other.healed, other.fresh = True, False
         self._release_the_finished(now)
 
     def raised(self, uid: str, error: str, now: float) -> None:
@@ -385,7 +392,10 @@ class Membership:
         # Who alone holds the base step stays one generation longer, so that the others can take it over.
         source = min(lasting or holders, key=lambda p: p.member.slot)
         going = [p for p in answered if p.phase is not Phase.IN and p is not source]
-        if not lasting and not any(p.phase is Phase.IN for p in answered):
+        heirs = any(p.phase is Phase.IN for p in answered)
+        if source.phase is Phase.LEAVING:  # It also waits until those on their way in hold what it holds.
+            heirs = heirs or any(p.phase is Phase.JOINING for p in self.peers.values())
+        if not lasting and not heirs:
             going = answered
         self._let_go(going, now)
         staying = [p for p in answered if p not in going]
@@ -508,7 +518,7 @@ class Membership:
 
     def _release_the_finished(self, now: float) -> None:
         finished = [p for p in self.peers.values() if p.phase is Phase.FINISHED]
-        active = [p for p in self.peers.values() if p.phase in (Phase.IN, Phase.LEAVING) and p.healed]
+        active = [p for p in self.peers.values() if p.phase in (Phase.IN, Phase.LEAVING) and p.healed and not p.fresh]
         for peer in finished:
             step = peer.cursor["step"]
             held_by_others = all(p.cursor["step"] >= step for p in finished) and not active
@@ -607,18 +617,11 @@ class Membership:
 
     def _hello_from_before(self, peer: Peer, record: Record, answered: int, now: float) -> None:
         """A member that knew this actor's predecessor."""
-        uid = peer.member.uid
-        self.number = max(self.number, record.number)
         if self.record is not None:
-            if record.number == self.record.number:
-                peer.phase = Phase.IN
-            elif any(m.uid == uid for m in self.record.members):
-                peer.phase = Phase.IN
-                self._start_forming(void=True, reason="a member missed a record", now=now)
-            else:
-                self._lose(uid, "it was away when the others went on", now, died=False)
+            self._lose(peer.member.uid, "it was away when the others went on", now, died=False)
             return
         peer.phase = Phase.IN
+        self.number = max(self.number, record.number, answered)
         known = self._recovering
         if known is not None and known.number != record.number or answered > record.number:
             self._recovery_needs_void = True
@@ -644,8 +647,8 @@ class Membership:
         if self._recovery_needs_void or members - self.peers.keys():
             reason = "the membership actor was restarted"
             self._start_forming(void=True, reason=reason, now=now, number=highest + 1)
-        elif any(p.phase is Phase.JOINING for p in self.peers.values()):
-            self._start_forming(void=False, reason="workers have joined", now=now, number=highest + 1)
+        elif any(p.phase is Phase.JOINING or p.fresh and u in record.unhealed for u, p in self.peers.items()):
+            self._start_forming(void=False, reason="workers have joined or healed", now=now, number=highest + 1)
 
     # ---------------------------------------------------------------- small things
 
