@@ -64,7 +64,7 @@ def train(directory: str) -> None:
     if session.slot == VICTIM:
         arrange_death(refills)
     else:
-        meter = Meter(Path(directory) / f"usage_{session.slot}.jsonl", refills)
+        meter = Meter(Path(directory) / f"usage_{session.slot}_{os.getpid()}.jsonl", refills)
         session.listeners.append(lambda note: meter.sample())
     model = het.prepare_model(common.make_model("tiny"))
     optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
@@ -139,10 +139,13 @@ def main() -> None:
             path.stem.removeprefix("usage_"): [json.loads(line) for line in path.read_text().splitlines()]
             for path in sorted(directory.glob("usage_*.jsonl"))
         }
+    unexpected = [e for e in lab.events if e["kind"] in ("lost", "evicted") and e["slot"] != VICTIM]
+    for event in unexpected:
+        print(f"a survivor was lost, so nothing can be said of it: {event}")
     rows = [{"process": name, **judge(part, args.refills)} for name, part in samples.items()]
     common.show(f"{args.refills} kills and refills of one member in {duration:.0f} s", rows)
     common.keep(args.json, {"benchmark": "churn", "refills": args.refills, "seconds": duration, "processes": rows,
-                            "samples": samples})  # fmt: skip
+                            "survivors_lost": unexpected, "samples": samples})  # fmt: skip
 
 
 if __name__ == "__main__":

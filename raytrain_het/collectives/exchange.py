@@ -169,23 +169,11 @@ class Exchange:
             bodies.append(message[place + plan.header : place + length])
             place += length
         self._note(headers, bucket, sums)
-        start, stop = plan.bounds[self.rank]
+        own = self._own[bucket.index]
+        if own is not None:
+            bodies[self.rank] = own
+        self._sum_shard(headers, bodies, bucket, sums.total_weight)
         out = self._gather_in[bucket.index]
-        if stop > start:
-            own = self._own[bucket.index]
-            if own is not None:
-                bodies[self.rank] = own
-            codec = self._codec(self.rank, bucket)
-            capacity = codec.capacity_bytes(stop - start, bucket.dtype)
-            in_place = codec.in_place(out[:capacity], bucket.dtype)
-            total = self._sum[bucket.dtype][: stop - start] if in_place is None else in_place
-            self._add_up(headers, bodies, bucket, total)
-            if sums.total_weight > 0:
-                total.div_(sums.total_weight)
-            if in_place is None:
-                codec.encode(total, out[:capacity], {}, {})
-            for copy in range(1, len(plan.gather_in) - 1):
-                out[copy * plan.own : (copy + 1) * plan.own] = out[: plan.own]
         message = out[: sum(plan.gather_in)]
         return self._launch(self._gathered[bucket.index], message, plan.gather_out, plan.gather_in)
 
@@ -202,6 +190,26 @@ class Exchange:
             place += length
 
     # ---------------------------------------------------------------- inside
+
+    def _sum_shard(
+        self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total_weight: float
+    ) -> None:
+        """The owned shard's mean, encoded, once for each member that it goes to."""
+        plan, out = self._plans[bucket.index], self._gather_in[bucket.index]
+        start, stop = plan.bounds[self.rank]
+        if stop == start:
+            return
+        codec = self._codec(self.rank, bucket)
+        payload = out[: codec.capacity_bytes(stop - start, bucket.dtype)]
+        in_place = codec.in_place(payload, bucket.dtype)
+        total = self._sum[bucket.dtype][: stop - start] if in_place is None else in_place
+        self._add_up(headers, bodies, bucket, total)
+        if total_weight > 0:
+            total.div_(total_weight)
+        if in_place is None:
+            codec.encode(total, payload, {}, {})
+        for copy in range(1, len(plan.gather_in) - 1):
+            out[copy * plan.own : (copy + 1) * plan.own] = out[: plan.own]
 
     def _add_up(self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total: torch.Tensor) -> None:
         sent: list[tuple[int, torch.Tensor]] = [
