@@ -109,8 +109,6 @@ class Communicator:
         self.traffic = Traffic()
         self.step_s = 0.0
         """Typical duration of a step, from which the deadline follows."""
-        self.cpu_s, self.data_cpu_s = 0.0, 0.0
-        """Thread CPU time of this thread, and the part of it spent on tensors."""
         self._outs = [torch.zeros(b.numel, dtype=b.dtype) for b in layout.buckets]
         self._advance, self._resync_bytes, self._hang_limit_s = advance, resync_bytes, hang_limit_s
         self._wake = threading.Event()
@@ -158,7 +156,6 @@ class Communicator:
         torch.set_num_threads(1)  # Its tensor work is copies and sums; a pool of its own would fight the training's.
         while not self._closed:
             if not self._turn():
-                self.cpu_s = time.thread_time()
                 self._wake.wait(1.0)
                 self._wake.clear()
 
@@ -362,16 +359,12 @@ class Communicator:
             if k < len(buckets):
                 self._await(lambda k=k: job.ready > k, generation, job.step, peers=False)
                 self._position = job.step * 1000 + k
-                started = time.thread_time()
                 scatters.append(exchange.scatter(buckets[k], self._header(job, buckets[k]), self._local(job, k)))
-                self.data_cpu_s += time.thread_time() - started
             if k == 1:
                 points.reach("between_buckets", job.step)
             if k > 0:
                 self._finish(scatters[k - 1], generation, job.step)
-                started = time.thread_time()
                 gathers.append(exchange.reduce(buckets[k - 1], sums))
-                self.data_cpu_s += time.thread_time() - started
             if k > 1:
                 self._decode(exchange, gathers[k - 2], buckets[k - 2], job)
         self._decode(exchange, gathers[-1], buckets[-1], job)
@@ -382,9 +375,7 @@ class Communicator:
 
     def _decode(self, exchange: Exchange, gather: Operation, bucket: Bucket, job: StepJob) -> None:
         self._finish(gather, job.generation, job.step)
-        started = time.thread_time()
         exchange.decode(bucket, job.outs[bucket.index])
-        self.data_cpu_s += time.thread_time() - started
 
     def _header(self, job: StepJob, bucket: Bucket) -> Header:
         k = bucket.index

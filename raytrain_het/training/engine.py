@@ -61,7 +61,6 @@ class Counters:
     redone: int = 0
     compute_s: float = 0.0
     wait_s: float = 0.0
-    protocol_cpu_s: float = 0.0
 
 
 class Engine:
@@ -101,7 +100,6 @@ class Engine:
 
     def open(self, epoch: int) -> Opened | None:
         """Open the next step; None at the end of the epoch, confirmed by all."""
-        began = time.thread_time()
         self._settle_last()
         while True:
             self._wait_for_confirmation()
@@ -124,7 +122,6 @@ class Engine:
         opened = self.opened = self._slice(record, cursor)
         self.comm.submit(opened.job)
         points.reach("opened", opened.job.step)
-        self.counters.protocol_cpu_s += time.thread_time() - began
         return opened
 
     def _slice(self, record: Record, cursor: Cursor) -> Opened:
@@ -203,7 +200,7 @@ class Engine:
         return self.opened is not None and self.opened.job.over and self.opened.job.outcome == "aborted"
 
     def _ready(self, opened: Opened, count: int) -> None:
-        if self.gradients.not_zeroed():
+        if opened.job.ready == 0 and self.gradients.not_zeroed():
             raise LoopOrderError(
                 "backward() ran without optimizer.zero_grad() since the last step, so it would add to the old gradients: "
                 "call optimizer.zero_grad() before backward()."
@@ -302,7 +299,6 @@ class Engine:
     def _after_commit(self, opened: Opened) -> None:
         sums, number, step = opened.sums, opened.job.generation, opened.job.step
         assert sums is not None
-        began = time.thread_time()
         self._confirm_up_to(step - 1)
         counters = self.counters
         counters.steps += 1
@@ -320,7 +316,6 @@ class Engine:
             if self.cursor.epoch != opened.cursor.epoch:
                 self._confirm = ConfirmJob(number, step)
                 self.comm.submit(self._confirm)
-        counters.protocol_cpu_s += time.thread_time() - began
 
     def _resync(self, number: int, step: int) -> None:
         """The replicas differ, as they do on unlike devices: take the first healed member's parameters."""

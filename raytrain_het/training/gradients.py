@@ -137,14 +137,7 @@ class Gradients:
             if grad.is_sparse:
                 raise ConfigError(f"parameter {self._name(index)!r} has a sparse gradient: build it with sparse=False.")
             if self._job.contributes:
-                view = self._local_views[index]
-                if self._touched[index]:
-                    view.add_(grad, alpha=self._weight)
-                else:
-                    torch.mul(grad, self._weight, out=view) if grad.dtype == view.dtype else view.copy_(grad).mul_(
-                        self._weight
-                    )
-                self._touched[index] = True
+                self._gather(index, grad)
             if self._last:
                 self._job.used[bucket] |= (1 << place) if self._touched[index] else 0
                 self._missing[bucket] -= 1
@@ -152,6 +145,16 @@ class Gradients:
                     self._pass_on()
 
         return gathered
+
+    def _gather(self, index: int, grad: torch.Tensor) -> None:
+        view = self._local_views[index]
+        if self._touched[index]:
+            view.add_(grad, alpha=self._weight)
+        elif grad.dtype == view.dtype:
+            torch.mul(grad, self._weight, out=view)
+        else:
+            view.copy_(grad).mul_(self._weight)
+        self._touched[index] = True
 
     def _pass_on(self) -> None:
         """Hand over all full buckets that come next in the launch order."""
