@@ -90,6 +90,7 @@ class Session:
         self._epoch = 0
         self._evaluations: dict[str, int] = {}
         self._resumed = False
+        self._leaving = False
 
     # ---------------------------------------------------------------- preparing
 
@@ -151,7 +152,7 @@ class Session:
         self.reporter = Reporter(self.agent, self._server, self.storage, self._token)
         self.engine.on_commit.append(self._committed)
         self.engine.on_confirm.append(self.reporter.send_up_to)
-        self.agent.on_reconnect = self.reporter.resend
+        self.agent.on_reconnect = self._tell_again
         self.agent.join()
         self.engine.start()
         return self.engine
@@ -260,7 +261,15 @@ class Session:
 
     def leave(self) -> None:
         """Leave the run in good order after the step under way: the others go on without this worker."""
+        self._leaving = True
         self._agent().tell("leave")
+
+    def _tell_again(self) -> None:
+        """The hub is a new one."""
+        assert self.reporter is not None
+        self.reporter.resend()
+        if self._leaving:
+            self._agent().tell("leave")
 
     def num_participants(self) -> int:
         """Members that take part in the steps now."""

@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
-from labs import happened, run
+from labs import happened, run, wait_until
 
 from raytrain_het.collectives.points import POINTS
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
+from raytrain_het.training.checkpoint import LocalStorage
 
 TASK = Regression(patience_s=0.01)
 STEPS = TASK.plan.steps_per_epoch
@@ -153,3 +154,18 @@ def test_micro_batches_are_done_again_too(tmp_path):
     task = dataclasses.replace(TASK, micro_batch_size=2)
     faults = [Fault(slot=0, step=13, point="backward"), Fault(slot=1, step=21, point="decoded")]
     run(task, tmp_path, faults=faults).check(task)
+
+
+class SlowStorage(LocalStorage):
+    """Stores nothing before two faults have happened."""
+
+    def persist(self, local_dir, name):
+        wait_until(lambda: happened(self.root) >= 2)
+        return super().persist(local_dir, name)
+
+
+def test_who_holds_a_checkpoint_leaves_only_when_it_is_stored(tmp_path):
+    faults = [Fault(slot=0, step=STEPS + 2, point="slice", kind="leave"), Fault(slot=1, step=STEPS + 3, point="backward")]
+    done = run(TASK, tmp_path, faults=faults, storage=lambda: SlowStorage(tmp_path))
+    done.check(TASK)
+    assert [e["slot"] for e in done.kinds("lost", "left")] == [1, 0]
