@@ -60,8 +60,9 @@ class ProcessLab:
 
     def __init__(
         self, train_fn: Callable[[str], Any], directory: str | os.PathLike[str], *, num_slots: int,
-        config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True, threads: int = 1,
-        ledger: bool = True, settings: dict[str, Any] | None = None, storage: Callable[[], Storage] | None = None,
+        config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True,
+        threads: int = 1, ledger: bool = True, settings: dict[str, Any] | None = None,
+        storage: Callable[[], Storage] | None = None,
     ) -> None:  # fmt: skip
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()

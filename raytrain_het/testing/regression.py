@@ -1,6 +1,6 @@
 """A small training whose result shows every sample that was lost, used twice or weighted wrongly.
 
-It stays finite, has no dropout, and knows how plain torch does the same in one process, so that the two can be compared.
+It stays finite, has no dropout, and knows how plain torch does the same in one process, so that they can be compared.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Regression:
         return model.to(self.dtype), TensorDataset(x.to(self.dtype), y.to(self.dtype))
 
     def __call__(self, directory: str) -> dict[str, Any]:
-        """Train as a worker. Returns ``parameters`` and ``buffers`` (flat), and the ``rates`` this process has seen by step."""
+        """Train as a worker. Returns ``parameters`` and ``buffers`` (flat), and the ``rates`` by step that it saw."""
         session = sessions.current()
         trace_steps(session, directory)
         model, dataset = self.build()

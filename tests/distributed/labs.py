@@ -62,7 +62,8 @@ class Run:
         reports = {r["key"]: r for r in self.lab.reports}
         assert sorted({r["step"] for r in reports.values()}) == steps
         for report in reports.values():
-            assert report["checkpoint"] and (Path(report["checkpoint"]) / "het.json").exists(), report
+            assert report["checkpoint"], report
+            assert (Path(report["checkpoint"]) / "het.json").exists()
 
 
 @functools.cache
@@ -82,11 +83,6 @@ def run(
     return Run(lab, results)
 
 
-def happened(directory: Path) -> int:
-    """Faults that have happened so far."""
-    return len(list(Path(directory).glob("fault_*")))
-
-
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait for something that other processes do."""
     deadline = time.monotonic() + timeout_s
@@ -96,7 +92,12 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 
 def alone(
-    train_fn: Callable[[], Any], directory: Path, *, num_slots: int = 1, config: HetConfig | None = None, **settings: Any
+    train_fn: Callable[[], Any],
+    directory: Path,
+    *,
+    num_slots: int = 1,
+    config: HetConfig | None = None,
+    **settings: Any,
 ) -> Any:
     """Run a training function as the only worker, in this very process."""
     hub = Hub(HubSettings(run_id="alone", num_slots=num_slots, **settings))
