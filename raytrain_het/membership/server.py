@@ -135,9 +135,9 @@ class Hub:
             self._port = server.sockets[0].getsockname()[1]
             self._server = server
             self._ticker = asyncio.ensure_future(self._tick())
-            ready.set()
 
         self._loop.run_until_complete(start())
+        self._loop.call_soon(ready.set)  # Not before it runs for good: a stop that came earlier would be lost.
         self._loop.run_forever()
         self._ticker.cancel()
         self._server.close()
