@@ -56,6 +56,7 @@ class ProcessLab:
     Attributes:
         events: membership events of the whole run, of hubs that were restarted too; there once it is over.
         reports: all whole reports.
+        failure: why the run failed, as the hub knows it.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class ProcessLab:
         self.errors: dict[int, str] = {}
         self.events: list[dict[str, Any]] = []
         self.reports: list[dict[str, Any]] = []
+        self.failure: str | None = None
 
     def publish(self) -> None:
         """Write down where the hub is."""
@@ -148,6 +150,7 @@ class ProcessLab:
     def _shut_down_hub(self) -> None:
         self.events += self.hub.events(0)
         self.reports += self.hub.reports(0)
+        self.failure = self.hub.status()["failure"]
         self.hub.shutdown()
 
     def _reap(self, slot: int, process: BaseProcess) -> None:
