@@ -29,7 +29,7 @@ from experiments.benchmarks import common
 from raytrain_het.testing.processes import ProcessLab
 from raytrain_het.training.session import current
 
-SAMPLES = 8192
+SAMPLES = 32768
 
 
 def cpu_seconds() -> float:

@@ -57,7 +57,8 @@ class ReportBook:
     checkpoint is stored, or has failed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_seq: int = 0) -> None:
+        self._first_seq = first_seq
         self._open: dict[str, _Report] = {}
         self._done: list[dict[str, Any]] = []
         self._unacknowledged: dict[str, dict[str, Any]] = {}
@@ -120,7 +121,7 @@ class ReportBook:
             del self._open[key]
             parts = [report.parts[s] for s in sorted(report.parts)]
             entry = {
-                "seq": len(self._done), "key": key, "step": report.step, "epoch": report.epoch,
+                "seq": self._first_seq + len(self._done), "key": key, "step": report.step, "epoch": report.epoch,
                 "metrics": reduce_metrics(parts), "checkpoint": report.checkpoint,
                 "checkpoint_error": report.checkpoint_error, "num_workers": len(parts),
             }  # fmt: skip
@@ -152,7 +153,7 @@ class ReportBook:
 
     def since(self, seq: int) -> list[dict[str, Any]]:
         """All whole reports from a sequence number on."""
-        return self._done[seq:]
+        return [r for r in self._done if r["seq"] >= seq]
 
     @property
     def pending(self) -> bool:

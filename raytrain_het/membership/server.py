@@ -55,7 +55,7 @@ class Hub:
             settings, incarnation=time.time_ns(), store=(settings.host, self._store.port)
         )  # fmt: skip
         self._clock = FairClock()
-        self._reports = ReportBook()
+        self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
         self._evaluations = EvaluationBook()
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
@@ -97,7 +97,7 @@ class Hub:
 
     def events(self, since: int) -> list[dict[str, Any]]:
         """Membership events with a sequence number of ``since`` or more."""
-        return self._call(lambda: self._core.events[since:])
+        return self._call(lambda: [e for e in self._core.events if e["seq"] >= since])
 
     def status(self) -> dict[str, Any]:
         """Who takes part and how far they are."""
@@ -204,7 +204,7 @@ class Hub:
                 core.progress(uid, m["step"], now)
                 self._stats[slot] = m | {"uid": uid}
             case "event":
-                core.events.append({"seq": len(core.events), "slot": slot, **m["event"], "time": time.time()})
+                core.note({"slot": slot, **m["event"]})
             case "leave":
                 self._leaving.setdefault(uid, self._reports.waiting_for_storage(slot))
             case "finish":

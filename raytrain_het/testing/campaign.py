@@ -162,8 +162,8 @@ class Waker:
     def __call__(self) -> None:
         """To be called at every poll."""
         events = self._lab.hub.events(self._seen)
-        self._seen += len(events)
         for event in events:
+            self._seen = event["seq"] + 1
             process = self._lab.processes.get(event["slot"]) if event["kind"] == "evicted" else None
             if process is not None and process.pid is not None:
                 os.kill(process.pid, signal.SIGCONT)

@@ -36,10 +36,24 @@ def waking(lab):
     lab.waker()
 
 
+@pytest.mark.parametrize("point", ["decoded", "updated"])
+def test_a_worker_that_stops_when_the_others_have_left_the_generation_is_dropped_too(tmp_path, point):
+    """They wait for its answer then, and no collective is under way that somebody could suspect."""
+    # Long steps, so that word of the leave is there before the step's end.
+    task = dataclasses.replace(TASK, pace_s=0.05)
+    faults = [
+        Fault(slot=0, step=14, point="slice", kind="leave"),
+        Fault(slot=1, step=14, point=point, kind="stop"),
+    ]
+    done = run(task, tmp_path, faults=faults, on_poll=waking)
+    done.check(task)
+    assert [e["slot"] for e in done.kinds("evicted")] == [1]
+
+
 @pytest.mark.parametrize("slot", [0, 2])
 def test_a_stopped_worker_that_wakes_after_the_others_have_finished_ends_by_itself(tmp_path, slot):
     def wake_late(lab):
-        if {0, 1, 2} - {slot} <= lab.results.keys():
+        if {0, 1, 2} - {slot} <= lab.results.keys() and slot in lab.processes:
             os.kill(lab.processes[slot].pid, signal.SIGCONT)
 
     faults = [Fault(slot=slot, step=14, point="between_buckets", kind="stop")]
