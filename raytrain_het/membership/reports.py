@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +99,14 @@ class ReportBook:
                 if writers:
                     wanted[key] = writers[0]
         return wanted
+
+    def waiting_for_storage(self, slot: int) -> set[str]:
+        """Open reports whose checkpoint a slot holds a snapshot of."""
+        return {key for key, report in self._open.items() if report.parts.get(slot, {}).get("holds_snapshot")}
+
+    def are_open(self, keys: Iterable[str]) -> bool:
+        """Whether any of these reports is not whole yet."""
+        return any(key in self._open for key in keys)
 
     def settle(self, slots: list[int], *, ended: bool = False) -> list[dict[str, Any]]:
         """Reports that have become whole, given the slots of the current members; oldest first."""

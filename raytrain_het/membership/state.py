@@ -95,6 +95,7 @@ class Membership:
         self._inquiry: Inquiry | None = None
         self._suspected_since: tuple[int, int, float] | None = None
         self._forming_since = 0.0
+        self._want_answered = False
         self._first_hello: float | None = None
         self._recovering: Record | None = None
         self._recovery_needs_void = False
@@ -130,7 +131,7 @@ class Membership:
     @property
     def watching(self) -> bool:
         """Whether somebody is waited for, so that :meth:`tick` should come often."""
-        return self._inquiry is not None or (self.forming and self.voided) or self._recovering is not None
+        return self._inquiry is not None or self.forming or self._recovering is not None
 
     # ---------------------------------------------------------------- members come and go
 
@@ -326,7 +327,7 @@ class Membership:
             for uid in self._silent():
                 self._lose(uid, f"silent for {self.settings.silence_s:g} s while its peers waited", now, died=False)
             self._inquiry = None
-        if self.forming and self.voided:
+        if self._answers_are_due(now):
             missing = [p for p in self._required() if not p.answered]
             if missing and now - self._forming_since >= self.settings.hang_limit_s:
                 for peer in missing:
@@ -335,6 +336,17 @@ class Membership:
                 self._inquire(now)
 
     # ---------------------------------------------------------------- forming
+
+    def _answers_are_due(self, now: float) -> bool:
+        """Whether members wait for each other's answers: in a void all do, after a want those that have answered.
+
+        Such a wait is seen here alone, for no collective is under way that could be suspected.
+        """
+        if not self.forming:
+            return False
+        if not self.voided and not self._want_answered and any(p.answered for p in self._required()):
+            self._want_answered, self._forming_since = True, now
+        return self.voided or self._want_answered
 
     def _required(self) -> list[Peer]:
         return [p for p in self.peers.values() if p.phase is not Phase.JOINING]
@@ -350,7 +362,7 @@ class Membership:
             self._form_if_answered(now)
             return
         self.number = max(self.number + 1, number or 0)
-        self.voided, self._forming_since, self._reason = void, now, reason
+        self.voided, self._forming_since, self._reason, self._want_answered = void, now, reason, False
         for peer in self.peers.values():
             peer.answered = False
         if void:

@@ -56,12 +56,14 @@ class ProcessLab:
     Attributes:
         events: membership events of the whole run, of hubs that were restarted too; there once it is over.
         reports: all whole reports.
+        failure: why the run failed, as the hub knows it.
     """
 
     def __init__(
         self, train_fn: Callable[[str], Any], directory: str | os.PathLike[str], *, num_slots: int,
-        config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True, threads: int = 1,
-        ledger: bool = True, settings: dict[str, Any] | None = None, storage: Callable[[], Storage] | None = None,
+        config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True,
+        threads: int = 1, ledger: bool = True, settings: dict[str, Any] | None = None,
+        storage: Callable[[], Storage] | None = None,
     ) -> None:  # fmt: skip
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()
@@ -83,6 +85,7 @@ class ProcessLab:
         self.errors: dict[int, str] = {}
         self.events: list[dict[str, Any]] = []
         self.reports: list[dict[str, Any]] = []
+        self.failure: str | None = None
 
     def publish(self) -> None:
         """Write down where the hub is."""
@@ -147,6 +150,7 @@ class ProcessLab:
     def _shut_down_hub(self) -> None:
         self.events += self.hub.events(0)
         self.reports += self.hub.reports(0)
+        self.failure = self.hub.status()["failure"]
         self.hub.shutdown()
 
     def _reap(self, slot: int, process: BaseProcess) -> None:

@@ -1,11 +1,12 @@
 """A small training whose result shows every sample that was lost, used twice or weighted wrongly.
 
-It stays finite, has no dropout, and knows how plain torch does the same in one process, so that the two can be compared.
+It stays finite, has no dropout, and knows how plain torch does the same in one process, so that they can be compared.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Regression:
     """Gradients are clipped to this norm by the user's code, between ``backward()`` and ``step()``."""
     scheduled: bool = False
     """Whether a scheduler, registered, lowers the rate after every step."""
+    nan_steps: tuple[int, ...] = ()
+    """Steps (0 is the first) in which the loss of slot 1 is not a number."""
     report: bool = True
     micro_batch_size: int | None = None
     pace_s: float = 0.0
@@ -73,7 +76,7 @@ class Regression:
         return model.to(self.dtype), TensorDataset(x.to(self.dtype), y.to(self.dtype))
 
     def __call__(self, directory: str) -> dict[str, Any]:
-        """Train as a worker. Returns ``parameters`` and ``buffers`` (flat), and the ``rates`` this process has seen by step."""
+        """Train as a worker. Returns ``parameters`` and ``buffers`` (flat), and the ``rates`` by step that it saw."""
         session = sessions.current()
         trace_steps(session, directory)
         model, dataset = self.build()
@@ -93,6 +96,8 @@ class Regression:
             for x, y in loader:
                 time.sleep(max(self.pace_s, self.patience_s if het.num_participants() < session.num_slots else 0.0))
                 loss = F.mse_loss(model(x), y)
+                if session.slot == 1 and session.engine is not None and session.engine.cursor.step in self.nan_steps:
+                    loss = loss * math.nan
                 optimizer.zero_grad()
                 loss.backward()
                 self._update(model, optimizer, scheduler)
@@ -111,7 +116,8 @@ class Regression:
             x, y = dataset[torch.from_numpy(plan.permutation(cursor.epoch)[batch.start : batch.stop].copy())]
             optimizer.zero_grad()
             F.mse_loss(model(x), y).backward()
-            self._update(model, optimizer, scheduler)
+            if cursor.step not in self.nan_steps:
+                self._update(model, optimizer, scheduler)
             cursor = plan.advance(cursor)
             if plan.is_epoch_end(cursor):
                 cursor = plan.next_epoch(cursor)

@@ -90,6 +90,7 @@ class Session:
         self._epoch = 0
         self._evaluations: dict[str, int] = {}
         self._resumed = False
+        self._leaving = False
 
     # ---------------------------------------------------------------- preparing
 
@@ -192,6 +193,8 @@ class Session:
         assert self.reporter is not None
         self.reporter.resend()
         self.send_stats()
+        if self._leaving:
+            self._agent().tell("leave")
 
     def send_stats(self) -> None:
         """Tell the hub how far this worker is; for people, never for decisions of a step."""
@@ -268,6 +271,7 @@ class Session:
 
     def leave(self) -> None:
         """Leave the run in good order after the step under way: the others go on without this worker."""
+        self._leaving = True
         self._agent().tell("leave")
 
     def num_participants(self) -> int:

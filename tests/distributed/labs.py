@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,8 @@ class Run:
         reports = {r["key"]: r for r in self.lab.reports}
         assert sorted({r["step"] for r in reports.values()}) == steps
         for report in reports.values():
-            assert report["checkpoint"] and (Path(report["checkpoint"]) / "het.json").exists(), report
+            assert report["checkpoint"], report
+            assert (Path(report["checkpoint"]) / "het.json").exists()
 
 
 @functools.cache
@@ -81,23 +83,33 @@ def run(
     return Run(lab, results)
 
 
-def happened(directory: Path) -> int:
-    """Faults that have happened so far."""
-    return len(list(Path(directory).glob("fault_*")))
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Wait for something that other processes do."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.002)
 
 
 def alone(
-    train_fn: Callable[[], Any], directory: Path, *, num_slots: int = 1, config: HetConfig | None = None, **settings: Any
-) -> Any:
+    train_fn: Callable[[], Any], directory: Path, *, num_slots: int = 1, config: HetConfig | None = None,
+    acknowledge: bool = False, **settings: Any,
+) -> Any:  # fmt: skip
     """Run a training function as the only worker, in this very process."""
     hub = Hub(HubSettings(run_id="alone", num_slots=num_slots, **settings))
-    with contextlib.closing(_Closing(hub)):
+    over = threading.Event()
+
+    def keep_acknowledging() -> None:
+        while not over.wait(0.01):
+            hub.acknowledge([report["key"] for report in hub.take_reports()])
+
+    if acknowledge:
+        threading.Thread(target=keep_acknowledging, daemon=True).start()
+    try:
         return sessions.run_worker(
             train_fn, config=config or HetConfig(), slot=0, num_slots=num_slots, locate=hub.address,
             storage=LocalStorage(directory / "storage"), device=torch.device("cpu"), node_ip="127.0.0.1",
         )  # fmt: skip
-
-
-class _Closing:
-    def __init__(self, hub: Hub) -> None:
-        self.close = hub.shutdown
+    finally:
+        over.set()
+        hub.shutdown()

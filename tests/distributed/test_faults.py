@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
-from labs import happened, run
+from labs import run, wait_until
 
 from raytrain_het.collectives.points import POINTS
-from raytrain_het.testing.faults import Fault
+from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
+from raytrain_het.training.checkpoint import LocalStorage
 
 TASK = Regression(patience_s=0.01)
 STEPS = TASK.plan.steps_per_epoch
@@ -24,7 +25,7 @@ def at(point, epoch=1, step=3):
 def test_a_worker_that_goes_costs_no_step_and_its_slot_is_refilled(tmp_path, point, kind, slot):
     done = run(TASK, tmp_path, faults=[Fault(slot=slot, step=at(point), point=point, kind=kind)])
     done.check(TASK)
-    assert happened(tmp_path) == 1
+    assert len(happened(tmp_path)) == 1
     assert [e["slot"] for e in done.kinds("lost", "left")] == [slot]
     assert [e["slot"] for e in done.kinds("healed")] == [slot]
     assert sorted(done.results) == [0, 1, 2]
@@ -35,13 +36,13 @@ def test_a_worker_killed_in_the_last_step_of_an_epoch(tmp_path, point):
     for step in (STEPS, STEPS + 1):
         directory = tmp_path / str(step)
         run(TASK, directory, faults=[Fault(slot=1, step=step, point=point)]).check(TASK)
-        assert happened(directory) == 1
+        assert len(happened(directory)) == 1
 
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_worker_killed_in_the_last_step_of_the_run(tmp_path, point):
     run(TASK, tmp_path, faults=[Fault(slot=1, step=TASK.num_steps, point=point)]).check(TASK)
-    assert happened(tmp_path) == 1
+    assert len(happened(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("point", ["backward", "decoded"])
@@ -64,7 +65,7 @@ def test_several_faults_in_one_run(tmp_path):
 def test_two_workers_killed_in_the_same_step(tmp_path, second):
     faults = [Fault(slot=0, step=13, point="updated"), Fault(slot=2, step=13, point=second)]
     run(TASK, tmp_path, faults=faults).check(TASK)
-    assert happened(tmp_path) == 2
+    assert len(happened(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
@@ -97,9 +98,10 @@ def test_a_worker_killed_while_another_is_healing(tmp_path, point, slot):
     waiting = [Fault(slot=slot, step=step, point=point) for step in range(6, 59)]
     done = run(OnceSomebodyHeals(task), tmp_path, faults=lab_faults + waiting)
     done.check(task)
-    assert happened(tmp_path) == 2
+    assert len(happened(tmp_path)) == 2
     formed = done.kinds("formed")
-    assert any(2 in before["unhealed"] and slot not in after["slots"] for before, after in zip(formed, formed[1:], strict=False))
+    pairs = zip(formed, formed[1:], strict=False)
+    assert any(2 in before["unhealed"] and slot not in after["slots"] for before, after in pairs)
 
 
 class OnceSomebodyHeals:
@@ -116,7 +118,7 @@ class OnceSomebodyHeals:
 
         def hold(point, step):
             record = session.agent.record
-            num_happened = happened(directory)
+            num_happened = len(happened(directory))
             if (num_happened == 0) or (num_happened == 1 and record is not None and record.unhealed):
                 for listener in reached:
                     listener(point, step)
@@ -132,7 +134,7 @@ def test_a_worker_that_is_killed_again_while_it_heals(tmp_path):
     faults = [Fault(slot=2, step=5, point="backward")]
     faults += [Fault(slot=2, step=step, point="decoded") for step in range(6, 59)]
     run(OnceSomebodyHeals(task), tmp_path, faults=faults).check(task)
-    assert happened(tmp_path) == 2
+    assert len(happened(tmp_path)) == 2
 
 
 def test_slots_that_are_not_refilled_leave_the_others_training(tmp_path):
@@ -153,3 +155,21 @@ def test_micro_batches_are_done_again_too(tmp_path):
     task = dataclasses.replace(TASK, micro_batch_size=2)
     faults = [Fault(slot=0, step=13, point="backward"), Fault(slot=1, step=21, point="decoded")]
     run(task, tmp_path, faults=faults).check(task)
+
+
+class SlowStorage(LocalStorage):
+    """Stores nothing before two faults have happened."""
+
+    def persist(self, local_dir, name):
+        wait_until(lambda: len(happened(self.root)) >= 2)
+        return super().persist(local_dir, name)
+
+
+def test_who_holds_a_checkpoint_leaves_only_when_it_is_stored(tmp_path):
+    faults = [
+        Fault(slot=0, step=STEPS + 2, point="slice", kind="leave"),
+        Fault(slot=1, step=STEPS + 3, point="backward"),
+    ]
+    done = run(TASK, tmp_path, faults=faults, storage=lambda: SlowStorage(tmp_path))
+    done.check(TASK)
+    assert [e["slot"] for e in done.kinds("lost", "left")] == [1, 0]

@@ -75,8 +75,8 @@ class Weighted:
         model = het.prepare_model(torch.nn.Linear(5, 1).double())
         optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
         loader = het.prepare_data_loader(
-            DataLoader(TensorDataset(x, tokens), shuffle=True), global_batch_size=16, weight=lambda batch: batch[1].sum(),
-            micro_batch_size=self.per_worker,
+            DataLoader(TensorDataset(x, tokens), shuffle=True), global_batch_size=16,
+            weight=lambda batch: batch[1].sum(), micro_batch_size=self.per_worker,
         )  # fmt: skip
         for _ in loader.epochs(3):
             for a, n in loader:
