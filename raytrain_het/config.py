@@ -30,6 +30,10 @@ class HetConfig:
     codec: Literal["none", "bf16"] = "none"
     """How gradients travel: ``none`` is fp32, ``bf16`` halves the bytes."""
 
+    backend: Literal["gloo", "nccl"] = "gloo"
+    """What carries the messages. ``gloo`` works for any mix of CPU and GPU workers, from the CPU. ``nccl`` keeps them on
+    the GPUs, where every worker has one of its own; it is untested for want of a machine with several."""
+
     bucket_mib: float = 4.0
     """Target size of a gradient bucket. Smaller overlaps more, larger has less overhead."""
 
@@ -64,6 +68,8 @@ class HetConfig:
                      "Write one number per worker, such as shares=[3, 1].")
         _require(self.codec in ("none", "bf16"), "codec", self.codec, "'none' or 'bf16'",
                  "Write codec='none'.")
+        _require(self.backend in ("gloo", "nccl"), "backend", self.backend, "'gloo' or 'nccl'",
+                 "Write backend='gloo'.")
         _require(self.micro_batch_size is None or self.micro_batch_size >= 1, "micro_batch_size",
                  self.micro_batch_size, "a whole number from 1, or None", "Leave it out for one batch.")
         for name, low in (("bucket_mib", 0), ("silence_s", 0), ("hang_limit_s", 0), ("start_timeout_s", 0)):

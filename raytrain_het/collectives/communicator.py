@@ -254,7 +254,7 @@ class Communicator:
                 self.agent.suspect(generation, now - started, step)
                 deadline = min(2 * deadline, self._hang_limit_s / 4)
                 suspect_at = now + deadline
-            self._wake.wait(min(max(suspect_at - now, 0.001), 1.0))
+            self._wake.wait(self._group.poll_s if self._group and self._group.poll_s else min(max(suspect_at - now, 0.001), 1.0))
             self._wake.clear()
 
     def _finish(self, operation: Operation, generation: int, step: int) -> None:
@@ -288,9 +288,13 @@ class Communicator:
             self.entered, self.replayed = record, replayed
             self.agent.condition.notify_all()
 
+    def _wire_device(self, record: Record) -> torch.device:
+        return torch.device(self.agent.member.device if record.backend == "nccl" else "cpu")
+
     def _build(self, record: Record, rank: int) -> Group:
         builder = GroupBuilder(
-            self.reaper, record.group, record.store, rank, len(record.members), self.agent.member.host, self._wake.set
+            self.reaper, record.group, record.store, rank, len(record.members), self.agent.member.host, self._wire_device(record),
+            self._wake.set,
         )
         try:
             self._await(lambda: builder.done, record.number, record.base, peers=True)
@@ -399,7 +403,7 @@ class Communicator:
         exchange = self._exchange
         assert exchange is not None
         size, length = exchange.group.size, header_bytes(0)
-        message = torch.zeros(size * length, dtype=torch.uint8)
+        message = torch.zeros(size * length, dtype=torch.uint8, device=exchange.group.device)
         out = torch.zeros_like(message)
         header = Header(
             job.step, job.generation, _CONFIRM.index, max(self.agent.want, job.generation), 0.0, bool(FINITE), False, 0, 0

@@ -91,10 +91,11 @@ class Exchange:
         self._codecs = [CODECS[name] for name in record.codecs]
         self._dense = CODECS["none"]
         self._plans = [self._plan(bucket, size) for bucket in layout.buckets]
-        self._scatter_in = [torch.zeros(sum(p.scatter_in), dtype=torch.uint8) for p in self._plans]
-        self._scatter_out = [torch.zeros(sum(p.scatter_out), dtype=torch.uint8) for p in self._plans]
-        self._gather_in = [torch.zeros(max(size - 1, 1) * p.own, dtype=torch.uint8) for p in self._plans]
-        self._gathered = [torch.zeros(sum(p.gather_out), dtype=torch.uint8) for p in self._plans]
+        device = group.device
+        self._scatter_in = [torch.zeros(sum(p.scatter_in), dtype=torch.uint8, device=device) for p in self._plans]
+        self._scatter_out = [torch.zeros(sum(p.scatter_out), dtype=torch.uint8, device=device) for p in self._plans]
+        self._gather_in = [torch.zeros(max(size - 1, 1) * p.own, dtype=torch.uint8, device=device) for p in self._plans]
+        self._gathered = [torch.zeros(sum(p.gather_out), dtype=torch.uint8, device=device) for p in self._plans]
         # What the owners sent, this one included (the first copy of what it sends), are the kept sums of the last step,
         # until the next step's headers confirm it.
         self._own: list[torch.Tensor | None] = [None] * len(self._plans)
@@ -103,8 +104,8 @@ class Exchange:
         for bucket, plan in zip(layout.buckets, self._plans, strict=True):
             start, stop = plan.bounds[rank]
             most[bucket.dtype] = max(most[bucket.dtype], stop - start)
-        self._sum = {dtype: torch.zeros(n, dtype=dtype) for dtype, n in most.items()}
-        self._scratch = {dtype: torch.zeros(n, dtype=dtype) for dtype, n in most.items()}
+        self._sum = {dtype: torch.zeros(n, dtype=dtype, device=device) for dtype, n in most.items()}
+        self._scratch = {dtype: torch.zeros(n, dtype=dtype, device=device) for dtype, n in most.items()}
 
     def _codec(self, rank: int, bucket: Bucket):
         return self._dense if bucket.is_state else self._codecs[rank]
@@ -152,10 +153,10 @@ class Exchange:
         capacity = codec.capacity_bytes(stop - start, bucket.dtype)
         if owner == self.rank:
             raw = shard.view(torch.uint8)
-            if shard.device.type == "cpu" and codec.in_place(raw, bucket.dtype) is not None:
+            if shard.device == self.group.device and codec.in_place(raw, bucket.dtype) is not None:
                 self._own[bucket.index] = raw
                 return
-            body = self._own[bucket.index] = torch.empty(aligned(capacity), dtype=torch.uint8)
+            body = self._own[bucket.index] = torch.empty(aligned(capacity), dtype=torch.uint8, device=self.group.device)
         codec.encode(shard, body[:capacity], {}, {})
 
     def reduce(self, bucket: Bucket, sums: Sums) -> Operation:
@@ -268,13 +269,15 @@ def one_to_all(
     group: Group, source: int, receivers: list[int], data: torch.Tensor, launch: Callable[[Operation], None]
 ) -> None:
     """Send ``data`` (uint8) from one rank to some; on the receivers it is filled, elsewhere only its size matters."""
-    none, length = torch.zeros(0, dtype=torch.uint8), data.numel()
+    none, length = torch.zeros(0, dtype=torch.uint8, device=group.device), data.numel()
     ins, outs = [0] * group.size, [0] * group.size
     if group.rank == source:
         ins = [length if rank in receivers else 0 for rank in range(group.size)]
-        launch(group.all_to_all(none, data.repeat(len(receivers)), outs, ins))
+        launch(group.all_to_all(none, data.to(group.device).repeat(len(receivers)), outs, ins))
     elif group.rank in receivers:
         outs[source] = length
-        launch(group.all_to_all(data, none, outs, ins))
+        landed = data if data.device == group.device else data.to(group.device)
+        launch(group.all_to_all(landed, none, outs, ins))
+        data.copy_(landed)
     else:
         launch(group.all_to_all(none, none, outs, ins))

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_EVALUATIONS = 16
+"""So many of the last evaluations are remembered, for workers that ask late."""
+
 REDUCTIONS = ("mean", "sum", "max", "min")
 
 
@@ -178,6 +181,9 @@ class EvaluationBook:
 
     def next(self, key: str, num_chunks: int, uid: str, result: list[Any] | None) -> dict[str, Any]:
         """Take a finished chunk's result and give the next: ``{"chunk": i}``, ``{"wait": True}`` or ``{"sums": ...}``."""
+        if key not in self._runs:
+            for old in list(self._runs)[: -MAX_EVALUATIONS + 1]:
+                del self._runs[old]
         run = self._runs.setdefault(key, {"results": {}, "given": {}, "num_chunks": num_chunks})
         if result is not None:
             chunk, sums = result

@@ -14,6 +14,7 @@ class HubSettings:
     shares: tuple[float, ...] | None = None
     """Relative batch shares by slot; None is equal."""
     codec: str = "none"
+    backend: str = "gloo"
     host: str = "127.0.0.1"
     """Address of the machine the actor runs on, as the workers reach it."""
     silence_s: float = 0.5

@@ -23,6 +23,8 @@ MAX_FRUITLESS_DEATHS = 3
 fails the run."""
 MAX_FRUITLESS_GENERATIONS = 20
 """So many generations in a row voided without a death or a commit fail the run: some link must be broken."""
+TELL_OF_WAITING_S = 10.0
+"""A step that waits so long for a living member is told about."""
 RECOVERY_GRACE_S = 10.0
 """How long a restarted actor waits for the members of the highest record."""
 
@@ -94,6 +96,7 @@ class Membership:
         self._fruitless_generations = 0
         self._inquiry: Inquiry | None = None
         self._suspected_since: tuple[int, int, float] | None = None
+        self._told_of_waiting: tuple[int, int] | None = None
         self._forming_since = 0.0
         self._want_answered = False
         self._first_hello: float | None = None
@@ -464,6 +467,7 @@ class Membership:
             fresh=tuple(fresh),
             reset=reset,
             checkpoint=self.checkpoint if reset else None,
+            backend=self.settings.backend,
             reason=self._reason,
         )
         self._log(
@@ -622,8 +626,21 @@ class Membership:
                 self._lose(uid, f"its peers waited {self.settings.hang_limit_s:g} s for it", now, died=False)
             if late:
                 return
+        self._tell_of_waiting(now)
         for uid in inquiry.suspecting:
             self._send(uid, type="patience")
+
+    def _tell_of_waiting(self, now: float) -> None:
+        """Say once for whom the others wait, long before the hang limit drops it."""
+        assert self._suspected_since is not None
+        generation, step, since = self._suspected_since
+        if now - since < TELL_OF_WAITING_S or self._told_of_waiting == (generation, step):
+            return
+        self._told_of_waiting = (generation, step)
+        furthest = max(p.position for p in self._required())
+        slots = [p.member.slot for p in self._required() if p.position < furthest]
+        limit = self.settings.hang_limit_s
+        self._log("waiting", now, step=step, slots=slots, reason=f"alive, but not there; dropped after {limit:g} s")
 
     # ---------------------------------------------------------------- a restart of this actor
 

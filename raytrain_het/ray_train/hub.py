@@ -61,6 +61,7 @@ class Hub:
             num_slots=num_slots,
             shares=config.shares,
             codec=config.codec,
+            backend=config.backend,
             host=ray.util.get_node_ip_address(),
             silence_s=config.silence_s,
             hang_limit_s=config.hang_limit_s,
