@@ -182,8 +182,8 @@ class Membership:
             return
         self._log("joined", now, slot=member.slot, uid=uid, device=member.device, host=member.host)
         if self._recovering is not None:
-            return
-        if self.record is None:
+            self._recover_if_complete(now)
+        elif self.record is None:
             self._start_if_all_are_there(now)
         elif not self.forming:
             self._start_forming(void=False, reason=f"slot {member.slot} joins", now=now)
@@ -674,7 +674,11 @@ class Membership:
 
     def _recover_if_complete(self, now: float) -> None:
         assert self._recovering is not None
-        awaited = {m.uid for m in self._recovering.members} - self._gone.keys()
+        members = self._recovering.members
+        known = {m.uid for m in members}
+        # A new process in a member's slot says that the member is dead.
+        taken = {p.member.slot for p in self.peers.values() if p.member.uid not in known}
+        awaited = {m.uid for m in members if m.slot not in taken} - self._gone.keys()
         if awaited <= self.peers.keys():
             self._recover(now)
 

@@ -122,7 +122,7 @@ def _round(
 ) -> None:  # fmt: skip
     lab = ProcessLab(task, directory, num_slots=num_slots, faults=faults, config=config)
     try:
-        results = lab.run(120.0, on_poll=Waker(lab))
+        results = lab.run(30.0, on_poll=Waker(lab))
     except AssertionError as error:
         account.failures.append(f"round {account.rounds}, {faults}: {error}")
         results = {}
