@@ -128,8 +128,11 @@ class ReportBook:
         return [s for s in slots if s not in parts and self._last_order.get(s, (-1, -1)) < _order(key)]
 
     def forget(self, slot: int) -> None:
-        """A slot's process is gone; a new one in its place starts from nothing."""
+        """A slot's process is gone, with the snapshots it held; a new one in its place starts from nothing."""
         self._last_order.pop(slot, None)
+        for report in self._open.values():
+            if slot in report.parts:
+                report.parts[slot] = report.parts[slot] | {"holds_snapshot": False}
 
     def untaken(self) -> list[dict[str, Any]]:
         """Whole reports that nobody has acknowledged, oldest first."""

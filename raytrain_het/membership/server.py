@@ -229,7 +229,7 @@ class Hub:
             event.setdefault("time", time.time())
             if event["kind"] in ("lost", "evicted", "left", "finished", "raised"):
                 self._evaluations.forget(event["uid"])
-                if event["kind"] in ("lost", "evicted"):
+                if event["kind"] in ("lost", "evicted", "left"):
                     self._reports.forget(event["slot"])
         self._noted = len(self._core.events)
         for uid, message in self._core.drain():

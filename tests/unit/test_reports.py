@@ -195,6 +195,13 @@ def test_a_report_whose_holders_are_all_lost_says_so_and_goes_on() -> None:
     assert whole["metrics"] == {"loss": 1.0}
 
 
+def test_the_next_process_of_a_slot_is_not_asked_for_what_its_predecessor_held() -> None:
+    book = held_by(0)
+    book.forget(0)
+    assert book.writer_wanted([0, 1, 2]) == {}
+    assert [r["checkpoint"] for r in book.settle([0, 1, 2])] == [None], "it would wait for ever"
+
+
 def test_a_checkpoint_that_cannot_be_stored_costs_itself_only() -> None:
     book = held_by(0, 1)
     book.checkpoint_stored("5.0", None, "OSError: disk full")
