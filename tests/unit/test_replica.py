@@ -62,8 +62,8 @@ def test_the_digest_knows_every_bit_of_every_parameter(dtype: torch.dtype) -> No
     assert replica.model is not None
     digest = replica.digest()
     for parameter in replica.model.parameters():
-        bits = parameter.detach().view(-1).view(
-            {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+        bits = (
+            parameter.detach().view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()])
         )
         bits[0] += 1
         assert replica.digest() != digest
