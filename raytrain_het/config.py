@@ -18,7 +18,7 @@ def _require(condition: bool, field: str, value: object, allowed: str, fix: str)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _is_whole(value: object, low: int) -> bool:
@@ -39,6 +39,10 @@ class HetConfig:
 
     codec: Literal["none", "bf16"] = "none"
     """How gradients travel: ``none`` is fp32, ``bf16`` halves the bytes."""
+
+    backend: Literal["gloo", "nccl"] = "gloo"
+    """What carries the messages. ``gloo`` works for any mix of CPU and GPU workers, from the CPU. ``nccl`` keeps them on
+    the GPUs, where every worker has one of its own; it is untested for want of a machine with several."""
 
     bucket_mib: float = 4.0
     """Target size of a gradient bucket. Smaller overlaps more, larger has less overhead."""
@@ -74,6 +78,8 @@ class HetConfig:
             object.__setattr__(self, "shares", tuple(float(s) for s in shares))
         _require(self.codec in ("none", "bf16"), "codec", self.codec, "'none' or 'bf16'",
                  "Write codec='none'.")
+        _require(self.backend in ("gloo", "nccl"), "backend", self.backend, "'gloo' or 'nccl'",
+                 "Write backend='gloo'.")
         _require(self.micro_batch_size is None or _is_whole(self.micro_batch_size, 1), "micro_batch_size",
                  self.micro_batch_size, "a whole number from 1, or None", "Leave it out for one batch.")
         for name, low in (("bucket_mib", 0), ("silence_s", 0), ("hang_limit_s", 0), ("start_timeout_s", 0)):

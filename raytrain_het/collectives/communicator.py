@@ -109,8 +109,6 @@ class Communicator:
         self.traffic = Traffic()
         self.step_s = 0.0
         """Typical duration of a step, from which the deadline follows."""
-        self.cpu_s, self.data_cpu_s = 0.0, 0.0
-        """Thread CPU time of this thread, and the part of it spent on tensors."""
         self._outs = [torch.zeros(b.numel, dtype=b.dtype) for b in layout.buckets]
         self._advance, self._resync_bytes, self._hang_limit_s = advance, resync_bytes, hang_limit_s
         self._wake = threading.Event()
@@ -158,7 +156,6 @@ class Communicator:
         torch.set_num_threads(1)  # Its tensor work is copies and sums; a pool of its own would fight the training's.
         while not self._closed:
             if not self._turn():
-                self.cpu_s = time.thread_time()
                 self._wake.wait(1.0)
                 self._wake.clear()
 
@@ -257,7 +254,7 @@ class Communicator:
                 self.agent.suspect(generation, now - started, step)
                 deadline = min(2 * deadline, self._hang_limit_s / 4)
                 suspect_at = now + deadline
-            self._wake.wait(min(max(suspect_at - now, 0.001), 1.0))
+            self._wake.wait(self._group.poll_s if self._group and self._group.poll_s else min(max(suspect_at - now, 0.001), 1.0))
             self._wake.clear()
 
     def _finish(self, operation: Operation, generation: int, step: int) -> None:
@@ -291,9 +288,13 @@ class Communicator:
             self.entered, self.replayed = record, replayed
             self.agent.condition.notify_all()
 
+    def _wire_device(self, record: Record) -> torch.device:
+        return torch.device(self.agent.member.device if record.backend == "nccl" else "cpu")
+
     def _build(self, record: Record, rank: int) -> Group:
         builder = GroupBuilder(
-            self.reaper, record.group, record.store, rank, len(record.members), self.agent.member.host, self._wake.set
+            self.reaper, record.group, record.store, rank, len(record.members), self.agent.member.host, self._wire_device(record),
+            self._wake.set,
         )
         try:
             self._await(lambda: builder.done, record.number, record.base, peers=True)
@@ -362,16 +363,12 @@ class Communicator:
             if k < len(buckets):
                 self._await(lambda k=k: job.ready > k, generation, job.step, peers=False)
                 self._position = job.step * 1000 + k
-                started = time.thread_time()
                 scatters.append(exchange.scatter(buckets[k], self._header(job, buckets[k]), self._local(job, k)))
-                self.data_cpu_s += time.thread_time() - started
             if k == 1:
                 points.reach("between_buckets", job.step)
             if k > 0:
                 self._finish(scatters[k - 1], generation, job.step)
-                started = time.thread_time()
                 gathers.append(exchange.reduce(buckets[k - 1], sums))
-                self.data_cpu_s += time.thread_time() - started
             if k > 1:
                 self._decode(exchange, gathers[k - 2], buckets[k - 2], job)
         self._decode(exchange, gathers[-1], buckets[-1], job)
@@ -382,9 +379,7 @@ class Communicator:
 
     def _decode(self, exchange: Exchange, gather: Operation, bucket: Bucket, job: StepJob) -> None:
         self._finish(gather, job.generation, job.step)
-        started = time.thread_time()
         exchange.decode(bucket, job.outs[bucket.index])
-        self.data_cpu_s += time.thread_time() - started
 
     def _header(self, job: StepJob, bucket: Bucket) -> Header:
         k = bucket.index
@@ -408,7 +403,7 @@ class Communicator:
         exchange = self._exchange
         assert exchange is not None
         size, length = exchange.group.size, header_bytes(0)
-        message = torch.zeros(size * length, dtype=torch.uint8)
+        message = torch.zeros(size * length, dtype=torch.uint8, device=exchange.group.device)
         out = torch.zeros_like(message)
         header = Header(
             job.step, job.generation, _CONFIRM.index, max(self.agent.want, job.generation), 0.0, bool(FINITE), False, 0, 0

@@ -7,6 +7,8 @@ For every bucket, two uneven all-to-alls of bytes:
 2. each owner decodes all payloads, adds them up in rank order in fp32 (fp64 for fp64), divides by the sum of weights, and
    encodes the result once; *gather*: it sends that to all, and everyone, itself included, decodes the same bytes.
 
+What a member sends to itself stays where it is, but for the header.
+
 So replicas are identical to the bit whatever the codec, and a gradient is quantised twice, whatever the number of members.
 Sizes of all messages are pure functions of (record, bucket): gloo aborts a process that gets more bytes than it expects.
 
@@ -63,6 +65,8 @@ class _Plan:
 
     header: int
     bounds: list[tuple[int, int]]
+    own: int
+    """Bytes of an encoded sum of this rank's shard."""
     scatter_in: list[int]
     scatter_out: list[int]
     gather_in: list[int]
@@ -87,18 +91,21 @@ class Exchange:
         self._codecs = [CODECS[name] for name in record.codecs]
         self._dense = CODECS["none"]
         self._plans = [self._plan(bucket, size) for bucket in layout.buckets]
-        self._scatter_in = [torch.zeros(sum(p.scatter_in), dtype=torch.uint8) for p in self._plans]
-        self._scatter_out = [torch.zeros(sum(p.scatter_out), dtype=torch.uint8) for p in self._plans]
-        self._gather_in = [torch.zeros(sum(p.gather_in), dtype=torch.uint8) for p in self._plans]
-        self.gathered = [torch.zeros(sum(p.gather_out), dtype=torch.uint8) for p in self._plans]
-        """What the owners sent: the kept sums of the last step, until the next step's headers confirm it."""
-        self._sum = [
-            torch.zeros(stop - start, dtype=bucket.dtype)
-            for bucket, plan in zip(layout.buckets, self._plans, strict=True)
-            for start, stop in (plan.bounds[rank],)
-        ]
-        most = max((s.numel() for s in self._sum), default=0)
-        self._scratch = {dtype: torch.zeros(most, dtype=dtype) for dtype in {b.dtype for b in layout.buckets}}
+        device = group.device
+        self._scatter_in = [torch.zeros(sum(p.scatter_in), dtype=torch.uint8, device=device) for p in self._plans]
+        self._scatter_out = [torch.zeros(sum(p.scatter_out), dtype=torch.uint8, device=device) for p in self._plans]
+        self._gather_in = [torch.zeros(max(size - 1, 1) * p.own, dtype=torch.uint8, device=device) for p in self._plans]
+        self._gathered = [torch.zeros(sum(p.gather_out), dtype=torch.uint8, device=device) for p in self._plans]
+        # What the owners sent, this one included (the first copy of what it sends), are the kept sums of the last step,
+        # until the next step's headers confirm it.
+        self._own: list[torch.Tensor | None] = [None] * len(self._plans)
+        """By bucket: this member's payload for its own shard, where it is encoded."""
+        most = {dtype: 0 for dtype in {b.dtype for b in layout.buckets}}
+        for bucket, plan in zip(layout.buckets, self._plans, strict=True):
+            start, stop = plan.bounds[rank]
+            most[bucket.dtype] = max(most[bucket.dtype], stop - start)
+        self._sum = {dtype: torch.zeros(n, dtype=dtype, device=device) for dtype, n in most.items()}
+        self._scratch = {dtype: torch.zeros(n, dtype=dtype, device=device) for dtype, n in most.items()}
 
     def _codec(self, rank: int, bucket: Bucket):
         return self._dense if bucket.is_state else self._codecs[rank]
@@ -115,10 +122,11 @@ class Exchange:
         return _Plan(
             header=header,
             bounds=bounds,
-            scatter_in=[header + (payload(me, j) if self._sends[me] else 0) for j in range(size)],
-            scatter_out=[header + (payload(i, me) if self._sends[i] else 0) for i in range(size)],
-            gather_in=[payload(me, me)] * size,
-            gather_out=[payload(j, j) for j in range(size)],
+            own=payload(me, me),
+            scatter_in=[header + (payload(me, j) if self._sends[me] and j != me else 0) for j in range(size)],
+            scatter_out=[header + (payload(i, me) if self._sends[i] and i != me else 0) for i in range(size)],
+            gather_in=[payload(me, me) if i != me else 0 for i in range(size)],
+            gather_out=[payload(j, j) if j != me else 0 for j in range(size)],
         )
 
     # ---------------------------------------------------------------- the two halves
@@ -126,20 +134,30 @@ class Exchange:
     def scatter(self, bucket: Bucket, header: Header, local: torch.Tensor | None) -> Operation:
         """Send the header to all and, unless this member sends nothing, each owner its shard of ``local`` (n,)."""
         plan, message = self._plans[bucket.index], self._scatter_in[bucket.index]
-        codec = self._codec(self.rank, bucket)
         place = 0
         for owner, length in enumerate(plan.scatter_in):
             if place == 0:
                 write_header(header, len(bucket.segments), message[: plan.header])
             else:
                 message[place : place + plan.header] = message[: plan.header]
-            start, stop = plan.bounds[owner]
-            if length > plan.header and local is not None:
-                capacity = codec.capacity_bytes(stop - start, bucket.dtype)
-                body = message[place + plan.header :][:capacity]
-                codec.encode(local[start:stop], body, {}, {})
+            if local is not None and self._sends[self.rank]:
+                self._encode_shard(bucket, owner, local, message[place + plan.header : place + length])
             place += length
         return self._launch(self._scatter_out[bucket.index], message, plan.scatter_out, plan.scatter_in)
+
+    def _encode_shard(self, bucket: Bucket, owner: int, local: torch.Tensor, body: torch.Tensor) -> None:
+        codec, (start, stop) = self._codec(self.rank, bucket), self._plans[bucket.index].bounds[owner]
+        if stop == start:
+            return
+        shard = local[start:stop]
+        capacity = codec.capacity_bytes(stop - start, bucket.dtype)
+        if owner == self.rank:
+            raw = shard.view(torch.uint8)
+            if shard.device == self.group.device and codec.in_place(raw, bucket.dtype) is not None:
+                self._own[bucket.index] = raw
+                return
+            body = self._own[bucket.index] = torch.empty(aligned(capacity), dtype=torch.uint8, device=self.group.device)
+        codec.encode(shard, body[:capacity], {}, {})
 
     def reduce(self, bucket: Bucket, sums: Sums) -> Operation:
         """Read all headers, add up the owned shard, and send it to all."""
@@ -152,50 +170,70 @@ class Exchange:
             bodies.append(message[place + plan.header : place + length])
             place += length
         self._note(headers, bucket, sums)
-        start, stop = plan.bounds[self.rank]
+        own = self._own[bucket.index]
+        if own is not None:
+            bodies[self.rank] = own
+        self._sum_shard(headers, bodies, bucket, sums.total_weight)
         out = self._gather_in[bucket.index]
-        if stop > start:
-            total = self._sum[bucket.index]
-            self._add_up(headers, bodies, bucket, total)
-            if sums.total_weight > 0:
-                total.div_(sums.total_weight)
-            codec = self._codec(self.rank, bucket)
-            capacity = codec.capacity_bytes(stop - start, bucket.dtype)
-            codec.encode(total, out[:capacity], {}, {})
-            chunk = plan.gather_in[0]
-            for copy in range(1, len(plan.gather_in)):
-                out[copy * chunk : (copy + 1) * chunk] = out[:chunk]
-        return self._launch(self.gathered[bucket.index], out, plan.gather_out, plan.gather_in)
+        message = out[: sum(plan.gather_in)]
+        return self._launch(self._gathered[bucket.index], message, plan.gather_out, plan.gather_in)
 
     def decode(self, bucket: Bucket, out: torch.Tensor) -> None:
         """Decode what the owners sent into ``out`` (n,). May be called again while the step is kept."""
-        plan, message, place = self._plans[bucket.index], self.gathered[bucket.index], 0
+        plan, place = self._plans[bucket.index], 0
         for owner, length in enumerate(plan.gather_out):
             start, stop = plan.bounds[owner]
             if stop > start:
+                mine = owner == self.rank
+                payload = self._gather_in[bucket.index] if mine else self._gathered[bucket.index][place:]
                 codec = self._codec(owner, bucket)
-                capacity = codec.capacity_bytes(stop - start, bucket.dtype)
-                codec.decode(message[place : place + capacity], out[start:stop])
+                codec.decode(payload[: codec.capacity_bytes(stop - start, bucket.dtype)], out[start:stop])
             place += length
 
     # ---------------------------------------------------------------- inside
 
+    def _sum_shard(
+        self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total_weight: float
+    ) -> None:
+        """The owned shard's mean, encoded, once for each member that it goes to."""
+        plan, out = self._plans[bucket.index], self._gather_in[bucket.index]
+        start, stop = plan.bounds[self.rank]
+        if stop == start:
+            return
+        codec = self._codec(self.rank, bucket)
+        payload = out[: codec.capacity_bytes(stop - start, bucket.dtype)]
+        in_place = codec.in_place(payload, bucket.dtype)
+        total = self._sum[bucket.dtype][: stop - start] if in_place is None else in_place
+        self._add_up(headers, bodies, bucket, total)
+        if total_weight > 0:
+            total.div_(total_weight)
+        if in_place is None:
+            codec.encode(total, payload, {}, {})
+        for copy in range(1, len(plan.gather_in) - 1):
+            out[copy * plan.own : (copy + 1) * plan.own] = out[: plan.own]
+
     def _add_up(self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total: torch.Tensor) -> None:
-        first = True
-        for sender, (header, body) in enumerate(zip(headers, bodies, strict=True)):
-            if not header.contributes:
-                continue
-            codec = self._codec(sender, bucket)
-            body = body[: codec.capacity_bytes(total.numel(), bucket.dtype)]
-            if first:
-                codec.decode(body, total)
-                first = False
-            else:
-                part = self._scratch[bucket.dtype][: total.numel()]
-                codec.decode(body, part)
-                total.add_(part)
-        if first:
+        sent: list[tuple[int, torch.Tensor]] = [
+            (sender, body) for sender, (header, body) in enumerate(zip(headers, bodies, strict=True)) if header.contributes
+        ]
+        if not sent:
             total.zero_()
+            return
+        first = self._values(*sent[0], bucket, total)
+        for sender, body in sent[1:]:
+            first = torch.add(first, self._values(sender, body, bucket, self._scratch[bucket.dtype]), out=total)
+        if first is not total:
+            total.copy_(first)
+
+    def _values(self, sender: int, body: torch.Tensor, bucket: Bucket, room: torch.Tensor) -> torch.Tensor:
+        """A sender's part of the owned shard: seen in place if that can be, else decoded into ``room``."""
+        codec, (start, stop) = self._codec(sender, bucket), self._plans[bucket.index].bounds[self.rank]
+        body = body[: codec.capacity_bytes(stop - start, bucket.dtype)]
+        values = codec.in_place(body, bucket.dtype)
+        if values is None:
+            values = room[: stop - start]
+            codec.decode(body, values)
+        return values
 
     def _note(self, headers: list[Header], bucket: Bucket, sums: Sums) -> None:
         contributing = [(rank, h) for rank, h in enumerate(headers) if h.contributes]
@@ -231,13 +269,15 @@ def one_to_all(
     group: Group, source: int, receivers: list[int], data: torch.Tensor, launch: Callable[[Operation], None]
 ) -> None:
     """Send ``data`` (uint8) from one rank to some; on the receivers it is filled, elsewhere only its size matters."""
-    none, length = torch.zeros(0, dtype=torch.uint8), data.numel()
+    none, length = torch.zeros(0, dtype=torch.uint8, device=group.device), data.numel()
     ins, outs = [0] * group.size, [0] * group.size
     if group.rank == source:
         ins = [length if rank in receivers else 0 for rank in range(group.size)]
-        launch(group.all_to_all(none, data.repeat(len(receivers)), outs, ins))
+        launch(group.all_to_all(none, data.to(group.device).repeat(len(receivers)), outs, ins))
     elif group.rank in receivers:
         outs[source] = length
-        launch(group.all_to_all(data, none, outs, ins))
+        landed = data if data.device == group.device else data.to(group.device)
+        launch(group.all_to_all(landed, none, outs, ins))
+        data.copy_(landed)
     else:
         launch(group.all_to_all(none, none, outs, ins))

@@ -38,13 +38,39 @@ class Operation:
         self._future.value()
 
 
-class Group:
-    """A gloo group of a generation's members."""
+class DeviceOperation(Operation):
+    """The same under NCCL, whose futures are done when the work is queued: here the device is asked."""
 
-    def __init__(self, key: str, pg: dist.ProcessGroupGloo, rank: int, size: int, wake: Callable[[], None]) -> None:
-        self.key, self.rank, self.size = key, rank, size
-        self._pg: dist.ProcessGroupGloo | None = pg
+    def __init__(self, work: dist.Work, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._tensors, self._work = tensors, work
+
+    @property
+    def done(self) -> bool:
+        """Whether the device has done it."""
+        return bool(self._work.is_completed())
+
+    def result(self) -> None:
+        """Raises:
+        RuntimeError: it failed.
+        """
+        self._work.wait()
+
+
+class Group:
+    """A process group of a generation's members: gloo with messages on the CPU, or NCCL with messages on the GPU."""
+
+    poll_s: float | None = None
+    """How often a waiting thread has to look whether an operation is done; None if it is told."""
+
+    def __init__(
+        self, key: str, pg: dist.ProcessGroup, rank: int, size: int, wake: Callable[[], None],
+        device: torch.device = torch.device("cpu"),
+    ) -> None:  # fmt: skip
+        self.key, self.rank, self.size, self.device = key, rank, size, device
+        self._pg: dist.ProcessGroup | None = pg
         self._wake = wake
+        if device.type == "cuda":
+            self.poll_s = 0.0005
         self._under_way: list[Operation] = []
 
     def all_to_all(
@@ -53,7 +79,8 @@ class Group:
         """Uneven all-to-all of uint8: rank ``i``'s part of ``inp`` goes to ``i``; its message lands in its part of ``out``."""
         assert self._pg is not None
         work = self._pg.alltoall_base(out, inp, out_splits, in_splits, dist.AllToAllOptions())
-        operation = Operation(work, (out, inp), self._wake)
+        tensors = (out, inp)
+        operation = DeviceOperation(work, tensors) if self.poll_s else Operation(work, tensors, self._wake)
         self._under_way = [op for op in self._under_way if not op.done]
         self._under_way.append(operation)
         return operation
@@ -68,6 +95,11 @@ class Group:
         """Free the group's threads and sockets."""
         self._pg = None
 
+    def abandon(self) -> None:
+        """Nobody waits for what is under way. gloo ends it by itself; under NCCL it would block the device for good."""
+        if self.device.type == "cuda" and self._pg is not None and not self.idle:
+            self._pg.abort()
+
 
 class Reaper:
     """One thread that drops groups once nothing of theirs is under way."""
@@ -81,6 +113,7 @@ class Reaper:
 
     def take(self, group: Group) -> None:
         """Own this group from now on."""
+        group.abandon()
         with self._lock:
             self._groups.append(group)
             self._lock.notify()
@@ -112,18 +145,22 @@ class Reaper:
 
 
 def make_group(
-    key: str, store: tuple[str, int], rank: int, size: int, host: str, wake: Callable[[], None]
+    key: str, store: tuple[str, int], rank: int, size: int, host: str, device: torch.device, wake: Callable[[], None]
 ) -> Group:
     """Meet the other members at the store. Blocks, even past its time-out if a member dies meanwhile.
 
     The store client is a fresh one: one that is stuck in an abandoned constructor blocks its next user.
     """
     client = dist.TCPStore(store[0], store[1], is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+    prefixed = dist.PrefixStore(f"het/{key}", client)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return Group(key, dist.ProcessGroupNCCL(prefixed, rank, size), rank, size, wake, device)
     options = dist.ProcessGroupGloo._Options()
     options._timeout = OPERATION_TIMEOUT
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._threads = 2
-    pg = dist.ProcessGroupGloo(dist.PrefixStore(f"het/{key}", client), rank, size, options)
+    pg = dist.ProcessGroupGloo(prefixed, rank, size, options)
     return Group(key, pg, rank, size, wake)
 
 

@@ -57,7 +57,7 @@ def read_header(message: torch.Tensor, num_segments: int) -> Header:
     Raises:
         ProtocolError: it is no header of ours.
     """
-    data = bytes(message[: header_bytes(num_segments)].numpy())
+    data = bytes(message[: header_bytes(num_segments)].cpu().numpy())
     magic, bucket, flags, _, step, generation, want, weight, digest = _FIXED.unpack_from(data)
     if magic != MAGIC:
         raise ProtocolError(f"a message starts with {magic:#06x} instead of {MAGIC:#06x}: it is not a step's message")

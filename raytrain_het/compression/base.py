@@ -36,6 +36,14 @@ class Codec(abc.ABC):
     def capacity_bytes(self, num_elements: int, dtype: torch.dtype) -> int:
         """Bytes of the payload of so many elements."""
 
+    def in_place(self, payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """The payload (capacity,) uint8 seen as values of ``dtype``, sharing its memory, where encoding changes no bit; else None.
+
+        Then sums are made where they are sent from, and added from where they arrive: at a gigabyte a second, copies are what
+        the all-reduce costs.
+        """
+        return None
+
     @abc.abstractmethod
     def encode(self, x: torch.Tensor, payload: torch.Tensor, state: State, new_state: State) -> None:
         """Encode ``x`` (n,) into ``payload`` (capacity,) uint8; write the state that follows into ``new_state``."""

@@ -18,6 +18,9 @@ class _Cast(Codec):
     def capacity_bytes(self, num_elements: int, dtype: torch.dtype) -> int:
         return num_elements * self._dtype(dtype).itemsize
 
+    def in_place(self, payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        return payload.view(dtype) if self._dtype(dtype) == dtype else None
+
     def encode(self, x: torch.Tensor, payload: torch.Tensor, state: State, new_state: State) -> None:
         payload.view(self._dtype(x.dtype)).copy_(x)
 

@@ -84,7 +84,7 @@ def train_digits(config: dict[str, Any]) -> None:
     loader = het.prepare_data_loader(DataLoader(train_set, shuffle=True), global_batch_size=config["global_batch_size"])
 
     @torch.no_grad()
-    def held_out(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def held_out(batch: tuple[Tensor, Tensor]) -> dict[str, float | Tensor]:
         images, labels = (part.to(device) for part in batch)
         scores = model(images)
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, Protocol
 
@@ -67,8 +67,8 @@ class PlainDisplay:
         print(line, file=self.stream, flush=True)
 
     def on_update(self, status: Status, events: Records, reports: Records) -> None:
-        for event in events:
-            self.say(event_line(event))
+        for line in filter(None, map(event_line, events)):
+            self.say(line)
         for report in reports:
             self.say(report_line(report))
 
@@ -113,7 +113,7 @@ class LiveDisplay:
     def on_update(self, status: Status, events: Records, reports: Records) -> None:
         for report in reports:
             self.say(report_line(report))
-        self.events.extend(event_line(event) for event in events)
+        self.events.extend(filter(None, map(event_line, events)))
         self.live.update(self.picture(status))
 
     def picture(self, status: Status) -> RenderableType:
@@ -155,8 +155,31 @@ def report_line(report: Mapping[str, Any]) -> str:
     return f"step {report['step']}  epoch {report['epoch']}  {metrics}"
 
 
-def event_line(event: Mapping[str, Any]) -> str:
-    """``step 120  generation 3  lost  slot=1  reason=...``."""
-    rest = {k: v for k, v in event.items() if k not in ("seq", "time", "kind", "generation", "step")}
-    details = "".join(f"  {name}={value}" for name, value in rest.items())
-    return f"step {event.get('step', 0)}  generation {event.get('generation', 0)}  {event['kind']}{details}"
+_SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "joined": lambda e: f"worker {e['slot']} is there ({e['device']} on {e['host']})",
+    "lost": lambda e: f"worker {e['slot']} is lost: {e['reason']}",
+    "evicted": lambda e: f"worker {e['slot']} is dropped: {e['reason']}",
+    "left": lambda e: f"worker {e['slot']} has left after step {e['step']}",
+    "finished": lambda e: f"worker {e['slot']} has finished at step {e['step']}",
+    "healed": lambda e: f"worker {e['slot']} has caught up at step {e['step']} by {e['by']}",
+    "vacant": lambda e: f"slot {e['slot']} stays vacant: {e['reason']}",
+    "given_up": lambda e: f"slot {e['slot']} is given up: {e['reason']}",
+    "formed": lambda e: (
+        f"generation {e['number']} from step {e['base']}: workers {', '.join(map(str, e['slots']))}"
+        + (f", of which {', '.join(map(str, e['unhealed']))} catch up" if e["unhealed"] else "")
+        + f" ({e['reason']})"
+    ),
+}
+_SILENT = ("void", "wanted")
+"""What a formed generation tells as well."""
+
+
+def event_line(event: Mapping[str, Any]) -> str | None:
+    """A membership event as a sentence; None for what is told by another."""
+    if event["kind"] in _SILENT:
+        return None
+    try:
+        return _SENTENCES[event["kind"]](event)
+    except KeyError:
+        rest = {k: v for k, v in event.items() if k not in ("seq", "time", "kind", "generation")}
+        return f"{event['kind']}: " + ", ".join(f"{name} {value}" for name, value in rest.items())

@@ -57,6 +57,8 @@ class Record:
     """Nobody was healed: all start from ``checkpoint``, or from the source's state at step 0."""
     checkpoint: str | None
     """The checkpoint that a reset loads."""
+    backend: str
+    """"gloo", or "nccl" where every slot has a GPU: it follows from the fleet, not from who is there now."""
     reason: str
     """Why this generation was formed, for people."""
 

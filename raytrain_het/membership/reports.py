@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+MAX_EVALUATIONS = 16
+"""So many of the last evaluations are remembered, for workers that ask late."""
 
 REDUCTIONS = ("mean", "sum", "max", "min")
 
@@ -56,7 +60,8 @@ class ReportBook:
     checkpoint is stored, or has failed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_seq: int = 0) -> None:
+        self._first_seq = first_seq
         self._open: dict[str, _Report] = {}
         self._done: list[dict[str, Any]] = []
         self._unacknowledged: dict[str, dict[str, Any]] = {}
@@ -98,6 +103,14 @@ class ReportBook:
                     wanted[key] = writers[0]
         return wanted
 
+    def waiting_for_storage(self, slot: int) -> set[str]:
+        """Open reports whose checkpoint a slot holds a snapshot of."""
+        return {key for key, report in self._open.items() if report.parts.get(slot, {}).get("holds_snapshot")}
+
+    def are_open(self, keys: Iterable[str]) -> bool:
+        """Whether any of these reports is not whole yet."""
+        return any(key in self._open for key in keys)
+
     def settle(self, slots: list[int], *, ended: bool = False) -> list[dict[str, Any]]:
         """Reports that have become whole, given the slots of the current members; oldest first."""
         ready = []
@@ -111,7 +124,7 @@ class ReportBook:
             del self._open[key]
             parts = [report.parts[s] for s in sorted(report.parts)]
             entry = {
-                "seq": len(self._done), "key": key, "step": report.step, "epoch": report.epoch,
+                "seq": self._first_seq + len(self._done), "key": key, "step": report.step, "epoch": report.epoch,
                 "metrics": reduce_metrics(parts), "checkpoint": report.checkpoint,
                 "checkpoint_error": report.checkpoint_error, "num_workers": len(parts),
             }  # fmt: skip
@@ -146,7 +159,7 @@ class ReportBook:
 
     def since(self, seq: int) -> list[dict[str, Any]]:
         """All whole reports from a sequence number on."""
-        return self._done[seq:]
+        return [r for r in self._done if r["seq"] >= seq]
 
     @property
     def pending(self) -> bool:
@@ -171,6 +184,9 @@ class EvaluationBook:
 
     def next(self, key: str, num_chunks: int, uid: str, result: list[Any] | None) -> dict[str, Any]:
         """Take a finished chunk's result and give the next: ``{"chunk": i}``, ``{"wait": True}`` or ``{"sums": ...}``."""
+        if key not in self._runs:
+            for old in list(self._runs)[: -MAX_EVALUATIONS + 1]:
+                del self._runs[old]
         run = self._runs.setdefault(key, {"results": {}, "given": {}, "num_chunks": num_chunks})
         if result is not None:
             chunk, sums = result

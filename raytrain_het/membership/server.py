@@ -55,9 +55,10 @@ class Hub:
             settings, incarnation=time.time_ns(), store=(settings.host, self._store.port)
         )  # fmt: skip
         self._clock = FairClock()
-        self._reports = ReportBook()
+        self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
         self._evaluations = EvaluationBook()
         self._writers: dict[str, int] = {}
+        self._leaving: dict[str, set[str]] = {}
         self._stats: dict[int, dict[str, Any]] = {}
         self._connections: dict[str, asyncio.StreamWriter] = {}
         self._noted = 0
@@ -96,7 +97,7 @@ class Hub:
 
     def events(self, since: int) -> list[dict[str, Any]]:
         """Membership events with a sequence number of ``since`` or more."""
-        return self._call(lambda: self._core.events[since:])
+        return self._call(lambda: [e for e in self._core.events if e["seq"] >= since])
 
     def status(self) -> dict[str, Any]:
         """Who takes part and how far they are."""
@@ -134,9 +135,9 @@ class Hub:
             self._port = server.sockets[0].getsockname()[1]
             self._server = server
             self._ticker = asyncio.ensure_future(self._tick())
-            ready.set()
 
         self._loop.run_until_complete(start())
+        self._loop.call_soon(ready.set)  # Not before it runs for good: a stop that came earlier would be lost.
         self._loop.run_forever()
         self._ticker.cancel()
         self._server.close()
@@ -168,8 +169,8 @@ class Hub:
                 answered=hello["answered"],
                 fingerprint=hello["fingerprint"],
             )
-            if hello["checkpoint"] and not self._core.checkpoint:
-                self._core.checkpoint, self._core.checkpoint_cursor = hello["checkpoint"], hello["checkpoint_cursor"]
+            if hello["checkpoint"]:
+                self._note_checkpoint(hello["checkpoint"], hello["checkpoint_cursor"])
             self._flush()
             while line := await reader.readline():
                 self._handle(uid, member.slot, json.loads(line))
@@ -204,9 +205,9 @@ class Hub:
                 core.progress(uid, m["step"], now)
                 self._stats[slot] = m | {"uid": uid}
             case "event":
-                core.events.append({"seq": len(core.events), "slot": slot, **m["event"], "time": time.time()})
+                core.note({"slot": slot, **m["event"]})
             case "leave":
-                core.leave(uid, now)
+                self._leaving.setdefault(uid, self._reports.waiting_for_storage(slot))
             case "finish":
                 core.finish(uid, cursor=m["cursor"], confirmed=m["confirmed"], now=now)
             case "raised":
@@ -218,7 +219,7 @@ class Hub:
             case "stored":
                 self._reports.checkpoint_stored(m["key"], m["path"], m["error"])
                 if m["path"] is not None:
-                    core.checkpoint, core.checkpoint_cursor = m["path"], m["cursor"]
+                    self._note_checkpoint(m["path"], m["cursor"])
             case "evaluate":
                 reply = self._evaluations.next(m["key"], m["num_chunks"], uid, m["result"])
                 self._send(uid, {"type": "reply", "id": m["id"], **reply})
@@ -241,10 +242,24 @@ class Hub:
                 self._writers[key] = slot
                 self._send(by_slot[slot], {"type": "write", "key": key, "uids": self._reports.uids(key)})
         self._reports.settle(slots, ended=self._core.over)
+        self._let_leave()
+
+    def _let_leave(self) -> None:
+        """Who holds a checkpoint's snapshot stays until it is stored: its other holder may be killed meanwhile."""
+        for uid, keys in list(self._leaving.items()):
+            if not self._reports.are_open(keys):
+                del self._leaving[uid]
+                self._core.leave(uid, self._clock.now())
+                self._flush()
+
+    def _note_checkpoint(self, path: str, cursor: dict[str, int]) -> None:
+        """The newest counts, in whatever order word of them comes."""
+        if self._core.checkpoint is None or cursor["step"] >= self._core.checkpoint_cursor["step"]:
+            self._core.checkpoint, self._core.checkpoint_cursor = path, cursor
 
     def _acknowledge(self, keys: list[str]) -> None:
         self._reports.acknowledge(keys)
-        for uid in self._core.peers:
+        for uid in self._core.peers if keys else ():
             self._send(uid, {"type": "acknowledged", "keys": keys})
 
     def _send(self, uid: str, message: dict[str, Any]) -> None:
@@ -273,7 +288,9 @@ class Hub:
             "generation": record.number if record else 0,
             "state": core.state,
             "failure": core.failure,
-            "vacant": sorted(core.vacant),
+            "vacant": sorted(
+                set(range(self.settings.num_slots)) - core.finished_slots - {p.member.slot for p in core.peers.values()}
+            ),
             "dead_slots": sorted(core.dead_slots),
             "step": max((m.get("step", 0) for m in members), default=0),
             "epoch": max((m.get("epoch", 0) for m in members), default=0),

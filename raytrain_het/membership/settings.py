@@ -14,6 +14,7 @@ class HubSettings:
     shares: tuple[float, ...] | None = None
     """Relative batch shares by slot; None is equal."""
     codec: str = "none"
+    backend: str = "gloo"
     host: str = "127.0.0.1"
     """Address of the machine the actor runs on, as the workers reach it."""
     silence_s: float = 0.5
@@ -21,6 +22,5 @@ class HubSettings:
     start_timeout_s: float = 120.0
     checkpoint: str | None = None
     """Checkpoint from which the run resumes."""
-    checkpoint_step: int = 0
     checkpoint_cursor: dict[str, int] | None = None
-    """Cursor stored in that checkpoint; None derives it from ``checkpoint_step``."""
+    """Position (epoch, offset, step) stored in that checkpoint."""

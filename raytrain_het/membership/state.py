@@ -19,9 +19,12 @@ from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
 
 MAX_FRUITLESS_DEATHS = 3
-"""A slot that dies so often without a commit stays vacant; so many deaths in one step fail the run."""
+"""A slot that dies so often without a commit stays vacant; a step in which so many generations lost members
+fails the run."""
 MAX_FRUITLESS_GENERATIONS = 20
 """So many generations in a row voided without a death or a commit fail the run: some link must be broken."""
+TELL_OF_WAITING_S = 10.0
+"""A step that waits so long for a living member is told about."""
 RECOVERY_GRACE_S = 10.0
 """How long a restarted actor waits for the members of the highest record."""
 
@@ -79,11 +82,12 @@ class Membership:
         self.voided = False
         self.failure: str | None = None
         self.events: list[dict[str, Any]] = []
+        self._first_seq = incarnation // 1_000_000
         self.vacant: set[int] = set()
         self.dead_slots: set[int] = set()
         self.finished_slots: set[int] = set()
         self.checkpoint = settings.checkpoint
-        self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or {**ZERO, "step": settings.checkpoint_step}
+        self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or dict(ZERO)
         self._outbox: list[tuple[str, dict[str, Any]]] = []
         self._gone: dict[str, str] = {}
         self._fruitless: Counter[int] = Counter()
@@ -92,7 +96,9 @@ class Membership:
         self._fruitless_generations = 0
         self._inquiry: Inquiry | None = None
         self._suspected_since: tuple[int, int, float] | None = None
+        self._told_of_waiting: tuple[int, int] | None = None
         self._forming_since = 0.0
+        self._want_answered = False
         self._first_hello: float | None = None
         self._recovering: Record | None = None
         self._recovery_needs_void = False
@@ -128,7 +134,7 @@ class Membership:
     @property
     def watching(self) -> bool:
         """Whether somebody is waited for, so that :meth:`tick` should come often."""
-        return self._inquiry is not None or (self.forming and self.voided) or self._recovering is not None
+        return self._inquiry is not None or self.forming or self._recovering is not None
 
     # ---------------------------------------------------------------- members come and go
 
@@ -324,7 +330,7 @@ class Membership:
             for uid in self._silent():
                 self._lose(uid, f"silent for {self.settings.silence_s:g} s while its peers waited", now, died=False)
             self._inquiry = None
-        if self.forming and self.voided:
+        if self._answers_are_due(now):
             missing = [p for p in self._required() if not p.answered]
             if missing and now - self._forming_since >= self.settings.hang_limit_s:
                 for peer in missing:
@@ -333,6 +339,17 @@ class Membership:
                 self._inquire(now)
 
     # ---------------------------------------------------------------- forming
+
+    def _answers_are_due(self, now: float) -> bool:
+        """Whether members wait for each other's answers: in a void all do, after a want those that have answered.
+
+        Such a wait is seen here alone, for no collective is under way that could be suspected.
+        """
+        if not self.forming:
+            return False
+        if not self.voided and not self._want_answered and any(p.answered for p in self._required()):
+            self._want_answered, self._forming_since = True, now
+        return self.voided or self._want_answered
 
     def _required(self) -> list[Peer]:
         return [p for p in self.peers.values() if p.phase is not Phase.JOINING]
@@ -348,7 +365,7 @@ class Membership:
             self._form_if_answered(now)
             return
         self.number = max(self.number + 1, number or 0)
-        self.voided, self._forming_since, self._reason = void, now, reason
+        self.voided, self._forming_since, self._reason, self._want_answered = void, now, reason, False
         for peer in self.peers.values():
             peer.answered = False
         if void:
@@ -450,6 +467,7 @@ class Membership:
             fresh=tuple(fresh),
             reset=reset,
             checkpoint=self.checkpoint if reset else None,
+            backend=self.settings.backend,
             reason=self._reason,
         )
         self._log(
@@ -551,22 +569,26 @@ class Membership:
             self._fruitless_generations = 0
             if self._end_if_nobody_trains():
                 return
+            self._reason = f"slot {slot} was lost: {reason}"
             self._release_the_finished(now)
             if self.record is not None and self.record.rank_of(uid) is not None:
                 self._start_forming(void=True, reason=f"slot {slot} was lost: {reason}", now=now)
 
     def _count_deaths(self, base: int, peers: list[Peer], now: float) -> None:
-        """Three deaths in one step fail the run: some sample of it must be poison."""
+        """A step that has cost three generations a member fails the run: some sample of it must be poison.
+
+        How many died at once does not matter: a power cut takes all workers, and they start again.
+        """
         for step in [s for s in self._deaths_in_step if s != base + 1]:
             del self._deaths_in_step[step]
-        self._deaths_in_step[base + 1] += len(self._lost_members)
         lost, self._lost_members = self._lost_members, []
+        self._deaths_in_step[base + 1] += bool(lost)
         if lost and self._deaths_in_step[base + 1] >= MAX_FRUITLESS_DEATHS:
             slots = sorted({p.member.slot for p in lost})
             batch = next((p.batch for p in peers if p.batch), None)
             where = f" (epoch {batch[0]}, positions {batch[1]} to {batch[1] + batch[2]} of its order)" if batch else ""
             self._fail(
-                f"{MAX_FRUITLESS_DEATHS} workers died in step {base + 1}{where}, the last in slots {slots}. "
+                f"Workers died {MAX_FRUITLESS_DEATHS} times in step {base + 1}{where}, the last in slots {slots}. "
                 "Some sample of that step probably kills the process: train without it, or look at the workers' logs.",
                 now, poison={"step": base + 1, "slots": slots},
             )  # fmt: skip
@@ -604,8 +626,21 @@ class Membership:
                 self._lose(uid, f"its peers waited {self.settings.hang_limit_s:g} s for it", now, died=False)
             if late:
                 return
+        self._tell_of_waiting(now)
         for uid in inquiry.suspecting:
             self._send(uid, type="patience")
+
+    def _tell_of_waiting(self, now: float) -> None:
+        """Say once for whom the others wait, long before the hang limit drops it."""
+        assert self._suspected_since is not None
+        generation, step, since = self._suspected_since
+        if now - since < TELL_OF_WAITING_S or self._told_of_waiting == (generation, step):
+            return
+        self._told_of_waiting = (generation, step)
+        furthest = max(p.position for p in self._required())
+        slots = [p.member.slot for p in self._required() if p.position < furthest]
+        limit = self.settings.hang_limit_s
+        self._log("waiting", now, step=step, slots=slots, reason=f"alive, but not there; dropped after {limit:g} s")
 
     # ---------------------------------------------------------------- a restart of this actor
 
@@ -673,4 +708,8 @@ class Membership:
 
     def _log(self, kind: str, now: float, **values: Any) -> None:
         generation = self.record.number if self.record else 0
-        self.events.append({"seq": len(self.events), "kind": kind, "generation": generation, **values})
+        self.note({"kind": kind, "generation": generation, **values})
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Add to the events. Sequence numbers grow across restarts, so that a reader misses none and reads none twice."""
+        self.events.append({"seq": self._first_seq + len(self.events), **event})

@@ -10,7 +10,6 @@ import threading
 import time
 
 import ray
-from ray._private.state import state as ray_state
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 logger = logging.getLogger(__name__)
@@ -34,6 +33,8 @@ class PlacementCleaner:
             self._groups += groups
 
     def _watch(self, interval_s: float) -> None:
+        from ray._private.state import state as ray_state  # here, since the class travels by value
+
         while ray_state.actor_table(self._controller).get("State") not in ("DEAD", None):
             time.sleep(interval_s)
         time.sleep(interval_s)  # a registration under way

@@ -6,11 +6,12 @@ import logging
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup
 
-from raytrain_het.ray_train.cleaner import PlacementCleaner
+from raytrain_het.ray_train import cleaner
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,11 @@ class PlacementCleanerCallback(ControllerCallback):
         self._cleaner: Any = None
 
     def after_controller_start(self, train_run_context: Any) -> None:
+        # By value, so that its process loads Ray and not this package with torch.
+        cloudpickle.register_pickle_by_value(cleaner)
         # Detached, on the head node: it must outlive the controller and the driver's actor.
         self._cleaner = (
-            ray.remote(num_cpus=0, max_concurrency=4)(PlacementCleaner)
+            ray.remote(num_cpus=0, max_concurrency=4)(cleaner.PlacementCleaner)
             .options(lifetime="detached", resources={HEAD_NODE_RESOURCE_NAME: 0.001}, scheduling_strategy="DEFAULT")
             .remote(ray.get_runtime_context().get_actor_id())
         )

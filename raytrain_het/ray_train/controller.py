@@ -22,7 +22,7 @@ from raytrain_het.ray_train.storage import snapshot_writer
 from raytrain_het.ray_train.worker_group import HetWorkerGroup
 
 POLL_S = 0.5
-STEP_FILE = "het.json"
+META_FILE = "het.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class HetController(TrainController):
 
     def _start_worker_group(self, num_workers: int, resources_per_worker: dict[str, float]) -> None:
         self._attempt += 1
-        checkpoint, step = self._latest_checkpoint()
+        checkpoint, cursor = self._latest_checkpoint()
         hub = Hub(
             self._plan.parts,
             self._plan.config,
@@ -68,7 +68,7 @@ class HetController(TrainController):
             attempt=self._attempt,
             num_slots=num_workers,
             checkpoint=checkpoint,
-            checkpoint_step=step,
+            checkpoint_cursor=cursor,
         )
         context = WorkerGroupContext(
             run_attempt_id=self._get_run_attempt_id(),
@@ -87,19 +87,19 @@ class HetController(TrainController):
         self._worker_group = group
         group.start()
 
-    def _latest_checkpoint(self) -> tuple[str | None, int]:
-        """Where the run goes on: the path of its last registered checkpoint, and the step in it."""
+    def _latest_checkpoint(self) -> tuple[str | None, dict[str, int] | None]:
+        """Where the run goes on: the path of its last registered checkpoint, and the cursor in it."""
         latest = self._checkpoint_manager.latest_checkpoint_result
         if latest is None:
-            return None, 0
+            return None, None
         path = latest.checkpoint.path
         try:
-            with latest.checkpoint.filesystem.open_input_stream(f"{path}/{STEP_FILE}") as stream:
-                return path, int(json.loads(stream.read())["step"])
+            with latest.checkpoint.filesystem.open_input_stream(f"{path}/{META_FILE}") as stream:
+                return path, {name: int(value) for name, value in json.loads(stream.read())["cursor"].items()}
         except Exception as error:
             raise CheckpointError(
                 f"The run {self._run_config.name!r} has a checkpoint that raytrain_het cannot go on from: {path}/"
-                f"{STEP_FILE} {'does not exist' if isinstance(error, FileNotFoundError) else 'is not readable'}. "
+                f"{META_FILE} {'does not exist' if isinstance(error, FileNotFoundError) else 'is not readable'}. "
                 "Write another RunConfig(name=...) to start anew."
             ) from None
 

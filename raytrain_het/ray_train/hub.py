@@ -6,6 +6,7 @@ later, and until then the last answer stands.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -52,19 +53,21 @@ class Hub:
 
     def __init__(
         self, parts: Parts, config: HetConfig, *, run_id: str, attempt: int, num_slots: int,
-        checkpoint: str | None, checkpoint_step: int,
+        checkpoint: str | None, checkpoint_cursor: dict[str, int] | None,
     ) -> None:  # fmt: skip
         context = ray.get_runtime_context()
         settings = parts.settings(
             run_id=f"{run_id}-{attempt}",
             num_slots=num_slots,
             shares=config.shares,
+            codec=config.codec,
+            backend=config.backend,
             host=ray.util.get_node_ip_address(),
             silence_s=config.silence_s,
             hang_limit_s=config.hang_limit_s,
             start_timeout_s=config.start_timeout_s,
             checkpoint=checkpoint,
-            checkpoint_step=checkpoint_step,
+            checkpoint_cursor=checkpoint_cursor,
         )
         self.handle = (
             ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(parts.actor)
@@ -135,8 +138,6 @@ class Hub:
 
     def end(self) -> None:
         """End the actor for good."""
-        try:
+        with contextlib.suppress(RayError, TimeoutError):
             ray.get(self.handle.shutdown.remote(), timeout=2)
-        except (RayError, TimeoutError):
-            pass
         ray.kill(self.handle, no_restart=True)

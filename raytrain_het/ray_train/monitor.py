@@ -89,12 +89,10 @@ class Monitor:
     def _poll(self) -> None:
         if self._handle is None:
             self._handle = self._find()
+        # Without retries: questions that are open when the actor is ended would be complained about.
+        asked = {"status": (), "events": (self._events_seen,), "reports": (self._reports_seen,)}
         status, events, reports = ray.get(
-            [
-                self._handle.status.remote(),
-                self._handle.events.remote(self._events_seen),
-                self._handle.reports.remote(self._reports_seen),
-            ],
+            [getattr(self._handle, name).options(max_task_retries=0).remote(*args) for name, args in asked.items()],
             timeout=2,
         )
         self._take(status, events, reports)
@@ -118,9 +116,10 @@ class Monitor:
             self._last_report = reports[-1]
         if status:
             samples = int(status.get("samples", 0))
-            if samples > self._status.get("samples", 0) or self._started is None:
+            if self._started is None or self._started[1] == samples:
+                self._started = (time.monotonic(), samples)  # the first step has not been done yet
+            if samples > self._status.get("samples", 0):
                 self._ended = (time.monotonic(), samples)
-            self._started = self._started or (time.monotonic(), samples)
             self._status = status
             for member in status.get("members", []):
                 slot = member["slot"]

@@ -155,8 +155,9 @@ def _check_fits_some_node(slot: SlotSpec, shapes: Sequence[NodeShape]) -> None:
     asked = _bundle(slot.resources)
     if not labelled:
         raise ResourceError(
-            f"{slot.origin}: labels={slot.labels!r} match no node of the cluster ({describe_nodes(shapes, labels=True)})."
-            " Write labels that a node has, or start one with: ray start --labels key=value"
+            f"{slot.origin}: labels={slot.labels!r} match no node of the cluster "
+            f"({describe_nodes(shapes, labels=True)}). Write labels that a node has, or start one with: "
+            "ray start --labels key=value"
         )
     short = [
         f"{name}: {_number(amount)} (the most any one node has is "
@@ -173,9 +174,7 @@ def _check_fits_some_node(slot: SlotSpec, shapes: Sequence[NodeShape]) -> None:
 
 def _packs(slots: Sequence[SlotSpec], shapes: Sequence[NodeShape]) -> bool:
     """Whether an assignment of slots to nodes exists (backtracking; True when the search grows too long)."""
-    nodes = [
-        (dict(s.resources), s.labels) for s in shapes for _ in range(min(s.max_count or 0, len(slots)))
-    ]
+    nodes = [(dict(s.resources), s.labels) for s in shapes for _ in range(min(s.max_count or 0, len(slots)))]
     order = sorted(slots, key=scarcity)
     tried = 0
 
@@ -222,7 +221,7 @@ def describe_nodes(shapes: Sequence[NodeShape], *, labels: bool = False) -> str:
         shown = {k: v for k, v in s.resources.items() if not k.startswith(("node:", "object_store_memory"))}
         text = f"{s.name} {_bundle(shown)}"
         if labels:
-            text += f" labels {({k: v for k, v in s.labels.items() if k != NODE_ID_LABEL})!r}"
+            text += f" labels { ({k: v for k, v in s.labels.items() if k != NODE_ID_LABEL})!r}"
         if s.max_count != 1:
             text += " x any number" if s.max_count is None else f" x {s.max_count}"
         parts.append(text)

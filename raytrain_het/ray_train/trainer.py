@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -33,6 +34,7 @@ from raytrain_het.ray_train.failures import to_raise
 from raytrain_het.ray_train.hub import Parts
 from raytrain_het.ray_train.monitor import Monitor, OnUpdate
 from raytrain_het.ray_train.run_folder import RunFolder
+from raytrain_het.ray_train.resources import SlotSpec
 from raytrain_het.ray_train.scaling import HetScalingConfig
 from raytrain_het.ray_train.storage import check_writable
 from raytrain_het.ray_train.worker_entry import WorkerEntry
@@ -131,6 +133,7 @@ class HetTrainer(TorchTrainer):
         scaling = settle(self.scaling_config)
         assert scaling.slots is not None
         _check_shares(self.het_config, len(scaling.slots))
+        _check_backend(self.het_config, scaling.slots)
         context = TrainRunContext(
             run_config=self.run_config,
             train_loop_config=self.train_loop_config,
@@ -196,10 +199,8 @@ def _abort(controller: Any) -> None:
     """End the run on Ctrl-C and wait until its processes are gone."""
 
     def end() -> None:
-        try:
+        with contextlib.suppress(RayError, TimeoutError):
             ray.get(controller.abort.remote(), timeout=_ABORT_S)
-        except (RayError, TimeoutError):
-            pass
 
     # In a thread, so that a second Ctrl-C ends the waiting and not the tidying.
     thread = threading.Thread(target=end, daemon=True)
@@ -242,4 +243,13 @@ def _check_shares(config: HetConfig, num_slots: int) -> None:
         raise ConfigError(
             f"HetConfig.shares={config.shares!r} has {len(config.shares)} numbers, the run has {num_slots} workers: "
             f"one per worker is needed. Write shares={[1] * num_slots}, or leave it out for equal shares."
+        )
+
+
+def _check_backend(config: HetConfig, slots: Sequence[SlotSpec]) -> None:
+    without = [i for i, slot in enumerate(slots) if slot.resources.get("GPU", 0) < 1]
+    if config.backend == "nccl" and without:
+        raise ConfigError(
+            f"HetConfig.backend='nccl' needs a whole GPU for every worker; workers {without} have none. Write backend='gloo', "
+            "which carries GPU and CPU workers in one run."
         )

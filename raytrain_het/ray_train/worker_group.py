@@ -77,9 +77,7 @@ class HetWorkerGroup(WorkerGroup):
         placement = SlotPlacement([slot.spec for slot in self.slots], self._on_group)
         self._plan = StartPlan(
             placement=placement,
-            runtime_env=_or_none(
-                self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
-            ),
+            runtime_env=_or_none(self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)),
             worker_cls=self._worker_cls,
             init_worker=self._init_worker,
             run_worker=self._run_worker,
@@ -177,8 +175,10 @@ class HetWorkerGroup(WorkerGroup):
                 else:
                     slot.begin(self._plan, delay_s=float(slot.start_failures))
             else:
-                self._errors[slot.index] = start.error if isinstance(start.error, Exception) else RunFailedError(
-                    f"Worker {slot.index} could not be started: {start.error!r}"
+                self._errors[slot.index] = (
+                    start.error
+                    if isinstance(start.error, Exception)
+                    else RunFailedError(f"Worker {slot.index} could not be started: {start.error!r}")
                 )
                 slot.state = SlotState.DEAD
 
@@ -191,12 +191,13 @@ class HetWorkerGroup(WorkerGroup):
             if slot.state is not SlotState.LIVE:
                 continue
             member = members.get(slot.index)
-            slot.was_member |= member is not None and slot.index not in status.get("vacant", [])
+            present = member is not None and member.get("alive", True)
+            slot.was_member |= present
             answer = slot.answer
             if isinstance(answer, RayActorError):
                 self._lose(slot, f"its process died: {_short(answer)}", refill=not (ended or failed), over=ended)
             elif answer is None:
-                self._check_hanging(slot, fresh and slot.index in status.get("vacant", []), ended or failed)
+                self._check_hanging(slot, fresh and not present, ended or failed)
             elif answer.error is not None:
                 if judge(answer.error) is Verdict.LEFT:
                     self._lose(slot, "it was dropped by its peers", refill=not (ended or failed), over=ended)
@@ -218,13 +219,13 @@ class HetWorkerGroup(WorkerGroup):
         if failed and self._failing_since is None:
             self._failing_since = time.monotonic()
 
-    def _check_hanging(self, slot: Slot, vacant: bool, over: bool) -> None:
+    def _check_hanging(self, slot: Slot, dropped: bool, over: bool) -> None:
         if slot.ongoing_poll is None:
             return
         silent_s = time_monotonic() - slot.ongoing_poll.start_time
         if silent_s > self._worker_health_check_timeout_s:
             self._lose(slot, f"it did not answer for {silent_s:.0f} s", refill=not over, over=over)
-        elif silent_s > _STOPPED_S and vacant and slot.was_member:
+        elif silent_s > _STOPPED_S and dropped and slot.was_member:
             self._lose(slot, f"its peers dropped it, and it has not answered for {silent_s:.1f} s", refill=not over)
 
     def _lose(self, slot: Slot, reason: str, *, refill: bool, over: bool = False) -> None:

@@ -19,8 +19,8 @@ Kind = Literal["kill", "stop", "leave", "raise", "slow"]
 class Fault:
     """What happens, where and to whom.
 
-    ``kill``: SIGKILL. ``stop``: SIGSTOP (somebody else must continue or kill it). ``leave``: orderly leave. ``raise``: an exception
-    in the training function. ``slow``: sleep ``seconds`` at the point in each of ``steps`` steps.
+    ``kill``: SIGKILL. ``stop``: SIGSTOP (somebody else must continue or kill it). ``leave``: orderly leave.
+    ``raise``: an exception in the training function. ``slow``: sleep ``seconds`` at the point in each of ``steps`` steps.
     """
 
     slot: int
@@ -41,8 +41,8 @@ def install(faults: Sequence[Fault], slot: int, directory: str, leave: Callable[
     Args:
         faults: the script.
         slot: this worker's.
-        directory: holds a mark for each fault that has happened, so that a refilled worker does not meet it again; the mark
-            holds the wall-clock time at which it did.
+        directory: holds a mark for each fault that has happened, so that a refilled worker does not meet it again; the
+            mark holds the wall-clock time at which it did.
         leave: how this worker leaves in good order.
     """
     mine = [f for f in faults if f.slot == slot]
@@ -77,6 +77,23 @@ def _happen(fault: Fault, leave: Callable[[], None] | None) -> None:
         raise RuntimeError(f"scripted fault at {fault.point} of step {fault.step}")
 
 
-def times_of(directory: str) -> list[float]:
-    """When the faults happened, in seconds of the wall clock."""
-    return sorted(float(p.read_text()) for p in Path(directory).glob("fault_*"))
+@dataclass(frozen=True, order=True)
+class Happened:
+    """A fault that has happened."""
+
+    time: float
+    """Seconds of the wall clock."""
+    slot: int
+    step: int
+    point: str
+    kind: str
+
+
+def happened(directory: str | os.PathLike[str]) -> list[Happened]:
+    """The faults that have happened so far, oldest first."""
+    faults = []
+    for path in Path(directory).glob("fault_*"):
+        _, slot, step, rest = path.name.split("_", 3)
+        point, kind = rest.rsplit("_", 1)
+        faults.append(Happened(float(path.read_text() or "nan"), int(slot), int(step), point, kind))
+    return sorted(faults)

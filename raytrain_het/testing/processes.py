@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from raytrain_het.membership.settings import HubSettings
 from raytrain_het.testing import faults as fault_kit
 from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
 from raytrain_het.training import session as sessions
-from raytrain_het.training.checkpoint import LocalStorage
+from raytrain_het.training.checkpoint import LocalStorage, Storage
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["raytrain_het.testing.processes"])
@@ -49,31 +50,42 @@ class ProcessLab:
         faults: the script.
         refill: whether dead slots get new processes.
         threads: torch threads per worker.
+        settings: settings of the hub that differ from what follows from the config (a checkpoint to resume from).
+        storage: makes a worker's storage; by default a folder in the lab's directory.
+
+    Attributes:
+        events: membership events of the whole run, of hubs that were restarted too; there once it is over.
+        reports: all whole reports.
+        failure: why the run failed, as the hub knows it.
     """
 
     def __init__(
         self, train_fn: Callable[[str], Any], directory: str | os.PathLike[str], *, num_slots: int,
-        config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True, threads: int = 1,
-        ledger: bool = True, hub: Hub | None = None, locate: dict[str, Any] | None = None,
+        config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True,
+        threads: int = 1, ledger: bool = True, settings: dict[str, Any] | None = None,
+        storage: Callable[[], Storage] | None = None,
     ) -> None:  # fmt: skip
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
-        settings = HubSettings(
+        self.settings = HubSettings(
             run_id="lab", num_slots=num_slots, shares=self.config.shares, codec=self.config.codec,
             silence_s=self.config.silence_s, hang_limit_s=self.config.hang_limit_s,
-            start_timeout_s=self.config.start_timeout_s,
+            start_timeout_s=self.config.start_timeout_s, **(settings or {}),
         )  # fmt: skip
-        self.settings = settings
-        self.hub = hub or Hub(settings)
+        self.hub = Hub(self.settings)
         self._address_file = Path(self.directory) / "hub.pickle"
         self.publish()
-        payload = (train_fn, self.directory, self.config, faults or [], threads, ledger, num_slots)
+        where = storage or partial(LocalStorage, Path(self.directory) / "storage")
+        payload = (train_fn, self.directory, self.config, faults or [], threads, ledger, num_slots, where)
         self._payload = cloudpickle.dumps(payload)
         self.processes: dict[int, BaseProcess] = {}
         self.restarts = 0
         self.results: dict[int, Any] = {}
         self.errors: dict[int, str] = {}
+        self.events: list[dict[str, Any]] = []
+        self.reports: list[dict[str, Any]] = []
+        self.failure: str | None = None
 
     def publish(self) -> None:
         """Write down where the hub is."""
@@ -83,7 +95,7 @@ class ProcessLab:
 
     def restart_hub(self) -> None:
         """Kill the hub as a crash of its actor would, and start a new one."""
-        self.hub.shutdown()
+        self._shut_down_hub()
         self.hub = Hub(self.settings)
         self.publish()
 
@@ -93,6 +105,11 @@ class ProcessLab:
         process.start()
         self.processes[slot] = process
         return process
+
+    def kill(self, *slots: int) -> None:
+        """SIGKILL for the workers in some slots, all at the same moment; by default for all."""
+        for slot in slots or list(self.processes):
+            os.kill(self.processes[slot].pid, signal.SIGKILL)  # type: ignore[arg-type]
 
     def run(self, timeout_s: float = 120.0, on_poll: Callable[[], None] | None = None) -> dict[int, Any]:
         """Run all slots to the end; returns each slot's result.
@@ -128,6 +145,12 @@ class ProcessLab:
                 os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
             process.join(timeout=5)
         self.processes.clear()
+        self._shut_down_hub()
+
+    def _shut_down_hub(self) -> None:
+        self.events += self.hub.events(0)
+        self.reports += self.hub.reports(0)
+        self.failure = self.hub.status()["failure"]
         self.hub.shutdown()
 
     def _reap(self, slot: int, process: BaseProcess) -> None:
@@ -154,23 +177,22 @@ class ProcessLab:
 
 def _work(slot: int, payload: bytes) -> None:
     """A worker process."""
-    train_fn, directory, config, faults, threads, ledger, num_slots = cloudpickle.loads(payload)
+    train_fn, directory, config, faults, threads, ledger, num_slots, storage = cloudpickle.loads(payload)
     torch.set_num_threads(threads)
     where = Path(directory) / "hub.pickle"
     kind, value = "gone", None
     try:
-        value = sessions.run_worker(
+        done = sessions.run_worker(
             lambda: _train(train_fn, directory, faults, slot, ledger),
             config=config, slot=slot, num_slots=num_slots, locate=lambda: pickle.loads(where.read_bytes()),
-            storage=LocalStorage(Path(directory) / "storage"), device=torch.device("cpu"), node_ip="127.0.0.1",
+            storage=storage(), device=torch.device("cpu"), node_ip="127.0.0.1",
         )  # fmt: skip
-        kind = "result" if value is not _LEFT else "gone"
+        if done is not None:  # Else it was let go before its end.
+            kind, value = "result", done[0]
     except sessions.EvictedError:
         pass
     except BaseException:
         kind, value = "error", traceback.format_exc()
-    if value is None and kind == "result":
-        kind = "result"
     part = Path(directory) / f".outcome_{slot}_{os.getpid()}"
     part.write_bytes(pickle.dumps((kind, value)))
     part.rename(Path(directory) / f"outcome_{slot}_{os.getpid()}")
@@ -178,16 +200,13 @@ def _work(slot: int, payload: bytes) -> None:
     os._exit(0)
 
 
-_LEFT = object()
-
-
-def _train(train_fn: Callable[[str], Any], directory: str, faults: list, slot: int, ledger: bool) -> Any:
+def _train(train_fn: Callable[[str], Any], directory: str, faults: list, slot: int, ledger: bool) -> tuple[Any]:
     session = sessions.current()
     fault_kit.install(faults, slot, directory, session.leave)
     if ledger:
         writer = LedgerWriter(Path(directory) / f"ledger_{slot}_{os.getpid()}.jsonl")
         session.listeners.append(lambda note: writer.append(_entry(note)))
-    return train_fn(directory)
+    return (train_fn(directory),)
 
 
 def _entry(note: sessions.StepRecord) -> LedgerEntry:

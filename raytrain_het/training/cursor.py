@@ -122,6 +122,13 @@ class DataPlan:
         """The start of the following epoch; the step count goes on."""
         return Cursor(epoch=cursor.epoch + 1, offset=0, step=cursor.step)
 
+    def samples_before(self, cursor: Cursor) -> int:
+        """Samples that all committed steps up to the cursor have used, over all members."""
+        per_epoch = self.dataset_size
+        if self.drop_last:
+            per_epoch -= self.dataset_size % self.global_batch_size
+        return cursor.epoch * per_epoch + cursor.offset
+
     def permutation(self, epoch: int) -> np.ndarray:
         """Dataset indices in the epoch's order: int64, shape ``[dataset_size]``, read-only.
 

@@ -39,7 +39,7 @@ class HetDataLoader:
             )
         self.dataset = loader.dataset
         size = dataset_size(self.dataset)
-        batch = global_batch_size or loader.batch_size
+        batch = loader.batch_size if global_batch_size is None else global_batch_size
         if batch is None or not isinstance(batch, int) or batch < 1:
             raise ConfigError(f"global_batch_size={batch!r} is not valid: allowed is a whole number from 1. Write 512.")
         if batch < session.num_slots:

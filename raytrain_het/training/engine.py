@@ -56,13 +56,11 @@ class Counters:
     """What this worker has done since it started. Seconds, bytes, samples."""
 
     samples: int = 0
-    global_samples: int = 0
     steps: int = 0
     skipped: int = 0
     redone: int = 0
     compute_s: float = 0.0
     wait_s: float = 0.0
-    protocol_cpu_s: float = 0.0
 
 
 class Engine:
@@ -102,7 +100,6 @@ class Engine:
 
     def open(self, epoch: int) -> Opened | None:
         """Open the next step; None at the end of the epoch, confirmed by all."""
-        began = time.thread_time()
         self._settle_last()
         while True:
             self._wait_for_confirmation()
@@ -122,17 +119,9 @@ class Engine:
             self._light = self.replica.light()
         self._redo = False
         self.healing.offer(record, cursor, self._light, self._parameters_digest)
-        opened = self._slice(record, cursor)
-        self.opened = opened
-        self.gradients.begin(
-            opened.job.step,
-            contributes=opened.job.contributes,
-            stale=lambda: opened.job.over,
-            on_ready=lambda count: self._ready(opened, count),
-            on_backward_done=lambda last: self._backward_done(opened, last),
-        )
+        opened = self.opened = self._slice(record, cursor)
         self.comm.submit(opened.job)
-        self.counters.protocol_cpu_s += time.thread_time() - began
+        points.reach("opened", opened.job.step)
         return opened
 
     def _slice(self, record: Record, cursor: Cursor) -> Opened:
@@ -143,11 +132,14 @@ class Engine:
         # A share of 0 still runs the loop's body, on one sample, so that user code behaves alike; the gradient is dropped.
         micro = micro_batches(own, self._micro_batch_size) if len(own) else [range(batch.start, batch.start + 1)]
         step = cursor.step + 1
-        job = StepJob(
-            record.number, step, locals=self.gradients.locals, outs=self.gradients.outs, contributes=len(own) > 0,
-            finite=self.gradients.finite, used=self.gradients.used, digest=self._digest_if_due(step),
-        )  # fmt: skip
-        return Opened(record, cursor, batch, own, micro, job, time.monotonic())
+        job = StepJob(record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step))
+        opened = Opened(record, cursor, batch, own, micro, job, time.monotonic())
+        self.gradients.begin(
+            job,
+            on_ready=lambda count: self._ready(opened, count),
+            on_backward_done=lambda last: self._backward_done(opened, last),
+        )
+        return opened
 
     def _digest_if_due(self, step: int) -> int:
         every = self.config.replica_check_steps
@@ -187,7 +179,7 @@ class Engine:
         opened.inputs = inputs
         last = index == len(opened.micro) - 1
         if last:
-            self.gradients.total_weight = opened.job.weight = float(sum(opened.weights))
+            opened.job.weight = float(sum(opened.weights))
         self.gradients.arm(opened.weights[-1], last=last)
 
     def body_done(self) -> None:
@@ -208,7 +200,7 @@ class Engine:
         return self.opened is not None and self.opened.job.over and self.opened.job.outcome == "aborted"
 
     def _ready(self, opened: Opened, count: int) -> None:
-        if self.gradients.not_zeroed():
+        if opened.job.ready == 0 and self.gradients.not_zeroed():
             raise LoopOrderError(
                 "backward() ran without optimizer.zero_grad() since the last step, so it would add to the old gradients: "
                 "call optimizer.zero_grad() before backward()."
@@ -222,6 +214,7 @@ class Engine:
             return
         if not opened.submitted:
             opened.submitted = time.monotonic()
+        points.reach("arrived", opened.job.step)
         self._await_sums(opened)
         opened.settled = True
         self.gradients.show(opened.sums)
@@ -306,12 +299,10 @@ class Engine:
     def _after_commit(self, opened: Opened) -> None:
         sums, number, step = opened.sums, opened.job.generation, opened.job.step
         assert sums is not None
-        began = time.thread_time()
         self._confirm_up_to(step - 1)
         counters = self.counters
         counters.steps += 1
         counters.samples += len(opened.own)
-        counters.global_samples += len(opened.batch)
         duration = time.monotonic() - opened.started
         self.comm.step_s = duration if self.comm.step_s == 0 else 0.8 * self.comm.step_s + 0.2 * duration
         for listener in self.on_commit:
@@ -325,7 +316,6 @@ class Engine:
             if self.cursor.epoch != opened.cursor.epoch:
                 self._confirm = ConfirmJob(number, step)
                 self.comm.submit(self._confirm)
-        counters.protocol_cpu_s += time.thread_time() - began
 
     def _resync(self, number: int, step: int) -> None:
         """The replicas differ, as they do on unlike devices: take the first healed member's parameters."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from raytrain_het.collectives import points
+from raytrain_het.collectives.communicator import StepJob
 from raytrain_het.collectives.exchange import Sums
 from raytrain_het.collectives.layout import Layout
 from raytrain_het.errors import ConfigError, LoopOrderError
@@ -74,26 +75,22 @@ class Gradients:
         self._armed = False
         self._weight = 0.0
         self._last = False
-        self._contributes = False
-        self._step = 0
-        self._stale: Callable[[], bool] = lambda: False
+        self._job = StepJob(0, 0, outcome="aborted")
         self._on_ready: Callable[[int], None] = lambda count: None
         self._on_backward_done: Callable[[bool], None] = lambda last: None
-        self.finite: list[bool] = []
-        self.used: list[int] = []
 
     # ---------------------------------------------------------------- a step
 
     def begin(
-        self, step: int, *, contributes: bool, stale: Callable[[], bool],
-        on_ready: Callable[[int], None], on_backward_done: Callable[[bool], None],
-    ) -> None:  # fmt: skip
-        """A step is opened: nothing is gathered yet."""
-        self._step, self._contributes, self._stale = step, contributes, stale
+        self, job: StepJob, *, on_ready: Callable[[int], None], on_backward_done: Callable[[bool], None]
+    ) -> None:
+        """A step is opened: nothing is gathered yet. What is gathered goes into the job."""
+        self._job = job
         self._on_ready, self._on_backward_done = on_ready, on_backward_done
         self._touched = [False] * len(self._params)
-        self.finite = [True] * len(self.layout.buckets)
-        self.used = [0] * len(self.layout.buckets)
+        job.locals, job.outs = self.locals, self.outs
+        job.finite = [True] * len(self.layout.buckets)
+        job.used = [0] * len(self.layout.buckets)
         self._ready = 0
 
     def arm(self, weight: float, *, last: bool) -> None:
@@ -125,7 +122,7 @@ class Gradients:
                     "(for x, y in loader: ...), one backward() and one optimizer.step() for each."
                 )
             if not self._fired:
-                points.reach("backward", self._step)
+                points.reach("backward", self._job.step)
                 torch.autograd.Variable._execution_engine.queue_callback(self._done)
             if index in self._fired:
                 raise LoopOrderError(
@@ -133,49 +130,52 @@ class Gradients:
                     "a micro_batch_size to accumulate gradients."
                 )
             self._fired.add(index)
-            if self._stale():
+            if self._job.over:
                 return
             grad = p.grad
             assert grad is not None
             if grad.is_sparse:
                 raise ConfigError(f"parameter {self._name(index)!r} has a sparse gradient: build it with sparse=False.")
-            if self._contributes:
-                view = self._local_views[index]
-                if self._touched[index]:
-                    view.add_(grad, alpha=self._weight)
-                else:
-                    torch.mul(grad, self._weight, out=view) if grad.dtype == view.dtype else view.copy_(grad).mul_(
-                        self._weight
-                    )
-                self._touched[index] = True
+            if self._job.contributes:
+                self._gather(index, grad)
             if self._last:
-                self.used[bucket] |= (1 << place) if self._touched[index] else 0
+                self._job.used[bucket] |= (1 << place) if self._touched[index] else 0
                 self._missing[bucket] -= 1
                 if self._missing[bucket] == 0:
                     self._pass_on()
 
         return gathered
 
+    def _gather(self, index: int, grad: torch.Tensor) -> None:
+        view = self._local_views[index]
+        if self._touched[index]:
+            view.add_(grad, alpha=self._weight)
+        elif grad.dtype == view.dtype:
+            torch.mul(grad, self._weight, out=view)
+        else:
+            view.copy_(grad).mul_(self._weight)
+        self._touched[index] = True
+
     def _pass_on(self) -> None:
         """Hand over all full buckets that come next in the launch order."""
         before = self._ready
         while self._ready < len(self._gradient_buckets) and self._missing[self._ready] == 0:
-            if self._contributes:
-                self.finite[self._ready] = _is_finite(self.locals[self._ready])
+            if self._job.contributes:
+                self._job.finite[self._ready] = _is_finite(self.locals[self._ready])
             self._ready += 1
         if self._ready > before:
             self._on_ready(self._ready)
 
     def _done(self) -> None:
         """The backward pass is over: what had no gradient counts as zero; then the sums are waited for."""
-        if not self._stale() and self._last:
+        if not self._job.over and self._last:
             for index, (bucket, place) in enumerate(self._slots):
                 if index in self._fired:
                     continue
                 if not self._touched[index]:
                     self._local_views[index].zero_()
                 else:
-                    self.used[bucket] |= 1 << place
+                    self._job.used[bucket] |= 1 << place
                 self._missing[bucket] -= 1
             self._pass_on()
             self._fill_buffers()
@@ -186,15 +186,12 @@ class Gradients:
         self._on_backward_done(self._last)
 
     def _fill_buffers(self) -> None:
-        weight, place = self.total_weight, 0
+        weight, place = self._job.weight, 0
         for bucket in self.layout.buckets[len(self._gradient_buckets) :]:
             for segment in bucket.segments:
                 buffer = self._buffers[place][1]
                 self.locals[bucket.index][segment.offset : segment.stop].copy_(buffer.reshape(-1)).mul_(weight)
                 place += 1
-
-    total_weight = 0.0
-    """Weight of the whole share; set before the last micro-batch."""
 
     # ---------------------------------------------------------------- its result
 

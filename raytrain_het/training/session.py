@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
@@ -22,7 +23,7 @@ from raytrain_het.errors import CheckpointError, EvictedError, HetError, LoopOrd
 from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
-from raytrain_het.training.cursor import DataPlan
+from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
@@ -46,7 +47,7 @@ class StepRecord:
     offset: int
     batch_size: int
     slices: dict[str, list[int]]
-    """By uid: [start, stop) in the epoch's permutation."""
+    """By uid: [start, stop) in the epoch's permutation; empty with a share of 0."""
     uid: str
     own_samples: list[int]
     applied: bool
@@ -89,6 +90,7 @@ class Session:
         self._epoch = 0
         self._evaluations: dict[str, int] = {}
         self._resumed = False
+        self._leaving = False
 
     # ---------------------------------------------------------------- preparing
 
@@ -150,7 +152,7 @@ class Session:
         self.reporter = Reporter(self.agent, self._server, self.storage, self._token)
         self.engine.on_commit.append(self._committed)
         self.engine.on_confirm.append(self.reporter.send_up_to)
-        self.agent.on_reconnect = self.reporter.resend
+        self.agent.on_reconnect = self._tell_a_new_hub
         self.agent.join()
         self.engine.start()
         return self.engine
@@ -168,14 +170,11 @@ class Session:
 
     def _committed(self, opened: Opened, sums: Sums) -> None:
         if self.listeners:
-            from raytrain_het.training.cursor import slice_of
-
             record, order = opened.record, self._plan().permutation(opened.cursor.epoch)
             slices = {
                 m.uid: [s.start, s.stop]
                 for rank, m in enumerate(record.members)
                 for s in (slice_of(opened.batch, record.shares, rank),)
-                if len(s)
             }
             note = StepRecord(
                 step=opened.cursor.step, generation=record.number, epoch=opened.cursor.epoch, offset=opened.batch.start,
@@ -188,23 +187,35 @@ class Session:
         now = time.monotonic()
         if now - self._last_stats >= STATS_INTERVAL_S:
             self._last_stats = now
-            self.send_stats(opened)
+            self.send_stats()
 
-    def send_stats(self, opened: Opened | None = None) -> None:
+    def _tell_a_new_hub(self) -> None:
+        assert self.reporter is not None
+        self.reporter.resend()
+        self.send_stats()
+        if self._leaving:
+            self._agent().tell("leave")
+
+    def send_stats(self) -> None:
         """Tell the hub how far this worker is; for people, never for decisions of a step."""
         engine, communicator = self.engine, self._communicator
         if engine is None or communicator is None:
             return
-        opened = opened or engine.opened
         counters = engine.counters
         self._agent().tell(
             "stats", step=engine.cursor.step, epoch=engine.cursor.epoch, samples=counters.samples,
-            global_samples=counters.global_samples, steps=counters.steps, skipped=counters.skipped,
+            global_samples=self._plan().samples_before(engine.cursor), steps=counters.steps, skipped=counters.skipped,
             redone=counters.redone, compute_s=counters.compute_s, wait_s=counters.wait_s,
             bytes_sent=communicator.traffic.sent, bytes_received=communicator.traffic.received,
-            batch_share=len(opened.own) if opened else 0, device=str(self.device), node_ip=self.node_ip,
+            batch_share=self._batch_share(), device=str(self.device), node_ip=self.node_ip, pid=os.getpid(),
             step_s=communicator.step_s,
         )  # fmt: skip
+
+    def _batch_share(self) -> int:
+        """Samples of a full global batch that are this worker's, under the record in force."""
+        record, plan = self._agent().record, self._plan()
+        rank = record.rank_of(self._agent().uid) if record else None
+        return len(slice_of(range(plan.global_batch_size), record.shares, rank)) if record and rank is not None else 0
 
     def report(self, metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, checkpoint: bool = True) -> None:
         """See :func:`raytrain_het.report`."""
@@ -260,6 +271,7 @@ class Session:
 
     def leave(self) -> None:
         """Leave the run in good order after the step under way: the others go on without this worker."""
+        self._leaving = True
         self._agent().tell("leave")
 
     def num_participants(self) -> int:
@@ -273,6 +285,10 @@ class Session:
         """The training function has returned: nothing of this worker's may be lost when its process goes."""
         engine, agent, reporter = self.engine, self.agent, self.reporter
         if engine is None or agent is None or reporter is None:
+            logger.warning(
+                "worker %d: the training function returned without a step: nothing was trained together. Use prepare_model, "
+                "prepare_optimizer, prepare_data_loader and for epoch in loader.epochs(n).", self.slot,
+            )  # fmt: skip
             return
         engine._settle_last()
         engine._wait_for_confirmation()
@@ -400,8 +416,6 @@ def _with_samples(session: Session, error: RunFailedError) -> HetError:
     opened = session.engine.opened if session.engine is not None else None
     if not error.poison or opened is None or opened.job.step != error.poison["step"]:
         return error
-    from raytrain_het.training.cursor import slice_of
-
     order = session._plan().permutation(opened.cursor.epoch)
     samples = []
     for rank, member in enumerate(opened.record.members):

@@ -23,6 +23,8 @@ from raytrain_het.ray_train.hub import Parts, hub_name  # noqa: E402
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec  # noqa: E402
 from raytrain_het.ray_train.trainer import HetTrainer  # noqa: E402
 
+_GPU_AND_TWO_CPU = (WorkerSpec(resources={"GPU": 1, "CPU": 1}), WorkerSpec(count=2))
+
 
 def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     """Poll until the condition holds; returns what it gave."""
@@ -117,7 +119,7 @@ def start(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., FakeRun]]:
 
     def start(
         train_fn: Any = ray_fakes.obey,
-        workers: Any = (WorkerSpec(resources={"GPU": 1, "CPU": 1}), WorkerSpec(count=2)),
+        workers: Any = _GPU_AND_TWO_CPU,
         name: str = "run",
         **kwargs: Any,
     ) -> FakeRun:

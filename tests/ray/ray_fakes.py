@@ -26,7 +26,8 @@ class FakeSettings:
     hang_limit_s: float
     start_timeout_s: float
     checkpoint: str | None
-    checkpoint_step: int
+    checkpoint_cursor: dict[str, int] | None
+    codec: str
 
 
 class FakeMembership:
@@ -91,7 +92,7 @@ class FakeMembership:
     def join(self, member: dict[str, Any]) -> dict[str, Any]:
         self.joins.append(member)
         self.members[member["slot"]] = member
-        return {"checkpoint": self.settings.checkpoint, "step": self.settings.checkpoint_step}
+        return {"checkpoint": self.settings.checkpoint, "step": (self.settings.checkpoint_cursor or {}).get("step", 0)}
 
     def done(self, slot: int) -> None:
         if slot in self.members:
@@ -133,7 +134,7 @@ class FakeSession:
         path = None
         if directory:
             with open(os.path.join(directory, "het.json"), "w") as file:
-                json.dump({"step": step}, file)
+                json.dump({"cursor": {"step": step}}, file)
             path = self.storage.persist(directory, f"checkpoint_step_{step:08d}")
         ray.get(self.hub.add_report.remote(step, metrics, path))
 

@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_library_is_refused(start: Any, tmp_path: Path) 
     run = start(train_fn=report_once, workers=[WorkerSpec()])
     run.join()
     checkpoint = tmp_path / "run" / "checkpoint_step_00000001"
-    assert json.loads((checkpoint / "het.json").read_text()) == {"step": 1}
+    assert json.loads((checkpoint / "het.json").read_text()) == {"cursor": {"step": 1}}
     (checkpoint / "het.json").unlink()
     again = start(train_fn=report_once, workers=[WorkerSpec()])
     with pytest.raises(CheckpointError, match="het.json does not exist.*another RunConfig"):

@@ -27,7 +27,9 @@ def test_gpu_and_cpu_workers_live_in_one_run_with_bundles_of_their_own(start: An
                          WorkerSpec()])  # fmt: skip
     members = run.members(3)
     assert [len(members[i]["gpu_ids"]) for i in range(3)] == [1, 0, 0]
-    assert members[0]["gpus"] == "0" and not members[1]["gpus"] and not members[2]["gpus"]
+    assert members[0]["gpus"] == "0"
+    assert not members[1]["gpus"]
+    assert not members[2]["gpus"]
     assert [members[i]["threads"] for i in range(3)] == ["1", "2", "1"]
     assert {m["world_size"] for m in members.values()} == {3}
     assert {m["group_size"] for m in members.values()} == {1}
@@ -36,7 +38,8 @@ def test_gpu_and_cpu_workers_live_in_one_run_with_bundles_of_their_own(start: An
     assert len(placed()) == 3
     run.call("tell", "finish")
     result = run.join()
-    assert result.return_value == "value of 0" and result.error is None
+    assert result.return_value == "value of 0"
+    assert result.error is None
     assert not placed()
 
 
@@ -46,7 +49,8 @@ def test_a_killed_worker_is_refilled_on_its_node_with_its_rank_and_the_others_st
     os.kill(before[1]["pid"], signal.SIGKILL)
     after = run.members(3, joins=4)
     assert after[1]["pid"] != before[1]["pid"]
-    assert after[1]["node_id"] == before[1]["node_id"] and after[1]["local_rank"] == before[1]["local_rank"]
+    assert after[1]["node_id"] == before[1]["node_id"]
+    assert after[1]["local_rank"] == before[1]["local_rank"]
     assert [after[i]["pid"] for i in (0, 2)] == [before[i]["pid"] for i in (0, 2)]
     assert [slot for slot, _ in run.call("peek", "lost")] == [1]
     run.call("tell", "finish")
@@ -59,7 +63,8 @@ def test_a_stopped_worker_that_its_peers_dropped_is_replaced(start: Any) -> None
     os.kill(before[1]["pid"], signal.SIGSTOP)
     run.call("leave", 1)
     after = run.members(2, joins=3)
-    assert after[1]["pid"] != before[1]["pid"] and after[0]["pid"] == before[0]["pid"]
+    assert after[1]["pid"] != before[1]["pid"]
+    assert after[0]["pid"] == before[0]["pid"]
     run.call("tell", "finish")
     run.join()
 
@@ -105,8 +110,10 @@ def test_the_training_functions_own_traceback_comes_first(start: Any, capfd: pyt
         run.join()
     lines = str(caught.value).splitlines()
     assert lines[0] == "Traceback (most recent call last):"
-    assert "ray_fakes.py" in lines[1] and "in obey" in lines[1]
-    assert lines[-2] == "ValueError: the user's own mistake" and "world rank 1" in lines[-1]
+    assert "ray_fakes.py" in lines[1]
+    assert "in obey" in lines[1]
+    assert lines[-2] == "ValueError: the user's own mistake"
+    assert "world rank 1" in lines[-1]
     assert isinstance(caught.value, ray.train.TrainingFailedError)
     assert isinstance(caught.value.worker_failures[1], ValueError)
 
@@ -123,13 +130,14 @@ def test_reports_are_registered_acknowledged_and_kept_as_configured(start: Any, 
     assert result.metrics == {"loss": 0.0}
     assert [m["loss"] for _, m in result.best_checkpoints] == [2.0, 1.0]
     folder = tmp_path / "run"
-    assert sorted(p.name for p in folder.glob("checkpoint_step*")) == ["checkpoint_step_00000002", "checkpoint_step_00000003"]  # fmt: skip
+    assert sorted(p.name[-1] for p in folder.glob("checkpoint_step*")) == ["2", "3"]
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert len((folder / "events.jsonl").read_text().splitlines()) == 2
     assert [w["resources"] for w in json.loads((folder / "config.json").read_text())["workers"]] == [{"CPU": 1.0}] * 2
     assert list(folder.glob("events.out.tfevents*"))
     summary = run.trainer.summary
-    assert summary["metrics"] == {"loss": 0.0} and summary["steps"] == 4
+    assert summary["metrics"] == {"loss": 0.0}
+    assert summary["steps"] == 4
     assert [w["world_rank"] for w in summary["workers"]] == [0, 1]
 
     again = start(train_fn=say_where_it_resumed, workers=[WorkerSpec(count=2)])

@@ -20,7 +20,7 @@ def record_of(shares: list[float], owners: list[float] | None = None, codec: str
             "number": 3, "incarnation": 1, "group": "g", "store": ("h", 1), "members": members, "shares": tuple(shares),
             "owners": tuple(owners or [1.0] * len(shares)), "codecs": (codec,) * len(shares),
             "cursor": {"epoch": 0, "offset": 0, "step": 4}, "source": "0-a", "behind": (), "unhealed": (), "fresh": (),
-            "reset": False, "checkpoint": None, "reason": "a test",
+            "reset": False, "checkpoint": None, "backend": "gloo", "reason": "a test",
         }
         | values
     )  # fmt: skip
@@ -29,8 +29,8 @@ def record_of(shares: list[float], owners: list[float] | None = None, codec: str
 class FakeGroup:
     """One rank's end; :meth:`Wire.carry` moves the bytes once all ranks have launched."""
 
-    def __init__(self, wire: Wire, rank: int) -> None:
-        self.wire, self.rank, self.size = wire, rank, len(wire.groups) if wire.groups else 0
+    def __init__(self, wire: Wire, rank: int, size: int) -> None:
+        self.wire, self.rank, self.size, self.device = wire, rank, size, torch.device("cpu")
 
     def all_to_all(self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], ins: list[int]) -> None:
         assert out.numel() == sum(outs)
@@ -42,12 +42,8 @@ class Wire:
     """What connects them. Like gloo, it accepts no message of another length than expected."""
 
     def __init__(self, size: int) -> None:
-        self.groups: list[FakeGroup] = []
+        self.groups = [FakeGroup(self, rank, size) for rank in range(size)]
         self.launched: dict[int, tuple[torch.Tensor, torch.Tensor, list[int], list[int]]] = {}
-        for rank in range(size):
-            group = FakeGroup(self, rank)
-            group.size = size
-            self.groups.append(group)
 
     def carry(self) -> None:
         size = len(self.groups)

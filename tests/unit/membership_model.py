@@ -241,7 +241,7 @@ class World:
             tuple(sorted(core.vacant)), tuple(sorted(core.finished_slots)), tuple(sorted(core._gone)),
             tuple(sorted(core._fruitless.items())), tuple(sorted(core._deaths_in_step.items())), len(core._lost_members),
             id(core._recovering), core._recovery_needs_void, core._first_hello is None,
-            core._suspected_since, None if inquiry is None else tuple(sorted(inquiry.suspecting)),
+            core._suspected_since, core._want_answered, None if inquiry is None else tuple(sorted(inquiry.suspecting)),
             tuple(w.key() for w in self.workers.values()), tuple(sorted(self.ring.items())),
             tuple(self.budget.values()), self.unlinked,
         )  # fmt: skip

@@ -21,7 +21,7 @@ STATUS = {
     "vacant": [1],
     "members": [{"slot": 0, "device": "cpu", "node_ip": "10.0.0.1", "batch_share": 48, "compute_s": None}],
 }
-EVENTS = [{"seq": 4, "time": 1.0, "kind": "lost", "generation": 2, "step": 23, "slot": 1}]
+EVENTS = [{"seq": 4, "time": 1.0, "kind": "lost", "generation": 2, "step": 23, "slot": 1, "reason": "its connection closed"}]
 REPORTS = [{"key": "a", "step": 23, "epoch": 0, "metrics": {"accuracy": 0.91234}, "checkpoint": None}]
 
 
@@ -70,7 +70,7 @@ def test_without_a_terminal_there_is_a_line_per_report_and_event() -> None:
         assert stream.getvalue() == ""
         display.on_update(STATUS, EVENTS, REPORTS)
     assert stream.getvalue().splitlines() == [
-        "step 23  generation 2  lost  slot=1",
+        "worker 1 is lost: its connection closed",
         "step 23  epoch 0  accuracy 0.9123",
     ]
 

@@ -145,19 +145,28 @@ def test_a_commit_forgives_a_slots_earlier_deaths() -> None:
     assert run.core.dead_slots == set()
 
 
-def test_three_deaths_in_one_step_fail_the_run_with_the_step_the_samples_and_the_slots() -> None:
+def test_a_step_that_costs_three_generations_a_member_fails_with_the_step_the_samples_and_the_slots() -> None:
     run = started(replace(SETTINGS, num_slots=5), base=7)
-    run.core.closed("4-a", 0.0)
-    run.answer("0-a", "1-a", "2-a", "3-a", step=7)
-    assert run.core.failure is None
-    run.core.closed("3-a", 0.0)
+    for slot in (4, 3):
+        run.core.closed(f"{slot}-a", 0.0)
+        run.answer(*[f"{s}-a" for s in range(slot)], step=7)
+        assert run.core.failure is None
     run.core.closed("1-a", 0.0)
     run.answer("0-a", "2-a", step=7, batch=[2, 96, 32])
     assert run.core.failure is not None
-    for part in ("step 8", "epoch 2, positions 96 to 128", "slots [1, 3]"):
+    for part in ("step 8", "epoch 2, positions 96 to 128", "slots [1]"):
         assert part in run.core.failure
     failures = [m for _, m in run.core.drain() if m["type"] == "fail"]
-    assert [m["poison"] for m in failures] == [{"step": 8, "slots": [1, 3]}] * 2
+    assert [m["poison"] for m in failures] == [{"step": 8, "slots": [1]}] * 2
+
+
+def test_workers_that_die_all_at_once_do_not_fail_the_run() -> None:
+    run = started(replace(SETTINGS, num_slots=5), base=7)
+    for slot in (1, 2, 3, 4):
+        run.core.closed(f"{slot}-a", 0.0)
+    run.answer("0-a", step=7)
+    assert run.core.failure is None
+    assert run.slots == [0]
 
 
 def test_deaths_in_different_steps_do_not_fail_the_run() -> None:

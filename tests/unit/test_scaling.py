@@ -19,7 +19,8 @@ def specs(*workers: WorkerSpec) -> tuple:
 
 
 def test_auto_gives_one_worker_per_gpu_and_one_per_cpu_only_node() -> None:
-    slots = resolve_auto([node("c", CPU=6), node("g", CPU=9, GPU=2), node("head", CPU=0), node("x", CPU=4, alive=False)])
+    nodes = [node("c", CPU=6), node("g", CPU=9, GPU=2), node("head", CPU=0), node("x", CPU=4, alive=False)]
+    slots = resolve_auto(nodes)
     assert [s.resources for s in slots] == [{"GPU": 1, "CPU": 4}, {"GPU": 1, "CPU": 4}, {"CPU": 6}]
     assert [s.node_id for s in slots] == ["g", "g", "c"]
 
@@ -133,7 +134,8 @@ def test_the_autoscaler_is_asked_for_the_real_bundles() -> None:
 
     scaling = HetScalingConfig().resolved(resolve_auto([node("g", CPU=4, GPU=1), node("c", CPU=2)]))
     resources, labels = HetScalingPolicy(scaling, autoscaler=True).resource_request()
-    assert resources == [{"GPU": 1, "CPU": 4}, {"CPU": 2}] and labels is None
+    assert resources == [{"GPU": 1, "CPU": 4}, {"CPU": 2}]
+    assert labels is None
 
 
 def test_another_ray_is_refused_with_the_command_to_type() -> None:

@@ -68,7 +68,10 @@ def test_nothing_outside_the_runs_folder_is_deleted(context: StorageContext, tmp
 
 
 def test_a_missing_checkpoint_is_named(context: StorageContext) -> None:
-    with pytest.raises(CheckpointError, match="/nowhere/c9.*could not be read"), RayStorage(context).fetch("/nowhere/c9"):
+    with (
+        pytest.raises(CheckpointError, match="/nowhere/c9.*could not be read"),
+        RayStorage(context).fetch("/nowhere/c9"),
+    ):
         pass
 
 

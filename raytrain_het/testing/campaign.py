@@ -1,0 +1,191 @@
+"""Many random faults, and an account of what they cost.
+
+``python -m raytrain_het.testing.campaign --faults 200 --seed 0``. The script of faults is a function of the seed. A fault
+whose worker is not there at its step does not happen; rounds go on until as many as asked for have happened. Every
+round's ledger is checked for exactly-once, its replicas for identical bits, and its parameters against torch alone,
+without faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import signal
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raytrain_het.collectives.points import POINTS
+from raytrain_het.config import HetConfig
+from raytrain_het.testing.faults import Fault, happened
+from raytrain_het.testing.ledger import LedgerError, check_exactly_once, read_ledgers
+from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas, relative_error, traces
+
+FAULTS_PER_ROUND = 12
+STEPS_BETWEEN = 9
+"""On average. A refill takes about as long, so that some faults meet a worker that is healing and most do not."""
+
+
+@dataclass
+class Account:
+    """What a campaign has found."""
+
+    faults: int = 0
+    """Faults that happened."""
+    by_kind: dict[str, int] = field(default_factory=dict)
+    by_point: dict[str, int] = field(default_factory=dict)
+    rounds: int = 0
+    steps: int = 0
+    """Steps that counted, over all rounds."""
+    samples: int = 0
+    redone_steps: int = 0
+    ledger_violations: list[str] = field(default_factory=list)
+    """Steps lost, samples lost or used twice: none in a run that is right."""
+    differing_replicas: int = 0
+    """Steps after which replicas were not identical to the bit."""
+    worst_relative_error: float = 0.0
+    """Largest difference of a parameter from the run without faults, relative to the largest parameter."""
+    lost_checkpoints: int = 0
+    """Checkpoints that all their holders took with them; the run goes on, the one before stays."""
+    recovery_s: dict[str, float] = field(default_factory=dict)
+    """Seconds from a kill until a step of the next generation is committed: median and largest."""
+    eviction_s: dict[str, float] = field(default_factory=dict)
+    """The same for stopped workers."""
+    failures: list[str] = field(default_factory=list)
+    """Rounds that did not come to their end."""
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was lost."""
+        return (
+            not (self.ledger_violations or self.differing_replicas or self.failures)
+            and self.worst_relative_error < 1e-9
+        )
+
+
+def script(rng: random.Random, num_faults: int, num_slots: int, task: Regression) -> list[Fault]:
+    """Faults at random points, of random workers, with random gaps of steps."""
+    faults, step = [], 2
+    for _ in range(num_faults):
+        step += rng.randint(1, 2 * STEPS_BETWEEN)
+        if step > task.num_steps:
+            break
+        kind = rng.choices(["kill", "leave", "stop"], weights=[12, 4, 1])[0]
+        point, at = rng.choice(POINTS), step
+        if point == "report":
+            per_epoch = task.plan.steps_per_epoch
+            at = min(-(-step // per_epoch) * per_epoch, task.num_steps)
+        faults.append(Fault(slot=rng.randrange(num_slots), step=at, point=point, kind=kind))  # type: ignore[arg-type]
+    return faults
+
+
+def campaign(
+    num_faults: int, seed: int, *, num_slots: int = 3, config: HetConfig | None = None, directory: str | None = None
+) -> Account:
+    """Run rounds of a small training until ``num_faults`` faults have happened.
+
+    Args:
+        num_faults: how many.
+        seed: of the script.
+        num_slots: workers per round.
+        config: the run's settings; by default unequal shares and small buckets.
+        directory: where the rounds leave their files; by default a temporary one.
+    """
+    rng, account = random.Random(seed), Account()
+    shares = tuple(float(num_slots - slot) for slot in range(num_slots))
+    config = config or dataclasses.replace(SMALL_BUCKETS, shares=shares, silence_s=0.5)
+    task = Regression(patience_s=0.01, epochs=FAULTS_PER_ROUND + 2)
+    expected = task.plain()
+    with tempfile.TemporaryDirectory() as temporary:
+        while account.faults < num_faults and account.rounds < 4 + num_faults:
+            faults = script(rng, min(FAULTS_PER_ROUND, num_faults - account.faults), num_slots, task)
+            _round(
+                task, expected, faults, num_slots, config, Path(directory or temporary) / str(account.rounds), account
+            )
+    for values in (account.recovery_s, account.eviction_s):
+        gaps = sorted(values.values())
+        values.clear()
+        if gaps:
+            values.update(median=statistics.median(gaps), largest=gaps[-1])
+    return account
+
+
+def _round(
+    task: Regression, expected: Any, faults: list[Fault], num_slots: int, config: HetConfig, directory: Path,
+    account: Account,
+) -> None:  # fmt: skip
+    lab = ProcessLab(task, directory, num_slots=num_slots, faults=faults, config=config)
+    try:
+        results = lab.run(120.0, on_poll=Waker(lab))
+    except AssertionError as error:
+        account.failures.append(f"round {account.rounds}, {faults}: {error}")
+        results = {}
+    account.rounds += 1
+    faults_now = happened(directory)
+    account.faults += len(faults_now)
+    for fault in faults_now:
+        account.by_kind[fault.kind] = account.by_kind.get(fault.kind, 0) + 1
+        account.by_point[fault.point] = account.by_point.get(fault.point, 0) + 1
+    try:
+        report = check_exactly_once(read_ledgers(directory), task.plan, epochs=task.epochs)
+        account.steps += report.num_steps
+        account.samples += report.num_samples
+        account.redone_steps += report.num_redone_steps
+    except LedgerError as error:
+        account.ledger_violations.append(f"round {account.rounds - 1}: {error}")
+    account.differing_replicas += len(differing_replicas(directory))
+    for result in results.values():
+        account.worst_relative_error = max(account.worst_relative_error, relative_error(result["parameters"], expected))
+    account.lost_checkpoints += sum(r["checkpoint"] is None for r in lab.reports)
+    commits = sorted((at, generation) for _, generation, _, _, at in traces(directory))
+    for fault in faults_now:
+        before = max((generation for at, generation in commits if at <= fault.time), default=0)
+        after = next((at for at, generation in commits if generation > before), None)
+        if after is not None and fault.kind != "leave":
+            into = account.eviction_s if fault.kind == "stop" else account.recovery_s
+            into[f"{account.rounds}/{fault.time}"] = after - fault.time
+
+
+class Waker:
+    """Wakes stopped workers once they were evicted: they must find out by themselves that they are out, and end."""
+
+    def __init__(self, lab: ProcessLab) -> None:
+        self._lab = lab
+        self._seen = 0
+
+    def __call__(self) -> None:
+        """To be called at every poll."""
+        events = self._lab.hub.events(self._seen)
+        for event in events:
+            self._seen = event["seq"] + 1
+            process = self._lab.processes.get(event["slot"]) if event["kind"] == "evicted" else None
+            if process is not None and process.pid is not None:
+                os.kill(process.pid, signal.SIGCONT)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    args = parser.parse_args()
+    account = campaign(args.faults, args.seed, num_slots=args.workers)
+    values = {**dataclasses.asdict(account), "clean": account.clean}
+    if args.json:
+        print(json.dumps(values))
+    else:
+        for name, value in values.items():
+            print(f"{name:>22}  {value}")
+    raise SystemExit(0 if account.clean else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What the distributed tests share. Workers import this too, so it stays free of pytest."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raytrain_het.config import HetConfig
+from raytrain_het.membership.server import Hub
+from raytrain_het.membership.settings import HubSettings
+from raytrain_het.testing.faults import Fault
+from raytrain_het.testing.ledger import LedgerReport, check_exactly_once, read_ledgers
+from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas, relative_error
+from raytrain_het.training import session as sessions
+from raytrain_het.training.checkpoint import LocalStorage
+
+TIMEOUT_S = 60.0
+
+
+@dataclass
+class Run:
+    """A run that has ended."""
+
+    lab: ProcessLab
+    results: dict[int, Any]
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.lab.directory)
+
+    def kinds(self, *kinds: str) -> list[dict[str, Any]]:
+        """Events of some kinds, in order."""
+        return [e for e in self.lab.events if e["kind"] in kinds]
+
+    @property
+    def parameters(self) -> torch.Tensor:
+        """Those of all workers that came to the end: the same to the bit."""
+        first, *others = [r["parameters"] for r in self.results.values() if r is not None]
+        assert all(torch.equal(first, other) for other in others)
+        return first
+
+    def check(self, task: Regression, *, error: float = 1e-9) -> LedgerReport:
+        """What must hold of every run of a task, whatever happened to it."""
+        report = check_exactly_once(read_ledgers(self.directory), task.plan, epochs=task.epochs)
+        assert differing_replicas(self.directory) == []
+        assert relative_error(self.parameters, plain(task)) < error
+        if task.report:
+            self.check_reports(task)
+        return report
+
+    def check_reports(self, task: Regression) -> None:
+        """Every epoch's report is whole and registered, once, and its checkpoint is there."""
+        steps = [task.plan.steps_per_epoch * (epoch + 1) for epoch in range(task.epochs)]
+        reports = {r["key"]: r for r in self.lab.reports}
+        assert sorted({r["step"] for r in reports.values()}) == steps
+        for report in reports.values():
+            assert report["checkpoint"], report
+            assert (Path(report["checkpoint"]) / "het.json").exists()
+
+
+@functools.cache
+def plain(task: Regression) -> torch.Tensor:
+    """The task's result with torch alone."""
+    return task.plain()
+
+
+def run(
+    task: Callable[[str], Any], directory: Path, *, num_slots: int = 3, faults: list[Fault] | None = None,
+    config: HetConfig = SMALL_BUCKETS, timeout_s: float = TIMEOUT_S,
+    on_poll: Callable[[ProcessLab], None] | None = None, **lab_kwargs: Any,
+) -> Run:  # fmt: skip
+    """Run a training function in plain processes, to its end."""
+    lab = ProcessLab(task, directory, num_slots=num_slots, faults=faults, config=config, **lab_kwargs)
+    results = lab.run(timeout_s, on_poll=functools.partial(on_poll, lab) if on_poll else None)
+    return Run(lab, results)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Wait for something that other processes do."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.002)
+
+
+def alone(
+    train_fn: Callable[[], Any], directory: Path, *, num_slots: int = 1, config: HetConfig | None = None,
+    acknowledge: bool = False, **settings: Any,
+) -> Any:  # fmt: skip
+    """Run a training function as the only worker, in this very process."""
+    hub = Hub(HubSettings(run_id="alone", num_slots=num_slots, **settings))
+    over = threading.Event()
+
+    def keep_acknowledging() -> None:
+        while not over.wait(0.01):
+            hub.acknowledge([report["key"] for report in hub.take_reports()])
+
+    if acknowledge:
+        threading.Thread(target=keep_acknowledging, daemon=True).start()
+    try:
+        return sessions.run_worker(
+            train_fn, config=config or HetConfig(), slot=0, num_slots=num_slots, locate=hub.address,
+            storage=LocalStorage(directory / "storage"), device=torch.device("cpu"), node_ip="127.0.0.1",
+        )  # fmt: skip
+    finally:
+        over.set()
+        hub.shutdown()

@@ -1,0 +1,175 @@
+"""Whatever happens to workers, and whenever: nothing is lost, nothing counts twice, and the result is the same."""
+
+import dataclasses
+
+import pytest
+from labs import run, wait_until
+
+from raytrain_het.collectives.points import POINTS
+from raytrain_het.testing.faults import Fault, happened
+from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
+from raytrain_het.training.checkpoint import LocalStorage
+
+TASK = Regression(patience_s=0.01)
+STEPS = TASK.plan.steps_per_epoch
+
+
+def at(point, epoch=1, step=3):
+    """A step in the middle of an epoch; for reports the epoch's end."""
+    return STEPS * (epoch + 1) if point == "report" else STEPS * epoch + step
+
+
+@pytest.mark.parametrize("kind", ["kill", "leave"])
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("slot", [0, 2])
+def test_a_worker_that_goes_costs_no_step_and_its_slot_is_refilled(tmp_path, point, kind, slot):
+    done = run(TASK, tmp_path, faults=[Fault(slot=slot, step=at(point), point=point, kind=kind)])
+    done.check(TASK)
+    assert len(happened(tmp_path)) == 1
+    assert [e["slot"] for e in done.kinds("lost", "left")] == [slot]
+    assert [e["slot"] for e in done.kinds("healed")] == [slot]
+    assert sorted(done.results) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("point", [p for p in POINTS if p != "report"])
+def test_a_worker_killed_in_the_last_step_of_an_epoch(tmp_path, point):
+    for step in (STEPS, STEPS + 1):
+        directory = tmp_path / str(step)
+        run(TASK, directory, faults=[Fault(slot=1, step=step, point=point)]).check(TASK)
+        assert len(happened(directory)) == 1
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_worker_killed_in_the_last_step_of_the_run(tmp_path, point):
+    run(TASK, tmp_path, faults=[Fault(slot=1, step=TASK.num_steps, point=point)]).check(TASK)
+    assert len(happened(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("point", ["backward", "decoded"])
+def test_a_worker_killed_in_the_first_step_of_the_run(tmp_path, point):
+    run(TASK, tmp_path, faults=[Fault(slot=0, step=1, point=point)]).check(TASK)
+
+
+def test_several_faults_in_one_run(tmp_path):
+    faults = [
+        Fault(slot=0, step=4, point="decoded"),
+        Fault(slot=1, step=11, point="updated"),
+        Fault(slot=2, step=12, point="backward", kind="leave"),
+        Fault(slot=0, step=22, point="slice"),
+        Fault(slot=1, step=30, point="between_buckets"),
+    ]
+    run(TASK, tmp_path, faults=faults).check(TASK)
+
+
+@pytest.mark.parametrize("second", ["backward", "updated", "decoded"])
+def test_two_workers_killed_in_the_same_step(tmp_path, second):
+    faults = [Fault(slot=0, step=13, point="updated"), Fault(slot=2, step=13, point=second)]
+    run(TASK, tmp_path, faults=faults).check(TASK)
+    assert len(happened(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_all_workers_killed_at_once_start_again_from_the_last_checkpoint(tmp_path, epoch):
+    """Before the first checkpoint, that is the beginning."""
+    killed = []
+
+    def power_cut(lab):
+        wanted = epoch == 0 or any(r["epoch"] == epoch - 1 for r in lab.hub.reports(0))
+        step = max((step for step, *_ in traces(tmp_path)), default=0)
+        if not killed and wanted and step > epoch * STEPS + 2:
+            killed.append(step)
+            lab.kill()
+
+    done = run(dataclasses.replace(TASK, pace_s=0.02), tmp_path, on_poll=power_cut)
+    done.check(TASK)
+    assert killed
+    first, second = [e["base"] for e in done.kinds("formed") if e["reset"]]
+    assert first == 0
+    assert second >= epoch * STEPS
+    assert second % STEPS == 0
+
+
+@pytest.mark.parametrize("point", ["slice", "decoded", "updated"])
+@pytest.mark.parametrize("slot", [0, 1])
+def test_a_worker_killed_while_another_is_healing(tmp_path, point, slot):
+    """It goes at the very step in which the refilled slot has come: slot 0 is then its source."""
+    task = dataclasses.replace(TASK, epochs=6)
+    lab_faults = [Fault(slot=2, step=5, point="backward")]
+    waiting = [Fault(slot=slot, step=step, point=point) for step in range(6, 59)]
+    done = run(OnceSomebodyHeals(task), tmp_path, faults=lab_faults + waiting)
+    done.check(task)
+    assert len(happened(tmp_path)) == 2
+    formed = done.kinds("formed")
+    pairs = zip(formed, formed[1:], strict=False)
+    assert any(2 in before["unhealed"] and slot not in after["slots"] for before, after in pairs)
+
+
+class OnceSomebodyHeals:
+    """Holds all faults after the first back until a member is unhealed, then lets one happen."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def __call__(self, directory):
+        from raytrain_het.collectives import points
+        from raytrain_het.training.session import current
+
+        session, reached = current(), points.listeners[:]
+
+        def hold(point, step):
+            record = session.agent.record
+            num_happened = len(happened(directory))
+            if (num_happened == 0) or (num_happened == 1 and record is not None and record.unhealed):
+                for listener in reached:
+                    listener(point, step)
+
+        if reached:
+            points.listeners[:] = [hold]
+        return self.task(directory)
+
+
+def test_a_worker_that_is_killed_again_while_it_heals(tmp_path):
+    """The communication thread of the one that heals passes these points too."""
+    task = dataclasses.replace(TASK, epochs=6)
+    faults = [Fault(slot=2, step=5, point="backward")]
+    faults += [Fault(slot=2, step=step, point="decoded") for step in range(6, 59)]
+    run(OnceSomebodyHeals(task), tmp_path, faults=faults).check(task)
+    assert len(happened(tmp_path)) == 2
+
+
+def test_slots_that_are_not_refilled_leave_the_others_training(tmp_path):
+    faults = [Fault(slot=0, step=8, point="decoded"), Fault(slot=1, step=25, point="backward")]
+    done = run(TASK, tmp_path, faults=faults, refill=False)
+    done.check(TASK)
+    assert sorted(done.results) == [2]
+
+
+@pytest.mark.parametrize("point", ["backward", "updated"])
+def test_replicas_stay_identical_under_bf16_and_faults(tmp_path, point):
+    config = dataclasses.replace(SMALL_BUCKETS, codec="bf16", shares=(3, 2, 1))
+    faults = [Fault(slot=0, step=13, point=point), Fault(slot=1, step=21, point=point, kind="leave")]
+    run(TASK, tmp_path, faults=faults, config=config).check(TASK, error=5e-2)
+
+
+def test_micro_batches_are_done_again_too(tmp_path):
+    task = dataclasses.replace(TASK, micro_batch_size=2)
+    faults = [Fault(slot=0, step=13, point="backward"), Fault(slot=1, step=21, point="decoded")]
+    run(task, tmp_path, faults=faults).check(task)
+
+
+class SlowStorage(LocalStorage):
+    """Stores nothing before two faults have happened."""
+
+    def persist(self, local_dir, name):
+        wait_until(lambda: len(happened(self.root)) >= 2)
+        return super().persist(local_dir, name)
+
+
+def test_who_holds_a_checkpoint_leaves_only_when_it_is_stored(tmp_path):
+    faults = [
+        Fault(slot=0, step=STEPS + 2, point="slice", kind="leave"),
+        Fault(slot=1, step=STEPS + 3, point="backward"),
+    ]
+    done = run(TASK, tmp_path, faults=faults, storage=lambda: SlowStorage(tmp_path))
+    done.check(TASK)
+    assert [e["slot"] for e in done.kinds("lost", "left")] == [1, 0]

@@ -1,0 +1,87 @@
+"""The membership actor can die: training goes on, and the new one knows what it must."""
+
+import dataclasses
+
+import pytest
+from labs import run
+
+from raytrain_het.testing.faults import Fault, happened
+from raytrain_het.testing.regression import Regression, traces
+
+TASK = Regression(patience_s=0.01, pace_s=0.005, epochs=6)
+STEPS = TASK.plan.steps_per_epoch
+
+
+class RestartAt:
+    """Restarts the hub when training has come to each of these steps."""
+
+    def __init__(self, *steps):
+        self.steps = list(steps)
+        self.restarts = 0
+
+    def __call__(self, lab):
+        if self.steps and max((step for step, *_ in traces(lab.directory)), default=0) >= self.steps[0]:
+            self.steps.pop(0)
+            self.restarts += 1
+            lab.restart_hub()
+
+
+def test_training_goes_on_without_the_hub_and_no_generation_follows(tmp_path):
+    restart = RestartAt(12)
+    done = run(TASK, tmp_path, on_poll=restart)
+    done.check(TASK)
+    assert restart.restarts == 1
+    assert len(done.kinds("formed")) == 1
+    assert len(done.kinds("recovered")) == 1
+    assert len({generation for _, generation, *_ in traces(tmp_path)}) == 1
+
+
+@pytest.mark.parametrize("kind", ["kill", "leave"])
+def test_a_worker_that_goes_after_a_restart_is_healed(tmp_path, kind):
+    faults = [Fault(slot=1, step=35, point="backward", kind=kind)]
+    done = run(TASK, tmp_path, faults=faults, on_poll=RestartAt(12))
+    done.check(TASK)
+    assert [e["slot"] for e in done.kinds("healed")] == [1]
+
+
+def test_restarts_again_and_again_with_faults_between(tmp_path):
+    task = dataclasses.replace(TASK, epochs=8)
+    faults = [Fault(slot=slot, step=step, point="decoded") for slot, step in ((0, 14), (1, 33), (2, 52))]
+    done = run(task, tmp_path, faults=faults, on_poll=RestartAt(8, 22, 40, 60))
+    done.check(task)
+    assert len(happened(tmp_path)) == 3
+
+
+def test_a_worker_killed_in_the_moment_of_the_restart(tmp_path):
+    """The new hub waits for every member of the highest record, or for word of its death."""
+
+    def restart_and_kill(lab):
+        before = len(restart.steps)
+        if before and max((step for step, *_ in traces(lab.directory)), default=0) >= restart.steps[0]:
+            lab.kill(1)
+        restart(lab)
+
+    restart = RestartAt(15)
+    done = run(TASK, tmp_path, on_poll=restart_and_kill)
+    done.check(TASK)
+    assert [e["slot"] for e in done.kinds("healed")] == [1]
+
+
+def test_a_restarted_hub_knows_the_last_checkpoint(tmp_path):
+    killed = []
+
+    def restart_then_power_cut(lab):
+        restart(lab)
+        step = max((step for step, *_ in traces(lab.directory)), default=0)
+        stored = [r["epoch"] for r in lab.hub.reports(0) + lab.reports if r["checkpoint"]]
+        if restart.restarts and not killed and step > 4 * STEPS + 2 and 3 in stored:
+            killed.append(step)
+            lab.kill()
+
+    restart = RestartAt(35)
+    done = run(TASK, tmp_path, on_poll=restart_then_power_cut)
+    done.check(TASK)
+    resets = [e["base"] for e in done.kinds("formed") if e["reset"]]
+    assert resets[0] == 0
+    assert len(resets) == 2
+    assert resets[1] >= 4 * STEPS

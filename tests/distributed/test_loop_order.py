@@ -1,0 +1,235 @@
+"""The loop used in an order that the step does not know is an error that says what to write. One worker, in this process."""
+
+import pytest
+import torch
+from labs import alone
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import raytrain_het as het
+from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
+
+DATA = TensorDataset(torch.randn(8, 3))
+
+
+def prepare(model=None, data=DATA, **loader_kwargs):
+    model = het.prepare_model(model or torch.nn.Linear(3, 1))
+    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    loader = het.prepare_data_loader(DataLoader(data), **{"global_batch_size": 2, **loader_kwargs})
+    return model, optimizer, loader
+
+
+def step_before_backward(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            model(x)
+            optimizer.step()
+
+
+def two_backwards(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            model(x).sum().backward()
+            optimizer.step()
+
+
+def no_zero_grad(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            model(x).sum().backward()
+            optimizer.step()
+
+
+def break_out(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+            break
+
+
+def break_before_step(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            model(x).sum().backward()
+            break
+
+
+def loader_outside_epochs(model, optimizer, loader):
+    for _ in loader:
+        pass
+
+
+def loader_after_epochs(model, optimizer, loader):
+    good(model, optimizer, loader)
+    for _ in loader:
+        pass
+
+
+def epochs_twice(model, optimizer, loader):
+    good(model, optimizer, loader)
+    good(model, optimizer, loader)
+
+
+def closure(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step(lambda: 0.0)
+
+
+def no_backward(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        for _ in loader:
+            continue
+
+
+def no_step(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            model(x).sum().backward()
+
+
+def step_twice(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.step()
+
+
+def backward_before_the_loop(model, optimizer, loader):
+    model(torch.zeros(1, 3)).sum().backward()
+
+
+def backward_after_the_loop(model, optimizer, loader):
+    good(model, optimizer, loader)
+    optimizer.zero_grad()
+    model(torch.zeros(1, 3)).sum().backward()
+
+
+def report_before_epochs(model, optimizer, loader):
+    het.report({"loss": 1.0})
+
+
+def evaluate_before_epochs(model, optimizer, loader):
+    het.evaluate(lambda batch: {"n": 1.0}, DATA)
+
+
+def step_before_epochs(model, optimizer, loader):
+    optimizer.step()
+
+
+def model_twice(model, optimizer, loader):
+    het.prepare_model(torch.nn.Linear(2, 2))
+
+
+def optimizer_twice(model, optimizer, loader):
+    het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def loader_twice(model, optimizer, loader):
+    het.prepare_data_loader(DataLoader(DATA), global_batch_size=2)
+
+
+def unregistered_scheduler(model, optimizer, loader):
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    good(model, optimizer, loader)
+
+
+def good(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("loop", "fix"),
+    [
+        (step_before_backward, "swap the two lines"),
+        (two_backwards, "add the losses up and call it once"),
+        (no_zero_grad, r"call optimizer.zero_grad\(\) before backward\(\)"),
+        (break_out, "run it to its end"),
+        (break_before_step, "run it to its end|without optimizer.step"),
+        (loader_outside_epochs, r"for epoch in loader.epochs\(10\)"),
+        (loader_after_epochs, r"for epoch in loader.epochs\(10\)"),
+        (epochs_twice, "one loop over epochs"),
+        (closure, r"call backward\(\) yourself, then step\(\)"),
+        (no_backward, r"one backward\(\) and one optimizer.step\(\)"),
+        (no_step, r"without optimizer.step\(\)"),
+        (step_twice, "once each"),
+        (backward_before_the_loop, "take a batch from the prepared loader first"),
+        (backward_after_the_loop, "take a batch from the prepared loader first"),
+        (report_before_epochs, r"before loader.epochs\(\)"),
+        (evaluate_before_epochs, r"before loader.epochs\(\)"),
+        (step_before_epochs, r"for epoch in loader.epochs\(n\)"),
+        (model_twice, "Wrap several in one nn.Module"),
+        (optimizer_twice, "with parameter groups"),
+        (loader_twice, "evaluate"),
+        (unregistered_scheduler, r"register_state\('scheduler', scheduler\) before loader.epochs\(\)"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_loop_in_another_order_is_an_error_with_the_fix(tmp_path, loop, fix):
+    with pytest.raises(LoopOrderError, match=fix):
+        alone(lambda: loop(*prepare()), tmp_path)
+
+
+def test_the_loop_in_the_right_order_works_here_too(tmp_path):
+    alone(lambda: good(*prepare()), tmp_path)
+
+
+def test_functions_outside_of_a_training_function_say_so():
+    with pytest.raises(LoopOrderError, match=r"HetTrainer\(train_fn"):
+        het.prepare_model(torch.nn.Linear(1, 1))
+
+
+def frozen():
+    return torch.nn.Linear(3, 1).requires_grad_(False)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "num_slots", "text"),
+    [
+        ({"model": frozen()}, 1, r"no trainable parameters.*requires_grad_\(True\)"),
+        ({"data": Stream()}, 1, "no length.*__len__ and __getitem__"),
+        ({"data": TensorDataset(torch.zeros(0, 3))}, 1, "is empty"),
+        ({}, 3, r"global_batch_size=2 is smaller than the number of workers \(3\)"),
+        ({"global_batch_size": 0}, 1, "global_batch_size"),
+        ({"micro_batch_size": 0}, 1, "micro_batch_size=0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_joining(tmp_path, kwargs, num_slots, text):
+    with pytest.raises(ConfigError, match=text):
+        alone(lambda: prepare(**kwargs), tmp_path, num_slots=num_slots)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_the_difference_named(tmp_path):
+    def write():
+        model, optimizer, loader = prepare(torch.nn.Linear(3, 2))
+        good(model, optimizer, loader)
+        het.report({"loss": 0.0})
+
+    alone(write, tmp_path, acknowledge=True)
+    (path,) = (tmp_path / "storage").iterdir()
+    with pytest.raises(CheckpointError, match=r"'weight' has shape \[2, 3\] there and \[1, 3\] here.*another name"):
+        alone(lambda: good(*prepare()), tmp_path, checkpoint=str(path))
+
+
+def test_a_torn_checkpoint_is_refused(tmp_path):
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "het.json").write_text('{"format": 1, "cur')
+    with pytest.raises(CheckpointError, match="het.json can't be read"):
+        alone(lambda: good(*prepare()), tmp_path, checkpoint=str(tmp_path / "torn"))

@@ -1,0 +1,119 @@
+"""What belongs to the model's state besides parameters heals with it, moves on commit only, and is averaged where it must be."""
+
+import dataclasses
+
+import pytest
+import torch
+from labs import run
+from torch.utils.data import DataLoader, TensorDataset
+
+import raytrain_het as het
+from raytrain_het.testing.faults import Fault
+from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas
+from raytrain_het.training import session as sessions
+
+FAULTS = [
+    Fault(slot=0, step=6, point="decoded"),
+    Fault(slot=1, step=17, point="updated"),
+    Fault(slot=2, step=28, point="backward", kind="leave"),
+    Fault(slot=0, step=40, point="backward"),
+]
+
+
+@pytest.mark.parametrize("faults", [[], FAULTS], ids=["calm", "faults"])
+def test_running_statistics_are_the_same_everywhere_and_count_each_step_once(tmp_path, faults):
+    task = Regression(batch_norm=True, patience_s=0.01, epochs=6)
+    done = run(task, tmp_path, faults=faults, config=dataclasses.replace(SMALL_BUCKETS, shares=(3, 2, 1)))
+    assert differing_replicas(tmp_path) == []
+    buffers = [r["buffers"] for r in done.results.values()]
+    assert all(torch.equal(buffers[0], other) for other in buffers)
+    assert buffers[0][-1] == task.num_steps
+
+
+class OneStepOfBatchNorm:
+    """A single step, by workers with 9 and 3 samples."""
+
+    x = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, directory):
+        model = het.prepare_model(torch.nn.BatchNorm1d(4).double())
+        optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        loader = het.prepare_data_loader(DataLoader(TensorDataset(self.x)), global_batch_size=12)
+        for _ in loader.epochs(1):
+            for (x,) in loader:
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+        return model.running_mean, model.running_var, model.num_batches_tracked
+
+
+def test_running_statistics_are_averages_weighted_by_samples(tmp_path):
+    done = run(OneStepOfBatchNorm(), tmp_path, num_slots=2, config=dataclasses.replace(SMALL_BUCKETS, shares=(3, 1)))
+    x = OneStepOfBatchNorm.x
+    var = 0.75 * x[:9].var(dim=0) + 0.25 * x[9:].var(dim=0)
+    for mean, variance, count in done.results.values():
+        torch.testing.assert_close(mean, 0.1 * x.mean(dim=0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(variance, 0.9 + 0.1 * var, rtol=1e-12, atol=1e-12)
+        assert count == 1
+
+
+class PartlyUsed:
+    """``nobody`` is used by no worker, ``one`` by slot 1 only. Weight decay would move what has a gradient of zero."""
+
+    def __call__(self, directory):
+        model = torch.nn.Module()
+        for name in ("all", "one", "nobody"):
+            model.register_parameter(name, torch.nn.Parameter(torch.ones(3, dtype=torch.float64)))
+        model = het.prepare_model(model)
+        optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5))
+        data = torch.ones(12, 3, dtype=torch.float64)
+        loader = het.prepare_data_loader(DataLoader(TensorDataset(data)), global_batch_size=4)
+        grads = []
+        for _ in loader.epochs(1):
+            for (x,) in loader:
+                optimizer.zero_grad()
+                loss = (x @ model.all).mean()
+                if sessions.current().slot == 1:
+                    loss = loss + (2 * x @ model.one).mean()
+                loss.backward()
+                grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+                optimizer.step()
+        return grads, model.nobody.detach(), model.one.detach()
+
+
+def test_a_parameter_that_nobody_used_keeps_no_gradient_and_one_that_some_used_has_their_part(tmp_path):
+    done = run(PartlyUsed(), tmp_path, num_slots=2, config=dataclasses.replace(SMALL_BUCKETS, shares=(3, 1)))
+    ones = torch.ones(3, dtype=torch.float64)
+    for grads, nobody, one in done.results.values():
+        for everyone, some, none in grads:
+            torch.testing.assert_close(everyone, ones)
+            torch.testing.assert_close(some, 0.5 * ones)
+            assert none is None
+        assert torch.equal(nobody, ones)
+        assert (one < ones).all()
+
+
+@pytest.mark.parametrize("faults", [[], FAULTS], ids=["calm", "faults"])
+def test_a_registered_scheduler_heals_and_counts_each_step_once(tmp_path, faults):
+    task = Regression(scheduled=True, patience_s=0.01, epochs=6)
+    done = run(task, tmp_path, faults=faults)
+    done.check(task)
+    for result in done.results.values():
+        for step, rate in result["rates"]:
+            assert rate == pytest.approx(task.lr * 0.97**step, rel=1e-9)
+
+
+def test_clipping_by_the_user_survives_healing_by_the_state_of_a_peer(tmp_path):
+    """The clipped gradient is not in the sums, so a replay cannot know it: the comparison must tell."""
+    task = Regression(clip=0.05, patience_s=0.01, epochs=6)
+    done = run(task, tmp_path, faults=FAULTS)
+    done.check(task)
+    assert {e["by"] for e in done.kinds("healed")} <= {"replay", "the peer's state, as the replay differed"}
+
+
+def test_clipping_of_a_step_that_a_worker_replays(tmp_path):
+    """A survivor one step behind takes the sums from a peer and does its own clipping."""
+    task = Regression(clip=0.05, patience_s=0.01)
+    for slot in (0, 1):
+        directory = tmp_path / str(slot)
+        run(task, directory, faults=[Fault(slot=slot, step=13, point="decoded")]).check(task)

@@ -1,0 +1,95 @@
+"""Who is silent is dropped soon; who is only slow, never; and a dropped worker that wakes harms nobody."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+from labs import run
+
+from raytrain_het.collectives.points import POINTS
+from raytrain_het.testing.campaign import Waker
+from raytrain_het.testing.faults import Fault, happened
+from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
+
+TASK = Regression(patience_s=0.01)
+
+
+@pytest.mark.parametrize("point", [p for p in POINTS if p != "report"])
+def test_a_stopped_worker_is_dropped_within_two_step_times_and_a_second(tmp_path, point):
+    # It is woken when it has been dropped, and has to end by itself: the slot is refilled only then.
+    done = run(TASK, tmp_path, faults=[Fault(slot=1, step=14, point=point, kind="stop")], on_poll=waking)
+    done.check(TASK)
+    assert [e["slot"] for e in done.kinds("evicted")] == [1]
+    assert [e["slot"] for e in done.kinds("healed")] == [1]
+    stopped_at = happened(tmp_path)[0].time
+    commits = sorted(at for *_, at in traces(tmp_path))
+    step_s = max(b - a for a, b in zip(commits, commits[1:], strict=False) if b < stopped_at)
+    (evicted,) = done.kinds("evicted")
+    resumed = next(e["time"] for e in done.kinds("formed") if e["time"] > evicted["time"] - 1e-3)
+    assert resumed - stopped_at < 2 * step_s + 1.0
+
+
+def waking(lab):
+    if not hasattr(lab, "waker"):
+        lab.waker = Waker(lab)
+    lab.waker()
+
+
+@pytest.mark.parametrize("point", ["decoded", "updated"])
+def test_a_worker_that_stops_when_the_others_have_left_the_generation_is_dropped_too(tmp_path, point):
+    """They wait for its answer then, and no collective is under way that somebody could suspect."""
+    # Long steps, so that word of the leave is there before the step's end.
+    task = dataclasses.replace(TASK, pace_s=0.05)
+    faults = [
+        Fault(slot=0, step=14, point="slice", kind="leave"),
+        Fault(slot=1, step=14, point=point, kind="stop"),
+    ]
+    done = run(task, tmp_path, faults=faults, on_poll=waking)
+    done.check(task)
+    assert [e["slot"] for e in done.kinds("evicted")] == [1]
+
+
+@pytest.mark.parametrize("slot", [0, 2])
+def test_a_stopped_worker_that_wakes_after_the_others_have_finished_ends_by_itself(tmp_path, slot):
+    def wake_late(lab):
+        if {0, 1, 2} - {slot} <= lab.results.keys() and slot in lab.processes:
+            os.kill(lab.processes[slot].pid, signal.SIGCONT)
+
+    faults = [Fault(slot=slot, step=14, point="between_buckets", kind="stop")]
+    done = run(TASK, tmp_path, faults=faults, on_poll=wake_late)
+    done.check(TASK)
+    assert sorted(done.results) == sorted({0, 1, 2} - {slot})
+
+
+def test_a_worker_ten_times_slower_for_twenty_steps_is_never_dropped(tmp_path):
+    task = dataclasses.replace(TASK, pace_s=0.01)
+    slow = [Fault(slot=2, step=8, point="backward", kind="slow", steps=20, seconds=0.1)]
+    done = run(task, tmp_path, faults=slow)
+    assert len(happened(tmp_path)) == 20
+    done.check(task)
+    assert done.kinds("evicted", "lost", "void") == []
+
+
+def test_one_step_of_many_times_the_usual_length_is_waited_for(tmp_path):
+    done = run(TASK, tmp_path, faults=[Fault(slot=0, step=14, point="slice", kind="slow", seconds=2.0)])
+    done.check(TASK)
+    assert done.kinds("evicted", "lost", "void") == []
+
+
+@pytest.mark.parametrize("point", ["slice", "backward"])
+def test_a_worker_that_answers_but_never_arrives_is_dropped_at_the_hang_limit(tmp_path, point):
+    killed = []
+
+    def clear_away(lab):  # As Ray would.
+        if not killed and any(e["kind"] == "evicted" for e in lab.hub.events(0)):
+            killed.append(lab.kill(1))
+
+    config = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=1.0)
+    faults = [Fault(slot=1, step=14, point=point, kind="slow", seconds=60.0)]
+    done = run(TASK, tmp_path, faults=faults, config=config, on_poll=clear_away)
+    done.check(TASK)
+    (evicted,) = done.kinds("evicted")
+    assert evicted["slot"] == 1
+    assert "waited 1 s" in evicted["reason"]
+    assert 1.0 <= evicted["time"] - happened(tmp_path)[0].time < 4.0
