@@ -61,7 +61,7 @@ class Hub:
         self._leaving: dict[str, set[str]] = {}
         self._stats: dict[int, dict[str, Any]] = {}
         self._connections: dict[str, asyncio.StreamWriter] = {}
-        self._noted = 0
+        self._noted = self._core.next_seq
         self._loop = asyncio.new_event_loop()
         self._port = port
         ready = threading.Event()
@@ -226,13 +226,14 @@ class Hub:
 
     def _flush(self) -> None:
         """Send what the logic has decided, stamp its events, and settle reports under the new membership."""
-        for event in self._core.events[self._noted :]:
+        noted = self._core.next_seq - self._noted
+        for event in self._core.events[-noted:] if noted else ():
             event.setdefault("time", time.time())
             if event["kind"] in ("lost", "evicted", "left", "finished", "raised"):
                 self._evaluations.forget(event["uid"])
                 if event["kind"] in ("lost", "evicted", "left"):
                     self._reports.forget(event["slot"])
-        self._noted = len(self._core.events)
+        self._noted = self._core.next_seq
         for uid, message in self._core.drain():
             self._send(uid, message)
         slots = [p.member.slot for p in self._core.peers.values() if p.healed and not p.fresh]

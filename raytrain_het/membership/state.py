@@ -25,6 +25,8 @@ MAX_FRUITLESS_GENERATIONS = 20
 """So many generations in a row voided without a death or a commit fail the run: some link must be broken."""
 TELL_OF_WAITING_S = 10.0
 """A step that waits so long for a living member is told about."""
+MAX_EVENTS = 1000
+"""At least so many of the latest events are kept; their readers come every second or so and keep what they want."""
 RECOVERY_GRACE_S = 10.0
 """How long a restarted actor waits for the members of the highest record."""
 
@@ -82,7 +84,8 @@ class Membership:
         self.voided = False
         self.failure: str | None = None
         self.events: list[dict[str, Any]] = []
-        self._first_seq = incarnation // 1_000_000
+        self.next_seq = incarnation // 1_000_000
+        """Sequence number of the next event."""
         self.vacant: set[int] = set()
         self.dead_slots: set[int] = set()
         self.finished_slots: set[int] = set()
@@ -712,4 +715,7 @@ class Membership:
 
     def note(self, event: dict[str, Any]) -> None:
         """Add to the events. Sequence numbers grow across restarts, so that a reader misses none and reads none twice."""
-        self.events.append({"seq": self._first_seq + len(self.events), **event})
+        self.events.append({"seq": self.next_seq, **event})
+        self.next_seq += 1
+        if len(self.events) >= 2 * MAX_EVENTS:
+            del self.events[:MAX_EVENTS]
