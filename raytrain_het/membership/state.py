@@ -57,6 +57,8 @@ class Peer:
     """Whether it has answered to the generation being formed."""
     fresh: bool = False
     """Healed by replay, and not yet compared with the others."""
+    reached: int = 0
+    """Steps it has committed, as it told in passing: for people and for the count of deaths, never for a base."""
     position: int = 0
     """How far into the protocol it is, for telling who holds up the others."""
     confirmed: bool = False
@@ -166,7 +168,7 @@ class Membership:
             return
         for other in [p for p in self.peers.values() if p.member.slot == member.slot and p.member.uid != uid]:
             self._lose(other.member.uid, "its slot was taken by a new process", now, died=True)
-        if self._refuse_other_model(member, fingerprint):
+        if self._refuse_other_model(member, fingerprint, now):
             return
         self.vacant.discard(member.slot)
         if self._first_hello is None:
@@ -277,6 +279,8 @@ class Membership:
     def progress(self, uid: str, step: int, now: float) -> None:
         """A member has committed a step; told from time to time only."""
         peer = self._heard(uid, now)
+        if peer is not None:
+            peer.reached = max(peer.reached, step)
         if peer is not None and step > max(peer.first_base, 0) and peer.first_base >= 0:
             self._fruitless[peer.member.slot] = 0
 
@@ -427,6 +431,10 @@ class Membership:
         joining = [p for p in self.peers.values() if p.phase is Phase.JOINING]
         peers = sorted(staying + joining, key=lambda p: p.member.slot)
         if not peers:
+            if self._lost_members:
+                # Nobody is left to say in which step it was; what the dead were last known to have done is nearest.
+                reached = max(max(p.reached, p.cursor["step"]) for p in self._lost_members)
+                self._count_deaths(max(reached, previous.base if previous else 0), peers, now)
             self._end_or_wait(now)
             return
         reset = base is None
@@ -582,7 +590,8 @@ class Membership:
 
         How many died at once does not matter: a power cut takes all workers, and they start again.
         """
-        for step in [s for s in self._deaths_in_step if s != base + 1]:
+        # Those of later steps stay when a run starts again from its last checkpoint: it will come to them once more.
+        for step in [s for s in self._deaths_in_step if s <= base]:
             del self._deaths_in_step[step]
         lost, self._lost_members = self._lost_members, []
         self._deaths_in_step[base + 1] += bool(lost)
@@ -690,20 +699,21 @@ class Membership:
             peer.heard = now
         return peer
 
-    def _refuse_other_model(self, member: Member, fingerprint: str) -> bool:
-        """Workers must train the same model on the same data."""
+    def _refuse_other_model(self, member: Member, fingerprint: str, now: float) -> bool:
+        """Workers must train the same model on the same data. One that does not ends the run: nobody is to wait for it."""
         if not fingerprint:
             return False
         if self._fingerprint is None:
             self._fingerprint = (fingerprint, member.slot)
         if self._fingerprint[0] == fingerprint:
             return False
-        self._send(
-            member.uid, type="mismatch",
-            message=f"worker {member.slot} built another model or dataset than worker {self._fingerprint[1]}: "
+        message = (
+            f"worker {member.slot} built another model or dataset than worker {self._fingerprint[1]}: "
             f"{fingerprint} against {self._fingerprint[0]}. Build the same on every worker, "
-            "whatever its device, rank or random seed.",
-        )  # fmt: skip
+            "whatever its device, rank or random seed."
+        )
+        self._send(member.uid, type="mismatch", message=message)
+        self._fail(message, now)
         return True
 
     def _send(self, uid: str, **message: Any) -> None:

@@ -58,5 +58,7 @@ def test_a_nan_in_the_data_names_the_sample(tmp_path, caplog):
                 F.mse_loss(model(a), b[:, :1]).backward()
                 optimizer.step()
 
-    with pytest.raises(NonFiniteGradientError, match=r"worker 0, parameters .*'bias'.*the data is not finite: samples \[7\]"):
+    with pytest.raises(
+        NonFiniteGradientError, match=r"worker 0, parameters .*'bias'.*the data is not finite: samples \[7\]"
+    ):
         alone(train, tmp_path, config=HetConfig(max_skipped_steps=1))

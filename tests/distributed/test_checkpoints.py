@@ -1,0 +1,109 @@
+"""Checkpoints: resume by the cursor, and a storage that fails costs a checkpoint, never the run or an older one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from labs import plain, run
+
+from raytrain_het.testing.faults import Fault
+from raytrain_het.testing.ledger import read_ledgers
+from raytrain_het.testing.regression import Regression, relative_error
+from raytrain_het.training.checkpoint import LocalStorage, read_meta, read_state
+
+TASK = Regression(scheduled=True)
+STEPS = TASK.plan.steps_per_epoch
+
+
+def resume_from(path):
+    meta = read_meta(path)
+    return {"checkpoint": str(path), "checkpoint_cursor": meta["cursor"]}
+
+
+@pytest.mark.parametrize(("first", "second"), [(3, 3), (3, 1), (2, 4)])
+def test_a_run_resumed_at_the_cursor_ends_like_one_that_was_not_interrupted(tmp_path, first, second):
+    half = dataclasses.replace(TASK, epochs=2)
+    run(half, tmp_path / "first", num_slots=first)
+    path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
+    done = run(TASK, tmp_path / "second", num_slots=second, settings=resume_from(path))
+    assert relative_error(done.parameters, plain(TASK)) < 1e-12
+    assert {e.step for e in read_ledgers(tmp_path / "second")} == set(range(2 * STEPS, TASK.num_steps))
+
+
+def test_a_resumed_run_heals_too_and_goes_back_to_the_newest_checkpoint(tmp_path):
+    half = dataclasses.replace(TASK, epochs=1)
+    run(half, tmp_path / "first")
+    (path,) = (tmp_path / "first" / "storage").iterdir()
+    task = dataclasses.replace(TASK, patience_s=0.01)
+    faults = [Fault(slot=0, step=STEPS + 1, point="backward"), Fault(slot=1, step=2 * STEPS + 3, point="updated")]
+    done = run(task, tmp_path / "second", faults=faults, settings=resume_from(path))
+    assert relative_error(done.parameters, plain(TASK)) < 1e-9
+
+
+def test_what_is_in_a_checkpoint(tmp_path):
+    done = run(TASK, tmp_path)
+    last = Path(done.lab.reports[-1]["checkpoint"])
+    meta = json.loads((last / "het.json").read_text())
+    assert meta["cursor"] == {"epoch": TASK.epochs, "offset": 0, "step": TASK.num_steps}
+    assert meta["world_size"] == 3
+    state = read_state(str(last))
+    weights = torch.cat([t.flatten() for t in state["model"].values()])
+    assert torch.equal(weights, done.parameters)
+    assert state["registered"]["scheduler"]["last_epoch"] == TASK.num_steps
+    assert sorted(p.name for p in last.glob("worker_*.pt")) == ["worker_0.pt", "worker_1.pt", "worker_2.pt"]
+
+
+class FailingStorage(LocalStorage):
+    """Full after its first checkpoint: the next ones are half written."""
+
+    def persist(self, local_dir, name):
+        if any(p.name.startswith("checkpoint") for p in self.root.glob("*")):
+            (self.root / f".{name}.part").mkdir()
+            raise OSError(28, "No space left on device")
+        return super().persist(local_dir, name)
+
+    def delete(self, path_or_name):
+        super().delete(path_or_name)
+        (self.root / f".{Path(path_or_name).name}.part").rmdir()
+
+
+def test_a_storage_that_is_full_costs_neither_the_run_nor_the_last_good_checkpoint(tmp_path):
+    done = run(TASK, tmp_path, storage=lambda: FailingStorage(tmp_path / "storage"))
+    assert relative_error(done.parameters, plain(TASK)) < 1e-12
+    first, *others = done.lab.reports
+    assert [p.name for p in (tmp_path / "storage").iterdir()] == [Path(first["checkpoint"]).name]
+    assert read_meta(first["checkpoint"])["cursor"]["step"] == STEPS
+    assert len(others) == TASK.epochs - 1
+    assert all("No space left on device" in r["checkpoint_error"] for r in others)
+    assert all(r["checkpoint"] is None for r in others)
+    failed = done.kinds("checkpoint_failed")
+    assert [e["step"] for e in failed] == [r["step"] for r in others]
+
+
+class ReadOnlyStorage(LocalStorage):
+    def persist(self, local_dir, name):
+        raise PermissionError(30, "Read-only file system")
+
+    def delete(self, path_or_name):
+        raise PermissionError(30, "Read-only file system")
+
+
+def test_a_storage_that_is_read_only_costs_no_run(tmp_path):
+    done = run(TASK, tmp_path, storage=lambda: ReadOnlyStorage(tmp_path / "storage"))
+    assert relative_error(done.parameters, plain(TASK)) < 1e-12
+    assert len(done.kinds("checkpoint_failed")) == TASK.epochs
+
+
+def test_all_workers_killed_after_a_storage_has_failed_start_from_the_last_good_checkpoint(tmp_path):
+    killed = []
+
+    def power_cut(lab):
+        if not killed and len(lab.hub.reports(0)) >= 2:
+            killed.append(lab.kill())
+
+    task = dataclasses.replace(TASK, pace_s=0.02)
+    done = run(task, tmp_path, on_poll=power_cut, storage=lambda: FailingStorage(tmp_path / "storage"))
+    assert relative_error(done.parameters, plain(TASK)) < 1e-9
+    assert [e["base"] for e in done.kinds("formed") if e["reset"]] == [0, STEPS]
