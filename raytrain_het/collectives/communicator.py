@@ -7,6 +7,7 @@ submits, and follows along by itself while this member is not healed. The traini
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import time
@@ -272,12 +273,12 @@ class Communicator:
         rank = record.rank_of(self.agent.uid)
         if rank is None:
             return
-        if self._group is None or self._group.key != record.group:
+        group = self._group
+        if group is None or group.key != record.group:
             self._leave_group()
-            if len(record.members) >= 1:
-                self._group = self._build(record, rank)
+            group = self._group = self._build(record, rank)
         self._collect_traffic()
-        self._exchange = Exchange(record, rank, self.layout, self._group)
+        self._exchange = Exchange(record, rank, self.layout, group)
         replayed = self._replay(record, rank) if record.behind else None
         if self.agent.uid in record.unhealed and self.followed_to != record.cursor:
             # What was followed so far does not lead here: healing starts again from a new snapshot.
@@ -361,7 +362,7 @@ class Communicator:
         gathers: list[Operation] = []
         for k in range(len(buckets) + 1):
             if k < len(buckets):
-                self._await(lambda k=k: job.ready > k, generation, job.step, peers=False)
+                self._await(functools.partial(_is_ready, job, k), generation, job.step, peers=False)
                 self._position = job.step * 1000 + k
                 scatters.append(exchange.scatter(buckets[k], self._header(job, buckets[k]), self._local(job, k)))
             if k == 1:
@@ -471,6 +472,10 @@ class Communicator:
             self.traffic.sent += self._exchange.traffic.sent
             self.traffic.received += self._exchange.traffic.received
             self._exchange.traffic = Traffic()
+
+
+def _is_ready(job: StepJob, bucket: int) -> bool:
+    return job.ready > bucket
 
 
 def resync_due(sums: Sums) -> bool:

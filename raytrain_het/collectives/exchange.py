@@ -25,7 +25,7 @@ import torch
 from raytrain_het.collectives.group import Group, Operation
 from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.layout import Bucket, Layout, aligned, shard_bounds
-from raytrain_het.compression import CODECS
+from raytrain_het.compression import CODECS, Codec
 from raytrain_het.errors import ProtocolError
 from raytrain_het.membership.record import Record
 
@@ -108,7 +108,7 @@ class Exchange:
         self._sum = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in most.items()}
         self._scratch = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in most.items()}
 
-    def _codec(self, rank: int, bucket: Bucket):
+    def _codec(self, rank: int, bucket: Bucket) -> Codec:
         return self._dense if bucket.is_state else self._codecs[rank]
 
     def _plan(self, bucket: Bucket, size: int) -> _Plan:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,11 +64,11 @@ class Group:
     """How often a waiting thread has to look whether an operation is done; None if it is told."""
 
     def __init__(
-        self, key: str, pg: dist.ProcessGroup, rank: int, size: int, wake: Callable[[], None],
+        self, key: str, pg: Any, rank: int, size: int, wake: Callable[[], None],
         device: torch.device = torch.device("cpu"),
     ) -> None:  # fmt: skip
         self.key, self.rank, self.size, self.device = key, rank, size, device
-        self._pg: dist.ProcessGroup | None = pg
+        self._pg: Any = pg
         self._wake = wake
         if device.type == "cuda":
             self.poll_s = 0.0005
@@ -155,8 +156,8 @@ def make_group(
     prefixed = dist.PrefixStore(f"het/{key}", client)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        return Group(key, dist.ProcessGroupNCCL(prefixed, rank, size), rank, size, wake, device)
-    options = dist.ProcessGroupGloo._Options()
+        return Group(key, dist.ProcessGroupNCCL(prefixed, rank, size, dist.ProcessGroupNCCL.Options()), rank, size, wake, device)
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = OPERATION_TIMEOUT
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._threads = 2

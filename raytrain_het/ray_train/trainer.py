@@ -172,7 +172,7 @@ class HetTrainer(TorchTrainer):
         if result.error is not None:
             raise to_raise(result.error, last_word.get("errors", {})) from None
         self.summary = monitor.summary(result.metrics)
-        result.het_summary = self.summary  # type: ignore[attr-defined]
+        result.het_summary = self.summary
         return result
 
     def _start_controller(self, **arguments: Any) -> Any:

@@ -154,7 +154,7 @@ def dataset_size(dataset: Dataset) -> int:
             f"dataset={type(dataset).__name__} has no length: allowed are map-style datasets with __len__ and __getitem__, "
             "since samples are dealt out by index. Give it both, or read it into a list first."
         )
-    size = len(dataset)  # type: ignore[arg-type]
+    size = len(dataset)
     if size == 0:
         raise ConfigError(f"dataset={type(dataset).__name__} is empty: it needs at least one sample.")
     return size
