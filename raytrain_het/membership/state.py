@@ -163,11 +163,11 @@ class Membership:
         if self.failure is not None:
             self._send(uid, type="fail", message=self.failure)
             return
+        for other in [p for p in self.peers.values() if p.member.slot == member.slot and p.member.uid != uid]:
+            self._lose(other.member.uid, "its slot was taken by a new process", now, died=True)
         if self.over and record is None:
             self._send(uid, type="end")
             return
-        for other in [p for p in self.peers.values() if p.member.slot == member.slot and p.member.uid != uid]:
-            self._lose(other.member.uid, "its slot was taken by a new process", now, died=True)
         if self._refuse_other_model(member, fingerprint, now):
             return
         self.vacant.discard(member.slot)
@@ -305,11 +305,6 @@ class Membership:
             self._release(uid, "left", now)
             return
         peer.phase, peer.cursor, peer.confirmed = Phase.FINISHED, dict(cursor), confirmed
-        if self.record is not None and cursor["step"] > self.record.base:
-            # A step takes all members: whoever had to load or compare first has done so, though its word is under way.
-            for other in self.peers.values():
-                if self.record.rank_of(other.member.uid) is not None and other.member.uid not in self.record.unhealed:
-                    other.healed, other.fresh = True, False
         self._release_the_finished(now)
 
     def raised(self, uid: str, error: str, now: float) -> None:
@@ -544,12 +539,21 @@ class Membership:
         return True
 
     def _release_the_finished(self, now: float) -> None:
-        finished = [p for p in self.peers.values() if p.phase is Phase.FINISHED]
+        if self._recovering is not None:
+            return  # Who else is there, and needs them, is not known yet.
+        finished, record = [p for p in self.peers.values() if p.phase is Phase.FINISHED], self.record
+        if record is not None and any(p.cursor["step"] > record.base for p in finished):
+            # A step takes all members: whoever had to load or compare first has done so, though its word is under way.
+            for uid, peer in self.peers.items():
+                if record.rank_of(uid) is not None and uid not in record.unhealed:
+                    peer.healed, peer.fresh = True, False
         active = [p for p in self.peers.values() if p.phase in (Phase.IN, Phase.LEAVING) and p.healed and not p.fresh]
         for peer in finished:
             step = peer.cursor["step"]
             held_by_others = all(p.cursor["step"] >= step for p in finished) and not active
-            if peer.confirmed or held_by_others:
+            # Who goes by the record's base does not know of those who are behind, and have yet to take it over.
+            confirmed = peer.confirmed and not (record is not None and record.behind and step == record.base)
+            if confirmed or held_by_others:
                 self._release(peer.member.uid, "finished", now)
         self._form_if_answered(now)
 
@@ -690,6 +694,7 @@ class Membership:
             self._start_forming(void=True, reason=reason, now=now, number=highest + 1)
         elif any(p.phase is Phase.JOINING or p.fresh and u in record.unhealed for u, p in self.peers.items()):
             self._start_forming(void=False, reason="workers have joined or healed", now=now, number=highest + 1)
+        self._release_the_finished(now)
 
     # ---------------------------------------------------------------- small things
 

@@ -74,7 +74,7 @@ class Reduction:
     def run(
         self, gradients: list[torch.Tensor | None], weights: list[float], *, at: int = 5, **headers: list[Any]
     ) -> tuple[list[list[torch.Tensor]], list[Sums]]:
-        """Reduce ``gradients`` (by rank, all buckets in one flat tensor, already weighted); returns outs and sums by rank."""
+        """Reduce ``gradients`` (by rank, all buckets flat, already weighted); returns outs and sums by rank."""
         size = len(weights)
         sums = [Sums(step=at) for _ in range(size)]
         outs: list[list[torch.Tensor]] = [[] for _ in range(size)]

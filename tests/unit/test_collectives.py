@@ -18,7 +18,8 @@ SHAPES = [("a", (3, 5)), ("b", (7,)), ("c", (40, 4)), ("d", (1,))]
 
 
 def layout_of(
-    shapes: list[tuple[str, tuple[int, ...]]] = SHAPES, *, bucket_bytes: int = 256, buffers: int = 0, dtype: torch.dtype = torch.float32
+    shapes: list[tuple[str, tuple[int, ...]]] = SHAPES, *, bucket_bytes: int = 256, buffers: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Layout:  # fmt: skip
     return Layout(
         [(name, torch.zeros(shape, dtype=dtype)) for name, shape in shapes],
@@ -82,8 +83,8 @@ def test_the_fingerprint_knows_names_shapes_dtypes_order_buffers_and_bucket_size
     renamed = [("x", SHAPES[0][1]), *SHAPES[1:]]
     reshaped = [("a", (5, 3)), *SHAPES[1:]]
     others = [
-        layout_of(renamed), layout_of(reshaped), layout_of(SHAPES[::-1]), layout_of(buffers=1), layout_of(bucket_bytes=64),
-        layout_of(dtype=torch.float64),
+        layout_of(renamed), layout_of(reshaped), layout_of(SHAPES[::-1]), layout_of(buffers=1),
+        layout_of(bucket_bytes=64), layout_of(dtype=torch.float64),
     ]  # fmt: skip
     assert len({layout_of().fingerprint, *(o.fingerprint for o in others)}) == 7
     assert layout_of().fingerprint == layout_of().fingerprint

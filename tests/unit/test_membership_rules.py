@@ -1,4 +1,4 @@
-"""The membership state machine's rules one by one: what it does about deaths, silence, hangs, restarts and odd members."""
+"""The membership rules one by one: what is done about deaths, silence, hangs, restarts and odd members."""
 
 from __future__ import annotations
 
@@ -257,6 +257,14 @@ def test_a_suspicion_of_another_generation_is_ignored() -> None:
     assert run.messages() == []
 
 
+def test_who_waits_for_a_member_that_was_let_go_has_its_generation_voided() -> None:
+    run = started()
+    run.core.finish("0-a", cursor=cursor(1), confirmed=True, now=0.0)
+    run.messages()
+    run.core.suspect("1-a", 1, 2.0, 2, 10.0)
+    assert run.messages() == ["void", "void"]
+
+
 def test_who_answers_but_holds_its_peers_up_past_the_hang_limit_is_evicted() -> None:
     run = started()
     now = 0.0
@@ -402,6 +410,36 @@ def test_the_end_waits_for_a_worker_that_has_trained_though_its_word_is_under_wa
     run.core.finish("1-a", cursor=cursor(3), confirmed=True, now=0.0)
     assert run.messages("1-a") == ["bye"]
     assert run.core.over
+
+
+def test_a_finished_member_stays_until_those_who_are_behind_have_its_last_step() -> None:
+    run = started(replace(SETTINGS, num_slots=2))
+    run.core.failed("1-a", 1, "connection reset", 0.0)
+    run.answer("0-a", step=5)
+    run.answer("1-a", step=4)
+    assert (run.record.behind, run.record.source) == (("1-a",), "0-a")
+    run.core.finish("0-a", cursor=cursor(5), confirmed=True, now=0.0)
+    assert "bye" not in run.messages("0-a")
+    run.core.finish("1-a", cursor=cursor(5), confirmed=True, now=0.0)
+    assert run.messages() == ["bye", "bye"]
+
+
+def test_a_finished_member_stays_until_a_restarted_actor_knows_who_needs_it() -> None:
+    run, record = restarted(started(replace(SETTINGS, num_slots=2)))
+    run.hello(0, step=5, healed=True, record=replace(record, unhealed=("1-a",)), answered=1)
+    run.core.finish("0-a", cursor=cursor(5), confirmed=True, now=0.0)
+    assert run.messages() == []
+    run.hello(1, step=5, record=replace(record, unhealed=("1-a",)), answered=1)
+    assert run.messages() == ["bye", "end"]
+    assert run.core.over
+
+
+def test_a_run_that_ends_by_its_last_members_death_does_not_begin_again_with_the_refill() -> None:
+    run = started(replace(SETTINGS, num_slots=2))
+    run.core.finish("0-a", cursor=cursor(5), confirmed=True, now=0.0)
+    run.hello(1, "b")
+    assert run.messages("1-b") == ["end"]
+    assert run.core.state == "ended"
 
 
 def test_the_end_does_not_wait_for_a_worker_that_has_not_healed() -> None:

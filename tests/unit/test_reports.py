@@ -1,4 +1,4 @@
-"""Reports and evaluations on the hub's side: what counts, when it is whole, and that nothing counts twice or holds a run up."""
+"""Reports and evaluations on the hub's side: what counts, when it is whole, and that nothing counts twice."""
 
 from __future__ import annotations
 
