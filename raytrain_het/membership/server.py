@@ -236,6 +236,8 @@ class Hub:
         self._noted = self._core.next_seq
         for uid, message in self._core.drain():
             self._send(uid, message)
+        if self._core.recovering:
+            return  # Who has not come back yet is not lost: its part of a report may be on its way.
         slots = [p.member.slot for p in self._core.peers.values() if p.healed and not p.fresh]
         by_slot = {p.member.slot: p.member.uid for p in self._core.peers.values()}
         for key, slot in self._reports.writer_wanted(slots).items():

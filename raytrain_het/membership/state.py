@@ -123,6 +123,11 @@ class Membership:
         return self.record is not None and self.number > self.record.number
 
     @property
+    def recovering(self) -> bool:
+        """Whether members that knew this actor's predecessor are awaited."""
+        return self._recovering is not None
+
+    @property
     def over(self) -> bool:
         """Whether the run has ended in good order."""
         return bool(self.finished_slots) and not any(p.phase is not Phase.JOINING for p in self.peers.values())

@@ -1,6 +1,6 @@
 """Many random faults, and an account of what they cost.
 
-``python -m raytrain_het.testing.campaign --faults 200 --seed 0``. The script of faults is a function of the seed. A fault
+``python -m raytrain_het.testing.campaign --faults 200 --seed 0``. The script of faults is a function of the seed. One
 whose worker is not there at its step does not happen; rounds go on until as many as asked for have happened. Every
 round's ledger is checked for exactly-once, its replicas for identical bits, and its parameters against torch alone,
 without faults.

@@ -20,7 +20,8 @@ class Fault:
     """What happens, where and to whom.
 
     ``kill``: SIGKILL. ``stop``: SIGSTOP (somebody else must continue or kill it). ``leave``: orderly leave.
-    ``raise``: an exception in the training function. ``slow``: sleep ``seconds`` at the point in each of ``steps`` steps.
+    ``raise``: an exception in the training function. ``slow``: sleep ``seconds`` at the point in each of
+    ``steps`` steps.
     """
 
     slot: int

@@ -6,6 +6,7 @@ Processes come from a fork server that has imported torch, so that a refill take
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -131,7 +132,8 @@ class ProcessLab:
                 if on_poll is not None:
                     on_poll()
                 if time.monotonic() > deadline:
-                    raise WorkersFailedError(f"not done after {timeout_s} s: {self.hub.status()}")
+                    stacks = self._stacks()
+                    raise WorkersFailedError(f"not done after {timeout_s} s: {self.hub.status()}\n{stacks}")
         finally:
             self.kill_all()
         if self.errors:
@@ -146,6 +148,16 @@ class ProcessLab:
             process.join(timeout=5)
         self.processes.clear()
         self._shut_down_hub()
+
+    def _stacks(self) -> str:
+        """What every worker's threads are doing."""
+        for process in self.processes.values():
+            os.kill(process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
+        time.sleep(0.5)
+        texts = [
+            f"{p.name}:\n{p.read_text()}" for p in sorted(Path(self.directory).glob("stacks_*")) if p.stat().st_size
+        ]
+        return "\n".join(texts)
 
     def _shut_down_hub(self) -> None:
         self.events += self.hub.events(0)
@@ -179,6 +191,8 @@ def _work(slot: int, payload: bytes) -> None:
     """A worker process."""
     train_fn, directory, config, faults, threads, ledger, num_slots, storage = cloudpickle.loads(payload)
     torch.set_num_threads(threads)
+    stacks = (Path(directory) / f"stacks_{slot}_{os.getpid()}").open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     where = Path(directory) / "hub.pickle"
     kind, value = "gone", None
     try:

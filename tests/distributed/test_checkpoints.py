@@ -36,7 +36,7 @@ def test_a_resumed_run_heals_too_and_goes_back_to_the_newest_checkpoint(tmp_path
     half = dataclasses.replace(TASK, epochs=1)
     run(half, tmp_path / "first")
     (path,) = (tmp_path / "first" / "storage").iterdir()
-    task = dataclasses.replace(TASK, patience_s=0.01)
+    task = dataclasses.replace(TASK, patience_s=0.05)
     faults = [Fault(slot=0, step=STEPS + 1, point="backward"), Fault(slot=1, step=2 * STEPS + 3, point="updated")]
     done = run(task, tmp_path / "second", faults=faults, settings=resume_from(path))
     assert relative_error(done.parameters, plain(TASK)) < 1e-9

@@ -8,7 +8,7 @@ from labs import run
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import Regression, traces
 
-TASK = Regression(patience_s=0.01, pace_s=0.005, epochs=6)
+TASK = Regression(patience_s=0.05, pace_s=0.005, epochs=6)
 STEPS = TASK.plan.steps_per_epoch
 
 

@@ -1,4 +1,4 @@
-"""The loop used in an order that the step does not know is an error that says what to write. One worker, in this process."""
+"""The loop used in an order that the step does not know is an error that says what to write. One worker, in process."""
 
 import pytest
 import torch

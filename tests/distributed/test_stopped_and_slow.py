@@ -12,7 +12,7 @@ from raytrain_het.testing.campaign import Waker
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
 
-TASK = Regression(patience_s=0.01)
+TASK = Regression(patience_s=0.05)
 
 
 @pytest.mark.parametrize("point", [p for p in POINTS if p != "report"])
