@@ -73,23 +73,31 @@ class HetConfig:
         if self.shares is not None:
             shares = tuple(self.shares) if isinstance(self.shares, Iterable) else ()
             ok = all(_is_number(s) and s >= 0 for s in shares) and sum(shares) > 0
-            _require(ok, "shares", self.shares, "non-negative numbers, at least one above 0",
-                     "Write one number per worker, such as shares=[3, 1].")
+            _require(
+                ok,
+                "shares",
+                self.shares,
+                "non-negative numbers, at least one above 0",
+                "Write one number per worker, such as shares=[3, 1].",
+            )
             object.__setattr__(self, "shares", tuple(float(s) for s in shares))
-        _require(self.codec in ("none", "bf16"), "codec", self.codec, "'none' or 'bf16'",
-                 "Write codec='none'.")
-        _require(self.backend in ("gloo", "nccl"), "backend", self.backend, "'gloo' or 'nccl'",
-                 "Write backend='gloo'.")
-        _require(self.micro_batch_size is None or _is_whole(self.micro_batch_size, 1), "micro_batch_size",
-                 self.micro_batch_size, "a whole number from 1, or None", "Leave it out for one batch.")
+        _require(self.codec in ("none", "bf16"), "codec", self.codec, "'none' or 'bf16'", "Write codec='none'.")
+        _require(self.backend in ("gloo", "nccl"), "backend", self.backend, "'gloo' or 'nccl'", "Write backend='gloo'.")
+        _require(
+            self.micro_batch_size is None or _is_whole(self.micro_batch_size, 1),
+            "micro_batch_size",
+            self.micro_batch_size,
+            "a whole number from 1, or None",
+            "Leave it out for one batch.",
+        )
         for name, low in (("bucket_mib", 0), ("silence_s", 0), ("hang_limit_s", 0), ("start_timeout_s", 0)):
             value = getattr(self, name)
-            _require(_is_number(value) and value > low, name, value, "a number above 0",
-                     f"The default is {_DEFAULTS[name]}.")
+            _require(
+                _is_number(value) and value > low, name, value, "a number above 0", f"The default is {_DEFAULTS[name]}."
+            )
         for name in ("replica_check_steps", "max_skipped_steps", "seed"):
             value = getattr(self, name)
-            _require(_is_whole(value, 0), name, value, "a whole number from 0",
-                     f"The default is {_DEFAULTS[name]}.")
+            _require(_is_whole(value, 0), name, value, "a whole number from 0", f"The default is {_DEFAULTS[name]}.")
 
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(HetConfig)}

@@ -101,7 +101,7 @@ class Exchange:
         # until the next step's headers confirm it.
         self._own: list[torch.Tensor | None] = [None] * len(self._plans)
         """By bucket: this member's payload for its own shard, where it is encoded."""
-        most = {dtype: 0 for dtype in {b.dtype for b in layout.buckets}}
+        most = dict.fromkeys({b.dtype for b in layout.buckets}, 0)
         for bucket, plan in zip(layout.buckets, self._plans, strict=True):
             start, stop = plan.bounds[rank]
             most[bucket.dtype] = max(most[bucket.dtype], stop - start)

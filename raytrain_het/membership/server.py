@@ -189,7 +189,13 @@ class Hub:
         match m["type"]:
             case "answer":
                 core.answer(
-                    uid, m["number"], cursor=m["cursor"], healed=m["healed"], fresh=m["fresh"], batch=m["batch"], now=now
+                    uid,
+                    m["number"],
+                    cursor=m["cursor"],
+                    healed=m["healed"],
+                    fresh=m["fresh"],
+                    batch=m["batch"],
+                    now=now,
                 )
             case "pong":
                 core.pong(uid, m["position"], now)

@@ -33,8 +33,8 @@ from raytrain_het.ray_train.controller import HetController, RunPlan
 from raytrain_het.ray_train.failures import to_raise
 from raytrain_het.ray_train.hub import Parts
 from raytrain_het.ray_train.monitor import Monitor, OnUpdate
-from raytrain_het.ray_train.run_folder import RunFolder
 from raytrain_het.ray_train.resources import SlotSpec
+from raytrain_het.ray_train.run_folder import RunFolder
 from raytrain_het.ray_train.scaling import HetScalingConfig
 from raytrain_het.ray_train.storage import check_writable
 from raytrain_het.ray_train.worker_entry import WorkerEntry

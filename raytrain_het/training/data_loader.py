@@ -23,10 +23,10 @@ logger = logging.getLogger("raytrain_het")
 class HetDataLoader:
     """Made by :func:`raytrain_het.prepare_data_loader`. Use it as::
 
-        for epoch in loader.epochs(10):
-            for x, y in loader:
-                loss = ...
-                optimizer.zero_grad(); loss.backward(); optimizer.step()
+    for epoch in loader.epochs(10):
+        for x, y in loader:
+            loss = ...
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
     """
 
     def __init__(
@@ -49,7 +49,9 @@ class HetDataLoader:
                 "or take fewer workers."
             )
         if micro_batch_size is not None and micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size={micro_batch_size} is not valid: allowed is a whole number from 1, or None.")
+            raise ConfigError(
+                f"micro_batch_size={micro_batch_size} is not valid: allowed is a whole number from 1, or None."
+            )
         if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
             raise ConfigError(
                 f"the loader has a {type(loader.sampler).__name__}: allowed are shuffle=True and shuffle=False, since the "

@@ -96,7 +96,9 @@ class Reporter:
         report = self._open.get(message["key"])
         if report is not None and report.snapshot is not None and not report.writing:
             report.writing = True
-            threading.Thread(target=self._write, args=(report, message["uids"]), name="het-checkpoint", daemon=True).start()
+            threading.Thread(
+                target=self._write, args=(report, message["uids"]), name="het-checkpoint", daemon=True
+            ).start()
 
     def _write(self, report: Report, uids: list[str]) -> None:
         """Write and store the checkpoint. A failure costs this checkpoint, never an older one, and never the run."""

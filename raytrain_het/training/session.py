@@ -132,9 +132,7 @@ class Session:
             uid=f"{self.slot}-{secrets.token_hex(4)}", slot=self.slot, host=self.node_ip,
             state_port=self._server.port, device=str(self.device),
         )  # fmt: skip
-        fingerprint = (
-            f"{self.gradients.layout.fingerprint}/{plan.dataset_size}/{plan.global_batch_size}/{plan.shuffle}/{plan.seed}"
-        )
+        fingerprint = f"{self.gradients.layout.fingerprint}/{plan.dataset_size}/{plan.global_batch_size}/{plan.shuffle}/{plan.seed}"
         self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
         self._communicator = Communicator(
             self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
@@ -159,7 +157,9 @@ class Session:
 
     def _check_scheduler(self) -> None:
         optimizer = self.replica.optimizer
-        schedulers = [o for o in self.replica.registered.values() if isinstance(o, torch.optim.lr_scheduler.LRScheduler)]
+        schedulers = [
+            o for o in self.replica.registered.values() if isinstance(o, torch.optim.lr_scheduler.LRScheduler)
+        ]
         if hasattr(getattr(optimizer, "step", None), "_wrapped_by_lr_sched") and not schedulers:
             raise LoopOrderError(
                 "a learning-rate scheduler is attached to the optimizer but not registered, so it would count a step that is "
@@ -246,9 +246,7 @@ class Session:
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
 
-    def evaluate(
-        self, num_chunks: int, run_chunk: Callable[[int], dict[str, float]], name: str
-    ) -> dict[str, float]:
+    def evaluate(self, num_chunks: int, run_chunk: Callable[[int], dict[str, float]], name: str) -> dict[str, float]:
         """Sums over all chunks, computed by whoever is free; the same on every worker."""
         if self.engine is None:
             raise LoopOrderError("evaluate() was called before loader.epochs(): join the run first.")

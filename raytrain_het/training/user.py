@@ -111,7 +111,11 @@ def report(metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, che
 
 
 def evaluate(
-    fn: Callable[[Any], dict[str, float | torch.Tensor]], dataset: Dataset, *, batch_size: int = 256, name: str = "evaluate"
+    fn: Callable[[Any], dict[str, float | torch.Tensor]],
+    dataset: Dataset,
+    *,
+    batch_size: int = 256,
+    name: str = "evaluate",
 ) -> dict[str, float]:
     """Exact means over a held-out dataset, computed by all workers together.
 
