@@ -41,7 +41,9 @@ class HetConfig:
     """How gradients travel: ``none`` is fp32, ``bf16`` halves the bytes."""
 
     backend: Literal["gloo", "nccl"] = "gloo"
-    """What carries the messages. ``gloo`` works for any mix of CPU and GPU workers, from the CPU. ``nccl`` keeps them on
+    """What carries the messages.
+
+    ``gloo`` works for any mix of CPU and GPU workers, from the CPU. ``nccl`` keeps them on
     the GPUs, where every worker has one of its own; it is untested for want of a machine with several."""
 
     bucket_mib: float = 4.0

@@ -1,7 +1,7 @@
 """The hub: sockets, clock and store around the pure membership logic. Runs in a thread of whatever process hosts it.
 
-Each member keeps one connection open to it. The kernel closes that connection when the process dies, so a death is known
-within a millisecond, the same way with Ray and without; what Ray knows besides (a vanished machine) comes by
+Each member keeps one connection open to it. The kernel closes that connection when the process dies, so a death is
+known within a millisecond, the same way with Ray and without; what Ray knows besides (a vanished machine) comes by
 :meth:`Hub.slot_lost`.
 """
 

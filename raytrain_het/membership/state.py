@@ -3,9 +3,10 @@
 Calls go in (a message of a member, a closed connection, Ray's word, the time); messages to members come out of
 :meth:`Membership.drain`. Its interleavings are enumerated in ``tests/unit/test_membership_interleavings.py``.
 
-A generation is formed in one of two ways. A *void* is for a failure: all answer at once, and what the old generation had under
-way is dropped. A *want* is for a change that can wait for the end of the step: members pass it on in their step headers,
-commit, and then answer. Either way the new record is issued when every member of the last one has answered or is gone.
+A generation is formed in one of two ways. A *void* is for a failure: all answer at once, and what the old generation
+had under way is dropped. A *want* is for a change that can wait for the end of the step: members pass it on in their
+step headers, commit, and then answer. Either way the new record is issued when every member of the last one has
+answered or is gone.
 """
 
 from __future__ import annotations
@@ -710,7 +711,10 @@ class Membership:
         return peer
 
     def _refuse_other_model(self, member: Member, fingerprint: str, now: float) -> bool:
-        """Workers must train the same model on the same data. One that does not ends the run: nobody is to wait for it."""
+        """Workers must train the same model on the same data.
+
+        One that does not ends the run: nobody is to wait for it.
+        """
         if not fingerprint:
             return False
         if self._fingerprint is None:
@@ -734,7 +738,10 @@ class Membership:
         self.note({"kind": kind, "generation": generation, **values})
 
     def note(self, event: dict[str, Any]) -> None:
-        """Add to the events. Sequence numbers grow across restarts, so that a reader misses none and reads none twice."""
+        """Add to the events.
+
+        Sequence numbers grow across restarts, so that a reader misses none and reads none twice.
+        """
         self.events.append({"seq": self.next_seq, **event})
         self.next_seq += 1
         if len(self.events) >= 2 * MAX_EVENTS:

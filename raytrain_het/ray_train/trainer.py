@@ -250,6 +250,6 @@ def _check_backend(config: HetConfig, slots: Sequence[SlotSpec]) -> None:
     without = [i for i, slot in enumerate(slots) if slot.resources.get("GPU", 0) < 1]
     if config.backend == "nccl" and without:
         raise ConfigError(
-            f"HetConfig.backend='nccl' needs a whole GPU for every worker; workers {without} have none. Write backend='gloo', "
-            "which carries GPU and CPU workers in one run."
+            f"HetConfig.backend='nccl' needs a whole GPU for every worker; workers {without} have none. Write "
+            "backend='gloo', which carries GPU and CPU workers in one run."
         )

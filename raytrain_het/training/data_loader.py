@@ -35,7 +35,8 @@ class HetDataLoader:
     ) -> None:  # fmt: skip
         if not isinstance(loader, DataLoader):
             raise ConfigError(
-                f"prepare_data_loader() got a {type(loader).__name__}: pass a torch.utils.data.DataLoader(dataset, shuffle=True)."
+                f"prepare_data_loader() got a {type(loader).__name__}: pass a torch.utils.data.DataLoader(dataset, "
+                "shuffle=True)."
             )
         self.dataset = loader.dataset
         size = dataset_size(self.dataset)
@@ -44,9 +45,9 @@ class HetDataLoader:
             raise ConfigError(f"global_batch_size={batch!r} is not valid: allowed is a whole number from 1. Write 512.")
         if batch < session.num_slots:
             raise ConfigError(
-                f"global_batch_size={batch} is smaller than the number of workers ({session.num_slots}), so that some would "
-                f"never train: allowed is {session.num_slots} or more. Write global_batch_size={session.num_slots * 32}, "
-                "or take fewer workers."
+                f"global_batch_size={batch} is smaller than the number of workers ({session.num_slots}), so that some "
+                f"would never train: allowed is {session.num_slots} or more. Write "
+                f"global_batch_size={session.num_slots * 32}, or take fewer workers."
             )
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ConfigError(
@@ -54,8 +55,8 @@ class HetDataLoader:
             )
         if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
             raise ConfigError(
-                f"the loader has a {type(loader.sampler).__name__}: allowed are shuffle=True and shuffle=False, since the "
-                "order belongs to the run. For another order, wrap the dataset."
+                f"the loader has a {type(loader.sampler).__name__}: allowed are shuffle=True and shuffle=False, since "
+                "the order belongs to the run. For another order, wrap the dataset."
             )
         self.global_batch_size = batch
         self.plan = DataPlan(
@@ -89,8 +90,9 @@ class HetDataLoader:
             yield epoch
             if engine.cursor.epoch == epoch:
                 raise LoopOrderError(
-                    f"the loop over the loader was left in the middle of epoch {epoch}, at step {engine.cursor.step}: run it to "
-                    "its end. For a shorter epoch take a torch.utils.data.Subset; to stop for good, return from the function."
+                    f"the loop over the loader was left in the middle of epoch {epoch}, at step {engine.cursor.step}: "
+                    "run it to its end. For a shorter epoch take a torch.utils.data.Subset; to stop for good, return "
+                    "from the function."
                 )
         self._epoch = None
         self._fetcher.close()
@@ -153,8 +155,8 @@ def dataset_size(dataset: Dataset) -> int:
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ConfigError(
-            f"dataset={type(dataset).__name__} has no length: allowed are map-style datasets with __len__ and __getitem__, "
-            "since samples are dealt out by index. Give it both, or read it into a list first."
+            f"dataset={type(dataset).__name__} has no length: allowed are map-style datasets with __len__ and "
+            "__getitem__, since samples are dealt out by index. Give it both, or read it into a list first."
         )
     size = len(dataset)
     if size == 0:

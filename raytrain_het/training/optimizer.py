@@ -1,4 +1,7 @@
-"""An optimizer whose ``step()`` closes the step. Its class is replaced by a subclass, so that it stays what it was to others."""
+"""An optimizer whose ``step()`` closes the step.
+
+Its class is replaced by a subclass, so that it stays what it was to others.
+"""
 
 from __future__ import annotations
 
