@@ -25,7 +25,8 @@ class Healing:
 
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients,
-        server: StateServer, token: Callable[[], str], update: Callable[[], Any], load_checkpoint: Callable[[str], None],
+        server: StateServer, token: Callable[[], str], update: Callable[[], Any],
+        load_checkpoint: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._agent, self._comm, self._replica, self._gradients = agent, communicator, replica, gradients
         self._server, self._token, self._update = server, token, update
