@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from raytrain_het.collectives import points
-from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, one_to_all
+from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, Wire, one_to_all
 from raytrain_het.collectives.group import Group, GroupBuilder, Operation, Reaper
 from raytrain_het.collectives.header import FINITE, Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.layout import Bucket, Layout
@@ -57,8 +57,8 @@ class Job:
 class StepJob(Job):
     """One step's all-reduce. Buckets are filled by the training thread, in layout order."""
 
-    locals: list[torch.Tensor] | None = None
-    """Weighted local gradients by bucket (n,); None if this member sends nothing."""
+    locals: list[torch.Tensor | None] | None = None
+    """Weighted local gradients by bucket (n,); None where they were gathered in the message, or this member sends nothing."""
     outs: list[torch.Tensor] = field(default_factory=list)
     """Where the decoded means go, by bucket (n,)."""
     ready: int = 0
@@ -138,6 +138,11 @@ class Communicator:
         """The first ``count`` buckets of the job are filled."""
         job.ready = count
         self._wake.set()
+
+    def wires(self, record: Record) -> list[list[Wire] | None] | None:
+        """Where gradients of a step of this generation can be gathered, by bucket."""
+        exchange = self._exchange
+        return exchange.wires if exchange is not None and exchange.record is record else None
 
     def replay_into(self, outs: list[torch.Tensor]) -> None:
         """Where replayed sums are decoded to (the training thread's gradients)."""

@@ -137,6 +137,7 @@ class Engine:
         opened = Opened(record, cursor, batch, own, micro, job, time.monotonic())
         self.gradients.begin(
             job,
+            wires=self.comm.wires(record),
             on_ready=lambda count: self._ready(opened, count),
             on_backward_done=lambda last: self._backward_done(opened, last),
         )
