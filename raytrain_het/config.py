@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +15,14 @@ from raytrain_het.errors import ConfigError
 def _require(condition: bool, field: str, value: object, allowed: str, fix: str) -> None:
     if not condition:
         raise ConfigError(f"{field}={value!r} is not valid: allowed is {allowed}. {fix}")
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _is_whole(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +41,9 @@ class HetConfig:
     """How gradients travel: ``none`` is fp32, ``bf16`` halves the bytes."""
 
     backend: Literal["gloo", "nccl"] = "gloo"
-    """What carries the messages. ``gloo`` works for any mix of CPU and GPU workers, from the CPU. ``nccl`` keeps them on
+    """What carries the messages.
+
+    ``gloo`` works for any mix of CPU and GPU workers, from the CPU. ``nccl`` keeps them on
     the GPUs, where every worker has one of its own; it is untested for want of a machine with several."""
 
     bucket_mib: float = 4.0
@@ -61,25 +73,33 @@ class HetConfig:
 
     def __post_init__(self) -> None:
         if self.shares is not None:
-            object.__setattr__(self, "shares", tuple(float(s) for s in self.shares))
-            assert self.shares is not None
-            ok = all(math.isfinite(s) and s >= 0 for s in self.shares) and sum(self.shares) > 0
-            _require(ok, "shares", self.shares, "non-negative numbers, at least one above 0",
-                     "Write one number per worker, such as shares=[3, 1].")
-        _require(self.codec in ("none", "bf16"), "codec", self.codec, "'none' or 'bf16'",
-                 "Write codec='none'.")
-        _require(self.backend in ("gloo", "nccl"), "backend", self.backend, "'gloo' or 'nccl'",
-                 "Write backend='gloo'.")
-        _require(self.micro_batch_size is None or self.micro_batch_size >= 1, "micro_batch_size",
-                 self.micro_batch_size, "a whole number from 1, or None", "Leave it out for one batch.")
+            shares = tuple(self.shares) if isinstance(self.shares, Iterable) else ()
+            ok = all(_is_number(s) and s >= 0 for s in shares) and sum(shares) > 0
+            _require(
+                ok,
+                "shares",
+                self.shares,
+                "non-negative numbers, at least one above 0",
+                "Write one number per worker, such as shares=[3, 1].",
+            )
+            object.__setattr__(self, "shares", tuple(float(s) for s in shares))
+        _require(self.codec in ("none", "bf16"), "codec", self.codec, "'none' or 'bf16'", "Write codec='none'.")
+        _require(self.backend in ("gloo", "nccl"), "backend", self.backend, "'gloo' or 'nccl'", "Write backend='gloo'.")
+        _require(
+            self.micro_batch_size is None or _is_whole(self.micro_batch_size, 1),
+            "micro_batch_size",
+            self.micro_batch_size,
+            "a whole number from 1, or None",
+            "Leave it out for one batch.",
+        )
         for name, low in (("bucket_mib", 0), ("silence_s", 0), ("hang_limit_s", 0), ("start_timeout_s", 0)):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value > low, name, value, "a number above 0",
-                     f"The default is {_DEFAULTS[name]}.")
+            _require(
+                _is_number(value) and value > low, name, value, "a number above 0", f"The default is {_DEFAULTS[name]}."
+            )
         for name in ("replica_check_steps", "max_skipped_steps", "seed"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 0, name, value, "a whole number from 0",
-                     f"The default is {_DEFAULTS[name]}.")
+            _require(_is_whole(value, 0), name, value, "a whole number from 0", f"The default is {_DEFAULTS[name]}.")
 
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(HetConfig)}

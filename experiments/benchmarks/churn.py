@@ -122,11 +122,13 @@ def main() -> None:
         refills = directory / "refills"
         refills.touch()
         lab = ProcessLab(train, directory, num_slots=3, ledger=False)
+        lost: list[dict[str, Any]] = []
         meter = Meter(directory / "usage_hub.jsonl", refills)
 
         def on_poll() -> None:
             meter.sample()
             if refills.stat().st_size >= args.refills:
+                lost.extend(e for e in lab.hub.events(0) if e["kind"] in ("lost", "evicted") and e["slot"] != VICTIM)
                 raise Enough
 
         started = time.monotonic()
@@ -139,13 +141,12 @@ def main() -> None:
             path.stem.removeprefix("usage_"): [json.loads(line) for line in path.read_text().splitlines()]
             for path in sorted(directory.glob("usage_*.jsonl"))
         }
-    unexpected = [e for e in lab.events if e["kind"] in ("lost", "evicted") and e["slot"] != VICTIM]
-    for event in unexpected:
+    for event in lost:
         print(f"a survivor was lost, so nothing can be said of it: {event}")
     rows = [{"process": name, **judge(part, args.refills)} for name, part in samples.items()]
     common.show(f"{args.refills} kills and refills of one member in {duration:.0f} s", rows)
     common.keep(args.json, {"benchmark": "churn", "refills": args.refills, "seconds": duration, "processes": rows,
-                            "survivors_lost": unexpected, "samples": samples})  # fmt: skip
+                            "survivors_lost": lost, "samples": samples})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from experiments.benchmarks import common
 from raytrain_het.collectives.exchange import Exchange
 from raytrain_het.testing.processes import ProcessLab
 from raytrain_het.training import gradients as gradients_module
-from raytrain_het.training.session import current
 
 WORKERS = 4
 
@@ -99,7 +98,12 @@ def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> 
     batches = endless()
     for block in range(blocks + 1):
         plain_s = plain_block()
-        threads, tensors, messages, began = thread_cpu_s(), on_gradients.total_s, on_messages.total_s, time.thread_time()
+        threads, tensors, messages, began = (
+            thread_cpu_s(),
+            on_gradients.total_s,
+            on_messages.total_s,
+            time.thread_time(),
+        )
         for _ in range(steps):
             x, y = next(batches)
             loss = F.cross_entropy(model(x), y)
@@ -124,7 +128,9 @@ def main() -> None:
     def add(parser: Any) -> None:
         parser.add_argument("--blocks", type=int, default=20)
         parser.add_argument("--steps", type=int, default=20, help="steps in a block")
-        parser.add_argument("--batch", type=int, default=8, help="samples of each worker; the protocol's work does not depend on it")
+        parser.add_argument(
+            "--batch", type=int, default=8, help="samples of each worker; the protocol's work does not depend on it"
+        )
 
     args = common.arguments(__doc__, add)
     rows = []

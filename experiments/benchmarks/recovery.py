@@ -99,7 +99,8 @@ def run_faults(directory: Path, point: str, args: Any) -> list[dict[str, Any]]:
 def evaluate(directory: Path, point: str, kind: str) -> Iterator[dict[str, Any]]:
     """The recovery of each fault that happened, by the slowest survivor."""
     processes = {
-        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in directory.glob("times_*.jsonl")
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in directory.glob("times_*.jsonl")
     }
     for mark in sorted(directory.glob(f"fault_*_{kind}")):
         slot, step = (int(text) for text in mark.stem.split("_")[1:3])

@@ -12,9 +12,7 @@ it: the median over pairs, with a 95 % bootstrap interval over pairs. The upper 
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,7 +106,8 @@ def train(directory: str, *, size: int, blocks: int, steps: int, step_s: float, 
                 results.append({"side": "het", "block": block, "batch": batch, **ours})
                 if block % 2 == 0:
                     results += [
-                        {"side": "ddp", "block": b, "batch": batch, **ddp.block(batch, steps)} for b in (block, block + 1)
+                        {"side": "ddp", "block": b, "batch": batch, **ddp.block(batch, steps)}
+                        for b in (block, block + 1)
                     ]
             block += 1
             if block == blocks:

@@ -7,6 +7,7 @@ submits, and follows along by itself while this member is not healed. The traini
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import time
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from raytrain_het.collectives import points
-from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, one_to_all
+from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, Wire, one_to_all
 from raytrain_het.collectives.group import Group, GroupBuilder, Operation, Reaper
 from raytrain_het.collectives.header import FINITE, Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.layout import Bucket, Layout
@@ -56,8 +57,8 @@ class Job:
 class StepJob(Job):
     """One step's all-reduce. Buckets are filled by the training thread, in layout order."""
 
-    locals: list[torch.Tensor] | None = None
-    """Weighted local gradients by bucket (n,); None if this member sends nothing."""
+    locals: list[torch.Tensor | None] | None = None
+    """Weighted local gradients by bucket (n,); None where they were gathered in the message, or this member sends nothing."""
     outs: list[torch.Tensor] = field(default_factory=list)
     """Where the decoded means go, by bucket (n,)."""
     ready: int = 0
@@ -137,6 +138,11 @@ class Communicator:
         """The first ``count`` buckets of the job are filled."""
         job.ready = count
         self._wake.set()
+
+    def wires(self, record: Record) -> list[list[Wire] | None] | None:
+        """Where gradients of a step of this generation can be gathered, by bucket."""
+        exchange = self._exchange
+        return exchange.wires if exchange is not None and exchange.record is record else None
 
     def replay_into(self, outs: list[torch.Tensor]) -> None:
         """Where replayed sums are decoded to (the training thread's gradients)."""
@@ -272,12 +278,12 @@ class Communicator:
         rank = record.rank_of(self.agent.uid)
         if rank is None:
             return
-        if self._group is None or self._group.key != record.group:
+        group = self._group
+        if group is None or group.key != record.group:
             self._leave_group()
-            if len(record.members) >= 1:
-                self._group = self._build(record, rank)
+            group = self._group = self._build(record, rank)
         self._collect_traffic()
-        self._exchange = Exchange(record, rank, self.layout, self._group)
+        self._exchange = Exchange(record, rank, self.layout, group)
         replayed = self._replay(record, rank) if record.behind else None
         if self.agent.uid in record.unhealed and self.followed_to != record.cursor:
             # What was followed so far does not lead here: healing starts again from a new snapshot.
@@ -361,7 +367,7 @@ class Communicator:
         gathers: list[Operation] = []
         for k in range(len(buckets) + 1):
             if k < len(buckets):
-                self._await(lambda k=k: job.ready > k, generation, job.step, peers=False)
+                self._await(functools.partial(_is_ready, job, k), generation, job.step, peers=False)
                 self._position = job.step * 1000 + k
                 scatters.append(exchange.scatter(buckets[k], self._header(job, buckets[k]), self._local(job, k)))
             if k == 1:
@@ -471,6 +477,10 @@ class Communicator:
             self.traffic.sent += self._exchange.traffic.sent
             self.traffic.received += self._exchange.traffic.received
             self._exchange.traffic = Traffic()
+
+
+def _is_ready(job: StepJob, bucket: int) -> bool:
+    return job.ready > bucket
 
 
 def resync_due(sums: Sums) -> bool:

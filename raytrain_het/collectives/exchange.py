@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from raytrain_het.collectives.group import Group, Operation
 from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.layout import Bucket, Layout, aligned, shard_bounds
-from raytrain_het.compression import CODECS
+from raytrain_het.compression import CODECS, Codec
 from raytrain_het.errors import ProtocolError
 from raytrain_het.membership.record import Record
 
@@ -57,6 +58,10 @@ class Traffic:
 
     sent: int = 0
     received: int = 0
+
+
+Wire = tuple[int, int, torch.Tensor]
+"""Elements ``start`` to ``stop`` of a bucket, and the values (stop - start,) in the message that takes them to their owner."""
 
 
 @dataclass(frozen=True)
@@ -92,22 +97,24 @@ class Exchange:
         self._dense = CODECS["none"]
         self._plans = [self._plan(bucket, size) for bucket in layout.buckets]
         device = group.device
-        self._scatter_in = [torch.zeros(sum(p.scatter_in), dtype=torch.uint8, device=device) for p in self._plans]
-        self._scatter_out = [torch.zeros(sum(p.scatter_out), dtype=torch.uint8, device=device) for p in self._plans]
-        self._gather_in = [torch.zeros(max(size - 1, 1) * p.own, dtype=torch.uint8, device=device) for p in self._plans]
-        self._gathered = [torch.zeros(sum(p.gather_out), dtype=torch.uint8, device=device) for p in self._plans]
+        # Not zeroed: 20 MB for a million parameters, and peers wait for a new generation.
+        self._scatter_in = [torch.empty(sum(p.scatter_in), dtype=torch.uint8, device=device) for p in self._plans]
+        self._scatter_out = [torch.empty(sum(p.scatter_out), dtype=torch.uint8, device=device) for p in self._plans]
+        self._gather_in = [torch.empty(max(size - 1, 1) * p.own, dtype=torch.uint8, device=device) for p in self._plans]
+        self._gathered = [torch.empty(sum(p.gather_out), dtype=torch.uint8, device=device) for p in self._plans]
         # What the owners sent, this one included (the first copy of what it sends), are the kept sums of the last step,
         # until the next step's headers confirm it.
         self._own: list[torch.Tensor | None] = [None] * len(self._plans)
-        """By bucket: this member's payload for its own shard, where it is encoded."""
-        most = {dtype: 0 for dtype in {b.dtype for b in layout.buckets}}
+        """By bucket: this member's payload for its own shard, wherever it is."""
+        self._own_wires = self._own.copy()
+        most = dict.fromkeys({b.dtype for b in layout.buckets}, 0)
         for bucket, plan in zip(layout.buckets, self._plans, strict=True):
             start, stop = plan.bounds[rank]
             most[bucket.dtype] = max(most[bucket.dtype], stop - start)
-        self._sum = {dtype: torch.zeros(n, dtype=dtype, device=device) for dtype, n in most.items()}
-        self._scratch = {dtype: torch.zeros(n, dtype=dtype, device=device) for dtype, n in most.items()}
+        self._sum = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in most.items()}
+        self._scratch = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in most.items()}
 
-    def _codec(self, rank: int, bucket: Bucket):
+    def _codec(self, rank: int, bucket: Bucket) -> Codec:
         return self._dense if bucket.is_state else self._codecs[rank]
 
     def _plan(self, bucket: Bucket, size: int) -> _Plan:
@@ -129,12 +136,44 @@ class Exchange:
             gather_out=[payload(j, j) if j != me else 0 for j in range(size)],
         )
 
+    @cached_property
+    def wires(self) -> list[list[Wire] | None]:
+        """By bucket: where local gradients can be gathered so that nothing is left to encode; None where that cannot be.
+
+        Whoever fills a bucket there passes no ``local`` to :meth:`scatter`.
+        """
+        return [self._wires_of(bucket) for bucket in self.layout.buckets]
+
+    def _wires_of(self, bucket: Bucket) -> list[Wire] | None:
+        plan, message, codec = self._plans[bucket.index], self._scatter_in[bucket.index], self._codec(self.rank, bucket)
+        if bucket.is_state or not self._sends[self.rank]:
+            return None
+        wires, place = [], 0
+        for owner, ((start, stop), length) in enumerate(zip(plan.bounds, plan.scatter_in, strict=True)):
+            if stop > start:
+                capacity = codec.capacity_bytes(stop - start, bucket.dtype)
+                mine = owner == self.rank
+                body = torch.empty(capacity, dtype=torch.uint8) if mine else message[place + plan.header :][:capacity]
+                values = codec.in_place(body, bucket.dtype)
+                if values is None:
+                    return None
+                if mine:
+                    self._own_wires[bucket.index] = body
+                wires.append((start, stop, values))
+            place += length
+        return wires
+
     # ---------------------------------------------------------------- the two halves
 
     def scatter(self, bucket: Bucket, header: Header, local: torch.Tensor | None) -> Operation:
-        """Send the header to all and, unless this member sends nothing, each owner its shard of ``local`` (n,)."""
+        """Send the header to all and, unless this member sends nothing, each owner its shard of ``local`` (n,).
+
+        Without ``local`` what was gathered in :attr:`wires` is sent.
+        """
         plan, message = self._plans[bucket.index], self._scatter_in[bucket.index]
         place = 0
+        if local is None:
+            self._own[bucket.index] = self._own_wires[bucket.index]
         for owner, length in enumerate(plan.scatter_in):
             if place == 0:
                 write_header(header, len(bucket.segments), message[: plan.header])

@@ -1,7 +1,8 @@
 """Process groups that come and go with generations, and operations that can be abandoned.
 
-An abandoned operation stays live: a stopped peer that wakes writes into its receive buffer. So its buffers and its group belong to
-it until it ends, and a reaper thread drops them then (dropping a group that is stuck blocks until the operation's time-out).
+An abandoned operation stays live: a stopped peer that wakes writes into its receive buffer. So its buffers and its
+group belong to it until it ends, and a reaper thread drops them then (dropping a group that is stuck blocks until the
+operation's time-out).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,20 +65,21 @@ class Group:
     """How often a waiting thread has to look whether an operation is done; None if it is told."""
 
     def __init__(
-        self, key: str, pg: dist.ProcessGroup, rank: int, size: int, wake: Callable[[], None],
-        device: torch.device = torch.device("cpu"),
+        self, key: str, pg: Any, rank: int, size: int, wake: Callable[[], None],
+        device: torch.device | None = None,
     ) -> None:  # fmt: skip
-        self.key, self.rank, self.size, self.device = key, rank, size, device
-        self._pg: dist.ProcessGroup | None = pg
+        self.key, self.rank, self.size, self.device = key, rank, size, device or torch.device("cpu")
+        self._pg: Any = pg
         self._wake = wake
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             self.poll_s = 0.0005
         self._under_way: list[Operation] = []
 
     def all_to_all(
         self, out: torch.Tensor, inp: torch.Tensor, out_splits: list[int], in_splits: list[int]
     ) -> Operation:
-        """Uneven all-to-all of uint8: rank ``i``'s part of ``inp`` goes to ``i``; its message lands in its part of ``out``."""
+        """Uneven all-to-all of uint8: rank ``i``'s part of ``inp`` goes to ``i``; its message lands in its part of
+        ``out``."""
         assert self._pg is not None
         work = self._pg.alltoall_base(out, inp, out_splits, in_splits, dist.AllToAllOptions())
         tensors = (out, inp)
@@ -155,8 +158,10 @@ def make_group(
     prefixed = dist.PrefixStore(f"het/{key}", client)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        return Group(key, dist.ProcessGroupNCCL(prefixed, rank, size), rank, size, wake, device)
-    options = dist.ProcessGroupGloo._Options()
+        return Group(
+            key, dist.ProcessGroupNCCL(prefixed, rank, size, dist.ProcessGroupNCCL.Options()), rank, size, wake, device
+        )
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = OPERATION_TIMEOUT
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._threads = 2

@@ -58,7 +58,8 @@ def wire_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Layout:
-    """Buckets of gradients in reverse order of the parameters (about the order in which they become ready), then buffers.
+    """Buckets of gradients in reverse order of the parameters (about the order in which they become ready), then
+    buffers.
 
     Args:
         parameters: (name, tensor) of all that are trained, in the model's order.

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 POINTS = ("slice", "backward", "between_buckets", "decoded", "updated", "report")
-"""Before the slice is taken; in the backward pass; between two buckets' exchanges; after the sums are decoded; after the
+"""Before the slice is taken; in the backward pass; between two buckets' exchanges; after the sums are decoded; after
+the
 optimizer's update and before the commit; in a report."""
 
 MARKS = ("opened", "arrived")
-"""No faults happen there; they tell listeners that a step was opened, and that the last backward pass of its own is over."""
+"""No faults happen there; they tell listeners that a step was opened, and that the last backward pass of its own is
+over."""
 
 listeners: list[Callable[[str, int], None]] = []
 

@@ -8,18 +8,20 @@ from typing import ClassVar
 import torch
 
 State = dict[str, torch.Tensor]
-"""Element-aligned state: every tensor's first dimension is the bucket's element count, so that it can be cut into whatever
+"""Element-aligned state: every tensor's first dimension is the bucket's element count, so that it can be cut into
+whatever
 shards are in force and be kept by parameter name."""
 
 
 class Codec(abc.ABC):
     """Encodes a one-dimensional shard into a payload and back.
 
-    The payload's *capacity* is a pure function of the element count and dtype, known to both sides without running: gloo
-    aborts the process on a message that is longer than expected. What varies is packed inside with its true length.
+    The payload's *capacity* is a pure function of the element count and dtype, known to both sides without running:
+    gloo aborts the process on a message that is longer than expected. What varies is packed inside with its true
+    length.
 
-    State (error feedback and the like) is explicit: ``encode`` reads ``state`` and writes ``new_state``; the caller keeps the
-    old one until the step is confirmed, and goes back to it if the step is done again.
+    State (error feedback and the like) is explicit: ``encode`` reads ``state`` and writes ``new_state``; the caller
+    keeps the old one until the step is confirmed, and goes back to it if the step is done again.
     """
 
     name: ClassVar[str]
@@ -37,10 +39,11 @@ class Codec(abc.ABC):
         """Bytes of the payload of so many elements."""
 
     def in_place(self, payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """The payload (capacity,) uint8 seen as values of ``dtype``, sharing its memory, where encoding changes no bit; else None.
+        """The payload (capacity,) uint8 seen as values of ``dtype``, sharing its memory, where encoding changes no bit;
+        else None.
 
-        Then sums are made where they are sent from, and added from where they arrive: at a gigabyte a second, copies are what
-        the all-reduce costs.
+        Then sums are made where they are sent from, and added from where they arrive: at a gigabyte a second, copies
+        are what the all-reduce costs.
         """
         return None
 

@@ -25,8 +25,8 @@ class RunOver(BaseException):
 class MemberAgent:
     """Holds what this member knows of the run, under one condition that every waiting thread shares.
 
-    ``commit_lock`` serialises committing a step and answering to a forming generation: once answered, nothing of the old
-    generation commits. The reader thread never waits for it; a committing thread answers itself when it is done.
+    ``commit_lock`` serialises committing a step and answering to a forming generation: once answered, nothing of the
+    old generation commits. The reader thread never waits for it; a committing thread answers itself when it is done.
     """
 
     def __init__(self, member: Member, locate: Callable[[], dict[str, Any]], *, fingerprint: str = "") -> None:

@@ -82,6 +82,6 @@ class Record:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Record:
         """The inverse of :meth:`to_json`."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         values["members"] = tuple(Member(**m) for m in data["members"])
         return cls(**values)

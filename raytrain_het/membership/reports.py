@@ -56,8 +56,8 @@ class _Report:
 class ReportBook:
     """Collects every worker's part of each report until it is whole.
 
-    A report is whole when each current member has given its part, or has gone past it, or is no longer there; and when its
-    checkpoint is stored, or has failed.
+    A report is whole when each current member has given its part, or has gone past it, or is no longer there; and when
+    its checkpoint is stored, or has failed.
     """
 
     def __init__(self, first_seq: int = 0) -> None:
@@ -141,8 +141,11 @@ class ReportBook:
         return [s for s in slots if s not in parts and self._last_order.get(s, (-1, -1)) < _order(key)]
 
     def forget(self, slot: int) -> None:
-        """A slot's process is gone; a new one in its place starts from nothing."""
+        """A slot's process is gone, with the snapshots it held; a new one in its place starts from nothing."""
         self._last_order.pop(slot, None)
+        for report in self._open.values():
+            if slot in report.parts:
+                report.parts[slot] = report.parts[slot] | {"holds_snapshot": False}
 
     def untaken(self) -> list[dict[str, Any]]:
         """Whole reports that nobody has acknowledged, oldest first."""
@@ -172,15 +175,16 @@ def _order(key: str) -> tuple[int, int]:
 class EvaluationBook:
     """Hands the chunks of an evaluation out to whoever is free, and adds up the results exactly.
 
-    A chunk given to a worker that dies is given out again. Sums are taken over chunks in their order with ``math.fsum``, so
-    the result depends neither on who computed what nor on when.
+    A chunk given to a worker that dies is given out again. Sums are taken over chunks in their order with
+    ``math.fsum``, so the result depends neither on who computed what nor on when.
     """
 
     def __init__(self) -> None:
         self._runs: dict[str, dict[str, Any]] = {}
 
     def next(self, key: str, num_chunks: int, uid: str, result: list[Any] | None) -> dict[str, Any]:
-        """Take a finished chunk's result and give the next: ``{"chunk": i}``, ``{"wait": True}`` or ``{"sums": ...}``."""
+        """Take a finished chunk's result and give the next: ``{"chunk": i}``, ``{"wait": True}`` or ``{"sums":
+        ...}``."""
         if key not in self._runs:
             for old in list(self._runs)[: -MAX_EVALUATIONS + 1]:
                 del self._runs[old]

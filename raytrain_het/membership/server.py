@@ -1,7 +1,7 @@
 """The hub: sockets, clock and store around the pure membership logic. Runs in a thread of whatever process hosts it.
 
-Each member keeps one connection open to it. The kernel closes that connection when the process dies, so a death is known
-within a millisecond, the same way with Ray and without; what Ray knows besides (a vanished machine) comes by
+Each member keeps one connection open to it. The kernel closes that connection when the process dies, so a death is
+known within a millisecond, the same way with Ray and without; what Ray knows besides (a vanished machine) comes by
 :meth:`Hub.slot_lost`.
 """
 
@@ -61,7 +61,7 @@ class Hub:
         self._leaving: dict[str, set[str]] = {}
         self._stats: dict[int, dict[str, Any]] = {}
         self._connections: dict[str, asyncio.StreamWriter] = {}
-        self._noted = 0
+        self._noted = self._core.next_seq
         self._loop = asyncio.new_event_loop()
         self._port = port
         ready = threading.Event()
@@ -189,7 +189,13 @@ class Hub:
         match m["type"]:
             case "answer":
                 core.answer(
-                    uid, m["number"], cursor=m["cursor"], healed=m["healed"], fresh=m["fresh"], batch=m["batch"], now=now
+                    uid,
+                    m["number"],
+                    cursor=m["cursor"],
+                    healed=m["healed"],
+                    fresh=m["fresh"],
+                    batch=m["batch"],
+                    now=now,
                 )
             case "pong":
                 core.pong(uid, m["position"], now)
@@ -226,13 +232,14 @@ class Hub:
 
     def _flush(self) -> None:
         """Send what the logic has decided, stamp its events, and settle reports under the new membership."""
-        for event in self._core.events[self._noted :]:
+        noted = self._core.next_seq - self._noted
+        for event in self._core.events[-noted:] if noted else ():
             event.setdefault("time", time.time())
             if event["kind"] in ("lost", "evicted", "left", "finished", "raised"):
                 self._evaluations.forget(event["uid"])
-                if event["kind"] in ("lost", "evicted"):
+                if event["kind"] in ("lost", "evicted", "left"):
                     self._reports.forget(event["slot"])
-        self._noted = len(self._core.events)
+        self._noted = self._core.next_seq
         for uid, message in self._core.drain():
             self._send(uid, message)
         if self._core.recovering:

@@ -3,9 +3,10 @@
 Calls go in (a message of a member, a closed connection, Ray's word, the time); messages to members come out of
 :meth:`Membership.drain`. Its interleavings are enumerated in ``tests/unit/test_membership_interleavings.py``.
 
-A generation is formed in one of two ways. A *void* is for a failure: all answer at once, and what the old generation had under
-way is dropped. A *want* is for a change that can wait for the end of the step: members pass it on in their step headers,
-commit, and then answer. Either way the new record is issued when every member of the last one has answered or is gone.
+A generation is formed in one of two ways. A *void* is for a failure: all answer at once, and what the old generation
+had under way is dropped. A *want* is for a change that can wait for the end of the step: members pass it on in their
+step headers, commit, and then answer. Either way the new record is issued when every member of the last one has
+answered or is gone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ MAX_FRUITLESS_GENERATIONS = 20
 """So many generations in a row voided without a death or a commit fail the run: some link must be broken."""
 TELL_OF_WAITING_S = 10.0
 """A step that waits so long for a living member is told about."""
+MAX_EVENTS = 1000
+"""At least so many of the latest events are kept; their readers come every second or so and keep what they want."""
 RECOVERY_GRACE_S = 10.0
 """How long a restarted actor waits for the members of the highest record."""
 
@@ -84,7 +87,8 @@ class Membership:
         self.voided = False
         self.failure: str | None = None
         self.events: list[dict[str, Any]] = []
-        self._first_seq = incarnation // 1_000_000
+        self.next_seq = incarnation // 1_000_000
+        """Sequence number of the next event."""
         self.vacant: set[int] = set()
         self.dead_slots: set[int] = set()
         self.finished_slots: set[int] = set()
@@ -165,11 +169,11 @@ class Membership:
         if self.failure is not None:
             self._send(uid, type="fail", message=self.failure)
             return
+        for other in [p for p in self.peers.values() if p.member.slot == member.slot and p.member.uid != uid]:
+            self._lose(other.member.uid, "its slot was taken by a new process", now, died=True)
         if self.over and record is None:
             self._send(uid, type="end")
             return
-        for other in [p for p in self.peers.values() if p.member.slot == member.slot and p.member.uid != uid]:
-            self._lose(other.member.uid, "its slot was taken by a new process", now, died=True)
         if self._refuse_other_model(member, fingerprint, now):
             return
         self.vacant.discard(member.slot)
@@ -307,11 +311,6 @@ class Membership:
             self._release(uid, "left", now)
             return
         peer.phase, peer.cursor, peer.confirmed = Phase.FINISHED, dict(cursor), confirmed
-        if self.record is not None and cursor["step"] > self.record.base:
-            # A step takes all members: whoever had to load or compare first has done so, though its word is under way.
-            for other in self.peers.values():
-                if self.record.rank_of(other.member.uid) is not None and other.member.uid not in self.record.unhealed:
-                    other.healed, other.fresh = True, False
         self._release_the_finished(now)
 
     def raised(self, uid: str, error: str, now: float) -> None:
@@ -546,12 +545,21 @@ class Membership:
         return True
 
     def _release_the_finished(self, now: float) -> None:
-        finished = [p for p in self.peers.values() if p.phase is Phase.FINISHED]
+        if self._recovering is not None:
+            return  # Who else is there, and needs them, is not known yet.
+        finished, record = [p for p in self.peers.values() if p.phase is Phase.FINISHED], self.record
+        if record is not None and any(p.cursor["step"] > record.base for p in finished):
+            # A step takes all members: whoever had to load or compare first has done so, though its word is under way.
+            for uid, peer in self.peers.items():
+                if record.rank_of(uid) is not None and uid not in record.unhealed:
+                    peer.healed, peer.fresh = True, False
         active = [p for p in self.peers.values() if p.phase in (Phase.IN, Phase.LEAVING) and p.healed and not p.fresh]
         for peer in finished:
             step = peer.cursor["step"]
             held_by_others = all(p.cursor["step"] >= step for p in finished) and not active
-            if peer.confirmed or held_by_others:
+            # Who goes by the record's base does not know of those who are behind, and have yet to take it over.
+            confirmed = peer.confirmed and not (record is not None and record.behind and step == record.base)
+            if confirmed or held_by_others:
                 self._release(peer.member.uid, "finished", now)
         self._form_if_answered(now)
 
@@ -696,6 +704,7 @@ class Membership:
             self._start_forming(void=True, reason=reason, now=now, number=highest + 1)
         elif any(p.phase is Phase.JOINING or p.fresh and u in record.unhealed for u, p in self.peers.items()):
             self._start_forming(void=False, reason="workers have joined or healed", now=now, number=highest + 1)
+        self._release_the_finished(now)
 
     # ---------------------------------------------------------------- small things
 
@@ -706,7 +715,10 @@ class Membership:
         return peer
 
     def _refuse_other_model(self, member: Member, fingerprint: str, now: float) -> bool:
-        """Workers must train the same model on the same data. One that does not ends the run: nobody is to wait for it."""
+        """Workers must train the same model on the same data.
+
+        One that does not ends the run: nobody is to wait for it.
+        """
         if not fingerprint:
             return False
         if self._fingerprint is None:
@@ -730,5 +742,11 @@ class Membership:
         self.note({"kind": kind, "generation": generation, **values})
 
     def note(self, event: dict[str, Any]) -> None:
-        """Add to the events. Sequence numbers grow across restarts, so that a reader misses none and reads none twice."""
-        self.events.append({"seq": self._first_seq + len(self.events), **event})
+        """Add to the events.
+
+        Sequence numbers grow across restarts, so that a reader misses none and reads none twice.
+        """
+        self.events.append({"seq": self.next_seq, **event})
+        self.next_seq += 1
+        if len(self.events) >= 2 * MAX_EVENTS:
+            del self.events[:MAX_EVENTS]

@@ -1,7 +1,11 @@
-"""JSON lines over a socket: how members and the hub talk. Messages are small; nothing on it is executed or unpickled."""
+"""JSON lines over a socket: how members and the hub talk.
+
+Messages are small; nothing on it is executed or unpickled.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -52,8 +56,6 @@ class Connection:
 
     def close(self) -> None:
         """Close it; the reader ends."""
-        try:
+        with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._sock.close()

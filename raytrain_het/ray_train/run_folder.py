@@ -57,7 +57,7 @@ class RunFolder:
         self._write("metrics.jsonl", "a", "".join(json.dumps(r, default=_plain) + "\n" for r in reports))
         for report in reports:
             for name, value in report.get("metrics", {}).items():
-                if isinstance(value, numbers.Real) and not isinstance(value, bool):
+                if not isinstance(value, bool) and isinstance(value, numbers.Real):
                     self._add_scalar(name, float(value), int(report.get("step", 0)))
 
     def add_events(self, events: list[dict[str, Any]]) -> None:

@@ -89,7 +89,7 @@ class HetScalingConfig(ScalingConfig):
             that equal workers would need; the message says what to write instead.
     """
 
-    def __init__(self, workers: Literal["auto"] | Sequence[WorkerSpec] = "auto", **rays: Any) -> None:
+    def __init__(self, workers: Literal["auto"] | WorkerSpec | Sequence[WorkerSpec] = "auto", **rays: Any) -> None:
         for name, value in rays.items():
             instead = _INSTEAD.get(name, "nothing: it is not known here")
             raise ConfigError(
@@ -106,7 +106,7 @@ class HetScalingConfig(ScalingConfig):
                     "Write workers=[WorkerSpec(count=2, resources={'CPU': 1})]."
                 )
         self.workers: Literal["auto"] | tuple[WorkerSpec, ...] = "auto" if workers == "auto" else tuple(workers)
-        self.slots: tuple[SlotSpec, ...] | None = None if workers == "auto" else _slots_of(self.workers)
+        self.slots: tuple[SlotSpec, ...] | None = None if self.workers == "auto" else _slots_of(self.workers)
         # 0 would mean Ray's local mode, so that "auto" stands as 1 until it is resolved.
         super().__init__(num_workers=len(self.slots) if self.slots else 1)
 

@@ -33,8 +33,8 @@ from raytrain_het.ray_train.controller import HetController, RunPlan
 from raytrain_het.ray_train.failures import to_raise
 from raytrain_het.ray_train.hub import Parts
 from raytrain_het.ray_train.monitor import Monitor, OnUpdate
-from raytrain_het.ray_train.run_folder import RunFolder
 from raytrain_het.ray_train.resources import SlotSpec
+from raytrain_het.ray_train.run_folder import RunFolder
 from raytrain_het.ray_train.scaling import HetScalingConfig
 from raytrain_het.ray_train.storage import check_writable
 from raytrain_het.ray_train.worker_entry import WorkerEntry
@@ -172,7 +172,7 @@ class HetTrainer(TorchTrainer):
         if result.error is not None:
             raise to_raise(result.error, last_word.get("errors", {})) from None
         self.summary = monitor.summary(result.metrics)
-        result.het_summary = self.summary  # type: ignore[attr-defined]
+        result.het_summary = self.summary
         return result
 
     def _start_controller(self, **arguments: Any) -> Any:
@@ -250,6 +250,6 @@ def _check_backend(config: HetConfig, slots: Sequence[SlotSpec]) -> None:
     without = [i for i, slot in enumerate(slots) if slot.resources.get("GPU", 0) < 1]
     if config.backend == "nccl" and without:
         raise ConfigError(
-            f"HetConfig.backend='nccl' needs a whole GPU for every worker; workers {without} have none. Write backend='gloo', "
-            "which carries GPU and CPU workers in one run."
+            f"HetConfig.backend='nccl' needs a whole GPU for every worker; workers {without} have none. Write "
+            "backend='gloo', which carries GPU and CPU workers in one run."
         )

@@ -63,7 +63,7 @@ class HetWorkerGroup(WorkerGroup):
         self._errors: dict[int, Exception] = {}
         self._failing_since: float | None = None
         # Its queues are filled and emptied within one poll, so that a refill has nothing to reset.
-        self._replica_group_callbacks = [
+        self._replica_group_callbacks: list[Any] = [
             c for c in self._replica_group_callbacks if not isinstance(c, ReportCallbackHandler)
         ]
 
@@ -140,11 +140,12 @@ class HetWorkerGroup(WorkerGroup):
             slot.answer = None
             if slot.ongoing_poll is None:
                 slot.ongoing_poll = PollTask(time_monotonic(), slot.worker.actor.poll_status.remote())
-        refs = [slot.ongoing_poll.task for slot in live]
+        asked = [(slot, slot.ongoing_poll) for slot in live if slot.ongoing_poll is not None]
+        refs = [task.task for _, task in asked]
         done = set(ray.wait(refs, num_returns=len(refs), timeout=timeout)[0]) if refs else set()
-        for slot in live:
-            if slot.ongoing_poll.task in done:
-                task, slot.ongoing_poll = slot.ongoing_poll, None
+        for slot, task in asked:
+            if task.task in done:
+                slot.ongoing_poll = None
                 try:
                     slot.answer = ray.get(task.task)
                 except ActorUnavailableError:

@@ -212,7 +212,7 @@ def _check_step(
     if told != expected:
         yield step, f"(epoch, offset, batch_size) is {told}, by the plan {expected}"
     position = entry.offset
-    for uid, (start, stop) in sorted(entry.slices.items(), key=lambda item: item[1]):
+    for uid, (start, stop) in sorted(entry.slices.items(), key=lambda item: tuple(item[1])):
         if start != position or stop < start:
             yield step, f"the slice [{start}, {stop}) of {uid} does not follow on {position}"
         position = stop

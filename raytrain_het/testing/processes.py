@@ -25,7 +25,7 @@ import torch
 import torch._dynamo  # Imported by every optimizer's first step: once in the fork server, not in each worker.
 
 from raytrain_het.config import HetConfig
-from raytrain_het.errors import HetError
+from raytrain_het.errors import EvictedError, HetError
 from raytrain_het.membership.server import Hub
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.testing import faults as fault_kit
@@ -203,7 +203,7 @@ def _work(slot: int, payload: bytes) -> None:
         )  # fmt: skip
         if done is not None:  # Else it was let go before its end.
             kind, value = "result", done[0]
-    except sessions.EvictedError:
+    except EvictedError:
         pass
     except BaseException:
         kind, value = "error", traceback.format_exc()

@@ -107,8 +107,8 @@ def read_meta(directory: str) -> dict[str, Any]:
         meta = json.loads((Path(directory) / "het.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {directory}: het.json can't be read ({error}). It was not written by raytrain_het, or is damaged: "
-            "remove it, or run under another name."
+            f"checkpoint {directory}: het.json can't be read ({error}). It was not written by raytrain_het, or is "
+            "damaged: remove it, or run under another name."
         ) from error
     if meta.get("format") != FORMAT:
         raise CheckpointError(

@@ -23,10 +23,10 @@ logger = logging.getLogger("raytrain_het")
 class HetDataLoader:
     """Made by :func:`raytrain_het.prepare_data_loader`. Use it as::
 
-        for epoch in loader.epochs(10):
-            for x, y in loader:
-                loss = ...
-                optimizer.zero_grad(); loss.backward(); optimizer.step()
+    for epoch in loader.epochs(10):
+        for x, y in loader:
+            loss = ...
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
     """
 
     def __init__(
@@ -35,7 +35,8 @@ class HetDataLoader:
     ) -> None:  # fmt: skip
         if not isinstance(loader, DataLoader):
             raise ConfigError(
-                f"prepare_data_loader() got a {type(loader).__name__}: pass a torch.utils.data.DataLoader(dataset, shuffle=True)."
+                f"prepare_data_loader() got a {type(loader).__name__}: pass a torch.utils.data.DataLoader(dataset, "
+                "shuffle=True)."
             )
         self.dataset = loader.dataset
         size = dataset_size(self.dataset)
@@ -44,16 +45,18 @@ class HetDataLoader:
             raise ConfigError(f"global_batch_size={batch!r} is not valid: allowed is a whole number from 1. Write 512.")
         if batch < session.num_slots:
             raise ConfigError(
-                f"global_batch_size={batch} is smaller than the number of workers ({session.num_slots}), so that some would "
-                f"never train: allowed is {session.num_slots} or more. Write global_batch_size={session.num_slots * 32}, "
-                "or take fewer workers."
+                f"global_batch_size={batch} is smaller than the number of workers ({session.num_slots}), so that some "
+                f"would never train: allowed is {session.num_slots} or more. Write "
+                f"global_batch_size={session.num_slots * 32}, or take fewer workers."
             )
         if micro_batch_size is not None and micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size={micro_batch_size} is not valid: allowed is a whole number from 1, or None.")
+            raise ConfigError(
+                f"micro_batch_size={micro_batch_size} is not valid: allowed is a whole number from 1, or None."
+            )
         if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
             raise ConfigError(
-                f"the loader has a {type(loader.sampler).__name__}: allowed are shuffle=True and shuffle=False, since the "
-                "order belongs to the run. For another order, wrap the dataset."
+                f"the loader has a {type(loader.sampler).__name__}: allowed are shuffle=True and shuffle=False, since "
+                "the order belongs to the run. For another order, wrap the dataset."
             )
         self.global_batch_size = batch
         self.plan = DataPlan(
@@ -87,8 +90,9 @@ class HetDataLoader:
             yield epoch
             if engine.cursor.epoch == epoch:
                 raise LoopOrderError(
-                    f"the loop over the loader was left in the middle of epoch {epoch}, at step {engine.cursor.step}: run it to "
-                    "its end. For a shorter epoch take a torch.utils.data.Subset; to stop for good, return from the function."
+                    f"the loop over the loader was left in the middle of epoch {epoch}, at step {engine.cursor.step}: "
+                    "run it to its end. For a shorter epoch take a torch.utils.data.Subset; to stop for good, return "
+                    "from the function."
                 )
         self._epoch = None
         self._fetcher.close()
@@ -151,10 +155,10 @@ def dataset_size(dataset: Dataset) -> int:
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ConfigError(
-            f"dataset={type(dataset).__name__} has no length: allowed are map-style datasets with __len__ and __getitem__, "
-            "since samples are dealt out by index. Give it both, or read it into a list first."
+            f"dataset={type(dataset).__name__} has no length: allowed are map-style datasets with __len__ and "
+            "__getitem__, since samples are dealt out by index. Give it both, or read it into a list first."
         )
-    size = len(dataset)  # type: ignore[arg-type]
+    size = len(dataset)
     if size == 0:
         raise ConfigError(f"dataset={type(dataset).__name__} is empty: it needs at least one sample.")
     return size

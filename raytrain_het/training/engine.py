@@ -84,6 +84,7 @@ class Engine:
         self._confirm: ConfirmJob | None = None
         self._skipped_in_a_row = 0
         self._record: Record | None = None
+        self._error: BaseException | None = None
         agent.batch = self._open_batch
         communicator.replay_into(gradients.outs)
 
@@ -136,6 +137,7 @@ class Engine:
         opened = Opened(record, cursor, batch, own, micro, job, time.monotonic())
         self.gradients.begin(
             job,
+            wires=self.comm.wires(record),
             on_ready=lambda count: self._ready(opened, count),
             on_backward_done=lambda last: self._backward_done(opened, last),
         )
@@ -160,6 +162,8 @@ class Engine:
             if not self.healing.take_over(record):
                 continue  # The generation was superseded while this worker was healing.
             self._record = record
+            if record.reset or self.agent.uid in record.fresh:
+                self._redo = False  # What a step to be done again would go back to is no longer its beginning.
             self.comm.step_s = 0.0 if record.reset else self.comm.step_s
             self._confirm_up_to(record.base)
             return record
@@ -234,8 +238,6 @@ class Engine:
         except BaseException as error:
             # Raised in the loop, not through autograd's engine, which is no place for control flow.
             self._error = error
-
-    _error: BaseException | None = None
 
     def _resolve(self, opened: Opened) -> None:
         """The generation is void: see from the next one what became of the step."""

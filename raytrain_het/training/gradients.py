@@ -6,6 +6,7 @@ sends is ``w g = sum_j b_j g_j``: exact sums, so that cutting a share into micro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from raytrain_het.collectives import points
 from raytrain_het.collectives.communicator import StepJob
-from raytrain_het.collectives.exchange import Sums
+from raytrain_het.collectives.exchange import Sums, Wire
 from raytrain_het.collectives.layout import Layout
 from raytrain_het.errors import ConfigError, LoopOrderError
 
@@ -51,12 +52,12 @@ class Gradients:
         self.outs: list[torch.Tensor] = []
         self._params: list[nn.Parameter] = []
         self._slots: list[tuple[int, int]] = []
-        self._local_views: list[torch.Tensor] = []
         self._out_views: list[torch.Tensor] = []
         self._gradient_buckets = [b for b in self.layout.buckets if not b.is_state]
         for bucket in self.layout.buckets:
             device = by_name[bucket.segments[0].name].device if not bucket.is_state else torch.device("cpu")
-            self.locals.append(torch.zeros(bucket.numel, dtype=bucket.dtype, device=device))
+            # Not zeroed: a bucket that is gathered in its message leaves these pages untouched.
+            self.locals.append(torch.empty(bucket.numel, dtype=bucket.dtype, device=device))
             self.outs.append(torch.zeros(bucket.numel, dtype=bucket.dtype, device=device))
             if bucket.is_state:
                 continue
@@ -64,9 +65,14 @@ class Gradients:
                 p = by_name[segment.name]
                 self._slots.append((bucket.index, place))
                 self._params.append(p)
-                self._local_views.append(self.locals[-1][segment.offset : segment.stop].view(segment.shape))
                 self._out_views.append(self.outs[-1][segment.offset : segment.stop].view(segment.shape))
                 p.register_post_accumulate_grad_hook(self._hook(len(self._params) - 1))
+        self._parts: list[list[Wire]] = []
+        """By bucket: the places in which it is gathered."""
+        self._targets: list[list[Wire]] = []
+        """By parameter: the same, cut to the parameter; one place of its shape, or several flat ones."""
+        self._wires: list[list[Wire] | None] | None = None
+        self._aim(None)
         self._shown: list[torch.Tensor | None] = [None] * len(self._params)
         self._touched = [False] * len(self._params)
         self._fired: set[int] = set()
@@ -82,16 +88,37 @@ class Gradients:
     # ---------------------------------------------------------------- a step
 
     def begin(
-        self, job: StepJob, *, on_ready: Callable[[int], None], on_backward_done: Callable[[bool], None]
-    ) -> None:
-        """A step is opened: nothing is gathered yet. What is gathered goes into the job."""
+        self, job: StepJob, *, on_ready: Callable[[int], None], on_backward_done: Callable[[bool], None],
+        wires: list[list[Wire] | None] | None = None,
+    ) -> None:  # fmt: skip
+        """A step is opened: nothing is gathered yet. What is gathered goes into the job, or into its message (``wires``)."""
         self._job = job
+        if wires is not self._wires:
+            self._aim(wires)
         self._on_ready, self._on_backward_done = on_ready, on_backward_done
         self._touched = [False] * len(self._params)
-        job.locals, job.outs = self.locals, self.outs
+        gathered = zip(self.locals, self._parts, strict=True)
+        job.locals = [local if parts[0][2] is local else None for local, parts in gathered]
+        job.outs = self.outs
         job.finite = [True] * len(self.layout.buckets)
         job.used = [0] * len(self.layout.buckets)
         self._ready = 0
+
+    def _aim(self, wires: list[list[Wire] | None] | None) -> None:
+        self._wires, self._parts, self._targets = wires, [], []
+        for bucket, local in zip(self.layout.buckets, self.locals, strict=True):
+            there = wires[bucket.index] if wires is not None and local.device.type == "cpu" else None
+            self._parts.append(there or [(0, bucket.numel, local)])
+        for bucket, place in self._slots:
+            segment = self.layout.buckets[bucket].segments[place]
+            target = []
+            for start, stop, values in self._parts[bucket]:
+                low, high = max(start, segment.offset), min(stop, segment.stop)
+                if low < high:
+                    target.append((low - segment.offset, high - segment.offset, values[low - start : high - start]))
+            if len(target) == 1:
+                target = [(0, segment.numel, target[0][2].view(segment.shape))]
+            self._targets.append(target)
 
     def arm(self, weight: float, *, last: bool) -> None:
         """The next backward pass is that of a micro-batch of this weight."""
@@ -147,13 +174,17 @@ class Gradients:
         return gathered
 
     def _gather(self, index: int, grad: torch.Tensor) -> None:
-        view = self._local_views[index]
-        if self._touched[index]:
-            view.add_(grad, alpha=self._weight)
-        elif grad.dtype == view.dtype:
-            torch.mul(grad, self._weight, out=view)
-        else:
-            view.copy_(grad).mul_(self._weight)
+        target = self._targets[index]
+        if len(target) > 1:
+            grad = grad.reshape(-1)
+        for start, stop, view in target:
+            part = grad if len(target) == 1 else grad[start:stop]
+            if self._touched[index]:
+                view.add_(part, alpha=self._weight)
+            elif part.dtype == view.dtype:
+                torch.mul(part, self._weight, out=view)
+            else:
+                view.copy_(part).mul_(self._weight)
         self._touched[index] = True
 
     def _pass_on(self) -> None:
@@ -161,7 +192,7 @@ class Gradients:
         before = self._ready
         while self._ready < len(self._gradient_buckets) and self._missing[self._ready] == 0:
             if self._job.contributes:
-                self._job.finite[self._ready] = _is_finite(self.locals[self._ready])
+                self._job.finite[self._ready] = all(_is_finite(values) for _, _, values in self._parts[self._ready])
             self._ready += 1
         if self._ready > before:
             self._on_ready(self._ready)
@@ -173,7 +204,8 @@ class Gradients:
                 if index in self._fired:
                     continue
                 if not self._touched[index]:
-                    self._local_views[index].zero_()
+                    for _, _, view in self._targets[index]:
+                        view.zero_()
                 else:
                     self._job.used[bucket] |= 1 << place
                 self._missing[bucket] -= 1
@@ -231,8 +263,9 @@ class Gradients:
     def nonfinite_parameters(self) -> list[str]:
         """Names of the parameters whose local gradient is not finite."""
         return [
-            self._name(i) for i, view in enumerate(self._local_views) if self._touched[i] and not _is_finite(view)
-        ]
+            self._name(i) for i, target in enumerate(self._targets)
+            if self._touched[i] and not all(_is_finite(view) for _, _, view in target)
+        ]  # fmt: skip
 
     def _name(self, index: int) -> str:
         bucket, place = self._slots[index]
@@ -241,4 +274,4 @@ class Gradients:
 
 def _is_finite(x: torch.Tensor) -> bool:
     # A finite sum proves it in one cheap pass; sums of finite values may overflow, so only then each is looked at.
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())

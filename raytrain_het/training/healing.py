@@ -1,9 +1,9 @@
 """How a worker comes to hold what the others hold: from a checkpoint, a snapshot, or a snapshot and a replay.
 
-An unhealed member takes a snapshot of a peer while the others train, replays the decoded sums of the steps gone by since, and asks
-for a share. With the record that gives it one it compares itself to the peer, bit by bit: what a training function does
-to gradients between ``backward()`` and ``step()`` is not in the sums. If it differs it takes the peer's state as it stands; the peer
-cannot move on meanwhile, for the step needs them both.
+An unhealed member takes a snapshot of a peer while the others train, replays the decoded sums of the steps gone by
+since, and asks for a share. With the record that gives it one it compares itself to the peer, bit by bit: what a
+training function does to gradients between ``backward()`` and ``step()`` is not in the sums. If it differs it takes the
+peer's state as it stands; the peer cannot move on meanwhile, for the step needs them both.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class Healing:
     """Both sides of it: :meth:`take_over` heals this worker, :meth:`offer` and :meth:`log` serve its peers."""
 
     def __init__(
-        self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, server: StateServer,
-        token: Callable[[], str], update: Callable[[], Any], load_checkpoint: Callable[[str], None],
+        self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients,
+        server: StateServer, token: Callable[[], str], update: Callable[[], Any],
+        load_checkpoint: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._agent, self._comm, self._replica, self._gradients = agent, communicator, replica, gradients
         self._server, self._token, self._update = server, token, update

@@ -1,4 +1,7 @@
-"""An optimizer whose ``step()`` closes the step. Its class is replaced by a subclass, so that it stays what it was to others."""
+"""An optimizer whose ``step()`` closes the step.
+
+Its class is replaced by a subclass, so that it stays what it was to others.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,16 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
         if closure is not None:
             raise LoopOrderError("optimizer.step(closure) is not supported: call backward() yourself, then step().")
         if session.engine is None:
-            raise LoopOrderError("optimizer.step() was called before loader.epochs(): use for epoch in loader.epochs(n).")
+            raise LoopOrderError(
+                "optimizer.step() was called before loader.epochs(): use for epoch in loader.epochs(n)."
+            )
         return session.engine.close(lambda: cls.step(self))
 
     def zero_grad(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
         # Gradients are gathered in buckets, so there is nothing to keep in p.grad, whatever the flag.
         cls.zero_grad(self, set_to_none=True)
 
-    optimizer.__class__ = type(f"Het{cls.__name__}", (cls,), {"step": step, "zero_grad": zero_grad, "__module__": __name__})
+    optimizer.__class__ = type(
+        f"Het{cls.__name__}", (cls,), {"step": step, "zero_grad": zero_grad, "__module__": __name__}
+    )
     return lambda: cls.step(optimizer)

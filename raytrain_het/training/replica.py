@@ -29,8 +29,8 @@ class Replica:
         """
         if not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
             raise ConfigError(
-                f"register_state({name!r}, ...) got a {type(obj).__name__}, which has no state_dict() and load_state_dict(): "
-                "give it both, or register an object that has them."
+                f"register_state({name!r}, ...) got a {type(obj).__name__}, which has no state_dict() and "
+                "load_state_dict(): give it both, or register an object that has them."
             )
         if self.registered.get(name, obj) is not obj:
             raise ConfigError(f"register_state({name!r}, ...): the name is taken. Use one name per object.")

@@ -1,4 +1,7 @@
-"""Reports: metrics and a snapshot, handed over keyed by step, repeated until acknowledged. Never holds training on a barrier."""
+"""Reports: metrics and a snapshot, handed over keyed by step, repeated until acknowledged.
+
+Never holds training on a barrier.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,9 @@ class Reporter:
         report = self._open.get(message["key"])
         if report is not None and report.snapshot is not None and not report.writing:
             report.writing = True
-            threading.Thread(target=self._write, args=(report, message["uids"]), name="het-checkpoint", daemon=True).start()
+            threading.Thread(
+                target=self._write, args=(report, message["uids"]), name="het-checkpoint", daemon=True
+            ).start()
 
     def _write(self, report: Report, uids: list[str]) -> None:
         """Write and store the checkpoint. A failure costs this checkpoint, never an older one, and never the run."""
@@ -143,13 +148,14 @@ def check_metrics(metrics: dict[str, Any], reduce: dict[str, str]) -> dict[str, 
             value = value.item()
         if not isinstance(value, int | float | str | bool | None):
             raise ConfigError(
-                f"report(): metric {name!r} is a {type(value).__name__}; allowed are numbers, texts, flags and tensors of one "
-                "element. Reduce it first, for example with .mean().item()."
+                f"report(): metric {name!r} is a {type(value).__name__}; allowed are numbers, texts, flags and tensors "
+                "of one element. Reduce it first, for example with .mean().item()."
             )
         plain[name] = value
     for name, how in reduce.items():
         if name not in metrics or how not in REDUCTIONS:
             raise ConfigError(
-                f"report(reduce={{{name!r}: {how!r}}}): allowed are the metrics {sorted(metrics)} with one of {REDUCTIONS}."
+                f"report(reduce={{{name!r}: {how!r}}}): allowed are the metrics {sorted(metrics)} with one of "
+                f"{REDUCTIONS}."
             )
     return plain

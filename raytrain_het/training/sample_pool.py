@@ -37,7 +37,7 @@ class PackedSamples:
     def unpack(self) -> list[Any]:
         """The samples; their tensors are views of the shared memory, which lives as long as one of them does."""
         flat = torch.empty(0, dtype=torch.uint8) if self.flat is None else self.flat
-        memory = memoryview(flat.numpy())
+        memory = memoryview(flat.numpy())  # type: ignore[arg-type]
         return _Unpickler(self.pickled, flat, [memory[start:stop] for start, stop in self.buffer_slots]).load()
 
 

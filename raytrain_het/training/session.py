@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -68,8 +69,8 @@ class Session:
     """
 
     def __init__(
-        self, *, config: HetConfig, slot: int, num_slots: int, locate: Callable[[], dict[str, Any]], storage: files.Storage,
-        device: torch.device, node_ip: str,
+        self, *, config: HetConfig, slot: int, num_slots: int, locate: Callable[[], dict[str, Any]],
+        storage: files.Storage, device: torch.device, node_ip: str,
     ) -> None:  # fmt: skip
         self.config, self.slot, self.num_slots = config, slot, num_slots
         self.storage, self.device, self.node_ip = storage, device, node_ip
@@ -132,9 +133,8 @@ class Session:
             uid=f"{self.slot}-{secrets.token_hex(4)}", slot=self.slot, host=self.node_ip,
             state_port=self._server.port, device=str(self.device),
         )  # fmt: skip
-        fingerprint = (
-            f"{self.gradients.layout.fingerprint}/{plan.dataset_size}/{plan.global_batch_size}/{plan.shuffle}/{plan.seed}"
-        )
+        data = (plan.dataset_size, plan.global_batch_size, plan.shuffle, plan.seed)
+        fingerprint = "/".join(map(str, (self.gradients.layout.fingerprint, *data)))
         self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
         self._communicator = Communicator(
             self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
@@ -146,8 +146,8 @@ class Session:
             server=self._server, token=self._token, update=self._inner_step, load_checkpoint=self._load_checkpoint,
         )  # fmt: skip
         self.engine = Engine(
-            agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients, plan=plan,
-            config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
+            agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
+            plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
         )  # fmt: skip
         self.reporter = Reporter(self.agent, self._server, self.storage, self._token)
         self.engine.on_commit.append(self._committed)
@@ -159,11 +159,14 @@ class Session:
 
     def _check_scheduler(self) -> None:
         optimizer = self.replica.optimizer
-        schedulers = [o for o in self.replica.registered.values() if isinstance(o, torch.optim.lr_scheduler.LRScheduler)]
+        schedulers = [
+            o for o in self.replica.registered.values() if isinstance(o, torch.optim.lr_scheduler.LRScheduler)
+        ]
         if hasattr(getattr(optimizer, "step", None), "_wrapped_by_lr_sched") and not schedulers:
             raise LoopOrderError(
-                "a learning-rate scheduler is attached to the optimizer but not registered, so it would count a step that is "
-                "done again twice: call raytrain_het.register_state('scheduler', scheduler) before loader.epochs()."
+                "a learning-rate scheduler is attached to the optimizer but not registered, so it would count a step "
+                "that is done again twice: call raytrain_het.register_state('scheduler', scheduler) before "
+                "loader.epochs()."
             )
 
     # ---------------------------------------------------------------- while it runs
@@ -234,8 +237,8 @@ class Session:
         self._reported_samples = engine.counters.samples
         key = reporter.next_key(cursor.step)
         message = {
-            "key": key, "step": cursor.step, "epoch": self._epoch, "metrics": plain, "reduce": reduce, "samples": samples,
-            "checkpoint": checkpoint, "holds_snapshot": holds,
+            "key": key, "step": cursor.step, "epoch": self._epoch, "metrics": plain, "reduce": reduce,
+            "samples": samples, "checkpoint": checkpoint, "holds_snapshot": holds,
         }  # fmt: skip
         meta = {
             "cursor": cursor.to_dict(), "step": cursor.step, "generation": record.number, "world_size": self.num_slots,
@@ -246,9 +249,7 @@ class Session:
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
 
-    def evaluate(
-        self, num_chunks: int, run_chunk: Callable[[int], dict[str, float]], name: str
-    ) -> dict[str, float]:
+    def evaluate(self, num_chunks: int, run_chunk: Callable[[int], dict[str, float]], name: str) -> dict[str, float]:
         """Sums over all chunks, computed by whoever is free; the same on every worker."""
         if self.engine is None:
             raise LoopOrderError("evaluate() was called before loader.epochs(): join the run first.")
@@ -286,7 +287,8 @@ class Session:
         engine, agent, reporter = self.engine, self.agent, self.reporter
         if engine is None or agent is None or reporter is None:
             logger.warning(
-                "worker %d: the training function returned without a step: nothing was trained together. Use prepare_model, "
+                "worker %d: the training function returned without a step: nothing was trained together. Use "
+                "prepare_model, "
                 "prepare_optimizer, prepare_data_loader and for epoch in loader.epochs(n).", self.slot,
             )  # fmt: skip
             return
@@ -301,10 +303,8 @@ class Session:
 
         agent.on_reconnect = say
         say()
-        try:
+        with contextlib.suppress(RunOver):
             agent.wait_for(lambda: agent.finished)
-        except RunOver:
-            pass
 
     def raised(self, error: BaseException) -> None:
         """Tell the hub before unwinding: no generation follows, nobody waits for this worker."""

@@ -87,9 +87,7 @@ class StateServer:
             connection.sendall(view)
 
 
-def ask(
-    host: str, port: int, token: str, name: str, *, give_up: Callable[[], bool], **values: Any
-) -> Any | None:
+def ask(host: str, port: int, token: str, name: str, *, give_up: Callable[[], bool], **values: Any) -> Any | None:
     """Ask a peer's state server; None if the peer is gone or ``give_up()`` became true meanwhile."""
     try:
         with socket.create_connection((host, port), timeout=10) as sock:

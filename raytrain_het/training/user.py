@@ -58,8 +58,8 @@ def prepare_data_loader(
 ) -> HetDataLoader:
     """A loader that yields this worker's share of each global batch.
 
-    The loader's dataset, collate function, number of data processes, ``drop_last`` and whether it shuffles are taken over; nobody
-    owns a part of the data, and every sample of an epoch is used exactly once, whoever comes or goes.
+    The loader's dataset, collate function, number of data processes, ``drop_last`` and whether it shuffles are taken
+    over; nobody owns a part of the data, and every sample of an epoch is used exactly once, whoever comes or goes.
 
     Args:
         loader: a map-style ``DataLoader``.
@@ -95,8 +95,8 @@ def num_participants() -> int:
 def report(metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, checkpoint: bool = True) -> None:
     """Report metrics and save a checkpoint, keyed by step. Returns at once; repeated until acknowledged.
 
-    Every worker calls it at the same place. Metrics are averaged over workers, weighted by the samples each has trained on since
-    its last report.
+    Every worker calls it at the same place. Metrics are averaged over workers, weighted by the samples each has trained
+    on since its last report.
 
     Args:
         metrics: numbers, texts, flags or one-element tensors by name.
@@ -111,15 +111,20 @@ def report(metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, che
 
 
 def evaluate(
-    fn: Callable[[Any], dict[str, float | torch.Tensor]], dataset: Dataset, *, batch_size: int = 256, name: str = "evaluate"
+    fn: Callable[[Any], dict[str, float | torch.Tensor]],
+    dataset: Dataset,
+    *,
+    batch_size: int = 256,
+    name: str = "evaluate",
 ) -> dict[str, float]:
     """Exact means over a held-out dataset, computed by all workers together.
 
-    Chunks of the dataset are handed out to whoever is free, so that a fast worker does more of them, and again if a worker dies.
+    Chunks of the dataset are handed out to whoever is free, so that a fast worker does more of them, and again if a
+    worker dies.
 
     Args:
-        fn: takes a batch on this worker's device, returns for each metric its *sum* over the batch's samples. Runs under
-            ``torch.no_grad()`` with the model in evaluation mode.
+        fn: takes a batch on this worker's device, returns for each metric its *sum* over the batch's samples. Runs
+            under ``torch.no_grad()`` with the model in evaluation mode.
         dataset: map-style, with a length.
         batch_size: samples per chunk.
         name: tells evaluations at the same step apart.

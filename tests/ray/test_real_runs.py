@@ -47,7 +47,9 @@ def train_fn(config: dict[str, Any]) -> str:
         whole = het.evaluate(
             lambda batch: {"mse": F.mse_loss(model(batch[0]), batch[1], reduction="sum")}, TensorDataset(x, y)
         )
-        het.report({"loss": loss.item(), **whole, "participants": het.num_participants()}, reduce={"participants": "max"})
+        het.report(
+            {"loss": loss.item(), **whole, "participants": het.num_participants()}, reduce={"participants": "max"}
+        )
     return "done"
 
 

@@ -1,19 +1,21 @@
 """A model of the members around the real :class:`Membership`, small enough to enumerate what can happen to them.
 
-The hub is the real state machine. Members are modelled by the rules of ``membership/agent.py``, ``collectives/communicator.py``
-and ``training/healing.py``, a rule a method:
+The hub is the real state machine. Members are modelled by the rules of ``membership/agent.py``,
+``collectives/communicator.py`` and ``training/healing.py``, a rule a method:
 
-- a void is answered when it is read; a want travels in the headers of a step, so all who finish the step learn the highest;
-- a step (or an epoch's confirming round) can be finished once every member has launched it, by each member on its own, and
-  only while its generation is in force for that member (`MemberAgent.is_current`); finishing it commits it;
+- a void is answered when it is read; a want travels in the headers of a step, so all who finish the step learn
+  the highest;
+- a step (or an epoch's confirming round) can be finished once every member has launched it, by each member on
+  its own, and only while its generation is in force for that member (`MemberAgent.is_current`); finishing it
+  commits it;
 - who is one step behind takes the source's kept sums and commits them under the new generation;
-- an unhealed member follows the steps with headers alone, takes a snapshot, says that it is healed, and compares itself to the
-  source under the record that says so, before its first own step;
-- messages travel in order within one connection and not at all after a restart of the hub; a process may die with messages
-  under way.
+- an unhealed member follows the steps with headers alone, takes a snapshot, says that it is healed, and
+  compares itself to the source under the record that says so, before its first own step;
+- messages travel in order within one connection and not at all after a restart of the hub; a process may die
+  with messages under way.
 
-What a replica holds is modelled as its *history*: by step, the generation whose sums were applied. Two replicas agree if, and
-only if, one's history is the beginning of the other's.
+What a replica holds is modelled as its *history*: by step, the generation whose sums were applied. Two replicas
+agree if, and only if, one's history is the beginning of the other's.
 """
 
 from __future__ import annotations
@@ -60,8 +62,9 @@ class Worker:
     """One member process."""
 
     __slots__ = (
-        "answered", "asked", "broken", "cached", "confirm_due", "confirmed", "connected", "cursor", "failed_said", "finish_said", "followed",
-        "followed_to", "fresh", "gone", "healed", "hist", "inbox", "launched", "leave_said", "need", "outbox", "record", "slot",
+        "answered", "asked", "broken", "cached", "confirm_due", "confirmed", "connected", "cursor", "failed_said",
+        "finish_said", "followed", "followed_to", "fresh", "gone", "healed", "hist", "inbox", "launched", "leave_said",
+        "need", "outbox", "record", "slot",
         "snap", "snap_source", "state", "uid", "void", "want",
     )  # fmt: skip
 
@@ -127,7 +130,7 @@ _hashable = operator.attrgetter(*(name for name in Worker.__slots__ if name not 
 
 
 class Sent:
-    """A record on its way, hashable. Equal records are one object, so that worlds which hold them are found to be equal."""
+    """A record on its way, hashable. Equal records are one object, so that worlds which hold them are equal."""
 
     _known: dict[tuple[Any, ...], Sent] = {}
 
@@ -239,9 +242,10 @@ class World:
         return (
             core.incarnation, core.number, id(core.record), core.voided, core.failure, peers,
             tuple(sorted(core.vacant)), tuple(sorted(core.finished_slots)), tuple(sorted(core._gone)),
-            tuple(sorted(core._fruitless.items())), tuple(sorted(core._deaths_in_step.items())), len(core._lost_members),
+            tuple(sorted(core._fruitless.items())), tuple(sorted(core._deaths_in_step.items())),
+            len(core._lost_members),
             id(core._recovering), core._recovery_needs_void, core._first_hello is None,
-            core._suspected_since, None if inquiry is None else tuple(sorted(inquiry.suspecting)),
+            core._suspected_since, core._want_answered, None if inquiry is None else tuple(sorted(inquiry.suspecting)),
             tuple(w.key() for w in self.workers.values()), tuple(sorted(self.ring.items())),
             tuple(self.budget.values()), self.unlinked,
         )  # fmt: skip
@@ -356,7 +360,7 @@ class World:
         return len(launched) == len(w.record.members) and w.launched == self._position(w)
 
     def _group_is_torn(self, w: Worker) -> bool:
-        """Whether an operation of its generation can fail: a peer is gone, or has left the group, or the link is broken."""
+        """Whether an operation of its generation can fail: a peer is gone has left the group, or the link broke."""
         assert w.record is not None
         if not w.launched and w.need not in ("behind", "unhealed", "following"):
             return False
@@ -696,12 +700,13 @@ class World:
         acting: dict[int, Record] = {}
         longest: tuple[int, ...] = ()
         for uid, w in self.workers.items():
-            if w.state != "up":
+            finished = w.gone == "bye" and w.finish_said and not self.scenario.restarts
+            if w.state != "up" and not finished:
                 continue
-            if w.record is not None and acting.setdefault(w.number, w.record) is not w.record:
+            if w.state == "up" and w.record is not None and acting.setdefault(w.number, w.record) is not w.record:
                 raise Violation(f"two records have number {w.number}")
             peer = self.core.peers.get(uid)
-            if w.holds and peer is not None and peer.phase is not Phase.JOINING:
+            if finished or w.holds and peer is not None and peer.phase is not Phase.JOINING:
                 if w.cursor != len(w.hist):
                     raise Violation(f"{uid} says step {w.cursor} and holds {w.hist}")
                 shared = min(len(longest), len(w.hist))
@@ -712,7 +717,7 @@ class World:
         self._check_nobody_is_forgotten()
 
     def _check_nobody_is_forgotten(self) -> None:
-        """What a run can do without, so that it ends all the same: every want is told, and every healed member gets its share."""
+        """What a run would end without all the same: every want is told, and every healed member gets its share."""
         core = self.core
         if core.record is None or core.failure is not None or core._recovering is not None:
             return

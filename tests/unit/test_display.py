@@ -21,7 +21,9 @@ STATUS = {
     "vacant": [1],
     "members": [{"slot": 0, "device": "cpu", "node_ip": "10.0.0.1", "batch_share": 48, "compute_s": None}],
 }
-EVENTS = [{"seq": 4, "time": 1.0, "kind": "lost", "generation": 2, "step": 23, "slot": 1, "reason": "its connection closed"}]
+EVENTS = [
+    {"seq": 4, "time": 1.0, "kind": "lost", "generation": 2, "step": 23, "slot": 1, "reason": "its connection closed"}
+]
 REPORTS = [{"key": "a", "step": 23, "epoch": 0, "metrics": {"accuracy": 0.91234}, "checkpoint": None}]
 
 

@@ -1,0 +1,101 @@
+"""Process groups without processes: all ranks of a group in one test, each with its real :class:`Exchange`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from raytrain_het.collectives.exchange import Exchange, Sums
+from raytrain_het.collectives.header import Header
+from raytrain_het.collectives.layout import Layout
+from raytrain_het.membership.record import Member, Record
+
+
+def record_of(shares: list[float], owners: list[float] | None = None, codec: str = "none", **values: Any) -> Record:
+    """A generation with a member for each share."""
+    members = tuple(Member(uid=f"{k}-a", slot=10 + k, host="h", state_port=1, device="cpu") for k in range(len(shares)))
+    return Record(
+        **{
+            "number": 3, "incarnation": 1, "group": "g", "store": ("h", 1), "members": members, "shares": tuple(shares),
+            "owners": tuple(owners or [1.0] * len(shares)), "codecs": (codec,) * len(shares),
+            "cursor": {"epoch": 0, "offset": 0, "step": 4}, "source": "0-a", "behind": (), "unhealed": (), "fresh": (),
+            "reset": False, "checkpoint": None, "backend": "gloo", "reason": "a test",
+        }
+        | values
+    )  # fmt: skip
+
+
+class FakeGroup:
+    """One rank's end; :meth:`Wire.carry` moves the bytes once all ranks have launched."""
+
+    def __init__(self, wire: Wire, rank: int, size: int) -> None:
+        self.wire, self.rank, self.size, self.device = wire, rank, size, torch.device("cpu")
+
+    def all_to_all(self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], ins: list[int]) -> None:
+        assert out.numel() == sum(outs)
+        assert inp.numel() == sum(ins)
+        self.wire.launched[self.rank] = (out, inp, outs, ins)
+
+
+class Wire:
+    """What connects them. Like gloo, it accepts no message of another length than expected."""
+
+    def __init__(self, size: int) -> None:
+        self.groups = [FakeGroup(self, rank, size) for rank in range(size)]
+        self.launched: dict[int, tuple[torch.Tensor, torch.Tensor, list[int], list[int]]] = {}
+
+    def carry(self) -> None:
+        size = len(self.groups)
+        assert sorted(self.launched) == list(range(size)), "every rank takes part in every operation"
+        for receiver in range(size):
+            out, _, outs, _ = self.launched[receiver]
+            parts = []
+            for sender in range(size):
+                _, inp, _, ins = self.launched[sender]
+                start = sum(ins[:receiver])
+                parts.append(inp[start : start + ins[receiver]])
+                assert parts[-1].numel() == outs[sender], "a message of an unexpected length aborts the process"
+            out.copy_(torch.cat(parts))
+        self.launched.clear()
+
+
+class Reduction:
+    """A whole step's all-reduce of N ranks."""
+
+    def __init__(self, record: Record, layout: Layout) -> None:
+        self.record, self.layout = record, layout
+        self.wire = Wire(len(record.members))
+        self.exchanges = [
+            Exchange(record, rank, layout, group)  # type: ignore[arg-type]
+            for rank, group in enumerate(self.wire.groups)
+        ]
+
+    def run(
+        self, gradients: list[torch.Tensor | None], weights: list[float], *, at: int = 5, **headers: list[Any]
+    ) -> tuple[list[list[torch.Tensor]], list[Sums]]:
+        """Reduce ``gradients`` (by rank, all buckets flat, already weighted); returns outs and sums by rank."""
+        size = len(weights)
+        sums = [Sums(step=at) for _ in range(size)]
+        outs: list[list[torch.Tensor]] = [[] for _ in range(size)]
+        place = 0
+        for bucket in self.layout.buckets:
+            for rank, exchange in enumerate(self.exchanges):
+                values = {"finite": True, "want": 3, "digest": 0, "used": 2 ** len(bucket.segments) - 1}
+                values |= {name: by_rank[rank] for name, by_rank in headers.items()}
+                header = Header(
+                    step=values.pop("step", at), generation=3, bucket=bucket.index, weight=weights[rank],
+                    contributes=values.pop("contributes", weights[rank] > 0), **values,
+                )  # fmt: skip
+                gradient = gradients[rank]
+                exchange.scatter(bucket, header, None if gradient is None else gradient[place : place + bucket.numel])
+            self.wire.carry()
+            for rank, exchange in enumerate(self.exchanges):
+                exchange.reduce(bucket, sums[rank])
+            self.wire.carry()
+            for rank, exchange in enumerate(self.exchanges):
+                out = torch.full((bucket.numel,), torch.nan, dtype=bucket.dtype)
+                exchange.decode(bucket, out)
+                outs[rank].append(out)
+            place += bucket.numel
+        return outs, sums

@@ -1,0 +1,311 @@
+"""Layout, headers, codecs, and the weighted all-reduce of several ranks in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from collectives_fakes import Reduction, record_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytrain_het.collectives.exchange import one_to_all
+from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
+from raytrain_het.collectives.layout import ALIGN_BYTES, Layout, aligned, shard_bounds
+from raytrain_het.compression import CODECS
+from raytrain_het.errors import ProtocolError
+
+SHAPES = [("a", (3, 5)), ("b", (7,)), ("c", (40, 4)), ("d", (1,))]
+
+
+def layout_of(
+    shapes: list[tuple[str, tuple[int, ...]]] = SHAPES, *, bucket_bytes: int = 256, buffers: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Layout:  # fmt: skip
+    return Layout(
+        [(name, torch.zeros(shape, dtype=dtype)) for name, shape in shapes],
+        [(f"mean{k}", torch.zeros(4)) for k in range(buffers)],
+        bucket_bytes,
+    )
+
+
+def numel(layout: Layout) -> int:
+    return sum(b.numel for b in layout.buckets)
+
+
+owner_lists = st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1e3)), min_size=1, max_size=9).filter(any)
+
+# ---------------------------------------------------------------- layout
+
+
+@given(st.integers(1, 5000), owner_lists)
+def test_shards_tile_the_bucket_and_those_who_own_nothing_get_nothing(n: int, owners: list[float]) -> None:
+    bounds = shard_bounds(n, owners)
+    place = 0
+    for (start, stop), size in zip(bounds, owners, strict=True):
+        assert start == place
+        assert stop >= start
+        assert size > 0 or start == stop
+        place = stop
+    assert place == n
+
+
+@given(st.integers(200, 5000), owner_lists)
+def test_shards_are_in_proportion_to_within_a_grain(n: int, owners: list[float]) -> None:
+    for (start, stop), size in zip(shard_bounds(n, owners), owners, strict=True):
+        assert abs((stop - start) - n * size / sum(owners)) <= 16
+
+
+@given(st.integers(200, 5000), owner_lists)
+def test_all_inner_bounds_are_multiples_of_sixteen_where_there_are_enough(n: int, owners: list[float]) -> None:
+    assert all(stop % 16 == 0 or stop == n for _, stop in shard_bounds(n, owners))
+
+
+def test_buckets_hold_every_tensor_once_in_reverse_order() -> None:
+    layout = layout_of(buffers=2)
+    names = [s.name for b in layout.buckets for s in b.segments]
+    assert names == ["d", "c", "b", "a", "mean0", "mean1"]
+    for bucket in layout.buckets:
+        assert [s.offset for s in bucket.segments] == [0, *(s.stop for s in bucket.segments[:-1])]
+
+
+def test_a_bucket_is_no_larger_than_asked_unless_one_tensor_is() -> None:
+    for bucket in layout_of().buckets:
+        assert bucket.numel * 4 <= 256 or len(bucket.segments) == 1
+
+
+def test_fp64_travels_as_fp64_and_all_else_as_fp32_never_in_one_bucket() -> None:
+    tensors = [("h", torch.zeros(3, dtype=torch.bfloat16)), ("d", torch.zeros(3, dtype=torch.float64))]
+    layout = Layout(tensors, [], 1 << 20)
+    assert [b.dtype for b in layout.buckets] == [torch.float64, torch.float32]
+
+
+def test_the_fingerprint_knows_names_shapes_dtypes_order_buffers_and_bucket_size() -> None:
+    renamed = [("x", SHAPES[0][1]), *SHAPES[1:]]
+    reshaped = [("a", (5, 3)), *SHAPES[1:]]
+    others = [
+        layout_of(renamed), layout_of(reshaped), layout_of(SHAPES[::-1]), layout_of(buffers=1),
+        layout_of(bucket_bytes=64), layout_of(dtype=torch.float64),
+    ]  # fmt: skip
+    assert len({layout_of().fingerprint, *(o.fingerprint for o in others)}) == 7
+    assert layout_of().fingerprint == layout_of().fingerprint
+    assert layout_of(dtype=torch.bfloat16).fingerprint == layout_of().fingerprint, "it travels alike"
+
+
+# ---------------------------------------------------------------- headers
+
+int64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(
+    st.integers(0, 70).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 2**n - 1))),
+    int64, int64, st.integers(0, 2**16 - 1), int64, st.floats(allow_nan=False), st.booleans(), st.booleans(), int64,
+)  # fmt: skip
+def test_a_header_comes_back_as_it_was(
+    segments_used: tuple[int, int], step: int, generation: int, bucket: int, want: int, weight: float, finite: bool,
+    contributes: bool, digest: int,
+) -> None:  # fmt: skip
+    segments, used = segments_used
+    header = Header(step, generation, bucket, want, weight, finite, contributes, digest, used)
+    message = torch.full((header_bytes(segments) + 16,), 255, dtype=torch.uint8)
+    write_header(header, segments, message[: header_bytes(segments)])
+    assert read_header(message, segments) == header
+    assert header_bytes(segments) % ALIGN_BYTES == 0
+
+
+def test_a_message_that_is_none_of_ours_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="0x0000 instead of 0x4e57"):
+        read_header(torch.zeros(header_bytes(3), dtype=torch.uint8), 3)
+
+
+@given(st.integers(0, 10**6))
+def test_alignment_adds_less_than_a_grain(size: int) -> None:
+    assert aligned(size) % ALIGN_BYTES == 0
+    assert 0 <= aligned(size) - size < ALIGN_BYTES
+
+
+# ---------------------------------------------------------------- codecs
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(n=st.integers(0, 100), seed=st.integers(0, 99))
+def test_codecs_fill_their_capacity_and_decode_the_same_twice(codec, dtype: torch.dtype, n: int, seed: int) -> None:
+    x = torch.randn(n, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    payload = torch.zeros(codec.capacity_bytes(n, dtype), dtype=torch.uint8)
+    first, second = torch.empty_like(x), torch.empty_like(x)
+    codec.encode(x, payload, codec.init(n, dtype, x.device), {})
+    codec.decode(payload, first)
+    codec.decode(payload, second)
+    assert torch.equal(first, second)
+    assert torch.allclose(first, x, rtol=2**-8, atol=0)
+    again = torch.zeros_like(payload)
+    codec.encode(first, again, {}, {})
+    assert torch.equal(again, payload), "what was decoded is encoded without loss"
+
+
+def test_none_is_exact_and_bf16_halves_the_bytes_of_fp32() -> None:
+    x = torch.randn(64)
+    payload = torch.zeros(CODECS["none"].capacity_bytes(64, x.dtype), dtype=torch.uint8)
+    CODECS["none"].encode(x, payload, {}, {})
+    out = torch.empty_like(x)
+    CODECS["none"].decode(payload, out)
+    assert torch.equal(out, x)
+    assert (payload.numel(), CODECS["bf16"].capacity_bytes(64, x.dtype)) == (256, 128)
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_codecs_keep_what_is_not_finite(codec) -> None:
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    payload = torch.zeros(codec.capacity_bytes(4, x.dtype), dtype=torch.uint8)
+    out = torch.empty_like(x)
+    codec.encode(x, payload, {}, {})
+    codec.decode(payload, out)
+    assert torch.equal(out.isnan(), x.isnan())
+    assert torch.equal(out[1:], x[1:])
+
+
+# ---------------------------------------------------------------- the weighted all-reduce
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any),
+    st.lists(st.sampled_from([0.0, 1.0, 2.5, 7.0]), min_size=5, max_size=5).filter(lambda o: o[0] > 0),
+    st.sampled_from([64, 256, 4096]),
+)
+def test_the_mean_is_exact_and_the_same_on_every_rank(weights: list[int], owners: list[float], size: int) -> None:
+    """Whole numbers add up exactly in fp32, whoever owns what and in however many buckets they travel."""
+    layout = layout_of(bucket_bytes=size)
+    raw = [torch.randint(-50, 50, (numel(layout),)).float() for _ in weights]
+    reduction = Reduction(record_of([float(w) for w in weights], owners[: len(weights)]), layout)
+    gradients = [w * g if w else None for w, g in zip(weights, raw, strict=True)]
+    outs, sums = reduction.run(gradients, [float(w) for w in weights])
+    expected = sum(w * g for w, g in zip(weights, raw, strict=True)) / sum(weights)
+    for out, total in zip(outs, sums, strict=True):
+        assert torch.equal(torch.cat(out), expected)
+        assert total.total_weight == sum(weights)
+        assert total.applies
+
+
+def test_a_sender_of_weight_zero_is_dropped_even_if_its_payload_is_nan() -> None:
+    layout = layout_of()
+    good, bad = torch.randn(numel(layout)), torch.full((numel(layout),), torch.nan)
+    reduction = Reduction(record_of([1.0, 1.0]), layout)
+    outs, sums = reduction.run([4 * good, bad], [4.0, 0.0], finite=[True, False])
+    assert torch.equal(torch.cat(outs[1]), good)
+    assert all(s.finite and s.applies for s in sums)
+
+
+def test_a_gradient_that_is_not_finite_is_known_to_all_with_its_slot() -> None:
+    layout = layout_of()
+    one = torch.ones(numel(layout))
+    _, sums = Reduction(record_of([1.0, 1.0, 1.0]), layout).run(
+        [one, one * torch.inf, one], [1.0, 1.0, 1.0], finite=[True, False, True]
+    )
+    assert [(s.finite, s.applies, s.nonfinite_slots) for s in sums] == [(False, False, [11])] * 3
+
+
+def test_a_step_in_which_nobody_contributes_applies_nothing() -> None:
+    layout = layout_of()
+    outs, sums = Reduction(record_of([1.0, 0.0]), layout).run([torch.zeros(numel(layout)), None], [0.0, 0.0])
+    assert not any(s.applies for s in sums)
+    assert all(torch.equal(torch.cat(out), torch.zeros(numel(layout))) for out in outs)
+
+
+def test_a_parameter_counts_as_used_if_any_contributor_used_it() -> None:
+    layout = layout_of(bucket_bytes=1 << 20)
+    one = torch.ones(numel(layout))
+    _, sums = Reduction(record_of([1.0, 1.0, 1.0]), layout).run(
+        [one, one, one], [1.0, 1.0, 0.0], used=[0b0001, 0b0100, 0b1000]
+    )
+    assert [s.used for s in sums] == [[0b0101]] * 3
+
+
+def test_the_highest_want_and_all_digests_reach_every_rank_also_from_those_without_a_share() -> None:
+    layout = layout_of()
+    one = torch.ones(numel(layout))
+    _, sums = Reduction(record_of([1.0, 1.0, 0.0]), layout).run(
+        [one, one, None], [1.0, 1.0, 0.0], want=[3, 4, 9], digest=[77, 77, 0]
+    )
+    assert [(s.want, s.digests) for s in sums] == [(9, {0: 77, 1: 77})] * 3
+
+
+def test_bf16_decodes_to_the_same_bits_everywhere_and_rounds_twice() -> None:
+    layout = layout_of(bucket_bytes=1 << 20)
+    gradients = [torch.randn(numel(layout)) for _ in range(3)]
+    outs, _ = Reduction(record_of([1.0] * 3, [3.0, 0.0, 1.0], codec="bf16"), layout).run(gradients, [1.0] * 3)
+    expected = (sum(g.bfloat16().float() for g in gradients) / 3).bfloat16().float()
+    flat = [torch.cat(out) for out in outs]
+    assert torch.equal(flat[0], flat[1])
+    assert torch.equal(flat[0], flat[2])
+    torch.testing.assert_close(flat[0], expected, rtol=2**-7, atol=1e-6)
+
+
+def test_buffers_are_never_compressed() -> None:
+    layout = Layout([("w", torch.zeros(8))], [("mean", torch.zeros(8))], 1 << 20)
+    values = torch.cat([torch.zeros(8), torch.full((8,), 1.001)])
+    outs, _ = Reduction(record_of([1.0, 1.0], codec="bf16"), layout).run([values, values], [1.0, 1.0])
+    assert torch.equal(outs[1][1], values[8:])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("codec", ["none", "bf16"])
+def test_bytes_are_those_of_the_formula_for_equal_owners(size: int, codec: str) -> None:
+    """``2 (N - 1) / N`` of the encoded gradient, and a header to every other member, each way."""
+    n = 16 * size * 8
+    layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
+    reduction = Reduction(record_of([1.0] * size, codec=codec), layout)
+    reduction.run([torch.ones(n)] * size, [1.0] * size)
+    encoded = CODECS[codec].capacity_bytes(n, torch.float32)
+    expected = 2 * (size - 1) * encoded // size + (size - 1) * header_bytes(1)
+    for exchange in reduction.exchanges:
+        assert (exchange.traffic.sent, exchange.traffic.received) == (expected, expected)
+
+
+def test_who_owns_nothing_receives_each_sum_once_and_sends_its_gradient_once() -> None:
+    n = 1024
+    layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
+    reduction = Reduction(record_of([1.0, 1.0], [1.0, 0.0]), layout)
+    reduction.run([torch.ones(n)] * 2, [1.0, 1.0])
+    owner, other = (e.traffic for e in reduction.exchanges)
+    assert (other.sent, other.received) == (4 * n + header_bytes(1), 4 * n + header_bytes(1))
+    assert (owner.sent, owner.received) == (other.received, other.sent)
+
+
+def test_a_member_without_a_share_sends_headers_only() -> None:
+    n = 1024
+    layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
+    reduction = Reduction(record_of([1.0, 0.0], [1.0, 0.0]), layout)
+    reduction.run([torch.ones(n), None], [1.0, 0.0])
+    assert reduction.exchanges[1].traffic.sent == header_bytes(1)
+    assert reduction.exchanges[1].traffic.received == header_bytes(1) + 4 * n
+
+
+def test_kept_sums_decode_again_until_the_next_step() -> None:
+    layout = layout_of()
+    gradient = torch.randn(numel(layout))
+    reduction = Reduction(record_of([1.0, 1.0]), layout)
+    outs, _ = reduction.run([gradient, gradient], [1.0, 1.0])
+    for bucket, before in zip(layout.buckets, outs[0], strict=True):
+        again = torch.empty(bucket.numel)
+        reduction.exchanges[0].decode(bucket, again)
+        assert torch.equal(again, before)
+
+
+def test_members_at_different_steps_are_told_which_worker_is_where() -> None:
+    layout = layout_of()
+    one = torch.ones(numel(layout))
+    with pytest.raises(ProtocolError, match="worker 11 is at step 6, bucket 0, while this one is at step 5"):
+        Reduction(record_of([1.0, 1.0]), layout).run([one, one], [1.0, 1.0], step=[5, 6])
+
+
+@pytest.mark.parametrize("receivers", [[], [1], [0, 3]])
+def test_one_to_all_reaches_the_receivers_only(receivers: list[int]) -> None:
+    wire = Reduction(record_of([1.0] * 4), layout_of()).wire
+    data = [
+        torch.arange(10, dtype=torch.uint8) if rank == 2 else torch.zeros(10, dtype=torch.uint8) for rank in range(4)
+    ]
+    for group, mine in zip(wire.groups, data, strict=True):
+        one_to_all(group, 2, receivers, mine, lambda _: None)  # type: ignore[arg-type]
+    wire.carry()
+    for rank in range(4):
+        assert torch.equal(data[rank], data[2]) == (rank == 2 or rank in receivers)

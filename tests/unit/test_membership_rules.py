@@ -1,0 +1,465 @@
+"""The membership rules one by one: what is done about deaths, silence, hangs, restarts and odd members."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from raytrain_het.membership import server
+from raytrain_het.membership.record import Member, Record
+from raytrain_het.membership.settings import HubSettings
+from raytrain_het.membership.state import RECOVERY_GRACE_S, Membership
+
+SETTINGS = HubSettings(run_id="rules", num_slots=3, silence_s=0.5, hang_limit_s=20.0, start_timeout_s=60.0)
+
+
+def member(slot: int, life: str = "a") -> Member:
+    return Member(uid=f"{slot}-{life}", slot=slot, host="host", state_port=1, device="cpu")
+
+
+def cursor(step: int) -> dict[str, int]:
+    return {"epoch": 0, "offset": 0, "step": step}
+
+
+class Run:
+    """A state machine, and all it has said."""
+
+    def __init__(self, settings: HubSettings = SETTINGS, *, incarnation: int = 1) -> None:
+        self.core = Membership(settings, incarnation=incarnation, store=("store", 1))
+        self.said: list[tuple[str, dict[str, Any]]] = []
+
+    def hello(self, slot: int, life: str = "a", *, step: int = 0, now: float = 0.0, **values: Any) -> None:
+        values = {"healed": False, **values}
+        self.core.hello(member(slot, life), cursor=cursor(step), now=now, **values)
+
+    def answer(self, *uids: str, step: int = 0, now: float = 0.0, **values: Any) -> None:
+        for uid in uids:
+            self.core.answer(uid, self.core.number, cursor=cursor(step), healed=True, now=now, **values)
+
+    def messages(self, uid: str | None = None) -> list[str]:
+        """Kinds of what was said since the last call."""
+        new = self.core.drain()
+        self.said += new
+        return [m["type"] for to, m in new if uid in (None, to)]
+
+    @property
+    def record(self) -> Record:
+        assert self.core.record is not None
+        return self.core.record
+
+    @property
+    def slots(self) -> list[int]:
+        return [m.slot for m in self.record.members]
+
+    def kinds(self) -> list[str]:
+        return [e["kind"] for e in self.core.events]
+
+
+def started(settings: HubSettings = SETTINGS, *, base: int = 0) -> Run:
+    run = Run(settings)
+    for slot in range(settings.num_slots):
+        run.hello(slot)
+    if base:
+        run.core.failed("0-a", 1, "to get there", 0.0)
+        run.answer(*[f"{slot}-a" for slot in range(settings.num_slots)], step=base)
+    run.messages()
+    return run
+
+
+# ---------------------------------------------------------------- the start
+
+
+def test_the_run_starts_when_all_slots_are_there() -> None:
+    run = Run()
+    run.hello(0)
+    run.hello(1)
+    assert run.core.record is None
+    run.hello(2)
+    assert run.slots == [0, 1, 2]
+    assert run.record.reset
+    assert run.record.source == "0-a"
+
+
+def test_a_vacant_slot_lets_the_run_start_and_is_told_once() -> None:
+    run = Run()
+    run.hello(0)
+    run.hello(1)
+    for _ in range(3):
+        run.core.slot_vacant(2, "no node has a GPU", 0.0)
+    assert run.slots == [0, 1]
+    assert run.kinds().count("vacant") == 1
+
+
+def test_the_start_timeout_starts_with_those_who_are_there() -> None:
+    run = Run()
+    run.hello(1, now=5.0)
+    run.core.tick(5.0 + SETTINGS.start_timeout_s - 0.1)
+    assert run.core.record is None
+    run.core.tick(5.0 + SETTINGS.start_timeout_s)
+    assert run.slots == [1]
+
+
+def test_another_model_is_refused_and_both_workers_are_named() -> None:
+    run = Run()
+    run.hello(0, fingerprint="abc")
+    run.hello(1, fingerprint="xyz")
+    assert list(run.core.peers) == ["0-a"]
+    (refusal,) = [m for uid, m in run.core.drain() if uid == "1-a"]
+    assert refusal["type"] == "mismatch"
+    assert "worker 1 built another model or dataset than worker 0" in refusal["message"]
+
+
+# ---------------------------------------------------------------- deaths
+
+
+def test_a_slot_that_dies_three_times_without_a_commit_is_given_up() -> None:
+    run = started()
+    for life in ("a", "b", "c"):
+        assert 2 not in run.core.dead_slots
+        if life != "a":
+            run.hello(2, life)
+        run.core.closed(f"2-{life}", 0.0)
+        run.answer("0-a", "1-a", step=ord(life))
+    assert run.core.dead_slots == {2}
+    assert run.core.failure is None
+    assert "given_up" in run.kinds()
+
+
+def test_a_commit_forgives_a_slots_earlier_deaths() -> None:
+    run = started()
+    for deaths, life in enumerate(("a", "b", "c", "d")):
+        step = 10 * deaths
+        if life != "a":
+            run.hello(2, life)
+            run.answer("0-a", "1-a", step=step)
+            for caught_up in (step, step + 1):
+                run.core.healed(f"2-{life}", 0.0)
+                run.answer("0-a", "1-a", step=caught_up)
+                run.answer(f"2-{life}", step=caught_up, fresh=True)
+            run.core.verified(f"2-{life}", 0.0)
+            run.core.progress(f"2-{life}", step + 2, 0.0)
+        run.core.closed(f"2-{life}", 0.0)
+        run.answer("0-a", "1-a", step=step + 5)
+    assert run.core.dead_slots == set()
+
+
+def test_a_step_that_costs_three_generations_a_member_fails_with_the_step_the_samples_and_the_slots() -> None:
+    run = started(replace(SETTINGS, num_slots=5), base=7)
+    for slot in (4, 3):
+        run.core.closed(f"{slot}-a", 0.0)
+        run.answer(*[f"{s}-a" for s in range(slot)], step=7)
+        assert run.core.failure is None
+    run.core.closed("1-a", 0.0)
+    run.answer("0-a", "2-a", step=7, batch=[2, 96, 32])
+    assert run.core.failure is not None
+    for part in ("step 8", "epoch 2, positions 96 to 128", "slots [1]"):
+        assert part in run.core.failure
+    failures = [m for _, m in run.core.drain() if m["type"] == "fail"]
+    assert [m["poison"] for m in failures] == [{"step": 8, "slots": [1]}] * 2
+
+
+def test_workers_that_die_all_at_once_do_not_fail_the_run() -> None:
+    run = started(replace(SETTINGS, num_slots=5), base=7)
+    for slot in (1, 2, 3, 4):
+        run.core.closed(f"{slot}-a", 0.0)
+    run.answer("0-a", step=7)
+    assert run.core.failure is None
+    assert run.slots == [0]
+
+
+def test_deaths_in_different_steps_do_not_fail_the_run() -> None:
+    run = started(replace(SETTINGS, num_slots=5), base=7)
+    for step, slot in ((7, 4), (8, 3), (9, 2), (10, 1)):
+        run.core.closed(f"{slot}-a", 0.0)
+        run.answer(*[f"{s}-a" for s in range(slot)], step=step)
+    assert run.core.failure is None
+    assert run.slots == [0]
+
+
+def test_a_lost_slot_is_lost_once_whoever_tells_it() -> None:
+    run = started()
+    run.core.closed("1-a", 0.0)
+    run.core.slot_lost(1, "the node is gone", 0.0)
+    run.core.slot_lost(1, "the node is gone", 0.0)
+    run.core.closed("1-a", 0.0)
+    assert run.kinds().count("lost") == 1
+    assert run.messages() == ["void", "void"]
+
+
+def test_links_that_fail_again_and_again_without_a_death_fail_the_run() -> None:
+    run = started()
+    for _ in range(21):
+        assert run.core.failure is None
+        run.core.failed("0-a", run.record.number, "connection reset", 0.0)
+        run.answer("0-a", "1-a", "2-a")
+    assert run.core.failure is not None
+    assert "link between two workers" in run.core.failure
+
+
+def test_shares_that_are_zero_for_all_survivors_become_equal() -> None:
+    run = started(replace(SETTINGS, shares=(1.0, 0.0, 0.0)))
+    assert run.record.shares == (1.0, 0.0, 0.0)
+    run.core.closed("0-a", 0.0)
+    run.answer("1-a", "2-a")
+    assert run.record.shares == (1.0, 1.0)
+
+
+def test_a_want_keeps_the_group_of_an_unchanged_member_list_and_a_void_does_not() -> None:
+    run = started()
+    group = run.record.group
+    run.core.healed("1-a", 0.0)  # A spurious one will do: any want.
+    run.answer("0-a", "2-a", step=1)
+    run.core.answer("1-a", run.core.number, cursor=cursor(1), healed=True, now=0.0)
+    assert (run.record.number, run.record.group) == (2, group)
+    run.core.failed("0-a", 2, "connection reset", 0.0)
+    run.answer("0-a", "1-a", "2-a", step=1)
+    assert run.record.number == 3
+    assert run.record.group != group
+
+
+# ---------------------------------------------------------------- suspicion
+
+
+def test_a_suspicion_to_which_all_answer_gives_patience_to_those_who_suspected() -> None:
+    run = started()
+    run.core.suspect("0-a", 1, 2.0, 1, 10.0)
+    assert run.messages() == ["ping"] * 3
+    for uid in ("0-a", "1-a", "2-a"):
+        run.core.pong(uid, 1000, 10.1)
+    assert run.messages("0-a") == ["patience"]
+    run.core.tick(11.0)
+    assert run.core.record is not None
+    assert not run.core.forming
+
+
+def test_the_silent_are_evicted_and_the_generation_is_void() -> None:
+    run = started()
+    run.core.suspect("0-a", 1, 2.0, 1, 10.0)
+    run.core.pong("0-a", 1000, 10.1)
+    run.core.pong("1-a", 1000, 10.1)
+    run.core.tick(10.4)
+    assert not run.core.forming
+    run.messages()
+    run.core.tick(10.5)
+    assert run.messages("2-a") == ["evicted"]
+    assert run.core.forming
+    run.answer("0-a", "1-a")
+    assert run.slots == [0, 1]
+    run.hello(2)
+    assert run.messages("2-a") == ["evicted"], "it stays evicted"
+
+
+def test_a_suspicion_of_another_generation_is_ignored() -> None:
+    run = started()
+    run.core.suspect("0-a", 0, 2.0, 1, 10.0)
+    assert run.messages() == []
+
+
+def test_who_waits_for_a_member_that_was_let_go_has_its_generation_voided() -> None:
+    run = started()
+    run.core.finish("0-a", cursor=cursor(1), confirmed=True, now=0.0)
+    run.messages()
+    run.core.suspect("1-a", 1, 2.0, 2, 10.0)
+    assert run.messages() == ["void", "void"]
+
+
+def test_who_answers_but_holds_its_peers_up_past_the_hang_limit_is_evicted() -> None:
+    run = started()
+    now = 0.0
+    while "2-a" in run.core.peers:
+        assert now < SETTINGS.hang_limit_s + 1
+        run.core.suspect("0-a", 1, 2.0, 1, now)
+        for uid, position in (("0-a", 1001), ("1-a", 1001), ("2-a", 1000)):
+            run.core.pong(uid, position, now + 0.1)
+        now += 1.0
+    assert now >= SETTINGS.hang_limit_s
+    assert sorted(run.core.peers) == ["0-a", "1-a"]
+
+
+def test_who_does_not_answer_to_a_void_within_the_hang_limit_is_evicted() -> None:
+    run = started()
+    run.core.failed("0-a", 1, "connection reset", 0.0)
+    run.answer("0-a", "1-a")
+    run.core.tick(SETTINGS.hang_limit_s)
+    assert run.slots == [0, 1]
+
+
+def test_a_standstill_of_the_hub_itself_is_nobodys_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = [100.0]
+    monkeypatch.setattr(server.time, "monotonic", lambda: real[0])
+    clock = server.FairClock()
+    for _ in range(10):
+        real[0] += 0.02
+        clock.now()
+    assert clock.now() == pytest.approx(0.2)
+    real[0] += 30.0
+    assert clock.now() == pytest.approx(0.2 + server.STANDSTILL_S)
+
+
+# ---------------------------------------------------------------- a restart of the actor
+
+
+def restarted(run: Run) -> tuple[Run, Record]:
+    return Run(run.core.settings, incarnation=2), run.record
+
+
+def test_a_restart_with_all_members_back_changes_nothing() -> None:
+    run, record = restarted(started())
+    for slot in range(3):
+        run.hello(slot, step=5, healed=True, record=record, answered=1)
+    assert run.record is record
+    assert run.messages() == []
+    assert not run.core.forming
+    assert "recovered" in run.kinds()
+
+
+def test_a_restart_without_one_member_voids_after_a_grace() -> None:
+    run, record = restarted(started())
+    for slot in range(2):
+        run.hello(slot, step=5, healed=True, record=record, answered=1)
+    run.core.tick(RECOVERY_GRACE_S - 0.1)
+    assert run.messages() == []
+    run.core.tick(RECOVERY_GRACE_S)
+    assert run.messages() == ["void", "void", "ping", "ping"]
+    run.answer("0-a", "1-a", step=5)
+    assert (run.record.number, run.slots, run.record.base) == (2, [0, 1], 5)
+
+
+def test_a_restart_with_a_member_that_missed_a_record_voids() -> None:
+    run, record = restarted(started())
+    run.hello(0, step=5, healed=True, record=record, answered=1)
+    run.hello(1, step=5, healed=True, record=replace(record, number=2, cursor=cursor(5)), answered=2)
+    run.hello(2, step=5, healed=True, record=record, answered=2)
+    assert run.messages() == ["void"] * 3
+    assert run.core.number == 3
+
+
+def test_a_restart_knows_of_a_number_that_only_one_member_was_told() -> None:
+    run, record = restarted(started())
+    for slot, answered in enumerate((1, 4, 1)):
+        run.hello(slot, step=5, healed=True, record=record, answered=answered)
+    assert run.messages() == ["void"] * 3
+    assert run.core.number == 5
+
+
+def test_a_failure_told_during_a_recovery_voids() -> None:
+    run, record = restarted(started())
+    run.hello(0, step=5, healed=True, record=record, answered=1)
+    run.core.failed("0-a", 1, "connection reset", 0.0)
+    for slot in (1, 2):
+        run.hello(slot, step=5, healed=True, record=record, answered=1)
+    assert run.messages() == ["void"] * 3
+
+
+def test_a_member_that_healed_while_the_actor_was_down_gets_its_share() -> None:
+    run, record = restarted(started())
+    record = replace(record, unhealed=("2-a",))
+    for slot in range(3):
+        run.hello(slot, step=5, healed=True, fresh=slot == 2, record=record, answered=1)
+    assert run.messages() == ["want"] * 3
+    run.answer("0-a", "1-a", step=6)
+    run.answer("2-a", step=6, fresh=True)
+    assert run.record.fresh == ("2-a",)
+    assert run.record.unhealed == ()
+
+
+def test_who_comes_back_after_the_recovery_is_evicted_even_with_the_number_in_force() -> None:
+    run, record = restarted(started())
+    for slot in range(2):
+        run.hello(slot, step=5, healed=True, record=record, answered=1)
+    run.core.tick(RECOVERY_GRACE_S)
+    run.answer("0-a", "1-a", step=5)
+    run.messages()
+    other = replace(record, number=2, cursor=cursor(5))
+    run.hello(2, step=6, healed=True, record=other, answered=2)
+    assert run.messages("2-a") == ["evicted"]
+    assert run.slots == [0, 1]
+    assert not run.core.forming
+
+
+# ---------------------------------------------------------------- leaving and ending
+
+
+def test_the_last_holder_of_the_state_leaves_only_when_a_joiner_has_healed() -> None:
+    run = Run(replace(SETTINGS, num_slots=2))
+    run.core.slot_vacant(1, "later", 0.0)
+    run.hello(0)
+    run.hello(1)
+    run.core.leave("0-a", 0.0)
+    run.answer("0-a", step=1)
+    assert run.slots == [0, 1]
+    assert run.record.unhealed == ("1-a",)
+    run.answer("0-a", step=2)
+    run.core.answer("1-a", run.core.number, cursor=cursor(2), healed=True, fresh=True, now=0.0)
+    assert run.record.fresh == ("1-a",)
+    run.core.verified("1-a", 0.0)
+    run.answer("0-a", "1-a", step=3)
+    assert run.slots == [1]
+    assert run.messages("0-a")[-1] == "bye"
+
+
+def test_the_end_waits_for_a_worker_that_has_trained_though_its_word_is_under_way() -> None:
+    run = started(replace(SETTINGS, num_slots=2))
+    run.core.answer("1-a", 2, cursor=cursor(1), healed=True, fresh=True, now=0.0)
+    run.answer("0-a", step=1)
+    assert run.record.fresh == ("1-a",)
+    run.core.finish("0-a", cursor=cursor(3), confirmed=True, now=0.0)
+    assert "end" not in run.messages("1-a")
+    run.core.finish("1-a", cursor=cursor(3), confirmed=True, now=0.0)
+    assert run.messages("1-a") == ["bye"]
+    assert run.core.over
+
+
+def test_a_finished_member_stays_until_those_who_are_behind_have_its_last_step() -> None:
+    run = started(replace(SETTINGS, num_slots=2))
+    run.core.failed("1-a", 1, "connection reset", 0.0)
+    run.answer("0-a", step=5)
+    run.answer("1-a", step=4)
+    assert (run.record.behind, run.record.source) == (("1-a",), "0-a")
+    run.core.finish("0-a", cursor=cursor(5), confirmed=True, now=0.0)
+    assert "bye" not in run.messages("0-a")
+    run.core.finish("1-a", cursor=cursor(5), confirmed=True, now=0.0)
+    assert run.messages() == ["bye", "bye"]
+
+
+def test_a_finished_member_stays_until_a_restarted_actor_knows_who_needs_it() -> None:
+    run, record = restarted(started(replace(SETTINGS, num_slots=2)))
+    run.hello(0, step=5, healed=True, record=replace(record, unhealed=("1-a",)), answered=1)
+    run.core.finish("0-a", cursor=cursor(5), confirmed=True, now=0.0)
+    assert run.messages() == []
+    run.hello(1, step=5, record=replace(record, unhealed=("1-a",)), answered=1)
+    assert run.messages() == ["bye", "end"]
+    assert run.core.over
+
+
+def test_a_run_that_ends_by_its_last_members_death_does_not_begin_again_with_the_refill() -> None:
+    run = started(replace(SETTINGS, num_slots=2))
+    run.core.finish("0-a", cursor=cursor(5), confirmed=True, now=0.0)
+    run.hello(1, "b")
+    assert run.messages("1-b") == ["end"]
+    assert run.core.state == "ended"
+
+
+def test_the_end_does_not_wait_for_a_worker_that_has_not_healed() -> None:
+    run = started(replace(SETTINGS, num_slots=2))
+    run.core.answer("1-a", 2, cursor=cursor(0), healed=False, now=0.0)
+    run.answer("0-a", step=1)
+    assert run.record.unhealed == ("1-a",)
+    run.core.finish("0-a", cursor=cursor(3), confirmed=True, now=0.0)
+    assert run.messages("1-a")[-1] == "end"
+    assert run.core.state == "ended"
+
+
+def test_no_generation_follows_a_raised_function() -> None:
+    run = started()
+    run.core.raised("1-a", "Traceback\nValueError: bad", 0.0)
+    assert run.core.failure is not None
+    assert "ValueError: bad" in run.core.failure
+    number = run.record.number
+    run.core.closed("2-a", 0.0)
+    run.answer("0-a")
+    run.hello(1, "b")
+    assert run.record.number == number
+    assert run.messages("1-b") == ["fail"]

@@ -1,0 +1,142 @@
+"""What crosses process borders (wire, records, errors), and what a wrong setting says."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import pickle
+import socket
+import threading
+from typing import Any
+
+import pytest
+from collectives_fakes import record_of
+
+from raytrain_het import errors
+from raytrain_het.config import HetConfig
+from raytrain_het.membership.record import Record
+from raytrain_het.membership.wire import Connection, encode
+
+# ---------------------------------------------------------------- wire and record
+
+
+def test_messages_arrive_whole_and_in_order_whatever_the_pieces() -> None:
+    sent = [{"type": "event", "text": "line\nbreak", "number": k, "pad": "ü" * 70_000} for k in range(3)]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            peer, _ = server.accept()
+            data = b"".join(encode(m) for m in sent)
+            with peer:
+                for start in range(0, len(data), 10_007):
+                    peer.sendall(data[start : start + 10_007])
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        connection = Connection("127.0.0.1", server.getsockname()[1])
+        assert list(connection.messages()) == sent
+        assert connection.local_host == "127.0.0.1"
+        thread.join()
+        connection.close()
+        connection.close()
+        with pytest.raises(OSError, match=".*"):
+            connection.send({"type": "pong"})
+
+
+def test_messages_of_several_threads_are_not_mixed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = Connection("127.0.0.1", server.getsockname()[1])
+        peer, _ = server.accept()
+        threads = [
+            threading.Thread(target=lambda k=k: [connection.send({"from": k, "pad": "x" * 5000}) for _ in range(50)])
+            for k in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        with peer.makefile("rb") as lines:
+            got = [json.loads(lines.readline())["from"] for _ in range(200)]
+        for thread in threads:
+            thread.join()
+        assert sorted(got) == sorted([0, 1, 2, 3] * 50)
+        connection.close()
+        peer.close()
+
+
+def test_a_record_survives_json() -> None:
+    record = record_of([1.0, 0.5, 0.0], behind=("1-a",), unhealed=("2-a",), reset=True, checkpoint="path", source=None)
+    again = Record.from_json(json.loads(json.dumps(record.to_json())))
+    assert again == record
+    assert (again.base, again.rank_of("2-a"), again.rank_of("9-a"), again.member("1-a").slot) == (4, 2, None, 11)
+
+
+# ---------------------------------------------------------------- errors
+
+ERRORS = [
+    cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.HetError)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", ERRORS, ids=lambda c: c.__name__)
+def test_errors_survive_pickling_with_message_and_type(cls: type[errors.HetError]) -> None:
+    again = pickle.loads(pickle.dumps(cls("worker 3: what, and the fix")))
+    assert type(again) is cls
+    assert str(again) == "worker 3: what, and the fix"
+
+
+def test_the_poisonous_step_survives_pickling() -> None:
+    again = pickle.loads(pickle.dumps(errors.RunFailedError("why", {"step": 8, "slots": [1]})))
+    assert (str(again), again.poison) == ("why", {"step": 8, "slots": [1]})
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("values", "allowed"),
+    [
+        ({"shares": [1, -1]}, "non-negative numbers, at least one above 0"),
+        ({"shares": [0, 0]}, "non-negative numbers, at least one above 0"),
+        ({"shares": []}, "non-negative numbers, at least one above 0"),
+        ({"shares": [1, math.inf]}, "non-negative numbers, at least one above 0"),
+        ({"codec": "zip"}, "'none' or 'bf16'"),
+        ({"micro_batch_size": 0}, "a whole number from 1, or None"),
+        ({"micro_batch_size": 1.5}, "a whole number from 1, or None"),
+        ({"bucket_mib": 0.0}, "a number above 0"),
+        ({"silence_s": -1.0}, "a number above 0"),
+        ({"hang_limit_s": math.nan}, "a number above 0"),
+        ({"start_timeout_s": math.inf}, "a number above 0"),
+        ({"replica_check_steps": -1}, "a whole number from 0"),
+        ({"max_skipped_steps": 1.5}, "a whole number from 0"),
+        ({"seed": True}, "a whole number from 0"),
+    ],
+)
+def test_a_wrong_setting_names_itself_its_value_what_is_allowed_and_the_fix(
+    values: dict[str, Any], allowed: str
+) -> None:
+    (name,) = values
+    with pytest.raises(errors.ConfigError) as caught:
+        HetConfig(**values)
+    message = str(caught.value)
+    assert message.startswith(f"{name}=")
+    assert f"is not valid: allowed is {allowed}. " in message
+    assert message.endswith(".")
+
+
+@pytest.mark.parametrize("values", [{"shares": "31"}, {"shares": 3}, {"silence_s": "1"}])
+def test_a_setting_of_another_type_is_a_config_error_too(values: dict[str, Any]) -> None:
+    with pytest.raises(errors.ConfigError, match=next(iter(values))):
+        HetConfig(**values)
+
+
+def test_shares_become_a_tuple_of_floats() -> None:
+    assert HetConfig(shares=[3, 1]).shares == (3.0, 1.0)  # type: ignore[arg-type]
+
+
+def test_settings_are_frozen_named_and_picklable() -> None:
+    config = HetConfig(codec="bf16")
+    with pytest.raises(AttributeError):
+        config.codec = "none"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        HetConfig((1.0,))  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(config)) == config

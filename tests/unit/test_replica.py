@@ -1,0 +1,156 @@
+"""What heals and is checkpointed: the whole of it, and the light part that a step done again starts from."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from raytrain_het.errors import ConfigError, LoopOrderError
+from raytrain_het.training.replica import Replica
+
+
+def replica_of(seed: int = 0, *, dtype: torch.dtype = torch.float32, register: bool = True) -> Replica:
+    torch.manual_seed(seed)
+    replica = Replica()
+    replica.model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).to(dtype)
+    replica.optimizer = torch.optim.Adam(replica.model.parameters(), lr=0.1)
+    if register:
+        replica.register("schedule", torch.optim.lr_scheduler.StepLR(replica.optimizer, 1, gamma=0.5))
+    return replica
+
+
+def train(replica: Replica, steps: int = 2, seed: int = 0) -> None:
+    assert replica.model is not None
+    assert replica.optimizer is not None
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(8, 4, generator=generator).to(next(replica.model.parameters()).dtype)
+        replica.optimizer.zero_grad()
+        replica.model(x).square().mean().backward()
+        replica.optimizer.step()
+        for schedule in replica.registered.values():
+            schedule.step()
+
+
+def test_a_snapshot_makes_another_replica_equal_and_it_trains_on_alike() -> None:
+    one, other = replica_of(0), replica_of(1)
+    train(one)
+    other.load(one.snapshot())
+    assert other.digest(optimizer=True) == one.digest(optimizer=True)
+    assert other.registered["schedule"].state_dict() == one.registered["schedule"].state_dict()
+    for replica in (one, other):
+        train(replica, 3, seed=5)
+    assert other.digest(optimizer=True) == one.digest(optimizer=True)
+
+
+def test_a_snapshot_does_not_move_with_the_model_unless_asked_to_share() -> None:
+    replica = replica_of()
+    train(replica)
+    kept, shared = replica.snapshot(), replica.snapshot(copy_tensors=False)
+    before = copy.deepcopy(kept)
+    train(replica)
+    torch.testing.assert_close(kept, before, rtol=0, atol=0)
+    assert not torch.equal(shared["model"]["0.weight"], before["model"]["0.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_digest_knows_every_bit_of_every_parameter(dtype: torch.dtype) -> None:
+    replica = replica_of(dtype=dtype)
+    assert replica.model is not None
+    digest = replica.digest()
+    for parameter in replica.model.parameters():
+        bits = (
+            parameter.detach().view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()])
+        )
+        bits[0] += 1
+        assert replica.digest() != digest
+        bits[0] -= 1
+    assert replica.digest() == digest
+    assert 0 < digest <= 2**62
+
+
+def test_the_digest_knows_which_parameter_holds_what() -> None:
+    replica = Replica()
+    replica.model = nn.ParameterList([torch.zeros(3), torch.ones(3)])
+    replica.optimizer = torch.optim.SGD(replica.model.parameters())
+    digest = replica.digest()
+    replica.model[0].data, replica.model[1].data = replica.model[1].data, replica.model[0].data
+    assert replica.digest() != digest
+
+
+def test_the_digest_knows_the_optimizers_state_if_asked() -> None:
+    replica = replica_of()
+    train(replica)
+    assert replica.optimizer is not None
+    plain, full = replica.digest(), replica.digest(optimizer=True)
+    next(iter(replica.optimizer.state.values()))["exp_avg"].view(-1)[0] += 1
+    assert replica.digest() == plain
+    assert replica.digest(optimizer=True) != full
+
+
+def test_the_light_part_takes_back_buffers_schedules_and_settings_but_no_parameters() -> None:
+    replica = replica_of()
+    assert replica.model is not None
+    assert replica.optimizer is not None
+    train(replica)
+    light = replica.light()
+    rate, mean = replica.optimizer.param_groups[0]["lr"], replica.model[1].running_mean.clone()
+    train(replica)
+    moved = replica.digest()
+    for _ in range(2):  # What it goes back to must not move either.
+        replica.restore_light(light)
+        assert replica.optimizer.param_groups[0]["lr"] == rate
+        assert torch.equal(replica.model[1].running_mean, mean)
+        assert replica.registered["schedule"].last_epoch == 2
+        assert replica.digest() == moved
+        replica.registered["schedule"].step()
+        replica.model[1].running_mean += 1
+
+
+def test_tensor_settings_are_restored_in_place() -> None:
+    replica = replica_of(register=False)
+    assert replica.optimizer is not None
+    rate = torch.tensor(0.1)
+    replica.optimizer.param_groups[0]["lr"] = rate
+    kept = replica.hyperparameters()
+    rate.fill_(7.0)
+    replica.set_hyperparameters(kept)
+    assert replica.optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_parameters_come_back_with_the_drift(dtype: torch.dtype) -> None:
+    one, other = replica_of(0, dtype=dtype), replica_of(0, dtype=dtype)
+    assert one.model is not None
+    assert other.model is not None
+    with torch.no_grad():
+        other.model[0].bias[1] += 0.5
+    data = one.pack_parameters()
+    assert data.numel() == one.parameter_bytes()
+    assert other.unpack_parameters(data) == pytest.approx(0.5, abs=0.01)
+    assert other.digest() == one.digest()
+    assert other.unpack_parameters(data) == 0.0
+
+
+def test_what_has_no_state_dict_cannot_be_registered() -> None:
+    with pytest.raises(ConfigError, match=r"register_state\('ema', ...\) got a list"):
+        Replica().register("ema", [1])
+
+
+def test_a_name_is_for_one_object() -> None:
+    replica = replica_of()
+    replica.register("schedule", replica.registered["schedule"])
+    with pytest.raises(ConfigError, match="the name is taken"):
+        replica.register("schedule", nn.Linear(1, 1))
+
+
+def test_state_registered_after_the_first_step_is_refused() -> None:
+    replica = replica_of()
+    light = replica.light()
+    replica.register("late", nn.Linear(1, 1))
+    with pytest.raises(LoopOrderError, match="'late' was registered after the first step"):
+        replica.restore_light(light)
