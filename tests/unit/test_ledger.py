@@ -73,7 +73,7 @@ def test_a_run_that_lost_nothing_passes_whatever_the_membership_did(size, batch,
 
 
 @pytest.mark.parametrize(
-    "spoil, message",
+    ("spoil", "message"),
     [
         (lambda e: [x for x in e if x.step != 3], r"step 3: lost.*epoch 0, offset 15"),
         (lambda e: [x for x in e if x.step < 4], r"step 4: lost"),
