@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,6 +147,10 @@ class ReportBook:
         for report in self._open.values():
             if slot in report.parts:
                 report.parts[slot] = report.parts[slot] | {"holds_snapshot": False}
+
+    def joined(self, slot: int, step: int) -> None:
+        """A slot's process takes part from after this step: nothing is to be expected of it for reports up to there."""
+        self._last_order[slot] = max(self._last_order.get(slot, (-1, -1)), (step, sys.maxsize))
 
     def untaken(self) -> list[dict[str, Any]]:
         """Whole reports that nobody has acknowledged, oldest first."""

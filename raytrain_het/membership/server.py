@@ -59,6 +59,7 @@ class Hub:
         self._evaluations = EvaluationBook()
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
+        self._joined: set[str] = set()
         self._stats: dict[int, dict[str, Any]] = {}
         self._connections: dict[str, asyncio.StreamWriter] = {}
         self._noted = self._core.next_seq
@@ -239,12 +240,18 @@ class Hub:
                 self._evaluations.forget(event["uid"])
                 if event["kind"] in ("lost", "evicted", "left"):
                     self._reports.forget(event["slot"])
+                    self._writers = {key: slot for key, slot in self._writers.items() if slot != event["slot"]}
         self._noted = self._core.next_seq
         for uid, message in self._core.drain():
             self._send(uid, message)
         if self._core.recovering:
             return  # Who has not come back yet is not lost: its part of a report may be on its way.
-        slots = [p.member.slot for p in self._core.peers.values() if p.healed and not p.fresh]
+        partners = [p for p in self._core.peers.values() if p.healed and not p.fresh]
+        for peer in partners:
+            if peer.member.uid not in self._joined:
+                self._joined.add(peer.member.uid)
+                self._reports.joined(peer.member.slot, peer.reports_after)
+        slots = [p.member.slot for p in partners]
         by_slot = {p.member.slot: p.member.uid for p in self._core.peers.values()}
         for key, slot in self._reports.writer_wanted(slots).items():
             if self._writers.get(key) not in slots:

@@ -54,6 +54,8 @@ class Peer:
     healed: bool
     heard: float
     first_base: int = -1
+    reports_after: int = -1
+    """It takes no part in reports of steps up to this one: it was not there yet."""
     answered: bool = False
     """Whether it has answered to the generation being formed."""
     fresh: bool = False
@@ -489,8 +491,10 @@ class Membership:
         for peer in peers:
             if peer.phase is Phase.JOINING:
                 peer.phase = Phase.IN
-            if peer.first_base < 0 and peer.healed:
+            if peer.healed and (peer.first_base < 0 or peer.fresh):
                 peer.first_base = base["step"]
+                # Whoever starts anew may report before its first step; whoever heals comes after that.
+                peer.reports_after = base["step"] - reset
             peer.answered = False
             self._send(peer.member.uid, type="record", record=self.record.to_json())
         self.voided, self._inquiry, self._suspected_since = False, None, None

@@ -231,7 +231,8 @@ class Session:
         cursor, record = engine.cursor, engine.agent.record
         assert record is not None and self.gradients is not None
         points.reach("report", cursor.step)
-        healed = [m.uid for m in record.members if m.uid not in record.unhealed]
+        # Not those that healed at the very end of an epoch: they begin with the next one, and do not come here.
+        healed = [m.uid for m in record.members if m.uid not in (*record.unhealed, *record.fresh)]
         holds = checkpoint and engine.agent.uid in healed[:2]
         samples = engine.counters.samples - self._reported_samples
         self._reported_samples = engine.counters.samples

@@ -122,6 +122,18 @@ def test_a_worker_that_is_lost_before_its_part_is_not_waited_for() -> None:
     assert [r["num_workers"] for r in book.settle([0])] == [1]
 
 
+def test_a_process_that_came_after_a_report_is_not_waited_for() -> None:
+    book = ReportBook()
+    book.joined(0, -1)
+    book.joined(1, 5)
+    book.part(0, part("5.0", checkpoint=False))
+    assert [r["key"] for r in book.settle([0, 1])] == ["5.0"]
+    book.part(0, part("6.0", checkpoint=False))
+    assert book.settle([0, 1]) == []
+    book.part(1, part("6.0", checkpoint=False))
+    assert [r["key"] for r in book.settle([0, 1])] == ["6.0"]
+
+
 def test_the_part_of_a_worker_that_is_lost_afterwards_counts() -> None:
     book = ReportBook()
     book.part(0, part(checkpoint=False, metrics={"loss": 1.0}))
