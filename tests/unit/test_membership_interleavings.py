@@ -14,7 +14,7 @@ with "bye" if, and only if, they had finished or asked to leave.
 
 ``EXHAUSTIVE`` states how many worlds each scenario has at least, so that the enumeration can't shrink unseen;
 together about 55,000 worlds by 107,000 events. ``RANDOM`` scenarios (two or three members, several faults at once)
-are walked along 250 seeded random paths each.
+are walked along 150 seeded random paths each.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ RANDOM = {
     "false evictions": Scenario(slots=3, steps=2, stops=1, hasty=2, refills=1),
     "raises among restarts": Scenario(slots=3, steps=2, raises=1, restarts=1, late=1),
 }
-WALKS = 250
+WALKS = 150
 
 
 def explain(error: AssertionError, path: tuple[Event, ...]) -> AssertionError:
