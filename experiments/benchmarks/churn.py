@@ -1,15 +1,18 @@
 """A thousand kills and refills of one member of a process group, in one run: do the others, or the hub, leak anything?
 
-Three processes, gloo, no Ray, a tiny model. The third worker kills itself (``kill -9``) two committed steps after it has healed, at
-the protocol's points in turn, and is refilled at once. The two survivors train throughout; every tenth of a second they write
-down their threads, open file descriptors and resident memory (/proc), and so does the process that hosts the hub.
+Three processes, gloo, no Ray, a tiny model. The third worker kills itself (``kill -9``) two committed steps after it
+has healed, at the protocol's points in turn, and is refilled at once. The two survivors train throughout; every tenth
+of a second they write down their threads, open file descriptors and resident memory (/proc), and so does the process
+that hosts the hub.
 
-What counts: in each of these processes the median over the last tenth of the refills against that over a tenth after warm-up (the
-second tenth). Threads and descriptors must not have grown at all; memory by less than 2 %, and less than 2 KiB a refill.
+What counts: in each of these processes the median over the last tenth of the refills against that over a tenth after
+warm-up (the second tenth). Threads and descriptors must not have grown at all; memory by less than 2 %, and less than 2
+KiB a refill.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -132,10 +135,8 @@ def main() -> None:
                 raise Enough
 
         started = time.monotonic()
-        try:
+        with contextlib.suppress(Enough):
             lab.run(timeout_s=24 * 3600, on_poll=on_poll)
-        except Enough:
-            pass
         duration = time.monotonic() - started
         samples = {
             path.stem.removeprefix("usage_"): [json.loads(line) for line in path.read_text().splitlines()]

@@ -24,7 +24,7 @@ INPUTS, CLASSES = 256, 10
 
 
 def make_model(size: str = "1.3M") -> nn.Module:
-    """A plain network of 18 parameter tensors with 1.30 million parameters, or a tiny one of 4 tensors with 2.2 thousand."""
+    """A plain network: 18 tensors with 1.30 million parameters, or 4 tensors with 2.1 thousand."""
     torch.manual_seed(0)
     widths = {"1.3M": [INPUTS, *[412] * 8], "tiny": [INPUTS, 8]}[size]
     layers: list[nn.Module] = []

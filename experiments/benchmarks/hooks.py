@@ -3,12 +3,14 @@
 One process, one thread, the model with 1.3 million parameters. Three copies of it in turns, in blocks:
 
 - *plain*: no hooks; the gradients stay where autograd leaves them;
-- *ddp*: ``DistributedDataParallel`` (world size 1, gloo) with a comm hook that returns a finished future of the bucket as it is;
-- *ours*: :class:`raytrain_het.training.gradients.Gradients`, its buckets handed to a function that does nothing; the weighting,
-  the check for finiteness and ``p.grad`` at its end included.
+- *ddp*: ``DistributedDataParallel`` (world size 1, gloo) with a comm hook that returns a finished future of the bucket
+  as it is;
+- *ours*: :class:`raytrain_het.training.gradients.Gradients`, its buckets handed to a function that does nothing; the
+  weighting, the check for finiteness and ``p.grad`` at its end included.
 
-Measured are forward and backward together with ``zero_grad`` (DDP prepares its reducer in the forward pass), by the thread's CPU time:
-median over blocks of the difference to *plain*. At a small batch the hooks are the larger part of the figure, so that is the default.
+Measured are forward and backward together with ``zero_grad`` (DDP prepares its reducer in the forward pass), by the
+thread's CPU time: median over blocks of the difference to *plain*. At a small batch the hooks are the larger part of
+the figure, so that is the default.
 """
 
 from __future__ import annotations

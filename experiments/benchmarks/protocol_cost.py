@@ -1,16 +1,17 @@
 """The protocol's own work in a step: CPU time of a worker's threads outside of compute, transfer and waiting for peers.
 
-Four processes, one torch thread each, gloo, no Ray, twice: with the model of 1.3 million parameters and with a tiny one. CPU time
-does not count waiting. In every worker:
+Four processes, one torch thread each, gloo, no Ray, twice: with the model of 1.3 million parameters and with a tiny
+one. CPU time does not count waiting. In every worker:
 
-- *main*: CPU time of the training thread in a step of ours, less that in the same step (same batch, same optimizer, without any
-  hooks) of a second copy of the model, in blocks that take turns, and less the tensor work on gradients;
+- *main*: CPU time of the training thread in a step of ours, less that in the same step (same batch, same optimizer,
+  without any hooks) of a second copy of the model, in blocks that take turns, and less the tensor work on gradients;
 - *communication*: CPU time of the communication thread, less the tensor work on messages;
 - *reader*: CPU time of the thread that listens to the hub.
 
-Tensor work is weighting gradients into buckets, the check for finiteness, encoding, summing, decoding: what DDP does too, and what grows
-with the model. It is timed by wrapping the functions that do it, and listed as *transfer*. gloo's own threads are transfer and not counted.
-The protocol's work is the sum of the three: 2 ms or less, at the median over workers.
+Tensor work is weighting gradients into buckets, the check for finiteness, encoding, summing, decoding: what DDP does
+too, and what grows with the model. It is timed by wrapping the functions that do it, and listed as *transfer*. gloo's
+own threads are transfer and not counted. The protocol's work is the sum of the three: 2 ms or less, at the median over
+workers.
 """
 
 from __future__ import annotations

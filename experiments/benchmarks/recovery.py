@@ -1,12 +1,13 @@
 """How long the others stand still when one of four workers is killed (``kill -9``) or stopped (SIGSTOP).
 
-Four processes, gloo, no Ray, the model with 1.3 million parameters. For each protocol point one run, in which workers in turn meet a scripted
-fault there, many steps apart; each is refilled and heals before the next fault. Every worker writes down (wall clock) when it opened
-a step, under which generation, and when it arrived at the end of its backward pass.
+Four processes, gloo, no Ray, the model with 1.3 million parameters. For each protocol point one run, in which workers
+in turn meet a scripted fault there, many steps apart; each is refilled and heals before the next fault. Every worker
+writes down (wall clock) when it opened a step, under which generation, and when it arrived at the end of its backward
+pass.
 
-Of one fault and one survivor the recovery is the time from the fault, or from the survivor's last arrival before it opened a step of a new
-generation if that came later, until that opening. Of a fault it is that of the slowest survivor. All faults count:
-for a kill the largest must be below 0.2 s, for a stop below two step times and 1 s.
+Of one fault and one survivor the recovery is the time from the fault, or from the survivor's last arrival before it
+opened a step of a new generation if that came later, until that opening. Of a fault it is that of the slowest survivor.
+All faults count: for a kill the largest must be below 0.2 s, for a stop below two step times and 1 s.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Step time of four equal workers against plain DistributedDataParallel.
 
-Four processes, one torch thread each, gloo on this machine, no Ray. Each process holds the same model twice: one copy in
-``DistributedDataParallel`` on a gloo group of its own, one prepared by raytrain_het's public functions. They run in turns, in blocks
-of steps (ABBA), so that whatever else the machine does meets both alike; while one runs, the other is idle. Every block starts and
-ends at a barrier. A step is everything between two batches: fetching the batch, forward, backward, update. Both take batches from
-the same tensors by one indexing each, which is the cheapest loader DDP can have.
+Four processes, one torch thread each, gloo on this machine, no Ray. Each process holds the same model twice: one copy
+in ``DistributedDataParallel`` on a gloo group of its own, one prepared by raytrain_het's public functions. They run in
+turns, in blocks of steps (ABBA), so that whatever else the machine does meets both alike; while one runs, the other is
+idle. Every block starts and ends at a barrier. A step is everything between two batches: fetching the batch, forward,
+backward, update. Both take batches from the same tensors by one indexing each, which is the cheapest loader DDP can
+have.
 
-The batch size is chosen so that DDP's step takes ``--step-ms`` or more. What counts is the ratio of a block of ours to the DDP block beside
-it: the median over pairs, with a 95 % bootstrap interval over pairs. The upper end must be 1.05 or less.
+The batch size is chosen so that DDP's step takes ``--step-ms`` or more. What counts is the ratio of a block of ours to
+the DDP block beside it: the median over pairs, with a 95 % bootstrap interval over pairs. The upper end must be 1.05 or
+less.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The communication thread: one launch order on all members, overlapped with the backward pass.
 
-It enters generations (makes the group, replays the kept sums for whoever is one step behind), runs the jobs the training thread
-submits, and follows along by itself while this member is not healed. The training thread never touches the group.
+It enters generations (makes the group, replays the kept sums for whoever is one step behind), runs the jobs the
+training thread submits, and follows along by itself while this member is not healed. The training thread never touches
+the group.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class StepJob(Job):
     """One step's all-reduce. Buckets are filled by the training thread, in layout order."""
 
     locals: list[torch.Tensor | None] | None = None
-    """Weighted local gradients by bucket (n,); None where they were gathered in the message, or this member sends nothing."""
+    """Weighted local gradients by bucket (n,); None where they are in the message already, or nothing is sent."""
     outs: list[torch.Tensor] = field(default_factory=list)
     """Where the decoded means go, by bucket (n,)."""
     ready: int = 0
@@ -168,11 +169,11 @@ class Communicator:
     def _turn(self) -> bool:
         """Do the next thing there is to do; False if there is nothing."""
         record, entered, void = self.agent.record, self.entered, self.agent.void
-        if record is not None and (entered is None or record.number > entered.number):
-            if void <= record.number > self._broken:
-                self._abort_jobs(before=record.number)
-                self._guard(lambda: self._enter(record), record.number)
-                return True
+        newer = record is not None and (entered is None or record.number > entered.number)
+        if record is not None and newer and void <= record.number > self._broken:
+            self._abort_jobs(before=record.number)
+            self._guard(lambda: self._enter(record), record.number)
+            return True
         if entered is None:
             return False
         if void > entered.number or self._broken >= entered.number:
@@ -260,7 +261,9 @@ class Communicator:
                 self.agent.suspect(generation, now - started, step)
                 deadline = min(2 * deadline, self._hang_limit_s / 4)
                 suspect_at = now + deadline
-            self._wake.wait(self._group.poll_s if self._group and self._group.poll_s else min(max(suspect_at - now, 0.001), 1.0))
+            self._wake.wait(
+                self._group.poll_s if self._group and self._group.poll_s else min(max(suspect_at - now, 0.001), 1.0)
+            )
             self._wake.clear()
 
     def _finish(self, operation: Operation, generation: int, step: int) -> None:
@@ -299,7 +302,13 @@ class Communicator:
 
     def _build(self, record: Record, rank: int) -> Group:
         builder = GroupBuilder(
-            self.reaper, record.group, record.store, rank, len(record.members), self.agent.member.host, self._wire_device(record),
+            self.reaper,
+            record.group,
+            record.store,
+            rank,
+            len(record.members),
+            self.agent.member.host,
+            self._wire_device(record),
             self._wake.set,
         )
         try:
@@ -334,7 +343,15 @@ class Communicator:
         for bucket in self.layout.buckets:
             size = header_bytes(len(bucket.segments))
             header = Header(
-                sums.step, record.number, bucket.index, 0, sums.total_weight, sums.finite, True, 0, sums.used[bucket.index]
+                sums.step,
+                record.number,
+                bucket.index,
+                0,
+                sums.total_weight,
+                sums.finite,
+                True,
+                0,
+                sums.used[bucket.index],
             )
             write_header(header, len(bucket.segments), data[place : place + size])
             place += size
@@ -412,7 +429,15 @@ class Communicator:
         message = torch.zeros(size * length, dtype=torch.uint8, device=exchange.group.device)
         out = torch.zeros_like(message)
         header = Header(
-            job.step, job.generation, _CONFIRM.index, max(self.agent.want, job.generation), 0.0, bool(FINITE), False, 0, 0
+            job.step,
+            job.generation,
+            _CONFIRM.index,
+            max(self.agent.want, job.generation),
+            0.0,
+            bool(FINITE),
+            False,
+            0,
+            0,
         )
         for rank in range(size):
             write_header(header, 0, message[rank * length : (rank + 1) * length])
@@ -460,8 +485,10 @@ class Communicator:
                 self.agent.advance(after)
                 self.agent.condition.notify_all()
         want = sums.want
-        if want <= number and resync_due(sums) and not self._guard(
-            lambda: self._resync(ResyncJob(number, step)), number
+        if (
+            want <= number
+            and resync_due(sums)
+            and not self._guard(lambda: self._resync(ResyncJob(number, step)), number)
         ):
             return
         if want <= number and at_epoch_end:

@@ -2,15 +2,16 @@
 
 For every bucket, two uneven all-to-alls of bytes:
 
-1. *scatter*: rank ``i`` encodes each owner's shard of its weighted gradient ``w_i g_i`` and sends it there, behind a header
-   that goes to every member (also those that own nothing);
-2. each owner decodes all payloads, adds them up in rank order in fp32 (fp64 for fp64), divides by the sum of weights, and
-   encodes the result once; *gather*: it sends that to all, and everyone, itself included, decodes the same bytes.
+1. *scatter*: rank ``i`` encodes each owner's shard of its weighted gradient ``w_i g_i`` and sends it there, behind a
+   header that goes to every member (also those that own nothing);
+2. each owner decodes all payloads, adds them up in rank order in fp32 (fp64 for fp64), divides by the sum of weights,
+   and encodes the result once; *gather*: it sends that to all, and everyone, itself included, decodes the same bytes.
 
 What a member sends to itself stays where it is, but for the header.
 
-So replicas are identical to the bit whatever the codec, and a gradient is quantised twice, whatever the number of members.
-Sizes of all messages are pure functions of (record, bucket): gloo aborts a process that gets more bytes than it expects.
+So replicas are identical to the bit whatever the codec, and a gradient is quantised twice, whatever the number of
+members. Sizes of all messages are pure functions of (record, bucket): gloo aborts a process that gets more bytes than
+it expects.
 
 Shapes: ``N`` members, ``n`` elements of a bucket, ``n_j`` those of owner ``j``'s shard.
 """
@@ -61,7 +62,7 @@ class Traffic:
 
 
 Wire = tuple[int, int, torch.Tensor]
-"""Elements ``start`` to ``stop`` of a bucket, and the values (stop - start,) in the message that takes them to their owner."""
+"""Elements ``start`` to ``stop`` of a bucket, and the values (stop - start,) in the message to their owner."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ class Exchange:
 
         def payload(sender: int, owner: int) -> int:
             start, stop = bounds[owner]
-            return aligned(self._codec(sender, bucket).capacity_bytes(stop - start, bucket.dtype)) if stop > start else 0
+            return (
+                aligned(self._codec(sender, bucket).capacity_bytes(stop - start, bucket.dtype)) if stop > start else 0
+            )
 
         me = self.rank
         return _Plan(
@@ -138,7 +141,7 @@ class Exchange:
 
     @cached_property
     def wires(self) -> list[list[Wire] | None]:
-        """By bucket: where local gradients can be gathered so that nothing is left to encode; None where that cannot be.
+        """By bucket: where local gradients can be gathered with nothing left to encode; None where that cannot be.
 
         Whoever fills a bucket there passes no ``local`` to :meth:`scatter`.
         """
@@ -253,7 +256,9 @@ class Exchange:
 
     def _add_up(self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total: torch.Tensor) -> None:
         sent: list[tuple[int, torch.Tensor]] = [
-            (sender, body) for sender, (header, body) in enumerate(zip(headers, bodies, strict=True)) if header.contributes
+            (sender, body)
+            for sender, (header, body) in enumerate(zip(headers, bodies, strict=True))
+            if header.contributes
         ]
         if not sent:
             total.zero_()
@@ -294,8 +299,9 @@ class Exchange:
         if (header.step, header.bucket) != (step, bucket.index):
             slot = self.record.members[sender].slot
             raise ProtocolError(
-                f"worker {slot} is at step {header.step}, bucket {header.bucket}, while this one is at step {step}, bucket "
-                f"{bucket.index}: the training functions do not take the same steps. Every worker must run the same loop."
+                f"worker {slot} is at step {header.step}, bucket {header.bucket}, while this one is at step {step}, "
+                f"bucket {bucket.index}: the training functions do not take the same steps. Every worker must run the "
+                "same loop."
             )
 
     def _launch(self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], ins: list[int]) -> Operation:

@@ -62,6 +62,4 @@ def read_header(message: torch.Tensor, num_segments: int) -> Header:
     if magic != MAGIC:
         raise ProtocolError(f"a message starts with {magic:#06x} instead of {MAGIC:#06x}: it is not a step's message")
     used = int.from_bytes(data[_FIXED.size : _FIXED.size + (num_segments + 7) // 8], "little")
-    return Header(
-        step, generation, bucket, want, weight, bool(flags & FINITE), bool(flags & CONTRIBUTES), digest, used
-    )
+    return Header(step, generation, bucket, want, weight, bool(flags & FINITE), bool(flags & CONTRIBUTES), digest, used)

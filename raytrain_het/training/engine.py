@@ -1,8 +1,9 @@
 """One step, from the training thread's side: opened by the loader, closed by the optimizer, done again if it fails.
 
-Order of a step: :meth:`Engine.open` (the record in force gives the slice) -> for each micro-batch :meth:`Engine.arm`, the user's
-forward and backward pass -> at the end of the last backward pass the sums are waited for -> :meth:`Engine.close` updates and
-commits. A step whose generation was voided is closed without an update and opened again under the next record.
+Order of a step: :meth:`Engine.open` (the record in force gives the slice) -> for each micro-batch :meth:`Engine.arm`,
+the user's forward and backward pass -> at the end of the last backward pass the sums are waited for ->
+:meth:`Engine.close` updates and commits. A step whose generation was voided is closed without an update and opened
+again under the next record.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ class Engine:
         assert rank is not None
         batch = self.plan.batch_at(cursor)
         own = slice_of(batch, record.shares, rank)
-        # A share of 0 still runs the loop's body, on one sample, so that user code behaves alike; the gradient is dropped.
+        # A share of 0 still runs the loop's body, on one sample, so that user code behaves alike; the gradient is
+        # dropped.
         micro = micro_batches(own, self._micro_batch_size) if len(own) else [range(batch.start, batch.start + 1)]
         step = cursor.step + 1
         job = StepJob(record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step))
@@ -206,8 +208,8 @@ class Engine:
     def _ready(self, opened: Opened, count: int) -> None:
         if opened.job.ready == 0 and self.gradients.not_zeroed():
             raise LoopOrderError(
-                "backward() ran without optimizer.zero_grad() since the last step, so it would add to the old gradients: "
-                "call optimizer.zero_grad() before backward()."
+                "backward() ran without optimizer.zero_grad() since the last step, so it would add to the old "
+                "gradients: call optimizer.zero_grad() before backward()."
             )
         if count == len(self.gradients.layout.buckets):
             opened.submitted = time.monotonic()
@@ -243,9 +245,9 @@ class Engine:
         """The generation is void: see from the next one what became of the step."""
         number, comm = opened.job.generation, self.comm
         self.agent.wait_for(
-            lambda: comm.entered is not None
-            and comm.entered.number > number
-            and self.agent.is_current(comm.entered.number)
+            lambda: (
+                comm.entered is not None and comm.entered.number > number and self.agent.is_current(comm.entered.number)
+            )
         )
         record = comm.entered
         assert record is not None
@@ -371,8 +373,8 @@ class Engine:
             opened.closed = self._redo = True
         else:
             raise LoopOrderError(
-                f"the loop asked for the next batch at step {opened.job.step} without optimizer.step(): every batch needs "
-                "one backward() and one step(). To accumulate gradients, give prepare_data_loader a micro_batch_size."
+                f"the loop asked for the next batch at step {opened.job.step} without optimizer.step(): every batch "
+                f"the loop asked for the next batch at step {opened.job.step} without optimizer.step(): every "
             )
 
     def _raise_pending(self) -> None:
@@ -420,7 +422,7 @@ class Engine:
 
 
 def advance(plan: DataPlan, cursor: dict[str, int]) -> tuple[dict[str, int], bool]:
-    """The cursor after one more committed step, rolled over into the next epoch at an epoch's end, and whether it did."""
+    """The cursor after one more committed step, rolled over at an epoch's end, and whether it was."""
     after = plan.advance(Cursor.from_dict(cursor))
     if plan.is_epoch_end(after):
         return plan.next_epoch(after).to_dict(), True

@@ -1,7 +1,7 @@
 """Local gradients: hooks on the parameters gather them, weighted, into buckets, and hand the means back.
 
-Symbols: ``b_j`` the weight of micro-batch ``j`` (its samples, or the user's measure), ``g_j`` its mean gradient. What a member
-sends is ``w g = sum_j b_j g_j``: exact sums, so that cutting a share into micro-batches changes nothing.
+Symbols: ``b_j`` the weight of micro-batch ``j`` (its samples, or the user's measure), ``g_j`` its mean gradient. What a
+member sends is ``w g = sum_j b_j g_j``: exact sums, so that cutting a share into micro-batches changes nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from raytrain_het.errors import ConfigError, LoopOrderError
 class Gradients:
     """The training thread's end of the all-reduce.
 
-    After the last micro-batch's ``backward()`` every ``p.grad`` is the weighted mean over all members, as with torch's DDP, so
-    clipping and logging of gradients work as they do there.
+    After the last micro-batch's ``backward()`` every ``p.grad`` is the weighted mean over all members, as with torch's
+    DDP, so clipping and logging of gradients work as they do there.
 
     Args:
         model: the user's model; it is not wrapped, only its parameters get hooks.
@@ -43,7 +43,9 @@ class Gradients:
             )
         for name, p in named:
             if p.is_complex() or not p.is_floating_point():
-                raise ConfigError(f"parameter {name!r} has dtype {p.dtype}: only real floating point can be trained here.")
+                raise ConfigError(
+                    f"parameter {name!r} has dtype {p.dtype}: only real floating point can be trained here."
+                )
         self.model = model
         self._buffers = [(n, b) for n, b in model.named_buffers() if not b.is_complex()]
         self.layout = Layout(named, self._buffers, bucket_bytes)
@@ -91,7 +93,7 @@ class Gradients:
         self, job: StepJob, *, on_ready: Callable[[int], None], on_backward_done: Callable[[bool], None],
         wires: list[list[Wire] | None] | None = None,
     ) -> None:  # fmt: skip
-        """A step is opened: nothing is gathered yet. What is gathered goes into the job, or into its message (``wires``)."""
+        """A step is opened. What is gathered goes into the job, or straight into its message (``wires``)."""
         self._job = job
         if wires is not self._wires:
             self._aim(wires)
@@ -109,10 +111,10 @@ class Gradients:
         for bucket, local in zip(self.layout.buckets, self.locals, strict=True):
             there = wires[bucket.index] if wires is not None and local.device.type == "cpu" else None
             self._parts.append(there or [(0, bucket.numel, local)])
-        for bucket, place in self._slots:
-            segment = self.layout.buckets[bucket].segments[place]
+        for index, place in self._slots:
+            segment = self.layout.buckets[index].segments[place]
             target = []
-            for start, stop, values in self._parts[bucket]:
+            for start, stop, values in self._parts[index]:
                 low, high = max(start, segment.offset), min(stop, segment.stop)
                 if low < high:
                     target.append((low - segment.offset, high - segment.offset, values[low - start : high - start]))
@@ -153,8 +155,8 @@ class Gradients:
                 torch.autograd.Variable._execution_engine.queue_callback(self._done)
             if index in self._fired:
                 raise LoopOrderError(
-                    "backward() ran twice for one batch: add the losses up and call it once, or give prepare_data_loader "
-                    "a micro_batch_size to accumulate gradients."
+                    "backward() ran twice for one batch: add the losses up and call it once, or give "
+                    "prepare_data_loader a micro_batch_size to accumulate gradients."
                 )
             self._fired.add(index)
             if self._job.over:
@@ -228,7 +230,7 @@ class Gradients:
     # ---------------------------------------------------------------- its result
 
     def show(self, sums: Sums | None) -> None:
-        """Point every ``p.grad`` at its mean; zeros where the step came to nothing. None where nobody had a gradient."""
+        """Point every ``p.grad`` at its mean: zeros if the step came to nothing, None where nobody had a gradient."""
         for index, (bucket, place) in enumerate(self._slots):
             p = self._params[index]
             self._shown[index] = None
