@@ -28,6 +28,7 @@ class FakeSettings:
     checkpoint: str | None
     checkpoint_cursor: dict[str, int] | None
     codec: str
+    backend: str
 
 
 class FakeMembership:
