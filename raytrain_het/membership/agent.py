@@ -18,6 +18,9 @@ logger = logging.getLogger("raytrain_het")
 RECONNECT_LIMIT_S = 120.0
 
 
+FIRST_INQUIRY_S = 0.5
+
+
 class RunOver(BaseException):
     """Unwinds the training function of a worker that is no longer needed. Not an error."""
 
@@ -95,6 +98,12 @@ class MemberAgent:
         with self.commit_lock:
             yield self.is_current(generation)
         self._answer_if_void()
+
+    def wait_for_peers(self, predicate: Callable[[], Any]) -> None:
+        """Wait for what other members do outside of a collective, where nobody else would notice that one is silent."""
+        impatience = Impatience(self)
+        while not self.wait_for(predicate, timeout=FIRST_INQUIRY_S):
+            impatience.tell()
 
     def advance(self, cursor: dict[str, int], *, healed: bool | None = None, fresh: bool | None = None) -> None:
         """Record a commit (or a load). The caller holds ``commit_lock``."""
@@ -256,3 +265,19 @@ class MemberAgent:
         with self.condition:
             self.gone = error
             self.condition.notify_all()
+
+
+class Impatience:
+    """Lets the hub see, now and again while a wait lasts, whether all members still answer."""
+
+    def __init__(self, agent: MemberAgent) -> None:
+        self._agent = agent
+        self._pause = FIRST_INQUIRY_S
+        self._next = time.monotonic() + self._pause
+
+    def tell(self) -> None:
+        """To be called while waiting, as often as one likes."""
+        if time.monotonic() >= self._next:
+            self._agent.tell("waiting")
+            self._pause = min(2 * self._pause, 30.0)
+            self._next = time.monotonic() + self._pause

@@ -204,6 +204,8 @@ class Hub:
                 core.failed(uid, m["generation"], m["reason"], now)
             case "suspect":
                 core.suspect(uid, m["generation"], m["waited_s"], m["step"], now)
+            case "waiting":
+                core.waiting(uid, now)
             case "healed":
                 core.healed(uid, now)
             case "verified":

@@ -263,6 +263,11 @@ class Membership:
         assert self._inquiry is not None
         self._inquiry.suspecting[uid] = waited_s
 
+    def waiting(self, uid: str, now: float) -> None:
+        """A member waits for others outside of a collective: are they all alive?"""
+        if self._heard(uid, now) is not None and self.record is not None and self._inquiry is None:
+            self._inquire(now)
+
     def pong(self, uid: str, position: int, now: float) -> None:
         """A member has answered a ping."""
         peer = self._heard(uid, now)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain_het.collectives.communicator import Communicator
-from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.errors import EvictedError
+from raytrain_het.membership.agent import Impatience, MemberAgent
 from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor
 from raytrain_het.training.gradients import Gradients
@@ -37,6 +38,9 @@ class Healing:
         self._snapshot_step = -1
         self._snapshot_source = ""
         self._follow_start = -1
+        self._held = False
+        self._first: dict[str, Any] | None = None
+        """What this worker was built with, while it heals: the run may have to begin again from it."""
 
     # ---------------------------------------------------------------- this worker heals
 
@@ -57,14 +61,24 @@ class Healing:
     def _reset(self, record: Record) -> bool:
         if record.checkpoint is not None:
             self._load_checkpoint(record.checkpoint)
-        elif record.source != self._agent.uid:
+        elif record.source == self._agent.uid:
+            self._begin_again()
+            self._offer_snapshot(record)
+        else:
             snapshot = self._ask(record, f"snapshot.{record.number}")
             if snapshot is None:
                 return False
             self._replica.load(snapshot)
-        else:
-            self._offer_snapshot(record)
         return self._hold(record, cursor=record.cursor, healed=True, fresh=False)
+
+    def _begin_again(self) -> None:
+        """Nobody holds what was trained, and there is no checkpoint: the first state counts, not one partly healed."""
+        if self._first is not None:
+            self._replica.load(self._first)
+        elif self._held:
+            raise EvictedError(
+                "all that held the state were lost before a checkpoint; this worker has only a part of it"
+            )
 
     def _heal(self, record: Record) -> bool:
         """Snapshot, then replay; comes back when another record is there."""
@@ -75,6 +89,8 @@ class Healing:
             snapshot = self._ask(record, f"snapshot.{record.number}")
             if snapshot is None:
                 return False
+            if self._first is None and not self._held:
+                self._first = self._replica.snapshot()
             self._replica.load(snapshot)
             self._snapshot_step, self._snapshot_source = record.base, record.source or ""
             self._follow_start = comm.follow_starts
@@ -150,6 +166,8 @@ class Healing:
         with self._agent.committing(record.number) as allowed:
             if allowed:
                 self._agent.advance(cursor or self._agent.cursor, healed=healed, fresh=fresh)
+                if healed and not fresh:
+                    self._held, self._first = True, None
         return allowed
 
     def _ask(self, record: Record, name: str, **values: Any) -> Any | None:
@@ -157,7 +175,12 @@ class Healing:
         agent = self._agent
         assert record.source is not None
         source = record.member(record.source)
-        stale = lambda: agent.gone is not None or not agent.is_current(record.number)  # noqa: E731
+        impatience = Impatience(agent)
+
+        def stale() -> bool:
+            impatience.tell()
+            return agent.gone is not None or not agent.is_current(record.number)
+
         while not stale():
             answer = ask(source.host, source.state_port, self._token(), name, give_up=stale, **values)
             if answer is not None:

@@ -61,7 +61,7 @@ class Reporter:
 
     def add(self, report: Report, own_state: dict[str, Any]) -> None:
         """Take a report; it is sent once its step is confirmed."""
-        self._agent.wait_for(lambda: len(self._open) < MAX_UNACKNOWLEDGED or report.snapshot is None)
+        self._agent.wait_for_peers(lambda: len(self._open) < MAX_UNACKNOWLEDGED or report.snapshot is None)
         self._open[report.key] = report
         self._server.offer(f"worker.{report.key}", lambda _: own_state)
         self.send_up_to(self._confirmed)
@@ -85,7 +85,7 @@ class Reporter:
     def flush(self) -> None:
         """Wait until every report is acknowledged."""
         self.send_up_to(self._confirmed, force=True)
-        self._agent.wait_for(lambda: not self._open)
+        self._agent.wait_for_peers(lambda: not self._open)
 
     def _acknowledged(self, message: dict[str, Any]) -> None:
         with self._agent.condition:

@@ -21,7 +21,7 @@ from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.exchange import Sums
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import CheckpointError, EvictedError, HetError, LoopOrderError, RunFailedError
-from raytrain_het.membership.agent import MemberAgent, RunOver
+from raytrain_het.membership.agent import Impatience, MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
 from raytrain_het.training.cursor import DataPlan, slice_of
@@ -259,6 +259,7 @@ class Session:
         self._evaluations = {k: v for k, v in self._evaluations.items() if k.startswith(f"{step}/")}
         ordinal = self._evaluations[base] = self._evaluations.get(base, -1) + 1
         result: list[Any] | None = None
+        impatience = Impatience(agent)
         while True:
             answer = agent.request("evaluate", key=f"{base}/{ordinal}", num_chunks=num_chunks, result=result)
             if answer is None:
@@ -268,7 +269,9 @@ class Session:
                 return answer["sums"]
             if "chunk" in answer:
                 result = [answer["chunk"], run_chunk(answer["chunk"])]
+                impatience = Impatience(agent)
             else:
+                impatience.tell()
                 agent.wait_for(lambda: False, timeout=0.005)
 
     def leave(self) -> None:
@@ -305,7 +308,7 @@ class Session:
         agent.on_reconnect = say
         say()
         with contextlib.suppress(RunOver):
-            agent.wait_for(lambda: agent.finished)
+            agent.wait_for_peers(lambda: agent.finished)
 
     def raised(self, error: BaseException) -> None:
         """Tell the hub before unwinding: no generation follows, nobody waits for this worker."""

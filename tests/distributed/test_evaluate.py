@@ -11,6 +11,7 @@ from labs import run
 from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
+from raytrain_het.testing.campaign import Waker
 from raytrain_het.testing.regression import Regression, flat
 from raytrain_het.training import session as sessions
 
@@ -20,8 +21,8 @@ TASK = Regression()
 class Evaluating:
     """Evaluates after every epoch; the worker in slot ``killed`` dies at its second batch of the second evaluation."""
 
-    def __init__(self, killed=None):
-        self.killed = killed
+    def __init__(self, killed=None, how=signal.SIGKILL):
+        self.killed, self.how = killed, how
         generator = torch.Generator().manual_seed(1)
         self.held_out = TensorDataset(
             torch.randn(103, 6, dtype=torch.float64, generator=generator),
@@ -43,7 +44,7 @@ class Evaluating:
             assert not model.training
             if epoch == 1 and session.slot == self.killed and num_batches > 1 and not mark.exists():
                 mark.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self.how)
             x, y = batch
             return {"mse": F.mse_loss(model(x), y, reduction="sum") / 2, "count": float(len(x))}
 
@@ -59,10 +60,13 @@ class Evaluating:
         return {"parameters": flat(model.parameters()), "means": means, "model": model.state_dict()}
 
 
-@pytest.mark.parametrize("killed", [None, 0, 2])
-def test_means_are_exact_and_identical_even_if_a_worker_dies_meanwhile(tmp_path, killed):
-    task = Evaluating(killed)
-    done = run(task, tmp_path)
+@pytest.mark.parametrize(
+    ("killed", "how"), [(None, None), (0, signal.SIGKILL), (2, signal.SIGKILL), (1, signal.SIGSTOP)], ids=str
+)
+def test_means_are_exact_and_identical_even_if_a_worker_dies_or_stops_meanwhile(tmp_path, killed, how):
+    task = Evaluating(killed, how)
+    wakers = {}
+    done = run(task, tmp_path, on_poll=lambda lab: wakers.setdefault(0, Waker(lab))())
     assert (tmp_path / "killed").exists() == (killed is not None)
     results = list(done.results.values())
     assert len(results) >= 2  # The refilled one may come when the run is over.

@@ -7,12 +7,15 @@ import signal
 import pytest
 from labs import run
 
+from raytrain_het.collectives import points
 from raytrain_het.collectives.points import POINTS
 from raytrain_het.testing.campaign import Waker
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
+from raytrain_het.training.session import current
 
 TASK = Regression(patience_s=0.05)
+STEPS = TASK.plan.steps_per_epoch
 
 
 @pytest.mark.parametrize("point", [p for p in POINTS if p != "report"])
@@ -48,6 +51,54 @@ def test_a_worker_that_stops_when_the_others_have_left_the_generation_is_dropped
     done = run(task, tmp_path, faults=faults, on_poll=waking)
     done.check(task)
     assert [e["slot"] for e in done.kinds("evicted")] == [1]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_worker_that_stops_in_the_last_step_is_dropped_too(tmp_path, point):
+    """The others wait for the end, and for its part of the last report, in no collective."""
+    faults = [Fault(slot=1, step=TASK.num_steps, point=point, kind="stop")]
+    done = run(TASK, tmp_path, faults=faults, on_poll=waking)
+    done.check(TASK)
+    assert [e["slot"] for e in done.kinds("evicted")] == [1]
+
+
+@pytest.mark.parametrize("kind", ["stop", "kill"])
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_the_only_other_worker_goes_while_one_heals_from_it(tmp_path, checkpoints, kind):
+    """Who compares its state with the peer's waits for an answer of it, in no collective.
+
+    Nobody holds the state then: all begin again, from the last checkpoint or, with the first state, from the beginning.
+    """
+    task = dataclasses.replace(TASK, epochs=6, report=checkpoints)
+    faults = [Fault(slot=1, step=STEPS + 5, point="backward")]
+    faults += [Fault(slot=0, step=step, point="slice", kind=kind) for step in range(STEPS + 6, 59)]
+    done = run(OnceOneIsHealed(task), tmp_path, num_slots=2, faults=faults, on_poll=waking)
+    done.check(task, reports=False)  # One that only the second worker held may be lost with it.
+    assert len(happened(tmp_path)) == 2
+    resets = [e["base"] for e in done.kinds("formed") if e["reset"]]
+    assert len(resets) == 2
+    assert (resets[1] > 0) == checkpoints
+    assert resets[1] % STEPS == 0
+
+
+class OnceOneIsHealed:
+    """Holds all faults after the first back until a member has just healed, then lets one happen."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def __call__(self, directory):
+        session, reached = current(), points.listeners[:]
+
+        def hold(point, step):
+            record, num_happened = session.agent.record, len(happened(directory))
+            if num_happened == 0 or (num_happened == 1 and record is not None and record.fresh):
+                for listener in reached:
+                    listener(point, step)
+
+        if reached:
+            points.listeners[:] = [hold]
+        return self.task(directory)
 
 
 @pytest.mark.parametrize("slot", [0, 2])
