@@ -57,6 +57,8 @@ class Account:
     """Seconds from a kill until a step of the next generation is committed: median and largest."""
     eviction_s: dict[str, float] = field(default_factory=dict)
     """The same for stopped workers."""
+    slow: list[str] = field(default_factory=list)
+    """Kills whose recovery took more than a second, with what the hub saw meanwhile."""
     failures: list[str] = field(default_factory=list)
     """Rounds that did not come to their end."""
 
@@ -150,6 +152,12 @@ def _round(
         if after is not None and fault.kind != "leave":
             into = account.eviction_s if fault.kind == "stop" else account.recovery_s
             into[f"{account.rounds}/{fault.time}"] = after - fault.time
+            if fault.kind == "kill" and after - fault.time > 1.0:
+                meanwhile = [
+                    (round(e["time"] - fault.time, 3), e["kind"], e.get("slot"), e.get("reason"))
+                    for e in lab.events if -0.3 < e["time"] - fault.time < after - fault.time
+                ]  # fmt: skip
+                account.slow.append(f"round {account.rounds - 1}: {fault}: {meanwhile}")
 
 
 class Waker:
