@@ -310,6 +310,7 @@ class Hub:
                 set(range(self.settings.num_slots)) - core.finished_slots - {p.member.slot for p in core.peers.values()}
             ),
             "dead_slots": sorted(core.dead_slots),
+            "num_joined": dict(core.num_joined),
             "step": max((m.get("step", 0) for m in members), default=0),
             "epoch": max((m.get("epoch", 0) for m in members), default=0),
             "samples": max((m.get("global_samples", 0) for m in members), default=0),

@@ -94,6 +94,8 @@ class Membership:
         self.vacant: set[int] = set()
         self.dead_slots: set[int] = set()
         self.finished_slots: set[int] = set()
+        self.num_joined: Counter[int] = Counter()
+        """By slot: how many processes have come."""
         self.checkpoint = settings.checkpoint
         self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or dict(ZERO)
         self._outbox: list[tuple[str, dict[str, Any]]] = []
@@ -183,6 +185,7 @@ class Membership:
             self._first_hello = now
         peer = Peer(member=member, phase=Phase.JOINING, cursor=dict(cursor), healed=healed, fresh=fresh, heard=now)
         self.peers[uid] = peer
+        self.num_joined[member.slot] += 1
         if record is not None:
             self._hello_from_before(peer, record, answered, now)
             return

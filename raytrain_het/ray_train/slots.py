@@ -63,7 +63,9 @@ class Slot:
     answer: WorkerStatus | RayActorError | None = None
     """Of this round's poll; None when there was none in time."""
     was_member: bool = False
-    """Whether this worker has been seen in a generation."""
+    """Whether this worker has joined the others."""
+    num_joined: int = 0
+    """How many processes of this slot had done so when this one was begun."""
     vacant_told: bool = False
     user_told: bool = False
     lost_reason: str = ""

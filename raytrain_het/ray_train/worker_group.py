@@ -193,7 +193,8 @@ class HetWorkerGroup(WorkerGroup):
                 continue
             member = members.get(slot.index)
             present = member is not None and member.get("alive", True)
-            slot.was_member |= present
+            # It may have come and been dropped between two looks.
+            slot.was_member |= present or status.get("num_joined", {}).get(slot.index, 0) > slot.num_joined
             answer = slot.answer
             if isinstance(answer, RayActorError):
                 self._lose(slot, f"its process died: {_short(answer)}", refill=not (ended or failed), over=ended)
@@ -234,6 +235,7 @@ class HetWorkerGroup(WorkerGroup):
         self._hub.slot_lost(slot.index, reason)
         logger.warning("Worker %d is lost: %s.%s", slot.index, reason, " It is started anew." if refill else "")
         slot.drop_worker()
+        slot.num_joined = self._hub.status.get("num_joined", {}).get(slot.index, 0)
         if over:
             slot.finish(None)
         elif refill:

@@ -21,7 +21,8 @@ class Fault:
 
     ``kill``: SIGKILL. ``stop``: SIGSTOP (somebody else must continue or kill it). ``leave``: orderly leave.
     ``raise``: an exception in the training function. ``slow``: sleep ``seconds`` at the point in each of
-    ``steps`` steps.
+    ``steps`` steps. With ``when_stored`` it waits until every report that this worker has a part in is registered, with
+    its checkpoint: a fault that is not meant to cost one.
     """
 
     slot: int
@@ -30,13 +31,17 @@ class Fault:
     kind: Kind = "kill"
     steps: int = 1
     seconds: float = 0.0
+    when_stored: bool = False
 
     def __post_init__(self) -> None:
         if self.point not in points.POINTS:
             raise ValueError(f"point={self.point!r} is not valid: allowed are {points.POINTS}")
 
 
-def install(faults: Sequence[Fault], slot: int, directory: str, leave: Callable[[], None] | None = None) -> None:
+def install(
+    faults: Sequence[Fault], slot: int, directory: str, leave: Callable[[], None] | None = None,
+    await_reports: Callable[[], None] | None = None,
+) -> None:  # fmt: skip
     """Let the faults meant for this slot happen in this process.
 
     Args:
@@ -45,6 +50,7 @@ def install(faults: Sequence[Fault], slot: int, directory: str, leave: Callable[
         directory: holds a mark for each fault that has happened, so that a refilled worker does not meet it again; the
             mark holds the wall-clock time at which it did.
         leave: how this worker leaves in good order.
+        await_reports: returns when all that this worker has reported is registered.
     """
     mine = [f for f in faults if f.slot == slot]
 
@@ -55,6 +61,9 @@ def install(faults: Sequence[Fault], slot: int, directory: str, leave: Callable[
             mark = Path(directory) / f"fault_{fault.slot}_{step}_{fault.point}_{fault.kind}"
             if mark.exists():
                 continue
+            if fault.when_stored:
+                assert await_reports is not None
+                await_reports()
             with mark.open("w") as file:
                 file.write(repr(time.time()))
                 file.flush()

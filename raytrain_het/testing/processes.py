@@ -216,7 +216,7 @@ def _work(slot: int, payload: bytes) -> None:
 
 def _train(train_fn: Callable[[str], Any], directory: str, faults: list, slot: int, ledger: bool) -> tuple[Any]:
     session = sessions.current()
-    fault_kit.install(faults, slot, directory, session.leave)
+    fault_kit.install(faults, slot, directory, session.leave, session.await_reports)
     if ledger:
         writer = LedgerWriter(Path(directory) / f"ledger_{slot}_{os.getpid()}.jsonl")
         session.listeners.append(lambda note: writer.append(_entry(note)))

@@ -83,8 +83,12 @@ class Reporter:
                     self._agent.tell("stored", **report.stored)
 
     def flush(self) -> None:
-        """Wait until every report is acknowledged."""
+        """Send what is left, and wait until every report is acknowledged."""
         self.send_up_to(self._confirmed, force=True)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until every report is acknowledged."""
         self._agent.wait_for_peers(lambda: not self._open)
 
     def _acknowledged(self, message: dict[str, Any]) -> None:

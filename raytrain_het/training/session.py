@@ -250,6 +250,11 @@ class Session:
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
 
+    def await_reports(self) -> None:
+        """Return when every report made so far is registered, with its checkpoint."""
+        if self.reporter is not None:
+            self.reporter.wait()
+
     def evaluate(self, num_chunks: int, run_chunk: Callable[[int], dict[str, float]], name: str) -> dict[str, float]:
         """Sums over all chunks, computed by whoever is free; the same on every worker."""
         if self.engine is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -135,5 +137,10 @@ def start(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., FakeRun]]:
     for run in runs:
         if run._thread.is_alive():
             run.call("tell", "finish")
+            run._thread.join(30)
+        if run._thread.is_alive():  # Its test has failed; the next ones are to have their resources.
+            for member in run.call("peek", "joins"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member["pid"], signal.SIGKILL)
             run._thread.join(30)
     eventually(lambda: free() == before, f"free resources as before ({before})", 30)

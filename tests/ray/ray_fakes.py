@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ class FakeMembership:
             "failure": self.failure,
             "vacant": [s for s in range(self.settings.num_slots) if s not in self.members],
             "dead_slots": self.dead,
+            "num_joined": dict(Counter(j["slot"] for j in self.joins)),
             "members": list(self.members.values()),
         }
 
