@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 POINTS = ("slice", "backward", "between_buckets", "decoded", "updated", "report")
-"""Before the slice is taken; in the backward pass; between two buckets' exchanges; after the sums are decoded; after
-the
-optimizer's update and before the commit; in a report."""
+"""Before the slice is taken; in the backward pass; between two buckets' exchanges; after the sums are decoded;
+after the optimizer's update and before the commit; in a report."""
 
 MARKS = ("opened", "arrived")
 """No faults happen there; they tell listeners that a step was opened, and that the last backward pass of its own is

@@ -9,8 +9,7 @@ import torch
 
 State = dict[str, torch.Tensor]
 """Element-aligned state: every tensor's first dimension is the bucket's element count, so that it can be cut into
-whatever
-shards are in force and be kept by parameter name."""
+whatever shards are in force and be kept by parameter name."""
 
 
 class Codec(abc.ABC):

@@ -36,7 +36,7 @@ def test_a_worker_that_goes_costs_no_step_and_its_slot_is_refilled(tmp_path, poi
 
 
 class UntilRefilled:
-    """After the first fault only opens steps that a change of membership needs, until the slot's new process is healed.
+    """After the first fault goes on only with steps that a change of membership needs, until the new process is healed.
 
     Else the run may have ended before that.
     """
@@ -48,9 +48,9 @@ class UntilRefilled:
         session, first = current(), Path(directory) / "first_uid"
 
         def hold(point, step):
-            if point == "slice" and session.slot == self.slot and not first.exists():
+            if point == "opened" and session.slot == self.slot and not first.exists():
                 first.write_text(session.agent.uid)
-            elif point == "slice" and happened(directory):
+            elif point == "opened" and happened(directory):  # What a healing worker needs has been offered here.
                 uid = first.read_text()
                 session.agent.wait_for(lambda: self.is_needed(session.agent, uid))
 
