@@ -25,6 +25,8 @@ from raytrain_het.membership.state import Membership
 from raytrain_het.membership.wire import MAX_LINE_BYTES, encode
 
 TICK_S = 0.025
+GROUPS_PER_STORE = 100
+"""Every group leaves its members' addresses in the store; a new store now and again lets go of the old ones' memory."""
 STANDSTILL_S = 0.1
 """More than this between two ticks is a standstill of this process, and no member's silence."""
 
@@ -50,10 +52,10 @@ class Hub:
     def __init__(self, settings: HubSettings, *, token: str | None = None, port: int = 0) -> None:
         self.settings = settings
         self.token = token or secrets.token_hex(16)
-        self._store = TCPStore(settings.host, 0, is_master=True, wait_for_workers=False)
-        self._core = Membership(
-            settings, incarnation=time.time_ns(), store=(settings.host, self._store.port)
-        )  # fmt: skip
+        self._stores: list[TCPStore] = []
+        """The one of new groups, and before it the last one, at which members may still be about to meet."""
+        self._core = Membership(settings, incarnation=time.time_ns(), store=self._new_store())
+        self._renew_store_at = GROUPS_PER_STORE
         self._clock = FairClock()
         self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
         self._evaluations = EvaluationBook()
@@ -240,12 +242,16 @@ class Hub:
             event.setdefault("time", time.time())
             if event["kind"] in ("lost", "evicted", "left", "finished", "raised"):
                 self._evaluations.forget(event["uid"])
+                self._joined.discard(event["uid"])
                 if event["kind"] in ("lost", "evicted", "left"):
                     self._reports.forget(event["slot"])
                     self._writers = {key: slot for key, slot in self._writers.items() if slot != event["slot"]}
         self._noted = self._core.next_seq
         for uid, message in self._core.drain():
             self._send(uid, message)
+        if self._core.number >= self._renew_store_at:
+            self._core.store = self._new_store()
+            self._renew_store_at = self._core.number + GROUPS_PER_STORE
         if self._core.recovering:
             return  # Who has not come back yet is not lost: its part of a report may be on its way.
         partners = [p for p in self._core.peers.values() if p.healed and not p.fresh]
@@ -261,6 +267,11 @@ class Hub:
                 self._send(by_slot[slot], {"type": "write", "key": key, "uids": self._reports.uids(key)})
         self._reports.settle(slots, ended=self._core.over)
         self._let_leave()
+
+    def _new_store(self) -> tuple[str, int]:
+        store = TCPStore(self.settings.host, 0, is_master=True, wait_for_workers=False)
+        self._stores = [*self._stores[-1:], store]
+        return self.settings.host, store.port
 
     def _let_leave(self) -> None:
         """Who holds a checkpoint's snapshot stays until it is stored: its other holder may be killed meanwhile."""

@@ -26,8 +26,10 @@ MAX_FRUITLESS_GENERATIONS = 20
 """So many generations in a row voided without a death or a commit fail the run: some link must be broken."""
 TELL_OF_WAITING_S = 10.0
 """A step that waits so long for a living member is told about."""
-MAX_EVENTS = 1000
+MAX_EVENTS = 500
 """At least so many of the latest events are kept; their readers come every second or so and keep what they want."""
+MAX_GONE = 1000
+"""So many of the members that were let go are remembered, to be told so should they come back."""
 RECOVERY_GRACE_S = 10.0
 """How long a restarted actor waits for the members of the highest record."""
 
@@ -330,7 +332,7 @@ class Membership:
             return
         self._log("raised", now, slot=peer.member.slot, uid=uid, error=error.strip().splitlines()[-1])
         self.peers.pop(uid)
-        self._gone[uid] = "its training function raised"
+        self._forget(uid, "its training function raised")
         self._fail(f"the training function of worker {peer.member.slot} raised:\n{error}", now)
 
     def tick(self, now: float) -> None:
@@ -470,14 +472,16 @@ class Membership:
             return
         members = tuple(p.member for p in peers)
         same = previous is not None and not self.voided and not reset and previous.members == members
-        group = previous.group if same and previous is not None else f"{self.incarnation}.{self.number}"
+        group, store = f"{self.incarnation}.{self.number}", self.store
+        if same and previous is not None:
+            group, store = previous.group, previous.store
         if previous is not None and base["step"] > previous.base:
             self._fruitless_generations = 0
         self.record = Record(
             number=self.number,
             incarnation=self.incarnation,
             group=group,
-            store=self.store,
+            store=store,
             members=members,
             shares=self._shares(peers),
             owners=tuple(1.0 if p.healed else 0.0 for p in peers),
@@ -539,7 +543,7 @@ class Membership:
 
     def _release(self, uid: str, how: str, now: float) -> None:
         peer = self.peers.pop(uid)
-        self._gone[uid] = f"it had {how}"
+        self._forget(uid, f"it had {how}")
         if how == "finished":
             self.finished_slots.add(peer.member.slot)
         self._log(how, now, slot=peer.member.slot, uid=uid, step=peer.cursor["step"])
@@ -579,7 +583,7 @@ class Membership:
         peer = self.peers.pop(uid, None)
         if peer is None:
             return
-        self._gone[uid] = reason
+        self._forget(uid, reason)
         slot = peer.member.slot
         self._log("lost" if died else "evicted", now, slot=slot, uid=uid, reason=reason)
         if not died:
@@ -725,6 +729,11 @@ class Membership:
         if peer is not None:
             peer.heard = now
         return peer
+
+    def _forget(self, uid: str, reason: str) -> None:
+        self._gone[uid] = reason
+        if len(self._gone) > MAX_GONE:
+            del self._gone[next(iter(self._gone))]
 
     def _refuse_other_model(self, member: Member, fingerprint: str, now: float) -> bool:
         """Workers must train the same model on the same data.
