@@ -119,6 +119,12 @@ def judge(samples: list[dict[str, int]], refills: int) -> dict[str, Any]:
     return row
 
 
+def course(samples: list[dict[str, int]], refills: int) -> list[dict[str, float]]:
+    """Medians over every twentieth of the refills."""
+    parts = [[s for s in samples if k * refills <= 20 * s["refills"] < (k + 1) * refills] for k in range(20)]
+    return [{key: statistics.median(s[key] for s in part) for key in part[0]} for part in parts if part]
+
+
 def main() -> None:
     args = common.arguments(__doc__, lambda parser: parser.add_argument("--refills", type=int, default=1000))
     with common.scratch() as directory:
@@ -147,7 +153,8 @@ def main() -> None:
     rows = [{"process": name, **judge(part, args.refills)} for name, part in samples.items()]
     common.show(f"{args.refills} kills and refills of one member in {duration:.0f} s", rows)
     common.keep(args.json, {"benchmark": "churn", "refills": args.refills, "seconds": duration, "processes": rows,
-                            "survivors_lost": lost, "samples": samples})  # fmt: skip
+                            "survivors_lost": lost,
+                            "course": {name: course(s, args.refills) for name, s in samples.items()}})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 
-from raytrain_het.collectives import points
+from raytrain_het.collectives import points, replay
 from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, Wire, one_to_all
 from raytrain_het.collectives.group import Group, GroupBuilder, Operation, Reaper
-from raytrain_het.collectives.header import FINITE, Header, header_bytes, read_header, write_header
+from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
+from raytrain_het.collectives.jobs import ConfirmJob, Job, ResyncJob, StepJob
 from raytrain_het.collectives.layout import Bucket, Layout
 from raytrain_het.errors import ProtocolError
 from raytrain_het.membership.agent import MemberAgent
@@ -36,55 +36,6 @@ _CONFIRM = Bucket(0xFFFF, torch.uint8, ())
 
 class _Interrupted(Exception):
     """The generation is void: what is under way is abandoned."""
-
-
-@dataclass(eq=False)
-class Job:
-    """Something all members do together in one generation."""
-
-    generation: int
-    step: int
-    outcome: str | None = None
-    """None until it is over; then "done" or "aborted"."""
-    error: BaseException | None = None
-
-    @property
-    def over(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self.outcome is not None
-
-
-@dataclass(eq=False)
-class StepJob(Job):
-    """One step's all-reduce. Buckets are filled by the training thread, in layout order."""
-
-    locals: list[torch.Tensor | None] | None = None
-    """Weighted local gradients by bucket (n,); None where they were gathered in the message, or this member sends
-    nothing."""
-    outs: list[torch.Tensor] = field(default_factory=list)
-    """Where the decoded means go, by bucket (n,)."""
-    ready: int = 0
-    """So many buckets, from the first on, may be sent."""
-    weight: float = 0.0
-    contributes: bool = False
-    finite: list[bool] = field(default_factory=list)
-    used: list[int] = field(default_factory=list)
-    digest: int = 0
-    sums: Sums | None = None
-
-
-@dataclass(eq=False)
-class ConfirmJob(Job):
-    """All say that they have committed the step. ``want`` is the highest number any of them knows of."""
-
-    want: int = 0
-
-
-@dataclass(eq=False)
-class ResyncJob(Job):
-    """One member's parameters are sent to all others."""
-
-    data: torch.Tensor | None = None
 
 
 class Communicator:
@@ -327,52 +278,15 @@ class Communicator:
         source = record.rank_of(record.source)
         receivers = [r for r in (record.rank_of(uid) for uid in record.behind) if r is not None]
         assert source is not None
-        heads = sum(header_bytes(len(b.segments)) for b in self.layout.buckets)
-        bodies = sum(b.numel * b.dtype.itemsize + 16 for b in self.layout.buckets)
-        data = torch.zeros(heads + bodies if rank in (source, *receivers) else 0, dtype=torch.uint8)
+        length = replay.packed_bytes(self.layout) if rank in (source, *receivers) else 0
+        data = torch.zeros(length, dtype=torch.uint8)
         if rank == source:
-            self._pack(data, record)
+            assert self._kept is not None and self._kept[0].step == record.base, "the source keeps the base step"
+            replay.pack(*self._kept, self.layout, data)
         one_to_all(
             self._group, source, receivers, data, lambda op: self._finish(op, record.number, record.base)
         )  # fmt: skip
-        return self._unpack(data, record) if rank in receivers else None
-
-    def _pack(self, data: torch.Tensor, record: Record) -> None:
-        assert self._kept is not None and self._kept[0].step == record.base, "the source keeps the base step"
-        sums, exchange = self._kept
-        place = 0
-        for bucket in self.layout.buckets:
-            size = header_bytes(len(bucket.segments))
-            header = Header(
-                sums.step,
-                record.number,
-                bucket.index,
-                0,
-                sums.total_weight,
-                sums.finite,
-                True,
-                0,
-                sums.used[bucket.index],
-            )
-            write_header(header, len(bucket.segments), data[place : place + size])
-            place += size
-            out = torch.empty(bucket.numel, dtype=bucket.dtype)
-            exchange.decode(bucket, out)
-            raw = out.view(torch.uint8)
-            data[place : place + raw.numel()] = raw
-            place += -(-raw.numel() // 16) * 16
-
-    def _unpack(self, data: torch.Tensor, record: Record) -> Sums:
-        sums, place = Sums(step=record.base), 0
-        for bucket in self.layout.buckets:
-            header = read_header(data[place:], len(bucket.segments))
-            place += header_bytes(len(bucket.segments))
-            sums.total_weight, sums.finite = header.weight, header.finite
-            sums.used.append(header.used)
-            size = bucket.numel * bucket.dtype.itemsize
-            self._target_outs[bucket.index].copy_(data[place : place + size].view(bucket.dtype))
-            place += -(-size // 16) * 16
-        return sums
+        return replay.unpack(data, self.layout, record.base, self._target_outs) if rank in receivers else None
 
     # ---------------------------------------------------------------- jobs
 
@@ -435,7 +349,7 @@ class Communicator:
             _CONFIRM.index,
             max(self.agent.want, job.generation),
             0.0,
-            bool(FINITE),
+            True,
             False,
             0,
             0,
@@ -488,7 +402,7 @@ class Communicator:
         want = sums.want
         if (
             want <= number
-            and resync_due(sums)
+            and sums.replicas_differ
             and not self._guard(lambda: self._resync(ResyncJob(number, step)), number)
         ):
             return
@@ -509,8 +423,3 @@ class Communicator:
 
 def _is_ready(job: StepJob, bucket: int) -> bool:
     return job.ready > bucket
-
-
-def resync_due(sums: Sums) -> bool:
-    """Whether the members' replicas differ in the last comparison. The same on all of them."""
-    return len(set(sums.digests.values())) > 1

@@ -52,6 +52,11 @@ class Sums:
         """Whether there is an update to apply."""
         return self.finite and self.total_weight > 0
 
+    @property
+    def replicas_differ(self) -> bool:
+        """Whether a comparison was due and has found a difference. The same on all members."""
+        return len(set(self.digests.values())) > 1
+
 
 @dataclass
 class Traffic:

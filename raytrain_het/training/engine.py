@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from raytrain_het.collectives import points
-from raytrain_het.collectives.communicator import Communicator, ConfirmJob, ResyncJob, StepJob, resync_due
+from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.exchange import Sums
+from raytrain_het.collectives.jobs import ConfirmJob, ResyncJob, StepJob
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import LoopOrderError, NonFiniteGradientError
 from raytrain_het.membership.agent import MemberAgent
@@ -315,7 +316,7 @@ class Engine:
         if sums.want > number:
             self.agent.answer_want(sums.want)
         elif opened.record.number == number:
-            if resync_due(sums):
+            if sums.replicas_differ:
                 self._resync(number, step)
             if self.cursor.epoch != opened.cursor.epoch:
                 self._confirm = ConfirmJob(number, step)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from raytrain_het.collectives import points
-from raytrain_het.collectives.communicator import StepJob
 from raytrain_het.collectives.exchange import Sums, Wire
+from raytrain_het.collectives.jobs import StepJob
 from raytrain_het.collectives.layout import Layout
 from raytrain_het.errors import ConfigError, LoopOrderError
 
