@@ -24,6 +24,7 @@ from raytrain_het.collectives.jobs import ConfirmJob, Job, ResyncJob, StepJob
 from raytrain_het.collectives.layout import Bucket, Layout
 from raytrain_het.errors import ProtocolError
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.meeting import MeetingPlace
 from raytrain_het.membership.record import Record
 
 logger = logging.getLogger("raytrain_het")
@@ -75,6 +76,7 @@ class Communicator:
         self._broken = 0
         self._closed = False
         self.reaper = Reaper()
+        self._meetings = MeetingPlace(agent)
         agent.position = lambda: self._position
         agent.on_change = self._wake.set
         self._thread = threading.Thread(target=self._run, name="het-communication", daemon=True)
@@ -256,7 +258,7 @@ class Communicator:
         builder = GroupBuilder(
             self.reaper,
             record.group,
-            record.store,
+            self._meetings.meeting(record.group),
             rank,
             len(record.members),
             self.agent.member.host,

@@ -7,14 +7,16 @@ operation's time-out).
 
 from __future__ import annotations
 
+import functools
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from raytrain_het.membership.meeting import Meeting
 
 OPERATION_TIMEOUT = timedelta(minutes=30)
 """gloo's own; never what detects a failure."""
@@ -148,38 +150,35 @@ class Reaper:
 
 
 def make_group(
-    key: str, store: tuple[str, int], rank: int, size: int, host: str, device: torch.device, wake: Callable[[], None]
+    key: str, store: dist.Store, rank: int, size: int, host: str, device: torch.device, wake: Callable[[], None]
 ) -> Group:
-    """Meet the other members at the store. Blocks, even past its time-out if a member dies meanwhile.
-
-    The store client is a fresh one: one that is stuck in an abandoned constructor blocks its next user.
-    """
-    client = dist.TCPStore(store[0], store[1], is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
-    prefixed = dist.PrefixStore(f"het/{key}", client)
+    """Meet the other members at the store. Blocks, even past its time-out if a member dies meanwhile."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         return Group(
-            key, dist.ProcessGroupNCCL(prefixed, rank, size, dist.ProcessGroupNCCL.Options()), rank, size, wake, device
+            key, dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options()), rank, size, wake, device
         )
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = OPERATION_TIMEOUT
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._threads = 2
-    pg = dist.ProcessGroupGloo(prefixed, rank, size, options)
+    pg = dist.ProcessGroupGloo(store, rank, size, options)
     return Group(key, pg, rank, size, wake)
 
 
 class GroupBuilder:
     """Makes a group in a helper thread, which is left to itself when the group is no longer wanted."""
 
-    def __init__(self, reaper: Reaper, *args: object) -> None:
+    def __init__(
+        self, reaper: Reaper, key: str, meeting: Meeting, rank: int, size: int, host: str, device: torch.device,
+        wake: Callable[[], None],
+    ) -> None:  # fmt: skip
         self.group: Group | None = None
         self.error: Exception | None = None
         self._abandoned = False
         self._lock = threading.Lock()
-        self._reaper = reaper
-        self._args = args
-        self.started = time.monotonic()
+        self._reaper, self._meeting, self._wake = reaper, meeting, wake
+        self._make = functools.partial(make_group, key, meeting, rank, size, host, device, wake)
         threading.Thread(target=self._run, name="het-group", daemon=True).start()
 
     @property
@@ -189,15 +188,15 @@ class GroupBuilder:
 
     def abandon(self) -> None:
         """Nobody wants the group any more."""
+        self._meeting.abandon()
         with self._lock:
             self._abandoned = True
             if self.group is not None:
                 self._reaper.take(self.group)
 
     def _run(self) -> None:
-        wake: Callable[[], None] = self._args[-1]  # type: ignore[assignment]
         try:
-            group = make_group(*self._args)  # type: ignore[arg-type]
+            group = self._make()
         except Exception as error:
             self.error = error
         else:
@@ -205,4 +204,4 @@ class GroupBuilder:
                 self.group = group
                 if self._abandoned:
                     self._reaper.take(group)
-        wake()
+        self._wake()

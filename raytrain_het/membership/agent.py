@@ -56,7 +56,7 @@ class MemberAgent:
         self.patience = 0
         self.checkpoint: str | None = None
         self.checkpoint_cursor: dict[str, int] | None = None
-        self.on_reconnect: Callable[[], None] = lambda: None
+        self.on_reconnect: list[Callable[[], None]] = []
         self.on_change: Callable[[], None] = lambda: None
         """Called after anything here has changed, for a thread that waits elsewhere."""
         self.on_message: dict[str, Callable[[dict[str, Any]], None]] = {}
@@ -172,7 +172,8 @@ class MemberAgent:
             if self.record is not None and self._failed[0] == self.record.number:
                 # It may have been lost with the last connection, and nobody tries that generation's group again.
                 self._send(type="failed", generation=self._failed[0], reason=self._failed[1])
-            self.on_reconnect()
+            for tell in self.on_reconnect:
+                tell()
             try:
                 for message in connection.messages():
                     self._handle(message)

@@ -33,8 +33,6 @@ class Record:
     """Which life of the membership actor formed it."""
     group: str
     """Names the process group. An unchanged member list keeps its predecessor's."""
-    store: tuple[str, int]
-    """Host and port of the store through which the group's members find each other."""
     members: tuple[Member, ...]
     """In rank order (the rank inside the group, not the world rank)."""
     shares: tuple[float, ...]

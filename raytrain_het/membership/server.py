@@ -1,4 +1,4 @@
-"""The hub: sockets, clock and store around the pure membership logic. Runs in a thread of whatever process hosts it.
+"""The hub: sockets and clock around the pure membership logic. Runs in a thread of whatever process hosts it.
 
 Each member keeps one connection open to it. The kernel closes that connection when the process dies, so a death is
 known within a millisecond, the same way with Ray and without; what Ray knows besides (a vanished machine) comes by
@@ -16,8 +16,6 @@ import threading
 import time
 from typing import Any
 
-from torch.distributed import TCPStore
-
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.reports import EvaluationBook, ReportBook
 from raytrain_het.membership.settings import HubSettings
@@ -25,8 +23,6 @@ from raytrain_het.membership.state import Membership
 from raytrain_het.membership.wire import MAX_LINE_BYTES, encode
 
 TICK_S = 0.025
-GROUPS_PER_STORE = 100
-"""Every group leaves its members' addresses in the store; a new store now and again lets go of the old ones' memory."""
 STANDSTILL_S = 0.1
 """More than this between two ticks is a standstill of this process, and no member's silence."""
 
@@ -52,16 +48,15 @@ class Hub:
     def __init__(self, settings: HubSettings, *, token: str | None = None, port: int = 0) -> None:
         self.settings = settings
         self.token = token or secrets.token_hex(16)
-        self._stores: list[TCPStore] = []
-        """The one of new groups, and before it the last one, at which members may still be about to meet."""
-        self._core = Membership(settings, incarnation=time.time_ns(), store=self._new_store())
-        self._renew_store_at = GROUPS_PER_STORE
+        self._core = Membership(settings, incarnation=time.time_ns())
         self._clock = FairClock()
         self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
         self._evaluations = EvaluationBook()
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
         self._joined: set[str] = set()
+        self._meetings: dict[str, dict[str, dict[str, Any]]] = {}
+        """By group and key: what members have said to each other while they make a process group."""
         self._stats: dict[int, dict[str, Any]] = {}
         self._connections: dict[str, asyncio.StreamWriter] = {}
         self._noted = self._core.next_seq
@@ -175,6 +170,8 @@ class Hub:
             if hello["checkpoint"]:
                 self._note_checkpoint(hello["checkpoint"], hello["checkpoint_cursor"])
             self._flush()
+            for said in [m for values in self._meetings.values() for m in values.values()]:
+                self._send(uid, said)
             while line := await reader.readline():
                 self._handle(uid, member.slot, json.loads(line))
                 self._flush()
@@ -215,6 +212,8 @@ class Hub:
             case "stats":
                 core.progress(uid, m["step"], now)
                 self._stats[slot] = m | {"uid": uid}
+            case "meet":
+                self._pass_on(uid, m)
             case "event":
                 core.note({"slot": slot, **m["event"]})
             case "leave":
@@ -249,9 +248,6 @@ class Hub:
         self._noted = self._core.next_seq
         for uid, message in self._core.drain():
             self._send(uid, message)
-        if self._core.number >= self._renew_store_at:
-            self._core.store = self._new_store()
-            self._renew_store_at = self._core.number + GROUPS_PER_STORE
         if self._core.recovering:
             return  # Who has not come back yet is not lost: its part of a report may be on its way.
         partners = [p for p in self._core.peers.values() if p.healed and not p.fresh]
@@ -268,10 +264,15 @@ class Hub:
         self._reports.settle(slots, ended=self._core.over)
         self._let_leave()
 
-    def _new_store(self) -> tuple[str, int]:
-        store = TCPStore(self.settings.host, 0, is_master=True, wait_for_workers=False)
-        self._stores = [*self._stores[-1:], store]
-        return self.settings.host, store.port
+    def _pass_on(self, uid: str, message: dict[str, Any]) -> None:
+        """Something that a member says to all who meet in a group; the last two are kept for those that come back."""
+        group = message["group"]
+        while group not in self._meetings and len(self._meetings) > 1:
+            del self._meetings[next(iter(self._meetings))]
+        self._meetings.setdefault(group, {})[message["key"]] = message
+        for other in self._connections:
+            if other != uid:
+                self._send(other, message)
 
     def _let_leave(self) -> None:
         """Who holds a checkpoint's snapshot stays until it is stored: its other holder may be killed meanwhile."""

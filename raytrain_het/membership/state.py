@@ -81,10 +81,9 @@ class Inquiry:
 class Membership:
     """See the module's text. Times are seconds of a clock that does not count the caller's own standstills."""
 
-    def __init__(self, settings: HubSettings, *, incarnation: int, store: tuple[str, int]) -> None:
+    def __init__(self, settings: HubSettings, *, incarnation: int) -> None:
         self.settings = settings
         self.incarnation = incarnation
-        self.store = store
         self.peers: dict[str, Peer] = {}
         self.record: Record | None = None
         self.number = 0
@@ -472,16 +471,13 @@ class Membership:
             return
         members = tuple(p.member for p in peers)
         same = previous is not None and not self.voided and not reset and previous.members == members
-        group, store = f"{self.incarnation}.{self.number}", self.store
-        if same and previous is not None:
-            group, store = previous.group, previous.store
+        group = previous.group if same and previous is not None else f"{self.incarnation}.{self.number}"
         if previous is not None and base["step"] > previous.base:
             self._fruitless_generations = 0
         self.record = Record(
             number=self.number,
             incarnation=self.incarnation,
             group=group,
-            store=store,
             members=members,
             shares=self._shares(peers),
             owners=tuple(1.0 if p.healed else 0.0 for p in peers),

@@ -152,7 +152,7 @@ class Session:
         self.reporter = Reporter(self.agent, self._server, self.storage, self._token)
         self.engine.on_commit.append(self._committed)
         self.engine.on_confirm.append(self.reporter.send_up_to)
-        self.agent.on_reconnect = self._tell_a_new_hub
+        self.agent.on_reconnect.append(self._tell_a_new_hub)
         self.agent.join()
         self.engine.start()
         return self.engine
@@ -310,7 +310,7 @@ class Session:
             cursor = agent.cursor
             agent.tell("finish", cursor=cursor, confirmed=engine.confirmed >= cursor["step"])
 
-        agent.on_reconnect = say
+        agent.on_reconnect.append(say)
         say()
         with contextlib.suppress(RunOver):
             agent.wait_for_peers(lambda: agent.finished)

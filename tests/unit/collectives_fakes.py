@@ -17,7 +17,7 @@ def record_of(shares: list[float], owners: list[float] | None = None, codec: str
     members = tuple(Member(uid=f"{k}-a", slot=10 + k, host="h", state_port=1, device="cpu") for k in range(len(shares)))
     return Record(
         **{
-            "number": 3, "incarnation": 1, "group": "g", "store": ("h", 1), "members": members, "shares": tuple(shares),
+            "number": 3, "incarnation": 1, "group": "g", "members": members, "shares": tuple(shares),
             "owners": tuple(owners or [1.0] * len(shares)), "codecs": (codec,) * len(shares),
             "cursor": {"epoch": 0, "offset": 0, "step": 4}, "source": "0-a", "behind": (), "unhealed": (), "fresh": (),
             "reset": False, "checkpoint": None, "backend": "gloo", "reason": "a test",

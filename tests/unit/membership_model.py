@@ -160,7 +160,7 @@ class World:
         self.settings = HubSettings(
             run_id="model", num_slots=scenario.slots, silence_s=0.5, hang_limit_s=NEVER, start_timeout_s=NEVER
         )
-        self.core = Membership(self.settings, incarnation=1, store=("store", 1))
+        self.core = Membership(self.settings, incarnation=1)
         self.workers: dict[str, Worker] = {}
         self._owned: set[str] = set()
         self.ring: dict[tuple[str, int, int], tuple[tuple[str, int], ...]] = {}
@@ -477,7 +477,7 @@ class World:
     def _on_restart(self) -> None:
         self.budget["restarts"] -= 1
         old = self.core
-        self.core = Membership(self.settings, incarnation=old.incarnation + 1, store=("store", 2))
+        self.core = Membership(self.settings, incarnation=old.incarnation + 1)
         for uid in self.workers:
             w = self._own(uid)
             w.outbox = ()

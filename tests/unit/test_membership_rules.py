@@ -27,7 +27,7 @@ class Run:
     """A state machine, and all it has said."""
 
     def __init__(self, settings: HubSettings = SETTINGS, *, incarnation: int = 1) -> None:
-        self.core = Membership(settings, incarnation=incarnation, store=("store", 1))
+        self.core = Membership(settings, incarnation=incarnation)
         self.said: list[tuple[str, dict[str, Any]]] = []
 
     def hello(self, slot: int, life: str = "a", *, step: int = 0, now: float = 0.0, **values: Any) -> None:

@@ -1,0 +1,112 @@
+"""Where the members of a process group find each other: a store whose values go through the hub.
+
+Not torch's ``TCPStore``. Both of its ends write the peer's name into log messages that nobody may ever see, and a
+name server that does not answer then holds up all members for its time-out: 5 s in one of thirty groups was measured.
+A store of our own needs no further connection, and whoever waits at it can be called off.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import Store
+
+from raytrain_het.membership.agent import MemberAgent
+
+Values = dict[str, bytes]
+
+
+class Meeting(Store):
+    """One group's store: as much of the interface as process groups use when they are made."""
+
+    def __init__(self, place: MeetingPlace, group: str) -> None:
+        super().__init__()
+        self._place, self._group = place, group
+        self._abandoned = False
+
+    def set(self, key: str, value: Any) -> None:
+        """Tell all members."""
+        self._place.tell(self._group, key, value.encode() if isinstance(value, str) else bytes(value))
+
+    def get(self, key: str) -> bytes:
+        """Wait for a value."""
+        self.wait([key])
+        return self._place.values(self._group)[key]
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all are there."""
+        return self._place.values(self._group).keys() >= set(keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Wait for some values, however long: the deadlines of membership are what ends it.
+
+        Raises:
+            RuntimeError: nobody wants this group any more.
+        """
+        if not self._place.wait_for(lambda: self._abandoned or self.check(keys)) or self._abandoned:
+            raise RuntimeError(f"the group {self._group} is not wanted any more")
+
+    def abandon(self) -> None:
+        """End all waiting here."""
+        self._abandoned = True
+        self._place.wake()
+
+
+class MeetingPlace:
+    """This member's side of all meetings: it keeps the values of the last two groups."""
+
+    def __init__(self, agent: MemberAgent) -> None:
+        self._agent = agent
+        self._values: dict[str, Values] = {}
+        self._own: dict[str, Values] = {}
+        agent.on_message["meet"] = self._received
+        agent.on_reconnect.append(self._tell_again)
+
+    def meeting(self, group: str) -> Meeting:
+        """The store of a group."""
+        return Meeting(self, group)
+
+    def values(self, group: str) -> Values:
+        """What has been said so far."""
+        return self._values.get(group, {})
+
+    def tell(self, group: str, key: str, value: bytes) -> None:
+        """Say something to all members of a group, this one included."""
+        self._keep(self._own, group, key, value)
+        self._keep(self._values, group, key, value)
+        self._send(group, key, value)
+        self.wake()
+
+    def _tell_again(self) -> None:
+        """The hub may be a new one, which knows nothing of what was said."""
+        for group, values in list(self._own.items()):
+            for key, value in list(values.items()):
+                self._send(group, key, value)
+
+    def wait_for(self, predicate: Callable[[], bool]) -> bool:
+        """Wait until something that was said, or called off, makes it true; False if this member is out."""
+        agent = self._agent
+        with agent.condition:
+            agent.condition.wait_for(lambda: agent.gone is not None or predicate())
+        return predicate()
+
+    def wake(self) -> None:
+        """Have those that wait look again."""
+        with self._agent.condition:
+            self._agent.condition.notify_all()
+
+    def _send(self, group: str, key: str, value: bytes) -> None:
+        self._agent.tell("meet", group=group, key=key, value=base64.b64encode(value).decode())
+
+    def _received(self, message: dict[str, Any]) -> None:
+        self._keep(self._values, message["group"], message["key"], base64.b64decode(message["value"]))
+        self.wake()
+
+    def _keep(self, where: dict[str, Values], group: str, key: str, value: bytes) -> None:
+        with self._agent.condition:
+            while group not in where and len(where) > 1:
+                del where[next(iter(where))]
+            where.setdefault(group, {})[key] = value

@@ -1,0 +1,88 @@
+"""How members find each other while they make a group: over the hub, with nothing that a name server could hold up."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from labs import wait_until
+
+from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.meeting import MeetingPlace
+from raytrain_het.membership.record import Member
+from raytrain_het.membership.server import Hub
+from raytrain_het.membership.settings import HubSettings
+
+
+class Place:
+    """Two members and a hub that can be restarted."""
+
+    def __init__(self):
+        self.hub = self.new_hub()
+        self.agents = []
+
+    def new_hub(self):
+        return Hub(HubSettings(run_id="meeting", num_slots=3))
+
+    def join(self, slot):
+        member = Member(uid=f"{slot}-uid", slot=slot, host="127.0.0.1", state_port=1, device="cpu")
+        agent = MemberAgent(member, lambda: self.hub.address())
+        place = MeetingPlace(agent)
+        agent.join()
+        wait_until(lambda: any(m["slot"] == slot and m["alive"] for m in self.hub.status()["members"]))
+        self.agents.append(agent)
+        return place
+
+
+@pytest.fixture
+def place():
+    place = Place()
+    yield place
+    for agent in place.agents:
+        agent.close()
+    place.hub.shutdown()
+
+
+def test_who_waits_for_a_value_gets_it_whenever_it_comes(place):
+    first, second = place.join(0), place.join(1)
+    got = []
+    waiting = threading.Thread(target=lambda: got.append(second.meeting("g").get("0/0")))
+    waiting.start()
+    first.meeting("g").set("0/0", b"\x00address")
+    waiting.join(10)
+    assert got == [b"\x00address"]
+    assert place.join(2).meeting("g").get("0/0") == b"\x00address"
+
+
+def test_groups_do_not_hear_each_other_and_old_ones_are_forgotten(place):
+    first, second = place.join(0), place.join(1)
+    for group in ("a", "b", "c"):
+        first.meeting(group).set("key", group.encode())
+    assert second.meeting("c").get("key") == b"c"
+    assert second.meeting("b").get("key") == b"b"
+    assert not second.meeting("a").check(["key"])
+    assert not second.meeting("d").check(["key"])
+
+
+def test_what_was_said_outlives_the_hub(place):
+    first = place.join(0)
+    first.meeting("g").set("key", b"value")
+    place.hub.shutdown()
+    place.hub = place.new_hub()
+    assert place.join(1).meeting("g").get("key") == b"value"
+
+
+def test_whoever_waits_at_a_group_that_is_not_wanted_is_called_off(place):
+    meeting, errors = place.join(0).meeting("g"), []
+
+    def wait():
+        try:
+            meeting.wait(["key"])
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    meeting.abandon()
+    waiting.join(10)
+    assert errors == ["the group g is not wanted any more"]
