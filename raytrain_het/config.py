@@ -33,9 +33,20 @@ class HetConfig:
         ConfigError: a value is out of range; the message says which and what to write.
     """
 
-    shares: tuple[float, ...] | None = None
-    """Relative batch shares by world rank (any non-negative numbers, they are normalised).
-    ``None`` is equal shares. A worker with share 0 takes part but trains on nothing."""
+    shares: Literal["auto"] | tuple[float, ...] | None = "auto"
+    """Batch shares. ``"auto"``: equal at first, then as fast as each worker turns out to be.
+
+    Or relative shares by world rank (any non-negative numbers, they are normalised); a worker
+    with share 0 takes part but trains on nothing. ``None`` is equal shares."""
+
+    alpha: float = 0.0
+    """Exponent of the learning-rate scale ``r_i = p_i^-alpha``, with ``p_i`` the worker's measured
+    speed over the mean. Synchronous training has one learning rate: ``r_i`` weighs worker ``i``'s
+    gradient, ``g = sum b_i r_i g_i / sum b_i r_i``. 0 is the plain mean over all samples."""
+
+    lr_scale_normalisation: Literal["mean", "none"] = "mean"
+    """``mean`` divides by the sum of weights. ``none`` is the literal sum ``sum r_i g_i`` over
+    workers, with ``g_i`` the mean over the worker's own samples."""
 
     codec: Literal["none", "bf16"] = "none"
     """How gradients travel: ``none`` is fp32, ``bf16`` halves the bytes."""
@@ -72,17 +83,25 @@ class HetConfig:
     """How long the first step waits for all workers before it starts with those that are there."""
 
     def __post_init__(self) -> None:
-        if self.shares is not None:
+        if self.shares is not None and self.shares != "auto":
             shares = tuple(self.shares) if isinstance(self.shares, Iterable) else ()
             ok = all(_is_number(s) and s >= 0 for s in shares) and sum(shares) > 0
             _require(
                 ok,
                 "shares",
                 self.shares,
-                "non-negative numbers, at least one above 0",
+                "'auto', None, or non-negative numbers, at least one above 0",
                 "Write one number per worker, such as shares=[3, 1].",
             )
             object.__setattr__(self, "shares", tuple(float(s) for s in shares))
+        _require(_is_number(self.alpha), "alpha", self.alpha, "a finite number", "The default is 0.0: the plain mean.")
+        _require(
+            self.lr_scale_normalisation in ("mean", "none"),
+            "lr_scale_normalisation",
+            self.lr_scale_normalisation,
+            "'mean' or 'none'",
+            "Write lr_scale_normalisation='mean'.",
+        )
         _require(self.codec in ("none", "bf16"), "codec", self.codec, "'none' or 'bf16'", "Write codec='none'.")
         _require(self.backend in ("gloo", "nccl"), "backend", self.backend, "'gloo' or 'nccl'", "Write backend='gloo'.")
         _require(
@@ -100,6 +119,11 @@ class HetConfig:
         for name in ("replica_check_steps", "max_skipped_steps", "seed"):
             value = getattr(self, name)
             _require(_is_whole(value, 0), name, value, "a whole number from 0", f"The default is {_DEFAULTS[name]}.")
+
+    @property
+    def given_shares(self) -> tuple[float, ...] | None:
+        """The shares that were given; None where they are equal (at first)."""
+        return None if self.shares == "auto" else self.shares
 
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(HetConfig)}

@@ -224,6 +224,12 @@ class Communicator:
         self._await(lambda: operation.done, generation, step, peers=True)
         operation.result()
 
+    def _finish_of_step(self, operation: Operation, job: StepJob) -> None:
+        began = time.monotonic()
+        self._finish(operation, job.generation, job.step)
+        if job.ready == len(self.layout.buckets):  # Until then the training thread was at work.
+            job.waited_s += time.monotonic() - began
+
     # ---------------------------------------------------------------- generations
 
     def _leave_group(self) -> None:
@@ -307,7 +313,7 @@ class Communicator:
             if k == 1:
                 points.reach("between_buckets", job.step)
             if k > 0:
-                self._finish(scatters[k - 1], generation, job.step)
+                self._finish_of_step(scatters[k - 1], job)
                 gathers.append(exchange.reduce(buckets[k - 1], sums))
             if k > 1:
                 self._decode(exchange, gathers[k - 2], buckets[k - 2], job)
@@ -318,7 +324,7 @@ class Communicator:
         job.sums = sums
 
     def _decode(self, exchange: Exchange, gather: Operation, bucket: Bucket, job: StepJob) -> None:
-        self._finish(gather, job.generation, job.step)
+        self._finish_of_step(gather, job)
         exchange.decode(bucket, job.outs[bucket.index])
 
     def _header(self, job: StepJob, bucket: Bucket) -> Header:

@@ -254,7 +254,7 @@ class Exchange:
         in_place = codec.in_place(payload, bucket.dtype)
         total = self._sum[bucket.dtype][: stop - start] if in_place is None else in_place
         self._add_up(headers, bodies, bucket, total)
-        if total_weight > 0:
+        if total_weight > 0 and (self.record.normalised or bucket.is_state):
             total.div_(total_weight)
         if in_place is None:
             codec.encode(total, payload, {}, {})

@@ -67,7 +67,7 @@ class JobConfig:
     """So many of the latest checkpoints are kept; ``None`` keeps all."""
 
     def __post_init__(self) -> None:
-        shares, workers = self.het.shares, self.num_workers
+        shares, workers = self.het.given_shares, self.num_workers
         if shares is not None and workers is not None and len(shares) != workers:
             raise ConfigError(
                 f"het.shares={list(shares)} has {len(shares)} numbers, `workers` has {workers}: allowed is one number "

@@ -164,6 +164,9 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "healed": lambda e: f"worker {e['slot']} has caught up at step {e['step']} by {e['by']}",
     "vacant": lambda e: f"slot {e['slot']} stays vacant: {e['reason']}",
     "given_up": lambda e: f"slot {e['slot']} is given up: {e['reason']}",
+    "table": lambda e: (
+        f"table {e['version']}: shares {', '.join(str(b) for _, b in sorted(e['shares'].items()))} ({e['reason']})"
+    ),
     "formed": lambda e: (
         f"generation {e['number']} from step {e['base']}: workers {', '.join(map(str, e['slots']))}"
         + (f", of which {', '.join(map(str, e['unhealed']))} catch up" if e["unhealed"] else "")

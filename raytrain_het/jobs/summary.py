@@ -11,12 +11,15 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-RUN_KEYS = ("metrics", "steps", "samples", "throughput_samples_per_s", "workers")
+RUN_KEYS = ("metrics", "steps", "samples", "throughput_samples_per_s", "fraction_of_aggregate", "workers")
 WORKER_KEYS = (
     "world_rank",
     "device",
     "node_ip",
     "batch_share",
+    "score",
+    "lr_scale",
+    "solo_samples_per_s",
     "compute_s",
     "wait_s",
     "bytes_sent",
@@ -29,8 +32,8 @@ def to_json(summary: Mapping[str, Any]) -> str:
 
     NaN and infinity become null: JSON has neither, and many readers refuse them.
     """
-    run = {key: summary[key] for key in RUN_KEYS}
-    run["workers"] = [{key: worker.get(key) for key in WORKER_KEYS} for worker in run["workers"]]
+    run = {key: summary.get(key) for key in RUN_KEYS}
+    run["workers"] = [{key: worker.get(key) for key in WORKER_KEYS} for worker in summary["workers"]]
     return json.dumps(jsonable(run), allow_nan=False)
 
 
@@ -64,6 +67,9 @@ def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
         f"{summary['steps']} steps, {summary['samples']} samples, "
         f"{number(summary['throughput_samples_per_s'])} samples/s"
     )
+    fraction = summary.get("fraction_of_aggregate")
+    if fraction is not None:
+        totals += f"; the last steps ran at {fraction:.0%} of what the workers do alone, added up"
     return Group(worker_table(summary["workers"]), metrics, totals, f"run folder: {folder}")
 
 
@@ -71,12 +77,14 @@ def worker_table(workers: Iterable[Mapping[str, Any]]) -> Table:
     """A row per worker, by world rank."""
     # Fits in 80 columns, since a live table cannot be scrolled sideways.
     table = Table(title="Workers", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for name in ("rank", "device", "node", "share", "compute s", "wait s", "sent", "received"):
+    for name in ("rank", "device", "node", "score", "share", "compute s", "wait s", "sent", "received"):
         table.add_column(name, justify="left" if name in ("device", "node") else "right", no_wrap=True)
     for worker in sorted(workers, key=lambda w: w["world_rank"]):
         table.add_row(
             str(worker["world_rank"]),
-            *(_known(worker.get(key)) for key in ("device", "node_ip", "batch_share")),
+            *(_known(worker.get(key)) for key in ("device", "node_ip")),
+            _known(worker.get("score"), "{:.2f}".format),
+            _known(worker.get("batch_share")),
             *(_known(worker.get(key), "{:.1f}".format) for key in ("compute_s", "wait_s")),
             *(_known(worker.get(key), size) for key in ("bytes_sent", "bytes_received")),
         )

@@ -37,6 +37,12 @@ class Record:
     """In rank order (the rank inside the group, not the world rank)."""
     shares: tuple[float, ...]
     """Relative batch shares by rank; 0 for those that are not healed."""
+    lr_scales: tuple[float, ...]
+    """Learning-rate scales by rank: ``r_i`` weighs a member's gradient beside its samples."""
+    normalised: bool
+    """Whether weighted sums of gradients are divided by the sum of weights."""
+    table: int
+    """Version of the table that shares and scales are from; 0 before there was one."""
     owners: tuple[float, ...]
     """Relative sizes of the owner shards by rank; 0 for those that are not healed."""
     codecs: tuple[str, ...]

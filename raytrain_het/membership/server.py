@@ -16,6 +16,9 @@ import threading
 import time
 from typing import Any
 
+from raytrain_het.allocation.batch_shares import apportion
+from raytrain_het.allocation.learning_rate import effective_batch_size
+from raytrain_het.fleet.scoreboard import Scoreboard
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.reports import EvaluationBook, ReportBook
 from raytrain_het.membership.settings import HubSettings
@@ -52,6 +55,7 @@ class Hub:
         self._clock = FairClock()
         self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
         self._evaluations = EvaluationBook()
+        self._scoreboard = Scoreboard(alpha=settings.alpha, balance=settings.balance)
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
         self._joined: set[str] = set()
@@ -212,6 +216,8 @@ class Hub:
             case "stats":
                 core.progress(uid, m["step"], now)
                 self._stats[slot] = m | {"uid": uid}
+            case "timing":
+                self._observe(slot, m["global_batch_size"], m["steps"])
             case "meet":
                 self._pass_on(uid, m)
             case "event":
@@ -264,6 +270,27 @@ class Hub:
         self._reports.settle(slots, ended=self._core.over)
         self._let_leave()
 
+    def _observe(self, slot: int, global_batch_size: int, steps: list[list[float]]) -> None:
+        """What a worker took for its steps may make another table better than the one in force."""
+        board, core = self._scoreboard, self._core
+        board.global_batch_size = global_batch_size
+        for samples, own_s, cycle_s in steps:
+            board.observe(slot, int(samples), own_s, cycle_s)
+        record = core.record
+        steady = record is not None and not core.forming and not record.unhealed and not record.fresh
+        if not steady or not (self.settings.balance or self.settings.alpha):
+            return
+        assert record is not None
+        table = board.better([m.slot for m in record.members], self._samples(record, global_batch_size))
+        if table is not None:
+            core.follow(table, self._clock.now())
+
+    @staticmethod
+    def _samples(record: Record, global_batch_size: int) -> dict[int, int]:
+        """By slot: samples of a full global batch."""
+        counts = apportion(global_batch_size, record.shares)
+        return {m.slot: b for m, b in zip(record.members, counts, strict=True)}
+
     def _pass_on(self, uid: str, message: dict[str, Any]) -> None:
         """Something that a member says to all who meet in a group; the last two are kept for those that come back."""
         group = message["group"]
@@ -281,6 +308,11 @@ class Hub:
                 del self._leaving[uid]
                 self._core.leave(uid, self._clock.now())
                 self._flush()
+
+    def _fraction_of_aggregate(self, solo: dict[int, float | None]) -> float | None:
+        """What all do together over the sum of what each would do by itself."""
+        together, known = self._scoreboard.samples_per_s, [s for s in solo.values() if s is not None]
+        return together / sum(known) if together is not None and known and len(known) == len(solo) else None
 
     def _note_checkpoint(self, path: str, cursor: dict[str, int]) -> None:
         """The newest counts, in whatever order word of them comes."""
@@ -300,6 +332,10 @@ class Hub:
     def _status(self) -> dict[str, Any]:
         core, record = self._core, self._core.record
         total = sum(record.shares) if record else 0.0
+        board = self._scoreboard
+        samples = self._samples(record, board.global_batch_size) if record else {}
+        scores = board.scores(samples)
+        solo = {slot: board.solo_samples_per_s(slot, b) for slot, b in samples.items()}
         members = []
         for slot in sorted(set(self._stats) | {p.member.slot for p in core.peers.values()}):
             peer = next((p for p in core.peers.values() if p.member.slot == slot), None)
@@ -312,6 +348,8 @@ class Hub:
                     "uid": peer.member.uid, "device": peer.member.device, "node_ip": peer.member.host,
                     "healed": peer.healed, "phase": peer.phase.value,
                     "share": record.shares[rank] / total if record and rank is not None and total else 0.0,
+                    "score": scores.get(slot), "solo_samples_per_s": solo.get(slot),
+                    "lr_scale": record.lr_scales[rank] if record and rank is not None else None,
                 }  # fmt: skip
             members.append(entry)
         return {
@@ -323,6 +361,9 @@ class Hub:
             ),
             "dead_slots": sorted(core.dead_slots),
             "num_joined": dict(core.num_joined),
+            "table": record.table if record else 0,
+            "effective_batch_size": effective_batch_size(list(samples.values()), record.lr_scales) if record else None,
+            "fraction_of_aggregate": self._fraction_of_aggregate(solo),
             "step": max((m.get("step", 0) for m in members), default=0),
             "epoch": max((m.get("epoch", 0) for m in members), default=0),
             "samples": max((m.get("global_samples", 0) for m in members), default=0),

@@ -13,6 +13,11 @@ class HubSettings:
     num_slots: int
     shares: tuple[float, ...] | None = None
     """Relative batch shares by slot; None is equal."""
+    balance: bool = False
+    """Whether shares follow the speeds that workers turn out to have."""
+    alpha: float = 0.0
+    """Exponent of the learning-rate scales."""
+    lr_scale_normalisation: str = "mean"
     codec: str = "none"
     backend: str = "gloo"
     host: str = "127.0.0.1"

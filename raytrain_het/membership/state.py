@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytrain_het.allocation.owner_shards import owner_parts
+from raytrain_het.fleet.scoreboard import Table
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
 
@@ -92,6 +95,8 @@ class Membership:
         self.events: list[dict[str, Any]] = []
         self.next_seq = incarnation // 1_000_000
         """Sequence number of the next event."""
+        self.table: Table | None = None
+        """What shares and scales follow, once speeds are known."""
         self.vacant: set[int] = set()
         self.dead_slots: set[int] = set()
         self.finished_slots: set[int] = set()
@@ -301,6 +306,13 @@ class Membership:
         if peer is not None and step > max(peer.first_base, 0) and peer.first_base >= 0:
             self._fruitless[peer.member.slot] = 0
 
+    def follow(self, table: Table, now: float) -> None:
+        """Shares and scales come from this table from the next generation on."""
+        self.table = table
+        self._log("table", now, **table.to_json())
+        if not self.forming:
+            self._start_forming(void=False, reason=f"table {table.version}", now=now)
+
     def leave(self, uid: str, now: float) -> None:
         """A member wants to go, in good order."""
         peer = self._heard(uid, now)
@@ -480,7 +492,10 @@ class Membership:
             group=group,
             members=members,
             shares=self._shares(peers),
-            owners=tuple(1.0 if p.healed else 0.0 for p in peers),
+            lr_scales=tuple(self._by_slot(self.table.lr_scales if self.table else {}, peers)),
+            normalised=self.settings.lr_scale_normalisation == "mean",
+            table=self.table.version if self.table else 0,
+            owners=self._owners(peers),
             codecs=(self.settings.codec,) * len(peers),
             cursor=base,
             source=source.member.uid,
@@ -495,6 +510,7 @@ class Membership:
         self._log(
             "formed", now, number=self.number, base=base["step"], slots=[p.member.slot for p in peers],
             unhealed=[p.member.slot for p in peers if not p.healed], reason=self._reason, reset=reset,
+            table=self.record.table,
         )  # fmt: skip
         for peer in peers:
             if peer.phase is Phase.JOINING:
@@ -509,11 +525,25 @@ class Membership:
         self._release_the_finished(now)
 
     def _shares(self, peers: list[Peer]) -> tuple[float, ...]:
-        given = self.settings.shares
-        shares = [(given[p.member.slot] if given else 1.0) if p.healed else 0.0 for p in peers]
+        if self.settings.shares:
+            given = dict(enumerate(self.settings.shares))
+        else:
+            given = {slot: float(b) for slot, b in self.table.shares.items()} if self.table else {}
+        shares = [s if p.healed else 0.0 for s, p in zip(self._by_slot(given, peers), peers, strict=True)]
         if sum(shares) == 0:
             shares = [1.0 if p.healed else 0.0 for p in peers]
         return tuple(shares)
+
+    def _owners(self, peers: list[Peer]) -> tuple[float, ...]:
+        """Whoever is faster adds up more of the gradient, so that a slow worker's part of it does not eat its gain."""
+        speeds = self._by_slot(self.table.scores if self.table else {}, peers)
+        return tuple(owner_parts([s if p.healed else 0.0 for s, p in zip(speeds, peers, strict=True)]))
+
+    @staticmethod
+    def _by_slot(values: Mapping[int, float], peers: list[Peer]) -> list[float]:
+        """A value per peer; the mean of the others for who is not in the table."""
+        mean = sum(values.values()) / len(values) if values else 1.0
+        return [values.get(p.member.slot, mean) for p in peers]
 
     def _start_if_all_are_there(self, now: float) -> None:
         joined = {p.member.slot for p in self.peers.values()}

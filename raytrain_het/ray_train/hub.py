@@ -59,7 +59,10 @@ class Hub:
         settings = parts.settings(
             run_id=f"{run_id}-{attempt}",
             num_slots=num_slots,
-            shares=config.shares,
+            shares=config.given_shares,
+            balance=config.shares == "auto",
+            alpha=config.alpha,
+            lr_scale_normalisation=config.lr_scale_normalisation,
             codec=config.codec,
             backend=config.backend,
             host=ray.util.get_node_ip_address(),

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 OnUpdate = Callable[[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]], None]
 _INTERVAL_S = 0.5
 _WORKER_KEYS = ("device", "node_ip", "batch_share", "compute_s", "wait_s", "bytes_sent", "bytes_received")
+_SPEED_KEYS = ("score", "lr_scale", "solo_samples_per_s")
 
 
 class Monitor:
@@ -39,6 +40,7 @@ class Monitor:
         self._workers: dict[int, dict[str, Any]] = {}
         self._status: dict[str, Any] = {}
         self._last_report: dict[str, Any] = {}
+        self._fraction_of_aggregate: float | None = None
         self._started: tuple[float, int] | None = None
         self._ended: tuple[float, int] | None = None
         self._thread = threading.Thread(target=self._run, name="het-monitor", daemon=True)
@@ -72,6 +74,7 @@ class Monitor:
             "steps": self._status.get("step", 0),
             "samples": self._status.get("samples", 0),
             "throughput_samples_per_s": throughput,
+            "fraction_of_aggregate": self._fraction_of_aggregate,
             "workers": [self._workers[slot] for slot in sorted(self._workers)],
         }
 
@@ -123,6 +126,13 @@ class Monitor:
             self._status = status
             for member in status.get("members", []):
                 slot = member["slot"]
+                before = self._workers.get(slot, {})
                 self._workers[slot] = {"world_rank": slot} | {key: member.get(key) for key in _WORKER_KEYS}
+                # Not known any more once a worker has gone: what was last known of it stays.
+                self._workers[slot] |= {
+                    k: v if (v := member.get(k)) is not None else before.get(k) for k in _SPEED_KEYS
+                }
+            if status.get("fraction_of_aggregate") is not None:
+                self._fraction_of_aggregate = status["fraction_of_aggregate"]
         if self._on_update is not None:
             self._on_update(status, events, reports)

@@ -239,10 +239,11 @@ def _check_signature(train_fn: Any) -> None:
 
 
 def _check_shares(config: HetConfig, num_slots: int) -> None:
-    if config.shares is not None and len(config.shares) != num_slots:
+    shares = config.given_shares
+    if shares is not None and len(shares) != num_slots:
         raise ConfigError(
-            f"HetConfig.shares={config.shares!r} has {len(config.shares)} numbers, the run has {num_slots} workers: "
-            f"one per worker is needed. Write shares={[1] * num_slots}, or leave it out for equal shares."
+            f"HetConfig.shares={shares!r} has {len(shares)} numbers, the run has {num_slots} workers: "
+            f"one per worker is needed. Write shares={[1] * num_slots}, or leave it out: shares then follow speeds."
         )
 
 

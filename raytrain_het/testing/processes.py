@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,6 +29,7 @@ from raytrain_het.errors import EvictedError, HetError
 from raytrain_het.membership.server import Hub
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.testing import faults as fault_kit
+from raytrain_het.testing.cgroups import CpuQuota
 from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
 from raytrain_het.training import session as sessions
 from raytrain_het.training.checkpoint import LocalStorage, Storage
@@ -53,6 +54,7 @@ class ProcessLab:
         threads: torch threads per worker.
         settings: settings of the hub that differ from what follows from the config (a checkpoint to resume from).
         storage: makes a worker's storage; by default a folder in the lab's directory.
+        cores: by slot, how much of a core its workers get (Linux, as root); by default all there is.
 
     Attributes:
         events: membership events of the whole run, of hubs that were restarted too; there once it is over.
@@ -64,13 +66,15 @@ class ProcessLab:
         self, train_fn: Callable[[str], Any], directory: str | os.PathLike[str], *, num_slots: int,
         config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True,
         threads: int = 1, ledger: bool = True, settings: dict[str, Any] | None = None,
-        storage: Callable[[], Storage] | None = None,
+        storage: Callable[[], Storage] | None = None, cores: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         self.settings = HubSettings(
-            run_id="lab", num_slots=num_slots, shares=self.config.shares, codec=self.config.codec,
+            run_id="lab", num_slots=num_slots, shares=self.config.given_shares, codec=self.config.codec,
+            balance=self.config.shares == "auto", alpha=self.config.alpha,
+            lr_scale_normalisation=self.config.lr_scale_normalisation,
             silence_s=self.config.silence_s, hang_limit_s=self.config.hang_limit_s,
             start_timeout_s=self.config.start_timeout_s, **(settings or {}),
         )  # fmt: skip
@@ -80,6 +84,7 @@ class ProcessLab:
         where = storage or partial(LocalStorage, Path(self.directory) / "storage")
         payload = (train_fn, self.directory, self.config, faults or [], threads, ledger, num_slots, where)
         self._payload = cloudpickle.dumps(payload)
+        self.quotas = [CpuQuota(share) for share in cores or ()]
         self.processes: dict[int, BaseProcess] = {}
         self.restarts = 0
         self.results: dict[int, Any] = {}
@@ -104,6 +109,9 @@ class ProcessLab:
         """Start or refill a slot."""
         process = _context.Process(target=_work, args=(slot, self._payload), daemon=True)
         process.start()
+        if self.quotas:
+            assert process.pid is not None
+            self.quotas[slot].add(process.pid)
         self.processes[slot] = process
         return process
 
@@ -147,6 +155,8 @@ class ProcessLab:
                 os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
             process.join(timeout=5)
         self.processes.clear()
+        for quota in self.quotas:
+            quota.close()
         self._shut_down_hub()
 
     def _stacks(self) -> str:

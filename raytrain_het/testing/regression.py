@@ -22,7 +22,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.training import session as sessions
 from raytrain_het.training.cursor import Cursor, DataPlan
 
-SMALL_BUCKETS = HetConfig(bucket_mib=0.0002)
+SMALL_BUCKETS = HetConfig(bucket_mib=0.0002, shares=None)
 """Several buckets even for a model of this size, so that there is a place between two of them."""
 
 

@@ -28,6 +28,7 @@ from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
 from raytrain_het.training.replica import Replica
+from raytrain_het.training.timings import Timings
 
 logger = logging.getLogger("raytrain_het")
 
@@ -75,6 +76,7 @@ class Engine:
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
         self.counters = Counters()
+        self.timings = Timings(agent, plan.global_batch_size)
         self.opened: Opened | None = None
         self.confirmed = 0
         """Steps up to this one are committed on every member."""
@@ -122,7 +124,10 @@ class Engine:
             self._light = self.replica.light()
         self._redo = False
         self.healing.offer(record, cursor, self._light, self._parameters_digest)
-        opened = self.opened = self._slice(record, cursor)
+        before, opened = self.opened, self._slice(record, cursor)
+        if before is not None and before.record is record and before.cursor.epoch == epoch and before.sums is not None:
+            self.timings.step_done(len(before.own), before.job.waited_s, opened.started - before.started)
+        self.opened = opened
         self.comm.submit(opened.job)
         points.reach("opened", opened.job.step)
         return opened
@@ -182,12 +187,20 @@ class Engine:
     def arm(self, index: int, weight: float, inputs: Any) -> None:
         """The next backward pass belongs to this micro-batch."""
         opened = self._current()
-        opened.weights.append(weight if opened.job.contributes else 0.0)
+        opened.weights.append(self._scaled(opened, index, weight) if opened.job.contributes else 0.0)
         opened.inputs = inputs
         last = index == len(opened.micro) - 1
         if last:
             opened.job.weight = float(sum(opened.weights))
         self.gradients.arm(opened.weights[-1], last=last)
+
+    def _scaled(self, opened: Opened, index: int, weight: float) -> float:
+        """``w_i = b_i r_i``, or this micro-batch's part of it; of ``r_i`` where sums are literal."""
+        record = opened.record
+        rank = record.rank_of(self.agent.uid)
+        assert rank is not None
+        part = weight if record.normalised else len(opened.micro[index]) / len(opened.own)
+        return part * record.lr_scales[rank]
 
     def body_done(self) -> None:
         """The user's loop body has come to its end and asks for the next batch."""

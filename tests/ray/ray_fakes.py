@@ -22,6 +22,9 @@ class FakeSettings:
     run_id: str
     num_slots: int
     shares: Any
+    balance: bool
+    alpha: float
+    lr_scale_normalisation: str
     host: str
     silence_s: float
     hang_limit_s: float

@@ -18,6 +18,7 @@ def record_of(shares: list[float], owners: list[float] | None = None, codec: str
     return Record(
         **{
             "number": 3, "incarnation": 1, "group": "g", "members": members, "shares": tuple(shares),
+            "lr_scales": (1.0,) * len(shares), "normalised": True, "table": 0,
             "owners": tuple(owners or [1.0] * len(shares)), "codecs": (codec,) * len(shares),
             "cursor": {"epoch": 0, "offset": 0, "step": 4}, "source": "0-a", "behind": (), "unhealed": (), "fresh": (),
             "reset": False, "checkpoint": None, "backend": "gloo", "reason": "a test",

@@ -84,7 +84,7 @@ def test_train_prints_the_folder_and_leaves_a_job_file_that_runs_again(
 def test_json_leaves_stdout_to_the_result(stub: type[StubTrainer], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out) == SUMMARY
+    assert json.loads(out) == SUMMARY | {"fraction_of_aggregate": None}
     assert "run folder:" in err
 
 

@@ -95,10 +95,12 @@ def test_the_poisonous_step_survives_pickling() -> None:
 @pytest.mark.parametrize(
     ("values", "allowed"),
     [
-        ({"shares": [1, -1]}, "non-negative numbers, at least one above 0"),
-        ({"shares": [0, 0]}, "non-negative numbers, at least one above 0"),
-        ({"shares": []}, "non-negative numbers, at least one above 0"),
-        ({"shares": [1, math.inf]}, "non-negative numbers, at least one above 0"),
+        ({"shares": [1, -1]}, "'auto', None, or non-negative numbers, at least one above 0"),
+        ({"shares": [0, 0]}, "'auto', None, or non-negative numbers, at least one above 0"),
+        ({"shares": []}, "'auto', None, or non-negative numbers, at least one above 0"),
+        ({"shares": [1, math.inf]}, "'auto', None, or non-negative numbers, at least one above 0"),
+        ({"alpha": math.nan}, "a finite number"),
+        ({"lr_scale_normalisation": "sum"}, "'mean' or 'none'"),
         ({"codec": "zip"}, "'none' or 'bf16'"),
         ({"micro_batch_size": 0}, "a whole number from 1, or None"),
         ({"micro_batch_size": 1.5}, "a whole number from 1, or None"),

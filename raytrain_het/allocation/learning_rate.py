@@ -1,0 +1,48 @@
+"""Learning-rate scales of unequal workers: ``eta_i = eta * r_i`` with ``r_i = p_i^-alpha``.
+
+In synchronous training replicas must not diverge, so ``r_i`` weighs worker ``i``'s gradient instead:
+``g = sum_i b_i r_i g_i / sum_i b_i r_i``. A common factor in ``r`` cancels, and the overall rate stays ``eta``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+
+def normalised_scores(scores: Mapping[int, float]) -> dict[int, float]:
+    """Scores ``p_i`` by worker, scaled to mean 1.
+
+    Raises:
+        ValueError: a score is zero, negative or not finite; the message names the worker.
+    """
+    for worker, score in scores.items():
+        if not math.isfinite(score) or score <= 0:
+            raise ValueError(
+                f"the score of worker {worker} is {score!r}: allowed are finite numbers above 0. Measure it again, or "
+                "leave the worker out."
+            )
+    mean = sum(scores.values()) / len(scores) if scores else 1.0
+    return {worker: score / mean for worker, score in scores.items()}
+
+
+def lr_scales(scores: Mapping[int, float], alpha: float) -> dict[int, float]:
+    """``r_i = p_i^-alpha`` by worker, with scores of mean 1. ``alpha`` 0 gives 1 for all.
+
+    Raises:
+        ValueError: ``alpha`` is not finite, or a score is no finite number above 0.
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha={alpha!r} is not valid: allowed is a finite number. Write alpha=0.0 for the mean.")
+    return {worker: score**-alpha for worker, score in normalised_scores(scores).items()}
+
+
+def effective_batch_size(batch_shares: Sequence[float], scales: Sequence[float]) -> float:
+    """``B_eff = (sum w)^2 / sum(w^2 / b)`` with ``w_i = b_i r_i``: the samples that would give the same variance.
+
+    Equal to ``sum b`` if and only if all scales of workers with samples are the same. Workers without samples do not
+    count.
+    """
+    weights = [(b * r, b) for b, r in zip(batch_shares, scales, strict=True) if b > 0]
+    squares = sum(w * w / b for w, b in weights)
+    return sum(w for w, _ in weights) ** 2 / squares if squares > 0 else 0.0

@@ -1,0 +1,1 @@
+"""Which machines are there, and how fast are they?"""

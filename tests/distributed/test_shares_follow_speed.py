@@ -1,0 +1,136 @@
+"""Workers of unequal speed: shares and scales follow what they take for their steps, and the result stays exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from labs import run
+
+from raytrain_het.collectives import points
+from raytrain_het.testing.cgroups import CpuQuota, available
+from raytrain_het.testing.faults import Fault
+from raytrain_het.testing.ledger import read_ledgers
+from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, flat, relative_error
+from raytrain_het.training.session import current
+
+TASK = Regression(num_samples=960, global_batch_size=96, epochs=3, report=False)
+AUTO = dataclasses.replace(SMALL_BUCKETS, shares="auto")
+
+
+class Uneven:
+    """The task, with workers that take so many milliseconds for a sample, by slot; from a step on, other ones."""
+
+    def __init__(self, task, *ms, then=None, at_step=10**9):
+        self.task, self.ms, self.then, self.at_step = task, ms, then or ms, at_step
+
+    def __call__(self, directory):
+        session = current()
+
+        def work(point, step):
+            if point == "arrived":
+                return
+            if point == "backward":
+                ms = (self.ms if step <= self.at_step else self.then)[session.slot]
+                time.sleep(len(session.engine.opened.own) * ms / 1000)
+
+        points.listeners.append(work)
+        return self.task(directory)
+
+
+def shares_by_step(directory):
+    """Step -> slot -> samples, in the generation that counts."""
+    steps = {}
+    for entry in sorted(read_ledgers(directory), key=lambda e: (e.step, e.generation)):
+        steps[entry.step] = {int(uid.split("-")[0]): stop - start for uid, (start, stop) in entry.slices.items()}
+    return steps
+
+
+def test_shares_come_to_be_in_proportion_to_speeds_and_the_result_is_the_same(tmp_path):
+    done = run(Uneven(TASK, 0.25, 0.5, 1.0), tmp_path, config=AUTO)
+    done.check(TASK)
+    shares = shares_by_step(tmp_path)
+    assert shares[0] == {0: 32, 1: 32, 2: 32}
+    last = shares[TASK.num_steps - 1]
+    assert last[0] > 1.5 * last[1] > 2.25 * last[2]
+    assert done.kinds("table")
+
+
+def test_a_worker_that_slows_down_in_mid_run_gets_less(tmp_path):
+    task = dataclasses.replace(TASK, epochs=5)
+    done = run(Uneven(task, 0.3, 0.3, then=(0.3, 1.2), at_step=20), tmp_path, num_slots=2, config=AUTO)
+    done.check(task)
+    shares = shares_by_step(tmp_path)
+    assert shares[18][1] > 40
+    assert shares[task.num_steps - 1][1] < 30
+
+
+def test_shares_survive_lost_workers_and_count_every_sample_once(tmp_path):
+    task = dataclasses.replace(TASK, patience_s=0.05)
+    faults = [Fault(slot=0, step=9, point="backward"), Fault(slot=2, step=15, point="updated")]
+    done = run(Uneven(task, 0.25, 0.5, 1.0), tmp_path, config=AUTO, faults=faults)
+    done.check(task)
+    assert len(done.kinds("lost")) == 2
+
+
+@pytest.mark.parametrize("normalisation", ["mean", "none"])
+@pytest.mark.parametrize("alpha", [1.0, -0.5])
+def test_learning_rate_scales_weigh_gradients_as_a_plain_implementation_does(tmp_path, alpha, normalisation):
+    task = dataclasses.replace(TASK, lr=0.01, epochs=2)
+    config = dataclasses.replace(AUTO, alpha=alpha, lr_scale_normalisation=normalisation)
+    done = run(Uneven(task, 0.25, 1.0), tmp_path, num_slots=2, config=config)
+    tables = {0: {0: 1.0, 1: 1.0}} | {e["version"]: e["lr_scales"] for e in done.kinds("table")}
+    of_generation = {e["number"]: e["table"] for e in done.kinds("formed")}
+    assert len(tables) > 1
+    scales = list(tables.values())[-1]
+    assert (scales[1] > scales[0]) == (alpha > 0)
+    expected = literally(task, tmp_path, lambda generation: tables[of_generation[generation]], normalisation == "mean")
+    assert relative_error(done.parameters, expected) < 1e-12
+
+
+def literally(task, directory, scales_of, normalised):
+    """``g = sum b r g / sum b r``, or ``sum r g``, from the ledger and one worker's gradient after the other."""
+    model, dataset = task.build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=task.lr, momentum=task.momentum)
+    entries = {}
+    for entry in sorted(read_ledgers(directory), key=lambda e: (e.step, e.generation)):
+        entries[entry.step] = entry
+    for _, entry in sorted(entries.items()):
+        order = task.plan.permutation(entry.epoch)
+        total = [torch.zeros_like(p) for p in model.parameters()]
+        weights = 0.0
+        for uid, (start, stop) in entry.slices.items():
+            scale = scales_of(entry.generation)[int(uid.split("-")[0])]
+            x, y = dataset[torch.from_numpy(order[start:stop].copy())]
+            weight = scale * (stop - start) if normalised else scale
+            weights += weight
+            grads = torch.autograd.grad(F.mse_loss(model(x), y), list(model.parameters()))
+            total = [t + weight * g for t, g in zip(total, grads, strict=True)]
+        for p, t in zip(model.parameters(), total, strict=True):
+            p.grad = t / weights if normalised else t
+        optimizer.step()
+    return flat(model.parameters())
+
+
+@pytest.mark.skipif(not available(), reason="needs root and a CPU controller")
+def test_a_quota_slows_a_process_down_and_leaves_nothing_behind():
+    def loops(seconds):
+        end, count = time.monotonic() + seconds, 0
+        while time.monotonic() < end:
+            sum(range(1000))
+            count += 1
+        return count
+
+    free = loops(0.5)
+    quota = CpuQuota(0.25)
+    try:
+        quota.add(os.getpid())
+        slow = loops(0.8) / 0.8 * 0.5
+    finally:
+        quota.close()
+    assert slow < 0.5 * free
+    assert not quota.path.exists()

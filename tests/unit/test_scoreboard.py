@@ -1,0 +1,162 @@
+"""Speeds follow from the steps that workers do, and shares from speeds: quickly, and without flapping."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+
+import pytest
+
+from raytrain_het.allocation.batch_shares import StepCost, balanced_shares, slowest_s
+from raytrain_het.allocation.learning_rate import effective_batch_size, lr_scales, normalised_scores
+from raytrain_het.fleet.scoreboard import Scoreboard
+from raytrain_het.fleet.step_time import StepTimeModel
+
+
+class Fleet:
+    """Workers with known costs; every step gives one observation of each, with noise."""
+
+    def __init__(self, costs: list[StepCost], total: int, *, noise: float = 0.0, seed: int = 0, alpha: float = 0.0):
+        self.costs, self.random, self.noise = costs, random.Random(seed), noise
+        self.board = Scoreboard(alpha=alpha)
+        self.board.global_batch_size = total
+        self.shares = dict(enumerate(balanced_shares([StepCost(0, 1)] * len(costs), total)))
+        self.changes = 0
+
+    def step(self) -> None:
+        for slot, cost in enumerate(self.costs):
+            factor = math.exp(self.random.gauss(0, self.noise))
+            self.board.observe(slot, self.shares[slot], cost.step_s(self.shares[slot]) * factor)
+        table = self.board.better(range(len(self.costs)), self.shares)
+        if table is not None:
+            self.shares, self.changes = table.shares, self.changes + 1
+
+    def best(self) -> list[int]:
+        return balanced_shares(self.costs, self.board.global_batch_size)
+
+    def off(self) -> float:
+        """How far the shares are from the best, at most, as a part of the best."""
+        return max(abs(self.shares[i] - b) / b for i, b in enumerate(self.best()))
+
+
+def brute_force(costs: list[StepCost], total: int) -> float:
+    ways = itertools.product(range(1, total + 1), repeat=len(costs) - 1)
+    return min(slowest_s(costs, [*way, total - sum(way)]) for way in ways if total - sum(way) >= 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shares_are_within_one_samples_time_of_the_best_there_are(seed: int) -> None:
+    chance = random.Random(seed)
+    costs = [StepCost(chance.uniform(0, 5), chance.uniform(0.1, 3)) for _ in range(chance.choice((2, 3)))]
+    total = chance.randint(len(costs), 30)
+    shares = balanced_shares(costs, total)
+    assert sum(shares) == total
+    assert min(shares) >= 1
+    assert slowest_s(costs, shares) <= brute_force(costs, total) + max(c.per_sample_s for c in costs)
+
+
+def test_shares_of_equal_workers_are_equal_and_of_a_batch_too_small_an_error() -> None:
+    assert balanced_shares([StepCost(0.1, 0.2)] * 4, 18) in ([5, 5, 4, 4], [4, 4, 5, 5])
+    assert balanced_shares([StepCost(0, 1), StepCost(9, 1)], 5, minimum=0) == [5, 0]
+    with pytest.raises(ValueError, match="lower minimum"):
+        balanced_shares([StepCost(0, 1)] * 3, 2)
+    with pytest.raises(ValueError, match=r"costs\[1\]"):
+        balanced_shares([StepCost(0, 1), StepCost(0, 0)], 2)
+
+
+@pytest.mark.parametrize("speeds", [(4, 2, 1, 1), (8, 1), (1, 1, 1), (1, 30)])
+def test_a_fleet_comes_to_its_best_shares_within_some_steps(speeds: tuple[int, ...]) -> None:
+    fleet = Fleet([StepCost(0.004, 0.001 / speed) for speed in speeds], 1024)
+    for _ in range(16):
+        fleet.step()
+    costs, best = fleet.costs, fleet.best()
+    shares = [fleet.shares[i] for i in range(len(costs))]
+    assert slowest_s(costs, shares) <= 1.04 * slowest_s(costs, best)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_of_a_tenth_causes_no_flapping(seed: int) -> None:
+    fleet = Fleet([StepCost(0.002, 0.001 / s) for s in (4, 2, 1, 1)], 1024, noise=0.1, seed=seed)
+    for _ in range(30):
+        fleet.step()
+    settled = fleet.changes
+    for _ in range(200):
+        fleet.step()
+    assert fleet.changes - settled <= 6
+    costs = fleet.costs
+    assert slowest_s(costs, [fleet.shares[i] for i in range(4)]) <= 1.12 * slowest_s(costs, fleet.best())
+
+
+def test_a_worker_slowed_to_half_has_its_new_share_within_ten_steps() -> None:
+    steps = []
+    for seed in range(5):
+        fleet = Fleet([StepCost(0.002, 0.001 / s) for s in (4, 2, 2)], 1024, noise=0.03, seed=seed)
+        for _ in range(40):
+            fleet.step()
+        fleet.costs[0] = StepCost(0.004, 0.002 / 4)
+        needed = next(step for step in range(1, 50) if fleet.step() or fleet.off() < 0.1)
+        steps.append(needed)
+    assert statistics.median(steps) <= 10
+
+
+def test_one_odd_step_changes_nothing() -> None:
+    model = StepTimeModel()
+    for _ in range(10):
+        model.observe(100, 1.0)
+    model.observe(100, 30.0)
+    assert model.cost is not None
+    assert model.cost.step_s(100) == pytest.approx(1.0)
+
+
+def test_the_fixed_part_is_learnt_from_two_batch_sizes_and_kept_when_the_machine_slows_down() -> None:
+    model = StepTimeModel()
+    for b in (100, 100, 200, 200):
+        model.observe(b, 0.5 + 0.01 * b)
+    assert model.cost is not None
+    assert model.cost.fixed_s == pytest.approx(0.5)
+    for _ in range(3):
+        model.observe(200, 2 * (0.5 + 0.01 * 200))
+    assert model.cost.fixed_s == pytest.approx(1.0)
+    assert model.cost.per_sample_s == pytest.approx(0.02)
+
+
+def test_nothing_is_said_before_every_worker_has_been_seen() -> None:
+    board = Scoreboard()
+    board.global_batch_size = 64
+    for _ in range(10):
+        board.observe(0, 32, 1.0)
+    assert board.better([0, 1], {0: 32, 1: 32}) is None
+    assert board.solo_samples_per_s(0, 32) == pytest.approx(32.0)
+    assert board.solo_samples_per_s(1, 32) is None
+
+
+def test_alpha_makes_a_table_where_shares_stay() -> None:
+    fleet = Fleet([StepCost(0, 0.001 / s) for s in (4, 1)], 100, alpha=1.0)
+    fleet.board.balance = False
+    for _ in range(5):
+        fleet.step()
+    table = fleet.board.table
+    assert table is not None
+    assert table.shares == {0: 50, 1: 50}
+    assert table.lr_scales[1] / table.lr_scales[0] == pytest.approx(4.0)
+    assert fleet.changes == 1
+
+
+def test_learning_rate_scales_and_effective_batch_sizes_are_as_designed() -> None:
+    speeds = {0: 4.0, 1: 2.0, 2: 1.0, 3: 1.0}
+    assert lr_scales(speeds, 0.0) == dict.fromkeys(speeds, 1.0)
+    shares = [512, 256, 128, 128]
+    for alpha, part in ((0.0, 1.0), (0.5, 0.92), (-0.5, 0.92), (1.0, 0.73)):
+        scales = lr_scales(speeds, alpha)
+        assert effective_batch_size(shares, [scales[i] for i in range(4)]) / 1024 == pytest.approx(part, abs=0.02)
+    assert sum(normalised_scores(speeds).values()) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("score", [0.0, -1.0, math.nan, math.inf])
+def test_a_score_that_is_none_names_its_worker(score: float) -> None:
+    with pytest.raises(ValueError, match="worker 7"):
+        lr_scales({1: 1.0, 7: score}, 0.5)
+    with pytest.raises(ValueError, match="alpha=nan"):
+        lr_scales({1: 1.0}, math.nan)
