@@ -162,7 +162,8 @@ class Engine:
         """The record in force, once its group stands and this worker holds its base."""
         agent, comm = self.agent, self.comm
         while True:
-            agent.wait_for(lambda: comm.entered is not None and agent.is_current(comm.entered.number))
+            # Who is only on its way in is in no collective either: the one member that it waits for may have stopped.
+            agent.wait_for_peers(lambda: comm.entered is not None and agent.is_current(comm.entered.number))
             record = comm.entered
             assert record is not None
             if record is self._record:

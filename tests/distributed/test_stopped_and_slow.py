@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
-from labs import run
+from labs import run, wait_until
 
 from raytrain_het.collectives import points
 from raytrain_het.collectives.points import POINTS
@@ -99,6 +101,34 @@ class OnceOneIsHealed:
         if reached:
             points.listeners[:] = [hold]
         return self.task(directory)
+
+
+class StopsOnceTheOtherIsBack:
+    """The first of two workers stops before a step, when the second one's next process is there and not yet let in."""
+
+    def __call__(self, directory):
+        session, mark = current(), Path(directory) / "fault_0_0_slice_stop"
+
+        def hold(point, step):
+            if point == "slice" and session.slot == 0 and happened(directory) and not mark.exists():
+                wait_until((Path(directory) / "joined").exists)
+                mark.write_text(repr(time.time()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+        points.listeners.append(hold)
+        return TASK(directory)
+
+
+def test_whoever_waits_to_be_let_in_sees_that_the_only_member_has_stopped(tmp_path):
+    def on_poll(lab):
+        if lab.hub.status()["num_joined"].get(1, 0) > 1:
+            (tmp_path / "joined").touch()
+        waking(lab)
+
+    faults = [Fault(slot=1, step=STEPS + 5, point="backward", when_stored=True)]
+    done = run(StopsOnceTheOtherIsBack(), tmp_path, num_slots=2, faults=faults, on_poll=on_poll)
+    done.check(TASK, reports=False)
+    assert [e["slot"] for e in done.kinds("evicted")] == [0]
 
 
 @pytest.mark.parametrize("slot", [0, 2])
