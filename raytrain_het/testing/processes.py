@@ -10,10 +10,12 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -33,6 +35,9 @@ from raytrain_het.testing.cgroups import CpuQuota
 from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
 from raytrain_het.training import session as sessions
 from raytrain_het.training.checkpoint import LocalStorage, Storage
+
+MAX_STILLBORN = 3
+"""So many processes of a slot may end before they have run a line of their own."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["raytrain_het.testing.processes"])
@@ -82,11 +87,12 @@ class ProcessLab:
         self._address_file = Path(self.directory) / "hub.pickle"
         self.publish()
         where = storage or partial(LocalStorage, Path(self.directory) / "storage")
-        payload = (train_fn, self.directory, self.config, faults or [], threads, ledger, num_slots, where)
+        payload = (train_fn, self.directory, self.config, faults or [], threads, ledger, num_slots, where, os.getpid())
         self._payload = cloudpickle.dumps(payload)
         self.quotas = [CpuQuota(share) for share in cores or ()]
         self.processes: dict[int, BaseProcess] = {}
         self.restarts = 0
+        self._stillborn: Counter[int] = Counter()
         self.results: dict[int, Any] = {}
         self.errors: dict[int, str] = {}
         self.events: list[dict[str, Any]] = []
@@ -190,6 +196,13 @@ class ProcessLab:
         status = self.hub.status()
         if status["state"] in ("ended", "failed") or slot in status["dead_slots"]:
             return
+        if not (Path(self.directory) / f"stacks_{slot}_{process.pid}").exists():
+            self._stillborn[slot] += 1
+        if self._stillborn[slot] >= MAX_STILLBORN:
+            raise WorkersFailedError(
+                f"the process of worker {slot} ended {MAX_STILLBORN} times before it began, at last with exit code "
+                f"{process.exitcode}. A script that uses ProcessLab calls it below if __name__ == '__main__'."
+            )
         if self.refill:
             self.restarts += 1
             self.start(slot)
@@ -199,7 +212,8 @@ class ProcessLab:
 
 def _work(slot: int, payload: bytes) -> None:
     """A worker process."""
-    train_fn, directory, config, faults, threads, ledger, num_slots, storage = cloudpickle.loads(payload)
+    train_fn, directory, config, faults, threads, ledger, num_slots, storage, lab = cloudpickle.loads(payload)
+    threading.Thread(target=_end_with, args=(lab,), name="het-lab", daemon=True).start()
     torch.set_num_threads(threads)
     stacks = (Path(directory) / f"stacks_{slot}_{os.getpid()}").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
@@ -222,6 +236,13 @@ def _work(slot: int, payload: bytes) -> None:
     part.rename(Path(directory) / f"outcome_{slot}_{os.getpid()}")
     # Threads of abandoned groups may be stuck in gloo: a normal exit would wait for them.
     os._exit(0)
+
+
+def _end_with(pid: int) -> None:
+    """End this process when the lab's has ended, however: a fork server does not."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(pid)], [], [])
+    os._exit(1)
 
 
 def _train(train_fn: Callable[[str], Any], directory: str, faults: list, slot: int, ledger: bool) -> tuple[Any]:
