@@ -23,23 +23,35 @@ AUTO = dataclasses.replace(SMALL_BUCKETS, shares="auto")
 
 
 class Uneven:
-    """The task, with workers that take so many milliseconds for a sample, by slot; from a step on, other ones."""
+    """The task, with workers that say they take so many milliseconds for a sample, by slot; from a step on, other ones.
+
+    They say so, and do not sleep as long: what a busy machine adds is no part of the claims here. Steps last long
+    enough for the hub to hear of them.
+    """
 
     def __init__(self, task, *ms, then=None, at_step=10**9):
         self.task, self.ms, self.then, self.at_step = task, ms, then or ms, at_step
 
     def __call__(self, directory):
         session = current()
+        scripted = None
 
         def work(point, step):
-            if point == "arrived":
+            nonlocal scripted
+            if point != "backward":
                 return
-            if point == "backward":
-                ms = (self.ms if step <= self.at_step else self.then)[session.slot]
-                time.sleep(len(session.engine.opened.own) * ms / 1000)
+            if scripted is not session.engine.timings:
+                scripted = session.engine.timings
+                tell = scripted.step_done
+                scripted.step_done = lambda samples, _, cycle_s: tell(samples, cycle_s - self.own_s(samples), cycle_s)
+            self.step = step
+            time.sleep(0.02)
 
         points.listeners.append(work)
         return self.task(directory)
+
+    def own_s(self, samples):
+        return samples * (self.ms if self.step <= self.at_step else self.then)[current().slot] / 1000
 
 
 def shares_by_step(directory):
@@ -56,17 +68,17 @@ def test_shares_come_to_be_in_proportion_to_speeds_and_the_result_is_the_same(tm
     shares = shares_by_step(tmp_path)
     assert shares[0] == {0: 32, 1: 32, 2: 32}
     last = shares[TASK.num_steps - 1]
-    assert last[0] > 1.5 * last[1] > 2.25 * last[2]
+    assert [abs(last[slot] - b) <= 2 for slot, b in enumerate((55, 27, 14))] == [True] * 3
     assert done.kinds("table")
 
 
 def test_a_worker_that_slows_down_in_mid_run_gets_less(tmp_path):
-    task = dataclasses.replace(TASK, epochs=5)
+    task = dataclasses.replace(TASK, epochs=6)
     done = run(Uneven(task, 0.3, 0.3, then=(0.3, 1.2), at_step=20), tmp_path, num_slots=2, config=AUTO)
     done.check(task)
     shares = shares_by_step(tmp_path)
-    assert shares[18][1] > 40
-    assert shares[task.num_steps - 1][1] < 30
+    assert shares[18][1] == 48
+    assert 17 <= shares[task.num_steps - 1][1] <= 21
 
 
 def test_shares_survive_lost_workers_and_count_every_sample_once(tmp_path):
@@ -118,19 +130,15 @@ def literally(task, directory, scales_of, normalised):
 
 @pytest.mark.skipif(not available(), reason="needs root and a CPU controller")
 def test_a_quota_slows_a_process_down_and_leaves_nothing_behind():
-    def loops(seconds):
-        end, count = time.monotonic() + seconds, 0
-        while time.monotonic() < end:
-            sum(range(1000))
-            count += 1
-        return count
-
-    free = loops(0.5)
     quota = CpuQuota(0.25)
     try:
         quota.add(os.getpid())
-        slow = loops(0.8) / 0.8 * 0.5
+        began, used = time.monotonic(), time.process_time()
+        while time.monotonic() - began < 0.8:
+            sum(range(1000))
+        fraction = (time.process_time() - used) / (time.monotonic() - began)
     finally:
         quota.close()
-    assert slow < 0.5 * free
+    # However busy the machine is, it never gets more.
+    assert fraction < 0.3
     assert not quota.path.exists()
