@@ -17,7 +17,7 @@ from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.display import Display
 from raytrain_het.jobs.ray_session import ray_session
-from raytrain_het.jobs.table import train_function
+from raytrain_het.jobs.table import check_data, train_function
 
 
 class Interrupted(Exception):
@@ -40,6 +40,7 @@ def run_job(job: JobConfig, *, display: Display, address: str | None = None) -> 
         Interrupted: Ctrl-C or SIGTERM; the workers are gone.
     """
     job = resolve(job)
+    check_data(job)
     folder = f"{job.storage}/{job.name}"
     started = False
 

@@ -30,12 +30,24 @@ class JobKind:
     requires: tuple[str, ...] = ()
     """Modules of the extra ``jobs`` that it imports."""
 
+    check: str | None = None
+    """A function that takes the job and looks at its data before any worker is started."""
+
 
 KINDS: dict[str, JobKind] = {
     "digits": JobKind(
         config="raytrain_het.jobs.digits_config:DigitsJob",
         train_fn="raytrain_het.jobs.digits:train_digits",
         requires=("sklearn",),
+    ),
+    "tabular": JobKind(
+        config="raytrain_het.jobs.tabular_config:TabularJob",
+        train_fn="raytrain_het.jobs.tabular:train_tabular",
+        check="raytrain_het.jobs.tabular:check",
+    ),
+    "char_lm": JobKind(
+        config="raytrain_het.jobs.char_lm_config:CharLMJob",
+        train_fn="raytrain_het.jobs.char_lm:train_char_lm",
     ),
 }
 
@@ -79,6 +91,17 @@ def train_function(kind: str) -> Callable[[dict[str, Any]], None]:
     """The training function of a kind of job."""
     function: Callable[[dict[str, Any]], None] = _import(KINDS[kind].train_fn)
     return function
+
+
+def check_data(job: JobConfig) -> None:
+    """Look at a job's data, as far as its kind can tell beforehand.
+
+    Raises:
+        ConfigError: The data is not there, or is not what the job needs.
+    """
+    check = KINDS[job.kind].check
+    if check is not None:
+        _import(check)(job)
 
 
 def _source(file: Path, overrides: list[str], where: str) -> str:

@@ -69,7 +69,7 @@ class HetDataLoader:
         self._num_workers = loader.num_workers
         self._engine: Engine | None = None
         self._epoch: int | None = None
-        session.set_data(self.plan, micro_batch_size)
+        session.set_data(self.plan, micro_batch_size, str(getattr(self.dataset, "fingerprint", "")))
 
     def __len__(self) -> int:
         """Steps per epoch."""

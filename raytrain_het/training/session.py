@@ -85,6 +85,7 @@ class Session:
         self._communicator: Communicator | None = None
         self._server: StateServer | None = None
         self._inner_step: Callable[[], Any] | None = None
+        self._data_fingerprint = ""
         self._micro_batch_size = config.micro_batch_size
         self._last_stats = 0.0
         self._reported_samples = 0
@@ -108,14 +109,14 @@ class Session:
             raise LoopOrderError("prepare_optimizer() was called twice: one optimizer per run, with parameter groups.")
         self.replica.optimizer, self._inner_step = optimizer, inner_step
 
-    def set_data(self, plan: DataPlan, micro_batch_size: int | None) -> None:
+    def set_data(self, plan: DataPlan, micro_batch_size: int | None, fingerprint: str = "") -> None:
         """Keep the data plan."""
         if self.plan is not None:
             raise LoopOrderError(
                 "prepare_data_loader() was called twice: one training loader per run. For held-out data use "
                 "raytrain_het.evaluate(fn, dataset)."
             )
-        self.plan = plan
+        self.plan, self._data_fingerprint = plan, fingerprint
         self._micro_batch_size = micro_batch_size or self._micro_batch_size
 
     def begin(self) -> Engine:
@@ -133,7 +134,7 @@ class Session:
             uid=f"{self.slot}-{secrets.token_hex(4)}", slot=self.slot, host=self.node_ip,
             state_port=self._server.port, device=str(self.device),
         )  # fmt: skip
-        data = (plan.dataset_size, plan.global_batch_size, plan.shuffle, plan.seed)
+        data = (plan.dataset_size, plan.global_batch_size, plan.shuffle, plan.seed, self._data_fingerprint)
         fingerprint = "/".join(map(str, (self.gradients.layout.fingerprint, *data)))
         self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
         self._communicator = Communicator(

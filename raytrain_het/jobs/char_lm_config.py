@@ -1,0 +1,55 @@
+"""What the language-model job can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pydantic
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.config import JobConfig, check_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CharLMJob(JobConfig):
+    """A small GPT on the source text of Python's standard library, character by character.
+
+    Raises:
+        ConfigError: Two fields contradict each other.
+    """
+
+    kind: Literal["char_lm"] = "char_lm"
+
+    context: Annotated[int, pydantic.Field(ge=2)] = 64
+    """Characters that the model sees; a sample is one more."""
+
+    layers: Annotated[int, pydantic.Field(ge=1)] = 2
+    """Transformer blocks."""
+
+    heads: Annotated[int, pydantic.Field(ge=1)] = 4
+    """Attention heads in each."""
+
+    width: Annotated[int, pydantic.Field(ge=1)] = 64
+    """Size of the embeddings."""
+
+    max_characters: Annotated[int, pydantic.Field(ge=10_000)] | None = 400_000
+    """So much of the text is used; ``None`` is all of it, some ten million."""
+
+    epochs: Annotated[int, pydantic.Field(ge=1)] = 1
+    """Passes over the training part of the text."""
+
+    global_batch_size: Annotated[int, pydantic.Field(ge=1)] = 128
+    """Samples of ``context`` characters in one step, over all workers."""
+
+    lr: Annotated[float, pydantic.Field(gt=0)] = 2e-3
+    """Learning rate of AdamW."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_batch_size(self.global_batch_size, self.num_workers)
+        if self.width % self.heads:
+            raise ConfigError(
+                f"width={self.width} cannot be split among heads={self.heads}: allowed is a multiple of it. "
+                f"Write --set width={-(-self.width // self.heads) * self.heads}"
+            )

@@ -1,0 +1,82 @@
+"""What the tabular job can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pydantic
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.config import JobConfig, check_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TabularJob(JobConfig):
+    """Regression or classification on a table: linear or logistic (with L1, L2 or both), or a small network.
+
+    Raises:
+        ConfigError: Two fields contradict each other.
+    """
+
+    kind: Literal["tabular"] = "tabular"
+
+    data: Annotated[str, pydantic.Field(min_length=1)] | None = None
+    """A CSV or Parquet file that every worker can read: a path, or a URI (``s3://``, ``gs://``, ``hdfs://``).
+    ``None`` makes up a linear regression of ``rows`` x ``columns``."""
+
+    rows: Annotated[int, pydantic.Field(ge=10)] = 1_000_000
+    """Rows of the made-up table."""
+
+    columns: Annotated[int, pydantic.Field(ge=1)] = 10
+    """Columns of the made-up table, besides the target."""
+
+    target: str | None = None
+    """The column that is predicted; ``None`` is the last one."""
+
+    features: tuple[str, ...] | None = None
+    """The columns it is predicted from; ``None`` is all others."""
+
+    task: Literal["regression", "classification"] = "regression"
+    """Regression minimises the squared error; classification the cross-entropy over the target's values."""
+
+    model: Literal["linear", "mlp"] = "linear"
+    """``linear`` is linear or logistic regression."""
+
+    hidden: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = (64, 64)
+    """Widths of the network's hidden layers."""
+
+    l1: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    """L1 penalty: ``l1 * sum |w|`` over weights, not biases: some become exactly 0. With ``l2`` the elastic net."""
+
+    l2: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    """L2 penalty: ``l2 / 2 * sum w^2`` over weights, not biases."""
+
+    epochs: Annotated[int, pydantic.Field(ge=1)] = 3
+    """Passes over the training part, four fifths of the rows."""
+
+    global_batch_size: Annotated[int, pydantic.Field(ge=1)] = 4096
+    """Rows in one step, over all workers."""
+
+    lr: Annotated[float, pydantic.Field(gt=0)] = 0.05
+    """Learning rate of SGD with momentum 0.9, on standardised columns."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_batch_size(self.global_batch_size, self.num_workers)
+        if self.data is None:
+            for name in ("target", "features"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} needs a table: allowed with data=null is null. "
+                        "Write --set data=FILE.csv"
+                    )
+            if self.task == "classification":
+                raise ConfigError(
+                    "task='classification' needs a table: the made-up one is a regression. Write --set data=FILE.csv"
+                )
+        elif self.features is not None and (not self.features or self.target in self.features):
+            raise ConfigError(
+                f"features={list(self.features)!r} is not valid: allowed are one or more columns other than the "
+                f"target, {self.target!r}. Leave it out for all others"
+            )

@@ -1,0 +1,334 @@
+"""A table as arrays that all workers of a machine share: read once, checked, and mapped into memory.
+
+The first worker that needs a table converts it into a folder of its own below the machine's temporary folder; it and
+all others map the arrays, so that the machine holds one copy in its page cache, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raytrain_het.errors import ConfigError
+
+HELD_OUT = 0.2
+"""This part of the rows is held out."""
+MAX_CLASSES = 1000
+"""More values than this in a column to be classified are a mistake."""
+_BLOCK = 65536
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a table comes from, and which of it is used."""
+
+    data: str | None
+    rows: int
+    columns: int
+    target: str | None
+    features: tuple[str, ...] | None
+    task: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class TableData:
+    """Standardised columns, and what they were before.
+
+    The arrays are mapped from files: rows of the training part first, in the order of a permutation by seed.
+    """
+
+    x: np.ndarray
+    """Shape (rows, features), fp32, with mean 0 and deviation 1 over the training part."""
+    y: np.ndarray
+    """Shape (rows,): fp32, standardised alike, or the classes' numbers as int64."""
+    num_train: int
+    features: tuple[str, ...]
+    target: str
+    classes: tuple[str, ...] | None
+    target_deviation: float
+    """A squared error of standardised values, times this squared, is one in the target's own unit."""
+
+
+def open_table(source: Source) -> TableData:
+    """The table, converted if nobody on this machine has done so.
+
+    Raises:
+        ConfigError: The file is missing, unreadable, empty or malformed, a column is missing or not numeric, or
+            values are missing; the message names the columns and what to do.
+    """
+    folder = _home() / f"table-{_key(source)}"
+    with _one_at_a_time(folder.with_suffix(".lock")):
+        if not (folder / "table.json").exists():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            try:
+                _convert(source, part)
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise ConfigError(
+                    f"data={source.data!r}: no space left in {folder.parent} for the table as arrays. Free some, or "
+                    "set TMPDIR to a folder that has it."
+                ) from None
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    about = json.loads((folder / "table.json").read_text())
+    # Copy on write: torch wants arrays it may write to, and nobody does.
+    x, y = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("x", "y"))
+    return TableData(
+        x=x, y=y, num_train=about["num_train"], features=tuple(about["features"]), target=about["target"],
+        classes=tuple(about["classes"]) if about["classes"] is not None else None,
+        target_deviation=about["target_deviation"],
+    )  # fmt: skip
+
+
+def _home() -> Path:
+    path = Path(tempfile.gettempdir()) / f"raytrain_het-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _key(source: Source) -> str:
+    """Another one for another file, version of it, or choice of columns."""
+    version: Any = None
+    if source.data is not None:
+        info = _file_info(source.data)
+        version = (info.size, info.mtime_ns)
+    return hashlib.sha256(repr((source, version)).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _file_system(data: str) -> tuple[Any, str]:
+    from pyarrow import fs
+
+    if "://" not in data:
+        return fs.LocalFileSystem(), str(Path(data).expanduser().resolve())
+    try:
+        return fs.FileSystem.from_uri(data)
+    except (pa.ArrowInvalid, OSError, ImportError, NotImplementedError) as error:
+        raise ConfigError(
+            f"data={data!r} cannot be opened: {_first_line(error)}. Allowed are paths, and URIs whose library is "
+            "installed: s3://, gs:// and file:// come with pyarrow; hdfs:// needs Hadoop's libhdfs (set "
+            "ARROW_LIBHDFS_DIR and CLASSPATH)."
+        ) from None
+
+
+def _file_info(data: str) -> Any:
+    from pyarrow import fs
+
+    system, path = _file_system(data)
+    try:
+        info = system.get_file_info(path)
+    except OSError as error:
+        raise ConfigError(f"data={data!r} cannot be reached: {_first_line(error)}. Look at its address.") from None
+    if info.type == fs.FileType.NotFound:
+        raise ConfigError(f"data={data!r} does not exist: allowed is a CSV or Parquet file. Look at its path.")
+    if info.type != fs.FileType.File:
+        raise ConfigError(f"data={data!r} is a folder: allowed is one CSV or Parquet file. Name the file.")
+    if info.size == 0:
+        raise ConfigError(f"data={data!r} is empty: allowed is a table with a header and rows.")
+    return info
+
+
+def read_table(data: str) -> pa.Table:
+    """All columns of a CSV or Parquet file; which of both it is, its first bytes say.
+
+    Raises:
+        ConfigError: see :func:`open_table`.
+    """
+    from pyarrow import csv, parquet
+
+    _file_info(data)
+    system, path = _file_system(data)
+    try:
+        with system.open_input_file(path) as file:
+            if file.read(4) == b"PAR1":
+                file.seek(0)
+                table = parquet.read_table(file)
+            else:
+                file.seek(0)
+                table = csv.read_csv(file)
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data={data!r} is neither CSV nor Parquet, or damaged: {_first_line(error)}. Allowed is CSV with a header "
+            "line and the same number of values in every line, or Parquet."
+        ) from None
+    if table.num_rows == 0 or table.num_columns < 2:
+        raise ConfigError(
+            f"data={data!r} has {table.num_rows} rows of {table.num_columns} columns: allowed are rows, and two "
+            "columns or more. For CSV the first line has the columns' names."
+        )
+    names = table.column_names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"data={data!r} has columns of the same name: {_some(twice)}. Name each column once.")
+    return table
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, names[:_NAMED])) + more
+
+
+def _choose(source: Source, names: list[str]) -> tuple[list[str], str]:
+    """The feature columns and the target."""
+    target = source.target if source.target is not None else names[-1]
+    features = list(source.features) if source.features is not None else [n for n in names if n != target]
+    missing = [name for name in (target, *features) if name not in names]
+    if missing:
+        raise ConfigError(
+            f"data={source.data!r} has no column {_some(missing)}: there are {_some(names)}. Look at target and "
+            "features."
+        )
+    return features, target
+
+
+def _numbers(source: Source, table: pa.Table, names: list[str]) -> None:
+    """Refuse columns that are no numbers."""
+    text = [n for n in names if not _is_number(table.schema.field(n).type)]
+    if text:
+        kinds = ", ".join(f"{n!r} is {table.schema.field(n).type}" for n in text[:_NAMED])
+        rest = [n for n in names if n not in text]
+        raise ConfigError(
+            f"data={source.data!r}: {len(text)} of the columns are not numeric ({kinds}): allowed are numbers and "
+            f"true/false. Encode them as numbers, or leave them out: --set features='{rest or ['COLUMN']}'"
+        )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    """A column without any value counts: what is wrong with it is that they are missing."""
+    return (
+        pa.types.is_null(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    )
+
+
+def _complete(source: Source, table: pa.Table, names: list[str]) -> None:
+    """Refuse missing values and infinities."""
+    import pyarrow.compute as pc
+
+    bad = {}
+    for name in names:
+        column = table.column(name)
+        count = column.null_count
+        if pa.types.is_floating(column.type):
+            count += pc.sum(pc.invert(pc.is_finite(column))).as_py() or 0
+        if count:
+            bad[name] = count
+    if bad:
+        counts = ", ".join(f"{name!r}: {count}" for name, count in list(bad.items())[:_NAMED])
+        more = f" and {len(bad) - _NAMED} more columns" if len(bad) > _NAMED else ""
+        raise ConfigError(
+            f"data={source.data!r}: values are missing, NaN or infinite ({counts}{more}; the table has "
+            f"{table.num_rows} rows): allowed are finite numbers. Drop those rows or fill them in, for example with "
+            "the column's median, or leave the columns out with features."
+        )
+
+
+# ---------------------------------------------------------------- converting
+
+
+def _convert(source: Source, folder: Path) -> None:
+    made_up = source.data is None
+    x, y, about = _made_up(source, folder) if made_up else _from_file(source, folder)
+    num_train = about["num_train"]
+    deviation = 1.0
+    if about["classes"] is None:
+        mean, deviation = float(y[:num_train].mean(dtype=np.float64)), float(y[:num_train].std(dtype=np.float64)) or 1.0
+        y[:] = (y - mean) / deviation
+    _standardise(x, num_train)
+    x.flush()
+    np.save(folder / "y.npy", y)
+    (folder / "table.json").write_text(json.dumps(about | {"target_deviation": deviation}))
+
+
+def _num_train(rows: int) -> int:
+    return rows - max(1, round(HELD_OUT * rows))
+
+
+def _standardise(x: np.ndarray, num_train: int) -> None:
+    mean = x[:num_train].mean(axis=0, dtype=np.float64)
+    deviation = x[:num_train].std(axis=0, dtype=np.float64)
+    deviation[deviation == 0] = 1.0  # A constant column says nothing, and becomes 0.
+    for start in range(0, len(x), _BLOCK):
+        x[start : start + _BLOCK] = (x[start : start + _BLOCK] - mean) / deviation
+
+
+def _new_x(folder: Path, rows: int, columns: int) -> Any:
+    return np.lib.format.open_memmap(folder / "x.npy", mode="w+", dtype=np.float32, shape=(rows, columns))
+
+
+def _made_up(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str, Any]]:
+    """``y = x w + 1 + 0.1 noise`` with normal x, w and noise: no fit has a squared error below 0.01."""
+    random = np.random.default_rng(source.seed)
+    weights = random.standard_normal(source.columns)
+    x, y = _new_x(folder, source.rows, source.columns), np.empty(source.rows, dtype=np.float32)
+    for start in range(0, source.rows, _BLOCK):
+        block = random.standard_normal((min(_BLOCK, source.rows - start), source.columns))
+        x[start : start + len(block)] = block
+        y[start : start + len(block)] = block @ weights + 1 + 0.1 * random.standard_normal(len(block))
+    names = [f"x{i}" for i in range(source.columns)]
+    return x, y, {"num_train": _num_train(source.rows), "features": names, "target": "y", "classes": None}
+
+
+def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str, Any]]:
+    assert source.data is not None
+    table = read_table(source.data)
+    features, target = _choose(source, table.column_names)
+    classify = source.task == "classification"
+    _numbers(source, table, features if classify else [*features, target])
+    _complete(source, table, [*features, target])
+    if table.num_rows < 10:
+        raise ConfigError(f"data={source.data!r} has {table.num_rows} rows: allowed are 10 or more.")
+    order = np.random.default_rng(source.seed).permutation(table.num_rows)
+    x = _new_x(folder, table.num_rows, len(features))
+    for i, name in enumerate(features):
+        x[:, i] = _column(table, name)[order]
+    classes = None
+    if classify:
+        values, codes = np.unique(table.column(target).to_numpy(), return_inverse=True)
+        if not 2 <= len(values) <= MAX_CLASSES:
+            raise ConfigError(
+                f"target={target!r} has {len(values)} different values: allowed for a classification are 2 to "
+                f"{MAX_CLASSES}. Write task: regression, or another target."
+            )
+        classes, y = [str(v) for v in values], codes.astype(np.int64)[order]
+    else:
+        y = _column(table, target)[order].astype(np.float32)
+    return x, y, {
+        "num_train": _num_train(table.num_rows), "features": features, "target": target, "classes": classes,
+    }  # fmt: skip
+
+
+def _column(table: pa.Table, name: str) -> np.ndarray:
+    return table.column(name).to_numpy().astype(np.float64)

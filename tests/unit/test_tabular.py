@@ -1,0 +1,217 @@
+"""Tables of the tabular job: what is read, what is refused, and that nothing is copied per worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs import tabular
+from raytrain_het.jobs.table import check_data, load_job
+from raytrain_het.jobs.tabular_data import Source, open_table
+
+GENERATED = Source(data=None, rows=1000, columns=3, target=None, features=None, task="regression", seed=0)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def source(path: Path, **changes: object) -> Source:
+    return dataclasses.replace(GENERATED, data=str(path), **changes)  # type: ignore[arg-type]
+
+
+def frame() -> pd.DataFrame:
+    random = np.random.default_rng(1)
+    return pd.DataFrame({"a": random.normal(5, 3, 200), "b": random.integers(0, 9, 200), "price": range(200)})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_csv_and_parquet_hold_the_same_table_split_by_seed_and_standardised(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t.{suffix}"
+    frame().to_csv(path, index=False) if suffix == "csv" else frame().to_parquet(path)
+    table = open_table(source(path))
+    assert (table.features, table.target, table.num_train, len(table.x)) == (("a", "b"), "price", 160, 200)
+    train = table.x[:160]
+    assert np.allclose(train.mean(axis=0), 0, atol=1e-6)
+    assert np.allclose(train.std(axis=0), 1, atol=1e-6)
+    prices = table.y * table.target_deviation
+    back = np.sort(prices - prices.min())
+    assert np.allclose(back, np.arange(200), atol=1e-4)
+    other = open_table(source(path, seed=1))
+    assert not np.array_equal(table.y[160:], other.y[160:])
+
+
+def test_a_uri_is_read_like_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    frame().to_csv(path, index=False)
+    by_uri = dataclasses.replace(GENERATED, data=f"file://{path}")
+    assert np.array_equal(open_table(source(path)).x, open_table(by_uri).x)
+
+
+def test_a_table_is_converted_once_and_mapped_by_all(tmp_path: Path) -> None:
+    first = open_table(GENERATED)
+    made = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npy")}
+    second = open_table(GENERATED)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npy")} == made
+    for table in (first, second):
+        assert isinstance(table.x, np.memmap)
+        assert torch.from_numpy(table.x).data_ptr() == table.x.ctypes.data
+
+
+def test_a_changed_file_is_another_table(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    frame().to_csv(path, index=False)
+    open_table(source(path))
+    frame().head(100).to_csv(path, index=False)
+    assert len(open_table(source(path)).x) == 100
+
+
+def test_classes_are_the_targets_values(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    frame().assign(kind=["red", "blue"] * 100).to_csv(path, index=False)
+    table = open_table(source(path, target="kind", task="classification"))
+    assert table.classes == ("blue", "red")
+    assert np.bincount(table.y).tolist() == [100, 100]
+
+
+def bad(tmp_path: Path, text: str, match: str, **changes: object) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=match):
+        open_table(source(path, **changes))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+GOOD = "a,b,c\n" + "1,2,3\n" * 20
+
+
+@pytest.mark.parametrize(
+    ("text", "match", "changes"),
+    [
+        ("", "is empty", {}),
+        ("a,b\n", "0 rows of 2 columns", {}),
+        ("a\n1\n", "of 1 columns", {}),
+        ("a,b\n1,2\n1,2,3\n", "neither CSV nor Parquet, or damaged.*Expected 2 columns, got 3", {}),
+        ("a,b\n" + "1,x\n" * 20, "1 of the columns are not numeric \\('b' is string\\)", {}),
+        ("a,b,c\n" + "1,nan,2\n" * 3 + "1,,2\n" * 20 + "1,2,2\n" * 9, "'b': 23; the table has 32 rows", {}),
+        ("a,b\n" + ",2\n" * 20, "'a': 20; the table has 20 rows", {}),
+        (GOOD, "no column 'z': there are 'a', 'b', 'c'", {"target": "z"}),
+        (GOOD, "no column 'y', 'z'", {"features": ("a", "y", "z")}),
+        (GOOD, "'c' has 1 different values", {"task": "classification"}),
+        ("a,a,b\n" + "1,2,3\n" * 20, "columns of the same name: 'a'", {}),
+        ("a,b\n" + "1,2\n" * 5, "has 5 rows", {}),
+    ],
+)
+def test_a_bad_table_is_refused_with_the_column_and_the_fix(
+    tmp_path: Path, text: str, match: str, changes: dict
+) -> None:
+    bad(tmp_path, text, match, **changes)
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    frame().to_parquet(path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ConfigError, match="neither CSV nor Parquet, or damaged"):
+        open_table(source(path))
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ("nowhere.csv", "does not exist"),
+        (".", "is a folder"),
+        ("abfss://x/y.csv", "cannot be opened"),
+        ("hdfs://nobody:1/t.csv", "cannot be opened.*libhdfs"),
+    ],
+)
+def test_a_place_that_cannot_be_read_is_named(data: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        open_table(dataclasses.replace(GENERATED, data=data))
+
+
+def test_a_bad_table_is_found_before_any_worker_is_started(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n" + "1,x\n" * 20)
+    job = load_job(_tabular(), [f"data={path}"])
+    with pytest.raises(ConfigError, match="not numeric"):
+        check_data(job)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["target=price"], "target='price' needs a table"),
+        (["task=classification"], "needs a table"),
+        (["data=x.csv", "features=[]"], "features=\\[\\] is not valid"),
+        (["data=x.csv", "target=a", "features=[a, b]"], "other than the target"),
+        (["task=clustering"], "'regression' or 'classification'"),
+        (["l1=-1"], "l1=-1 is not valid"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides: list[str], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        load_job(_tabular(), overrides)
+
+
+def _tabular() -> Path:
+    return Path(__file__).parents[2] / "experiments" / "jobs" / "tabular.yaml"
+
+
+def fit(table_source: Source, **changes: object) -> tuple[torch.nn.Module, tabular.TableData]:
+    """Full-batch gradient descent with the job's own model and loss."""
+    config = load_job(_tabular(), []).train_loop_config() | changes
+    table = open_table(table_source)
+    torch.manual_seed(0)
+    model = tabular.build_model(config, table)
+    loss_of = tabular.make_loss(table)
+    optimizer = tabular.make_optimizer(config, model)
+    x, y = torch.from_numpy(table.x[: table.num_train]), torch.from_numpy(table.y[: table.num_train])
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+    return model, table
+
+
+def test_the_made_up_regression_is_learnt_down_to_its_noise() -> None:
+    model, table = fit(GENERATED)
+    with torch.no_grad():
+        out = model(torch.from_numpy(table.x[table.num_train :])).squeeze(1).numpy()
+    mse = ((out - table.y[table.num_train :]) ** 2).mean() * table.target_deviation**2
+    assert 0.007 < mse < 0.014
+
+
+def test_penalties_reach_the_minimum_of_ridge_and_of_lasso_with_exact_zeros() -> None:
+    """With standardised, nearly uncorrelated columns both have a closed form."""
+
+    def weights(**changes: float) -> torch.Tensor:
+        model, _ = fit(GENERATED, **changes)
+        assert model[0].bias.abs() < 0.05
+        return model[0].weight.detach()
+
+    free, lasso, ridge = weights(), weights(l1=1.0), weights(l2=1.0)
+    assert torch.allclose(ridge, free * 2 / 3, atol=0.03)
+    assert torch.allclose(lasso, torch.nn.functional.softshrink(free, 0.5), atol=0.03)
+    assert 0 < (lasso == 0).sum() < 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(ConfigError, match="no space left"):
+        open_table(GENERATED)
+    assert not list(tmp_path.rglob("*.part"))
