@@ -8,6 +8,7 @@ import posixpath
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
@@ -39,6 +40,9 @@ class RayStorage:
         Where the file system can rename, it is uploaded under another name first; elsewhere (object
         stores) a failed upload is deleted. Other checkpoints are not touched.
 
+        A checkpoint with the same ``het.json`` stays as it is: it was written by the other member that
+        holds the snapshot.
+
         Returns:
             The path on the storage.
 
@@ -46,16 +50,20 @@ class RayStorage:
             CheckpointError: It could not be written; nothing of it is left.
         """
         final = self._path(name)
+        if self._holds_same(local_dir, final):
+            return final
         renames = self._fs.type_name in _RENAMES
         target = self._path(f".{name}.{uuid.uuid4().hex[:8]}.partial") if renames else final
         try:
             self._context._check_validation_file()
             self._fs.create_dir(target)
             _pyarrow_fs_copy_files(local_dir, target, destination_filesystem=self._fs)
-            if renames:
+            if renames and not self._holds_same(local_dir, final):
                 self._rename(target, final)
+            elif renames:
+                self._delete(target)
         except Exception as error:
-            self.delete(target)
+            self._delete(target)
             raise CheckpointError(
                 f"Checkpoint {name} could not be written to {self._root!r}: {_first_line(error)} Checkpoints written "
                 "before are unharmed. Free space there, or write RunConfig(storage_path=...) with a place that every "
@@ -82,16 +90,20 @@ class RayStorage:
                 ) from error
             yield local
 
-    def delete(self, path_or_name: str) -> None:
-        """Remove a half-written checkpoint. What is not there, or lies outside the run's folder, is left alone."""
-        path = path_or_name if path_or_name.startswith(self._root + "/") else self._path(path_or_name)
-        if posixpath.normpath(path) == self._root or not posixpath.normpath(path).startswith(self._root + "/"):
-            return
+    def _delete(self, path: str) -> None:
+        """Remove what was half written, or stepped aside."""
         try:
             if self._fs.get_file_info(path).type == pyarrow.fs.FileType.Directory:
                 self._fs.delete_dir(path)
         except OSError:
             logger.warning("A half-written checkpoint could not be removed: %s", path)
+
+    def _holds_same(self, local_dir: str, final: str) -> bool:
+        try:
+            with self._fs.open_input_stream(f"{final}/het.json") as stream:
+                return bool(stream.read() == Path(local_dir, "het.json").read_bytes())
+        except OSError:
+            return False
 
     def _path(self, name: str) -> str:
         return self._context.build_checkpoint_path_from_name(name)
@@ -108,7 +120,7 @@ class RayStorage:
         except Exception:
             self._fs.move(aside, final)
             raise
-        self.delete(aside)
+        self._delete(aside)
 
 
 def check_writable(run_config: RunConfig) -> StorageContext:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,15 +32,15 @@ class Storage(Protocol):
     """Where checkpoints go."""
 
     def persist(self, local_dir: str, name: str) -> str:
-        """Store a local directory under this name; returns its path there. All or nothing."""
+        """Store a local directory under this name; returns its path there. All or nothing.
+
+        What has the same ``het.json`` is the same checkpoint, and stays as it is: two members hold each snapshot, and
+        one that was stopped while it wrote may wake up when the other's is stored and registered.
+        """
         ...
 
     def fetch(self, path: str) -> contextlib.AbstractContextManager[str]:
         """A local directory with a stored checkpoint's files."""
-        ...
-
-    def delete(self, path_or_name: str) -> None:
-        """Remove what a failed :meth:`persist` may have left."""
         ...
 
 
@@ -51,24 +52,34 @@ class LocalStorage:
 
     def persist(self, local_dir: str, name: str) -> str:
         """Copy to a temporary name, then rename: nobody ever sees half a checkpoint."""
-        final, part = self.root / name, self.root / f".{name}.{os.getpid()}.part"
+        final = self.root / name
+        part, aside = (self.root / f".{name}.{secrets.token_hex(4)}.{end}" for end in ("part", "old"))
         self.root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(local_dir, part)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
+        try:
+            self._copy(local_dir, part)
+            if not _is_same(Path(local_dir), final):
+                with contextlib.suppress(FileNotFoundError):
+                    final.rename(aside)  # From a life of the run that went another way.
+                part.rename(final)
+        finally:
+            for path in (part, aside):
+                shutil.rmtree(path, ignore_errors=True)
         return str(final)
+
+    def _copy(self, local_dir: str, part: Path) -> None:
+        shutil.copytree(local_dir, part)
 
     @contextlib.contextmanager
     def fetch(self, path: str) -> Iterator[str]:
         """The directory itself."""
         yield path
 
-    def delete(self, path_or_name: str) -> None:
-        """Remove a checkpoint and its temporary part."""
-        name = Path(path_or_name).name
-        shutil.rmtree(self.root / name, ignore_errors=True)
-        shutil.rmtree(self.root / f".{name}.{os.getpid()}.part", ignore_errors=True)
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return (one / "het.json").read_bytes() == (other / "het.json").read_bytes()
+    except OSError:
+        return False
 
 
 def random_states() -> dict[str, Any]:

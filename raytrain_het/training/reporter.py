@@ -119,10 +119,6 @@ class Reporter:
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
             logger.warning("the checkpoint of step %d could not be stored, the run goes on: %s", report.step, error)
-            try:
-                self._storage.delete(name)
-            except Exception:
-                logger.debug("nor removed", exc_info=True)
             self._agent.tell("event", event={"kind": "checkpoint_failed", "step": report.step, "error": error})
         cursor = report.meta["cursor"]
         report.stored = {"key": report.key, "path": path, "error": error, "cursor": cursor}

@@ -11,6 +11,7 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from raytrain_het.errors import CheckpointError
 from raytrain_het.ray_train import storage as module
 from raytrain_het.ray_train.storage import RayStorage, write_atomically
+from raytrain_het.training.checkpoint import LocalStorage
 
 
 @pytest.fixture
@@ -59,12 +60,23 @@ def test_a_checkpoint_written_again_replaces_the_old_one(context: StorageContext
     assert [p.name for p in Path(path).parent.iterdir() if p.is_dir()] == ["c1"]
 
 
-def test_nothing_outside_the_runs_folder_is_deleted(context: StorageContext, tmp_path: Path) -> None:
-    store = RayStorage(context)
-    store.delete("../other")
-    store.delete("")
-    store.delete("not there")
-    assert Path(context.experiment_fs_path).is_dir()
+@pytest.mark.parametrize("kind", ["ray", "local"])
+def test_a_checkpoint_that_is_stored_by_two_holders_stays_the_firsts(
+    context: StorageContext, tmp_path: Path, kind: str
+) -> None:
+    """The second may be cut short at any moment: it was let go."""
+    store = RayStorage(context) if kind == "ray" else LocalStorage(tmp_path / "storage")
+    folder = Path(local(tmp_path, "one"), "het.json")
+    folder.write_text('{"generation": 3}')
+    path = Path(store.persist(str(folder.parent), "c1"))
+    first = path.stat().st_ino
+    assert store.persist(str(folder.parent), "c1") == str(path)
+    assert path.stat().st_ino == first
+    folder.write_text('{"generation": 4}')  # Another life of the run came to the same step.
+    store.persist(str(folder.parent), "c1")
+    assert path.stat().st_ino != first
+    assert (path / "het.json").read_text() == '{"generation": 4}'
+    assert [p.name for p in path.parent.iterdir() if p.is_dir()] == ["c1"]
 
 
 def test_a_missing_checkpoint_is_named(context: StorageContext) -> None:
