@@ -27,6 +27,7 @@ from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
+from raytrain_het.training.memory import MemoryLimit
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.timings import Timings
 
@@ -71,7 +72,7 @@ class Engine:
 
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, plan: DataPlan,
-        config: HetConfig, healing: Healing, micro_batch_size: int | None,
+        config: HetConfig, healing: Healing, micro_batch_size: int | None, memory: MemoryLimit,
     ) -> None:  # fmt: skip
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
@@ -82,7 +83,7 @@ class Engine:
         """Steps up to this one are committed on every member."""
         self.on_commit: list[Callable[[Opened, Sums], None]] = []
         self.on_confirm: list[Callable[[int], None]] = []
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size, self._memory = micro_batch_size, memory
         self._light: dict[str, Any] | None = None
         self._redo = False
         self._confirm: ConfirmJob | None = None
@@ -124,8 +125,12 @@ class Engine:
             self._light = self.replica.light()
         self._redo = False
         self.healing.offer(record, cursor, self._light, self._parameters_digest)
-        before, opened = self.opened, self._slice(record, cursor)
-        if before is not None and before.record is record and before.cursor.epoch == epoch and before.sums is not None:
+        before = self.opened if self.opened is not None and self.opened.sums is not None else None
+        if before is not None and before.own:
+            self._memory.step_done(max(map(len, before.micro)))
+        opened = self._slice(record, cursor)
+        self._memory.step_begins()
+        if before is not None and before.record is record and before.cursor.epoch == epoch:
             self.timings.step_done(len(before.own), before.job.waited_s, opened.started - before.started)
         self.opened = opened
         self.comm.submit(opened.job)
@@ -139,7 +144,7 @@ class Engine:
         own = slice_of(batch, record.shares, rank)
         # A share of 0 still runs the loop's body, on one sample, so that user code behaves alike; the gradient is
         # dropped.
-        micro = micro_batches(own, self._micro_batch_size) if len(own) else [range(batch.start, batch.start + 1)]
+        micro = micro_batches(own, self._pass_size(len(own))) if len(own) else [range(batch.start, batch.start + 1)]
         step = cursor.step + 1
         job = StepJob(record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step))
         opened = Opened(record, cursor, batch, own, micro, job, time.monotonic())
@@ -150,6 +155,11 @@ class Engine:
             on_backward_done=lambda last: self._backward_done(opened, last),
         )
         return opened
+
+    def _pass_size(self, share: int) -> int | None:
+        """Most samples in one forward pass: what the user allows, and what fits into memory."""
+        limits = [size for size in (self._micro_batch_size, self._memory.samples(share)) if size is not None]
+        return min(limits, default=None)
 
     def _digest_if_due(self, step: int) -> int:
         every = self.config.replica_check_steps

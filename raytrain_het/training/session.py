@@ -28,6 +28,7 @@ from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
+from raytrain_het.training.memory import MemoryLimit
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.reporter import Report, Reporter, check_metrics
 from raytrain_het.training.state_server import StateServer
@@ -149,6 +150,7 @@ class Session:
         self.engine = Engine(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
             plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
+            memory=MemoryLimit.of(self.device),
         )  # fmt: skip
         self.reporter = Reporter(self.agent, self._server, self.storage, self._token)
         self.engine.on_commit.append(self._committed)

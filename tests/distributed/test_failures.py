@@ -99,7 +99,7 @@ class Poison:
 def test_a_sample_that_kills_its_worker_three_times_fails_the_run_and_is_named(tmp_path, num_slots):
     """Two workers die of it both and start again from the beginning; of four, one is left."""
     lab = failing(Poison(), tmp_path, num_slots=num_slots)
-    assert "Workers died 3 times in step" in (lab.failure or "")
+    assert "Workers died 3 times in step" in (lab.failure or ""), (lab.errors, lab.restarts, lab.events[-20:])
     assert any(re.search(r"Samples of the last dead workers: \[(.*\b)?5\b", text) for text in lab.errors.values())
 
 
