@@ -48,7 +48,8 @@ class RunFailedError(HetError, RuntimeError):
 
     Args:
         message: The reason.
-        poison: Where workers died again and again: ``{"step": int, "slots": [int]}``.
+        poison: Where workers died again and again: step, slots, and their ranks and the shares
+            of their last generation.
     """
 
     def __init__(self, message: str, poison: dict | None = None) -> None:

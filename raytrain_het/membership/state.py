@@ -455,13 +455,12 @@ class Membership:
         joining = [p for p in self.peers.values() if p.phase is Phase.JOINING]
         peers = sorted(staying + joining, key=lambda p: p.member.slot)
         if not peers:
-            if self._lost_members:
-                # Nobody is left to say in which step it was; what the dead were last known to have done is nearest.
-                reached = max(max(p.reached, p.cursor["step"]) for p in self._lost_members)
-                self._count_deaths(max(reached, previous.base if previous else 0), peers, now)
+            self._count_deaths(self._last_known_step(), peers, now)
             self._end_or_wait(now)
             return
         reset = base is None
+        # Where all start again, nobody is left to say in which step the last ones died.
+        died_after = self._last_known_step() if base is None else base["step"]
         if reset:
             base = dict(self.checkpoint_cursor) if self.checkpoint else dict(ZERO)
             source = peers[0]
@@ -478,7 +477,7 @@ class Membership:
                 behind.append(peer.member.uid)
             elif peer.fresh:
                 fresh.append(peer.member.uid)
-        self._count_deaths(base["step"], peers, now)
+        self._count_deaths(died_after, peers, now)
         if self.failure is not None:
             return
         members = tuple(p.member for p in peers)
@@ -637,8 +636,17 @@ class Membership:
             if self.record is not None and self.record.rank_of(uid) is not None:
                 self._start_forming(void=True, reason=f"slot {slot} was lost: {reason}", now=now)
 
+    def _last_known_step(self) -> int:
+        """Steps that those who were lost are known to have committed."""
+        return max(
+            (max(p.reached, p.cursor["step"]) for p in self._lost_members),
+            default=0,
+        )
+
     def _count_deaths(self, base: int, peers: list[Peer], now: float) -> None:
         """A step that has cost three generations a member fails the run: some sample of it must be poison.
+
+        Counts those lost since the last generation was formed, in the step after ``base``.
 
         How many died at once does not matter: a power cut takes all workers, and they start again.
         """
@@ -648,13 +656,15 @@ class Membership:
         lost, self._lost_members = self._lost_members, []
         self._deaths_in_step[base + 1] += bool(lost)
         if lost and self._deaths_in_step[base + 1] >= MAX_FRUITLESS_DEATHS:
+            assert self.record is not None
             slots = sorted({p.member.slot for p in lost})
+            ranks = [r for r, m in enumerate(self.record.members) if m.uid in {p.member.uid for p in lost}]
             batch = next((p.batch for p in peers if p.batch), None)
             where = f" (epoch {batch[0]}, positions {batch[1]} to {batch[1] + batch[2]} of its order)" if batch else ""
             self._fail(
                 f"Workers died {MAX_FRUITLESS_DEATHS} times in step {base + 1}{where}, the last in slots {slots}. "
                 "Some sample of that step probably kills the process: train without it, or look at the workers' logs.",
-                now, poison={"step": base + 1, "slots": slots},
+                now, poison={"step": base + 1, "slots": slots, "ranks": ranks, "shares": self.record.shares},
             )  # fmt: skip
 
     def _fail(self, message: str, now: float, **extra: Any) -> None:

@@ -424,13 +424,12 @@ def run_worker(train_fn: Callable[[], Any], **kwargs: Any) -> Any:
 
 
 def _with_samples(session: Session, error: RunFailedError) -> HetError:
-    """Name the samples that the dead workers had, where their step is known here."""
-    opened = session.engine.opened if session.engine is not None else None
-    if not error.poison or opened is None or opened.job.step != error.poison["step"]:
+    """Name the samples that the dead workers had, if this worker stands before their step."""
+    poison, engine, plan = error.poison, session.engine, session.plan
+    if not poison or engine is None or plan is None or engine.cursor.step + 1 != poison["step"]:
         return error
-    order = session._plan().permutation(opened.cursor.epoch)
-    samples = []
-    for rank, member in enumerate(opened.record.members):
-        if member.slot in error.poison["slots"]:
-            samples += [int(order[k]) for k in slice_of(opened.batch, opened.record.shares, rank)]
-    return RunFailedError(f"{error} Samples of the last dead workers: {samples[:64]}", error.poison)
+    cursor = engine.cursor
+    order, batch = plan.permutation(cursor.epoch), plan.batch_at(cursor)
+    slices = [slice_of(batch, poison["shares"], rank) for rank in poison["ranks"]]
+    samples = [int(order[k]) for positions in slices for k in positions]
+    return RunFailedError(f"{error} Samples of the last dead workers: {samples[:64]}", poison)

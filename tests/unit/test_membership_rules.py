@@ -157,7 +157,22 @@ def test_a_step_that_costs_three_generations_a_member_fails_with_the_step_the_sa
     for part in ("step 8", "epoch 2, positions 96 to 128", "slots [1]"):
         assert part in run.core.failure
     failures = [m for _, m in run.core.drain() if m["type"] == "fail"]
-    assert [m["poison"] for m in failures] == [{"step": 8, "slots": [1]}] * 2
+    poison = {"step": 8, "slots": [1], "ranks": [1], "shares": (1.0, 1.0, 1.0)}
+    assert [m["poison"] for m in failures] == [poison] * 2
+
+
+def test_a_step_that_kills_whoever_is_left_is_found_though_all_start_again_each_time() -> None:
+    """The last one dies while its peer's next process is on its way in: nobody can say where it was, but itself."""
+    run = started(replace(SETTINGS, num_slots=2), base=7)
+    run.core.closed("1-a", 0.0)
+    run.answer("0-a", step=7)
+    run.hello(1, "b")
+    run.core.closed("0-a", 0.0)
+    assert run.core.failure is None
+    assert run.core.record is not None and run.core.record.reset
+    run.core.progress("1-b", 7, 0.0)
+    run.core.closed("1-b", 0.0)
+    assert "3 times in step 8" in (run.core.failure or "")
 
 
 def test_workers_that_die_all_at_once_do_not_fail_the_run() -> None:
