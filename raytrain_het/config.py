@@ -39,6 +39,10 @@ class HetConfig:
     Or relative shares by world rank (any non-negative numbers, they are normalised); a worker
     with share 0 takes part but trains on nothing. ``None`` is equal shares."""
 
+    warm_spares: bool = False
+    """Whether ``shares="auto"`` may hold a worker that costs more than it gives at a share of 0. It
+    still receives every update, and is there when another one dies."""
+
     alpha: float = 0.0
     """Exponent of the learning-rate scale ``r_i = p_i^-alpha``, with ``p_i`` the worker's measured
     speed over the mean. Synchronous training has one learning rate: ``r_i`` weighs worker ``i``'s
@@ -116,6 +120,13 @@ class HetConfig:
             _require(
                 _is_number(value) and value > low, name, value, "a number above 0", f"The default is {_DEFAULTS[name]}."
             )
+        _require(
+            isinstance(self.warm_spares, bool) and (self.shares == "auto" or not self.warm_spares),
+            "warm_spares",
+            self.warm_spares,
+            "true or false, and true with shares='auto' only",
+            "Write warm_spares=False.",
+        )
         for name in ("replica_check_steps", "max_skipped_steps", "seed"):
             value = getattr(self, name)
             _require(_is_whole(value, 0), name, value, "a whole number from 0", f"The default is {_DEFAULTS[name]}.")

@@ -43,10 +43,11 @@ class Scoreboard:
     Args:
         alpha: exponent of the learning-rate scale ``p_i^-alpha``.
         balance: whether shares follow the measured speeds; else only scores come from here.
+        spares: whether a worker that costs more than it gives may be held at a share of 0.
     """
 
-    def __init__(self, *, alpha: float = 0.0, balance: bool = True) -> None:
-        self.alpha, self.balance = alpha, balance
+    def __init__(self, *, alpha: float = 0.0, balance: bool = True, spares: bool = False) -> None:
+        self.alpha, self.balance, self.spares = alpha, balance, spares
         self.table: Table | None = None
         self.global_batch_size = 0
         self._models: dict[int, StepTimeModel] = {}
@@ -87,11 +88,12 @@ class Scoreboard:
         slots = sorted(slots)
         costs = [self.cost(slot) for slot in slots]
         known = [c for c in costs if c is not None]
-        seen = min((self._fresh.get(slot, 0) for slot in slots), default=0)
+        # A spare does no steps: what is known of it is from before.
+        seen = min((self._fresh.get(slot, 0) for slot in slots if shares.get(slot, 0) > 0), default=0)
         if len(known) < len(costs) or seen < NUM_NEEDED or self.global_batch_size < len(slots):
             return None
         now = [shares.get(slot, 0) for slot in slots]
-        best = balanced_shares(known, self.global_batch_size) if self.balance else now
+        best = balanced_shares(known, self.global_batch_size, minimum=int(not self.spares)) if self.balance else now
         before, after = slowest_s(known, now), slowest_s(known, best)
         scores = self.scores(slots)
         first = self.alpha != 0 and (self.table is None or self._scores_moved(scores))
@@ -103,6 +105,9 @@ class Scoreboard:
             best, reason = now, "scores are known now" if self.table is None else "scores have changed"
         else:
             reason = f"a step of {1000 * before:.4g} ms becomes one of {1000 * after:.4g} ms"
+            spares = [str(slot) for slot, b in zip(slots, best, strict=True) if b == 0]
+            if spares:
+                reason += f"; worker {', '.join(spares)} costs more than it gives, and is a warm spare"
         version = self.table.version + 1 if self.table is not None else 1
         self._fresh.clear()
         self.table = Table(

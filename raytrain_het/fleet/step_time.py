@@ -46,14 +46,22 @@ class StepTimeModel:
 
     @property
     def uncertainty(self) -> float:
-        """Relative standard error of the estimated time: ``1.25 s / sqrt(n)``, as of a median.
+        """Relative standard error of the estimated time.
 
-        ``s`` is 1.48 times the median absolute deviation.
+        ``1.25 s / sqrt(n)``, as of a median, with ``s`` 1.48 times the median absolute deviation; or the same of the
+        medians of four consecutive blocks, if that is more: a machine may be slower for seconds on end, and then
+        neighbours say little that is new.
         """
         count = len(self._seen)
         if count < 2 * NUM_FOR_CHANGE:
             return 1.25 * USUAL_NOISE / math.sqrt(max(count, 1))
-        return 1.25 * self._noise() / math.sqrt(count)
+        k = self._per_sample(self._seen)
+        off = [t / (k * (b + self._samples_worth)) - 1 for b, t in self._seen]
+        alone = 1.25 * 1.48 * statistics.median(map(abs, off)) / math.sqrt(count)
+        if count < 4 * NUM_FOR_CHANGE:
+            return alone
+        blocks = [statistics.median(off[i * count // 4 : (i + 1) * count // 4]) for i in range(4)]
+        return max(alone, statistics.stdev(blocks) / 2)
 
     def observe(self, samples: int, seconds: float) -> None:
         """One step with ``samples`` > 0 took ``seconds`` > 0."""
@@ -69,10 +77,6 @@ class StepTimeModel:
 
     def _per_sample(self, seen: Sequence[Observation]) -> float:
         return statistics.median(t / (b + self._samples_worth) for b, t in seen)
-
-    def _noise(self) -> float:
-        k = self._per_sample(self._seen)
-        return 1.48 * statistics.median(abs(t / (k * (b + self._samples_worth)) - 1) for b, t in self._seen)
 
     def _learn_fixed_part(self) -> None:
         times: dict[int, list[float]] = {}

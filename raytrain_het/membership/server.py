@@ -55,7 +55,7 @@ class Hub:
         self._clock = FairClock()
         self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
         self._evaluations = EvaluationBook()
-        self._scoreboard = Scoreboard(alpha=settings.alpha, balance=settings.balance)
+        self._scoreboard = Scoreboard(alpha=settings.alpha, balance=settings.balance, spares=settings.warm_spares)
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
         self._joined: set[str] = set()

@@ -15,6 +15,8 @@ class HubSettings:
     """Relative batch shares by slot; None is equal."""
     balance: bool = False
     """Whether shares follow the speeds that workers turn out to have."""
+    warm_spares: bool = False
+    """Whether a worker that costs more than it gives may have a share of 0."""
     alpha: float = 0.0
     """Exponent of the learning-rate scales."""
     lr_scale_normalisation: str = "mean"

@@ -61,6 +61,7 @@ class Hub:
             num_slots=num_slots,
             shares=config.given_shares,
             balance=config.shares == "auto",
+            warm_spares=config.warm_spares,
             alpha=config.alpha,
             lr_scale_normalisation=config.lr_scale_normalisation,
             codec=config.codec,

@@ -101,6 +101,7 @@ def test_the_poisonous_step_survives_pickling() -> None:
         ({"shares": [1, math.inf]}, "'auto', None, or non-negative numbers, at least one above 0"),
         ({"alpha": math.nan}, "a finite number"),
         ({"lr_scale_normalisation": "sum"}, "'mean' or 'none'"),
+        ({"warm_spares": 1}, "true or false, and true with shares='auto' only"),
         ({"codec": "zip"}, "'none' or 'bf16'"),
         ({"micro_batch_size": 0}, "a whole number from 1, or None"),
         ({"micro_batch_size": 1.5}, "a whole number from 1, or None"),
@@ -129,6 +130,11 @@ def test_a_wrong_setting_names_itself_its_value_what_is_allowed_and_the_fix(
 def test_a_setting_of_another_type_is_a_config_error_too(values: dict[str, Any]) -> None:
     with pytest.raises(errors.ConfigError, match=next(iter(values))):
         HetConfig(**values)
+
+
+def test_warm_spares_need_shares_that_follow_the_speeds() -> None:
+    with pytest.raises(errors.ConfigError, match="warm_spares=True.*true with shares='auto' only"):
+        HetConfig(shares=[3, 1], warm_spares=True)  # type: ignore[arg-type]
 
 
 def test_shares_become_a_tuple_of_floats() -> None:

@@ -132,6 +132,39 @@ def test_nothing_is_said_before_every_worker_has_been_seen() -> None:
     assert board.solo_samples_per_s(1, 32) is None
 
 
+def test_a_worker_that_costs_more_than_it_gives_is_a_warm_spare_and_comes_back_when_it_is_needed() -> None:
+    costs = [StepCost(0.01, 0.001), StepCost(0.01, 0.001), StepCost(0.2, 0.001)]
+    fleet = Fleet(costs, 200)
+    fleet.board.spares = True
+    for _ in range(30):
+        fleet.step()
+    assert fleet.shares == {0: 100, 1: 100, 2: 0}
+    assert fleet.board.table is not None
+    assert "worker 2 costs more than it gives, and is a warm spare" in fleet.board.table.reason
+    fleet.costs[:2] = [StepCost(0.01, 0.005)] * 2
+    for _ in range(10):
+        fleet.step()
+    assert fleet.shares[2] > 50
+
+
+def test_no_worker_is_a_spare_unless_that_is_allowed() -> None:
+    fleet = Fleet([StepCost(0.01, 0.001), StepCost(0.5, 0.001)], 200)
+    for _ in range(30):
+        fleet.step()
+    assert fleet.shares == {0: 199, 1: 1}
+
+
+def test_neighbouring_steps_that_are_slow_together_make_an_estimate_less_certain() -> None:
+    def uncertainty(order: list[float]) -> float:
+        model = StepTimeModel()
+        for t in order:
+            model.observe(100, t)
+        return model.uncertainty
+
+    times = [1.0, 1.02, 1.09, 1.1] * 4
+    assert uncertainty(sorted(times)) > 1.5 * uncertainty(times)
+
+
 def test_alpha_makes_a_table_where_shares_stay() -> None:
     fleet = Fleet([StepCost(0, 0.001 / s) for s in (4, 1)], 100, alpha=1.0)
     fleet.board.balance = False
