@@ -47,6 +47,13 @@ def make_net() -> nn.Module:
     )  # fmt: skip
 
 
+def make_data() -> TensorDataset:
+    """Noise and labels, the same everywhere: what is measured does not depend on what is learnt."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(SAMPLES, 1, 16, 16, generator=generator)
+    return TensorDataset(images, torch.randint(0, 10, (SAMPLES,), generator=generator))
+
+
 class Side:
     """A copy of the model with what it takes to train it outside of raytrain_het."""
 
@@ -102,9 +109,7 @@ def train(directory: str, *, size: int, total: int, rounds: int, steps: int, set
     session = current()
     rank = session.slot
     dist.init_process_group("gloo", init_method=f"file://{directory}/ddp", rank=rank, world_size=size)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(SAMPLES, 1, 16, 16, generator=generator)
-    data = TensorDataset(images, torch.randint(0, 10, (SAMPLES,), generator=generator))
+    data = make_data()
     solo, ddp = Side(data, make_net()), Side(data, DistributedDataParallel(make_net()))
     equal = total // size
     static = apportion(total, gathered(solo_speed(solo, equal, solo_s), size))
@@ -178,7 +183,7 @@ def main() -> None:
         parser.add_argument("--rounds", type=int, default=7)
         parser.add_argument("--steps", type=int, default=8, help="steps in a block")
         parser.add_argument("--settle", type=int, default=40, help="first steps of het, not counted")
-        parser.add_argument("--solo-s", type=float, default=5.0, help="seconds of a solo block")
+        parser.add_argument("--solo-s", type=float, default=10.0, help="seconds of a solo block")
 
     args = common.arguments(__doc__, add)
     result = measure(args)

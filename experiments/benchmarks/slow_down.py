@@ -1,0 +1,101 @@
+"""A worker slowed down in mid-run: steps until all shares are where they will stay.
+
+Plain processes under CPU quotas of the kernel (Linux, as root), one torch thread each, gloo, no Ray; the conv net of
+``mixed_fleet``. After ``--settle`` steps one worker's quota is set to a part of what it was, and the run goes on for
+``--after`` steps. The new steady state is the median of the shares of the last third of those; what counts is the first
+step after the change from which on every share is within 10 % of it for three steps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch.nn.functional as F
+from torch import optim
+from torch.utils.data import DataLoader
+
+import raytrain_het as het
+from experiments.benchmarks import common
+from experiments.benchmarks.mixed_fleet import make_data, make_net
+from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.training.session import StepRecord, current
+
+WITHIN = 0.1
+IN_A_ROW = 3
+
+
+def train(directory: str, *, total: int, steps: int) -> list[tuple[float, list[int]]]:
+    """Runs in every worker; returns when each step was committed, and all workers' shares in it."""
+    seen: list[tuple[float, list[int]]] = []
+
+    def note(step: StepRecord) -> None:
+        by_slot = {int(uid.split("-")[0]): stop - start for uid, (start, stop) in step.slices.items()}
+        seen.append((time.time(), [by_slot[slot] for slot in sorted(by_slot)]))
+
+    current().listeners.append(note)
+    model = het.prepare_model(make_net())
+    optimizer = het.prepare_optimizer(optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    loader = het.prepare_data_loader(DataLoader(make_data(), shuffle=True, drop_last=True), global_batch_size=total)
+    for _ in loader.epochs(-(-steps // len(loader))):
+        for x, y in loader:
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return seen
+
+
+def steps_to_settle(shares: list[list[int]], within: float = WITHIN) -> int | None:
+    """Index of the first step from which on ``IN_A_ROW`` steps have all shares near those of the last third."""
+    last = shares[-(len(shares) // 3) :]
+    target = [statistics.median(s[i] for s in last) for i in range(len(last[0]))]
+    near = [all(abs(b - t) <= within * t for b, t in zip(s, target, strict=True)) for s in shares]
+    return next((i for i in range(len(near) - IN_A_ROW + 1) if all(near[i : i + IN_A_ROW])), None)
+
+
+def once(args: Any) -> dict[str, Any]:
+    """One run."""
+    size, total = len(args.cores), args.global_batch
+
+    def run(directory: str) -> list[tuple[float, list[int]]]:
+        return train(directory, total=total, steps=args.settle + args.after)
+
+    changed: list[float] = []
+
+    def slow_down() -> None:
+        if not changed and lab.hub.status()["step"] >= args.settle:
+            lab.quotas[args.worker].set(args.cores[args.worker] * args.part)
+            changed.append(time.time())
+
+    with common.scratch() as directory:
+        lab = ProcessLab(run, directory, num_slots=size, config=het.HetConfig(), ledger=False, cores=args.cores)
+        seen = lab.run(timeout_s=1800, on_poll=slow_down)[0]
+    after = [shares for at, shares in seen if at > changed[0]]
+    before = [shares for at, shares in seen if at <= changed[0]]
+    return {"steps": steps_to_settle(after), "before": before[-1], "after": after[-1], "num_after": len(after)}
+
+
+def main() -> None:
+    def add(parser: Any) -> None:
+        parser.add_argument("--cores", type=float, nargs="+", default=[0.8, 0.4, 0.2, 0.2])
+        parser.add_argument("--global-batch", type=int, default=1024)
+        parser.add_argument("--worker", type=int, default=0, help="which one is slowed down")
+        parser.add_argument("--part", type=float, default=0.5, help="to this part of its quota")
+        parser.add_argument("--runs", type=int, default=5)
+        parser.add_argument("--settle", type=int, default=60)
+        parser.add_argument("--after", type=int, default=90)
+
+    args = common.arguments(__doc__, add)
+    runs = [once(args) for _ in range(args.runs)]
+    common.show(
+        f"Worker {args.worker} of cores {args.cores} slowed to {args.part:g}; global batch {args.global_batch}", runs
+    )
+    steps = [r["steps"] for r in runs if r["steps"] is not None]
+    print(f"steps until all shares are within {WITHIN:.0%} of their new values: median {statistics.median(steps):g}")
+    common.keep(args.json, {"benchmark": "slow_down", "cores": args.cores, "part": args.part, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
