@@ -18,11 +18,11 @@ import torch
 
 from raytrain_het.collectives import points, replay
 from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, Wire, one_to_all
-from raytrain_het.collectives.group import Group, GroupBuilder, Operation, Reaper
+from raytrain_het.collectives.group import Group, GroupBuilder, GroupError, Operation, Reaper
 from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.jobs import ConfirmJob, Job, ResyncJob, StepJob
 from raytrain_het.collectives.layout import Bucket, Layout
-from raytrain_het.errors import ProtocolError
+from raytrain_het.errors import ProtocolError, RunFailedError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.meeting import MeetingPlace
 from raytrain_het.membership.record import Record
@@ -54,8 +54,8 @@ class Communicator:
         self.agent, self.layout = agent, layout
         self.entered: Record | None = None
         """The generation whose group stands and whose replays are done."""
-        self.replayed: Sums | None = None
-        """Sums of the base step that this member had missed; decoded into the step's ``outs``."""
+        self.replayed: tuple[Sums, list[torch.Tensor]] | None = None
+        """Sums of the base step that this member had missed, and their values by bucket, for the training thread."""
         self.followed: collections.deque[tuple[Sums, list[torch.Tensor], Cursor]] = collections.deque()
         """While not healed: the sums of the steps gone by, to be replayed on the snapshot."""
         self.followed_to: Cursor | None = None
@@ -70,8 +70,8 @@ class Communicator:
         self._jobs: collections.deque[Job] = collections.deque()
         self._group: Group | None = None
         self._exchange: Exchange | None = None
-        self._kept: tuple[Sums, Exchange] | None = None
-        self._target_outs = self._outs
+        self._kept: tuple[int, Callable[[], torch.Tensor]] = (-1, lambda: torch.zeros(0))
+        """The last step that this member has the sums of, and how to pack them for one that has not."""
         self._position = 0
         self._broken = 0
         self._closed = False
@@ -99,10 +99,6 @@ class Communicator:
         exchange = self._exchange
         return exchange.wires if exchange is not None and exchange.record is record else None
 
-    def replay_into(self, outs: list[torch.Tensor]) -> None:
-        """Where replayed sums are decoded to (the training thread's gradients)."""
-        self._target_outs = outs
-
     def close(self) -> None:
         """Stop the thread; its group is left to the reaper."""
         self._closed = True
@@ -115,10 +111,21 @@ class Communicator:
 
     def _run(self) -> None:
         torch.set_num_threads(1)  # Its tensor work is copies and sums; a pool of its own would fight the training's.
-        while not self._closed:
-            if not self._turn():
-                self._wake.wait(1.0)
-                self._wake.clear()
+        try:
+            while not self._closed:
+                if not self._turn():
+                    self._wake.wait(1.0)
+                    self._wake.clear()
+        except BaseException as error:
+            # Not a peer's fault, and nobody would see it: pings are answered by another thread.
+            logger.exception("the communication thread of worker %d has failed", self.agent.member.slot)
+            with self.agent.condition:
+                self.agent.gone = self.agent.gone or RunFailedError(
+                    f"the communication thread of worker {self.agent.member.slot} has failed: "
+                    f"{type(error).__name__}: {error}. This is a bug in raytrain_het, or memory has run out: its "
+                    "traceback is in this worker's log."
+                )
+                self.agent.condition.notify_all()
 
     def _turn(self) -> bool:
         """Do the next thing there is to do; False if there is nothing."""
@@ -175,7 +182,7 @@ class Communicator:
                 self.agent.failed(generation, str(error))
             else:
                 job.error = error
-        except RuntimeError as error:
+        except GroupError as error:
             logger.debug("collective of generation %d failed: %s", generation, error)
             self.agent.failed(generation, str(error).splitlines()[0][:200])
         self._broken = max(self._broken, generation)
@@ -277,24 +284,29 @@ class Communicator:
             builder.abandon()
             raise
         if builder.error is not None or builder.group is None:
-            raise RuntimeError(f"no group for generation {record.number}: {builder.error}")
+            raise GroupError(f"no group for generation {record.number}: {builder.error}")
         return builder.group
 
-    def _replay(self, record: Record, rank: int) -> Sums | None:
+    def _replay(self, record: Record, rank: int) -> tuple[Sums, list[torch.Tensor]] | None:
         """Whoever holds the base step sends its decoded sums to those that are one step behind."""
         assert self._group is not None and record.source is not None
         source = record.rank_of(record.source)
         receivers = [r for r in (record.rank_of(uid) for uid in record.behind) if r is not None]
         assert source is not None
-        length = replay.packed_bytes(self.layout) if rank in (source, *receivers) else 0
-        data = torch.zeros(length, dtype=torch.uint8)
+        data = torch.zeros(replay.packed_bytes(self.layout) if rank in receivers else 0, dtype=torch.uint8)
         if rank == source:
-            assert self._kept is not None and self._kept[0].step == record.base, "the source keeps the base step"
-            replay.pack(*self._kept, self.layout, data)
+            step, packed = self._kept
+            assert step == record.base, f"the source keeps step {step}, and not the base {record.base}"
+            data = packed()
         one_to_all(
             self._group, source, receivers, data, lambda op: self._finish(op, record.number, record.base)
         )  # fmt: skip
-        return replay.unpack(data, self.layout, record.base, self._target_outs) if rank in receivers else None
+        if rank not in receivers:
+            return None
+        # It may be the source of the next generation, when others have yet to take the step over.
+        self._kept = (record.base, lambda: data)
+        outs = [torch.empty(b.numel, dtype=b.dtype) for b in self.layout.buckets]
+        return replay.unpack(data, self.layout, record.base, outs), outs
 
     # ---------------------------------------------------------------- jobs
 
@@ -318,7 +330,7 @@ class Communicator:
             if k > 1:
                 self._decode(exchange, gathers[k - 2], buckets[k - 2], job)
         self._decode(exchange, gathers[-1], buckets[-1], job)
-        self._kept = (sums, exchange)
+        self._kept = (job.step, lambda: replay.pack(sums, exchange, self.layout))
         self._collect_traffic()
         points.reach("decoded", job.step)
         job.sums = sums

@@ -22,6 +22,10 @@ OPERATION_TIMEOUT = timedelta(minutes=30)
 """gloo's own; never what detects a failure."""
 
 
+class GroupError(RuntimeError):
+    """A collective, or the making of a group, has failed: a peer is gone, or a link to it."""
+
+
 class Operation:
     """One collective under way. Keeps its tensors alive until it ends."""
 
@@ -37,9 +41,12 @@ class Operation:
 
     def result(self) -> None:
         """Raises:
-        RuntimeError: it failed, since a peer is gone.
+        GroupError: it failed.
         """
-        self._future.value()
+        try:
+            self._future.value()
+        except RuntimeError as error:
+            raise GroupError(str(error)) from error
 
 
 class DeviceOperation(Operation):
@@ -55,9 +62,12 @@ class DeviceOperation(Operation):
 
     def result(self) -> None:
         """Raises:
-        RuntimeError: it failed.
+        GroupError: it failed.
         """
-        self._work.wait()
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise GroupError(str(error)) from error
 
 
 class Group:
@@ -83,7 +93,10 @@ class Group:
         """Uneven all-to-all of uint8: rank ``i``'s part of ``inp`` goes to ``i``; its message lands in its part of
         ``out``."""
         assert self._pg is not None
-        work = self._pg.alltoall_base(out, inp, out_splits, in_splits, dist.AllToAllOptions())
+        try:
+            work = self._pg.alltoall_base(out, inp, out_splits, in_splits, dist.AllToAllOptions())
+        except RuntimeError as error:
+            raise GroupError(str(error)) from error
         tensors = (out, inp)
         operation = DeviceOperation(work, tensors) if self.poll_s else Operation(work, tensors, self._wake)
         self._under_way = [op for op in self._under_way if not op.done]

@@ -16,9 +16,9 @@ def packed_bytes(layout: Layout) -> int:
     return sum(header_bytes(len(b.segments)) + _padded(b.numel * b.dtype.itemsize) for b in layout.buckets)
 
 
-def pack(sums: Sums, exchange: Exchange, layout: Layout, data: torch.Tensor) -> None:
-    """Write a kept step into ``data`` (packed_bytes,) uint8. ``exchange`` still holds what the owners sent."""
-    place = 0
+def pack(sums: Sums, exchange: Exchange, layout: Layout) -> torch.Tensor:
+    """A kept step as (packed_bytes,) uint8. ``exchange`` still holds what the owners sent."""
+    data, place = torch.zeros(packed_bytes(layout), dtype=torch.uint8), 0
     for bucket in layout.buckets:
         size = header_bytes(len(bucket.segments))
         header = Header(
@@ -32,6 +32,7 @@ def pack(sums: Sums, exchange: Exchange, layout: Layout, data: torch.Tensor) -> 
         raw = values.view(torch.uint8)
         data[place : place + raw.numel()] = raw
         place += _padded(raw.numel())
+    return data
 
 
 def unpack(data: torch.Tensor, layout: Layout, step: int, outs: list[torch.Tensor]) -> Sums:

@@ -91,7 +91,6 @@ class Engine:
         self._record: Record | None = None
         self._error: BaseException | None = None
         agent.batch = self._open_batch
-        communicator.replay_into(gradients.outs)
 
     @property
     def cursor(self) -> Cursor:
@@ -142,9 +141,8 @@ class Engine:
         assert rank is not None
         batch = self.plan.batch_at(cursor)
         own = slice_of(batch, record.shares, rank)
-        # A share of 0 still runs the loop's body, on one sample, so that user code behaves alike; the gradient is
-        # dropped.
-        micro = micro_batches(own, self._pass_size(len(own))) if len(own) else [range(batch.start, batch.start + 1)]
+        # A share of 0 still runs the loop's body, so that user code behaves alike; the gradient is dropped.
+        micro = micro_batches(own, self._pass_size(len(own))) if len(own) else [self._stand_in(batch)]
         step = cursor.step + 1
         job = StepJob(record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step))
         opened = Opened(record, cursor, batch, own, micro, job, time.monotonic())
@@ -155,6 +153,11 @@ class Engine:
             on_backward_done=lambda last: self._backward_done(opened, last),
         )
         return opened
+
+    def _stand_in(self, batch: range) -> range:
+        """Two samples, since a batch norm of one raises."""
+        start = max(0, min(batch.start, self.plan.dataset_size - 2))
+        return range(start, min(start + 2, self.plan.dataset_size))
 
     def _pass_size(self, share: int) -> int | None:
         """Most samples in one forward pass: what the user allows, and what fits into memory."""
@@ -198,11 +201,16 @@ class Engine:
     def arm(self, index: int, weight: float, inputs: Any) -> None:
         """The next backward pass belongs to this micro-batch."""
         opened = self._current()
+        if index > 0:
+            # The loop's body runs once for each micro-batch: what it does to schedules counts once.
+            assert self._light is not None
+            self.replica.restore_light(self._light, buffers=False)
         opened.weights.append(self._scaled(opened, index, weight) if opened.job.contributes else 0.0)
         opened.inputs = inputs
         last = index == len(opened.micro) - 1
         if last:
             opened.job.weight = float(sum(opened.weights))
+            opened.job.contributes = opened.job.weight > 0
         self.gradients.arm(opened.weights[-1], last=last)
 
     def _scaled(self, opened: Opened, index: int, weight: float) -> float:
@@ -231,11 +239,6 @@ class Engine:
         return self.opened is not None and self.opened.job.over and self.opened.job.outcome == "aborted"
 
     def _ready(self, opened: Opened, count: int) -> None:
-        if opened.job.ready == 0 and self.gradients.not_zeroed():
-            raise LoopOrderError(
-                "backward() ran without optimizer.zero_grad() since the last step, so it would add to the old "
-                "gradients: call optimizer.zero_grad() before backward()."
-            )
         if count == len(self.gradients.layout.buckets):
             opened.submitted = time.monotonic()
         self.comm.bucket_ready(opened.job, count)
@@ -276,11 +279,14 @@ class Engine:
         )
         record = comm.entered
         assert record is not None
-        opened.sums = None
-        if record.base == opened.job.step and comm.replayed is not None and comm.replayed.step == opened.job.step:
-            opened.sums = comm.replayed
+        had, opened.sums = opened.sums, None
+        if record.base == opened.job.step and comm.replayed is not None and comm.replayed[0].step == opened.job.step:
+            opened.sums, outs = comm.replayed
             opened.job = StepJob(record.number, opened.job.step, outcome="done")
-            self.gradients.show(opened.sums)
+            if had is None:
+                self.gradients.take(outs)
+                self.gradients.show(opened.sums)
+            # Else they are the same to the bit, and what the user did to them since (clipping) stays.
 
     # ---------------------------------------------------------------- closing
 
@@ -317,9 +323,9 @@ class Engine:
         if sums.applies:
             self.healing.log(opened.job.step, self.replica.hyperparameters)
             result = update()
-            self.gradients.apply_buffers()
         else:
             self.healing.log(opened.job.step, lambda: None)
+        self.gradients.settle_buffers(sums.applies)
         points.reach("updated", opened.job.step)
         after, _ = advance(self.plan, opened.cursor.to_dict())
         self.agent.advance(after, healed=True)
@@ -413,7 +419,7 @@ class Engine:
         return self.opened
 
     def _note_skips(self, opened: Opened, sums: Sums) -> None:
-        if sums.finite:
+        if sums.applies:
             self._skipped_in_a_row = 0
             return
         self.counters.skipped += 1
@@ -421,6 +427,9 @@ class Engine:
         names: list[str] = []
         slot = self.agent.member.slot
         text = f"workers {sums.nonfinite_slots}" if sums.nonfinite_slots else "a peer"
+        if sums.finite:
+            text = "the weights of the whole batch are 0, see prepare_data_loader(weight=)"
+            logger.warning("step %d: %s; the update is skipped", opened.job.step, text)
         if slot in sums.nonfinite_slots:
             names = self.gradients.nonfinite_parameters()
             text = f"worker {slot}, parameters {names[:3]}{self._bad_samples(opened)}"
@@ -430,7 +439,7 @@ class Engine:
         limit = self.config.max_skipped_steps
         if limit and self._skipped_in_a_row >= limit:
             raise NonFiniteGradientError(
-                f"{limit} updates in a row were skipped for gradients that are not finite, the last at step "
+                f"{limit} updates in a row were skipped for want of finite gradients, the last at step "
                 f"{opened.job.step} ({text}). Lower the learning rate, look for NaNs in the data, or raise "
                 f"HetConfig(max_skipped_steps={limit})."
             )

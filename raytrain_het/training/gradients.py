@@ -47,8 +47,12 @@ class Gradients:
                     f"parameter {name!r} has dtype {p.dtype}: only real floating point can be trained here."
                 )
         self.model = model
-        self._buffers = [(n, b) for n, b in model.named_buffers() if not b.is_complex()]
-        self.layout = Layout(named, self._buffers, bucket_bytes)
+        buffers = [(n, b) for n, b in model.named_buffers() if not b.is_complex()]
+        self._buffers = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n, _ in buffers]
+        """Where they are, since a module may put a new tensor there at any time."""
+        self._before: list[torch.Tensor] = []
+        """The buffers when the step was opened."""
+        self.layout = Layout(named, buffers, bucket_bytes)
         by_name = dict(named)
         self.locals: list[torch.Tensor] = []
         self.outs: list[torch.Tensor] = []
@@ -108,6 +112,11 @@ class Gradients:
         job.finite = [True] * len(self.layout.buckets)
         job.used = [0] * len(self.layout.buckets)
         self._ready = 0
+        self._before = [b.detach().clone() for b in self._live_buffers()]
+
+    def _live_buffers(self) -> list[torch.Tensor]:
+        buffers = (getattr(module, name) for module, name in self._buffers)
+        return [b for b in buffers if b is not None]
 
     def _aim(self, wires: list[list[Wire] | None] | None) -> None:
         self._wires = wires
@@ -155,6 +164,7 @@ class Gradients:
                     "(for x, y in loader: ...), one backward() and one optimizer.step() for each."
                 )
             if not self._fired:
+                self._check_zeroed()
                 points.reach("backward", self._job.step)
                 torch.autograd.Variable._execution_engine.queue_callback(self._done)
             if index in self._fired:
@@ -169,8 +179,10 @@ class Gradients:
             assert grad is not None
             if grad.is_sparse:
                 raise ConfigError(f"parameter {self._name(index)!r} has a sparse gradient: build it with sparse=False.")
-            if self._job.contributes:
+            if self._job.contributes and self._weight:
                 self._gather(index, grad)
+            elif self._last and not self._touched[index]:
+                self._zero(index)
             if self._last:
                 self._job.used[bucket] |= (1 << place) if self._touched[index] else 0
                 self._missing[bucket] -= 1
@@ -193,6 +205,10 @@ class Gradients:
                 view.copy_(part).mul_(self._weight)
         self._touched[index] = True
 
+    def _zero(self, index: int) -> None:
+        for _, _, view in self._targets[index]:
+            view.zero_()
+
     def _pass_on(self) -> None:
         """Hand over all full buckets that come next in the launch order."""
         before = self._ready
@@ -210,8 +226,7 @@ class Gradients:
                 if index in self._fired:
                     continue
                 if not self._touched[index]:
-                    for _, _, view in self._targets[index]:
-                        view.zero_()
+                    self._zero(index)
                 else:
                     self._job.used[bucket] |= 1 << place
                 self._missing[bucket] -= 1
@@ -219,16 +234,19 @@ class Gradients:
             self._fill_buffers()
             self._on_ready(len(self.layout.buckets))
         if not self._last:
-            for p in self._params:
-                p.grad = None
+            self.show(None)  # Zeros, so that clipping or a loss scaler in the loop's body finds what it expects.
         self._on_backward_done(self._last)
 
     def _fill_buffers(self) -> None:
+        """What travels is the change since the step was opened: exact for constants, whatever they are."""
         weight, place = self._job.weight, 0
+        live = self._live_buffers()
         for bucket in self.layout.buckets[len(self._gradient_buckets) :]:
             for segment in bucket.segments:
-                buffer = self._buffers[place][1]
-                self.locals[bucket.index][segment.offset : segment.stop].copy_(buffer.reshape(-1)).mul_(weight)
+                target = self.locals[bucket.index][segment.offset : segment.stop].view(segment.shape)
+                new, old = live[place], self._before[place]
+                change = new.to(target.dtype) - old.to(target.dtype)
+                target.copy_(torch.where(new == old, 0, change)).mul_(weight)
                 place += 1
 
     # ---------------------------------------------------------------- its result
@@ -249,23 +267,44 @@ class Gradients:
             view = self._out_views[index]
             p.grad = self._shown[index] = view if view.dtype == p.dtype else view.to(p.dtype)
 
-    def apply_buffers(self) -> None:
-        """Take the running statistics averaged over members."""
-        place = 0
+    def take(self, outs: list[torch.Tensor]) -> None:
+        """Take over the sums of a step that came from a peer, by bucket."""
+        for mine, theirs in zip(self.outs, outs, strict=True):
+            mine.copy_(theirs)
+
+    def settle_buffers(self, applies: bool) -> None:
+        """Running statistics: what they were, and the weighted mean of all members' changes if the step applies.
+
+        ``b + sum_i w_i (b_i - b) / sum_i w_i``; whole numbers are rounded.
+        """
+        place, live = 0, self._live_buffers()
+        before, self._before = self._before or live, []
         with torch.no_grad():
             for bucket in self.layout.buckets[len(self._gradient_buckets) :]:
                 for segment in bucket.segments:
-                    buffer = self._buffers[place][1]
-                    value = self.outs[bucket.index][segment.offset : segment.stop].view(segment.shape)
-                    buffer.copy_(value if buffer.is_floating_point() else value.round())
+                    buffer, old = live[place], before[place]
+                    change = self.outs[bucket.index][segment.offset : segment.stop].view(segment.shape).to(old.device)
+                    if not applies:
+                        buffer.copy_(old)
+                    elif old.is_floating_point():
+                        buffer.copy_(torch.where(change == 0, old, old.to(change.dtype) + change))
+                    elif old.dtype == torch.bool:
+                        buffer.copy_((old.to(change.dtype) + change).round())
+                    else:
+                        buffer.copy_(old + change.round().to(old.dtype))
                     place += 1
 
-    def not_zeroed(self) -> bool:
-        """Whether the last step's gradients are still there, so that a backward pass has added to them."""
-        return any(p.grad is shown for p, shown in zip(self._params, self._shown, strict=True) if shown is not None)
+    def _check_zeroed(self) -> None:
+        """Refuse a backward pass that adds to the last step's gradients."""
+        if any(p.grad is shown for p, shown in zip(self._params, self._shown, strict=True) if shown is not None):
+            raise LoopOrderError(
+                "backward() ran without optimizer.zero_grad() since the last step, so it would add to the old "
+                "gradients: call optimizer.zero_grad() before backward()."
+            )
 
     def clear(self) -> None:
-        """Forget all gradients."""
+        """Forget all gradients, and the step that was open."""
+        self._before = []
         for p in self._params:
             p.grad = None
 

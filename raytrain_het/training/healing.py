@@ -47,14 +47,15 @@ class Healing:
     def take_over(self, record: Record) -> bool:
         """Come to hold the record's base; False if the record was superseded before that."""
         uid, held = self._agent.uid, True
+        if not (record.reset or uid in (*record.unhealed, *record.fresh)):
+            return True
+        self._gradients.clear()
         if record.reset:
             held = self._reset(record)
         elif uid in record.unhealed:
             held = self._heal(record)
-        elif uid in record.fresh:
-            held = self._verify(record)
         else:
-            return True
+            held = self._verify(record)
         self._gradients.clear()
         return held
 
@@ -130,12 +131,11 @@ class Healing:
                     return False
             chosen = settings[step]
             if sums.applies and chosen is not None:
-                for mine, theirs in zip(self._gradients.outs, outs, strict=True):
-                    mine.copy_(theirs)
+                self._gradients.take(outs)
                 self._gradients.show(sums)
                 self._replica.set_hyperparameters(chosen)
                 self._update()
-                self._gradients.apply_buffers()
+                self._gradients.settle_buffers(True)
             comm.followed.popleft()
             self._snapshot_step = step
         return True

@@ -72,7 +72,10 @@ class MemoryLimit:
         """Most samples for one pass over a share of so many; None is no limit."""
         if self._meter is None:
             return None
-        return max(1, math.ceil(share / FIRST_PARTS) if self._safe is None else self._safe)
+        if self._safe is None:
+            # No pass of a single sample: a batch norm of one raises.
+            return max(1, math.ceil(share / min(FIRST_PARTS, max(1, share // 2))))
+        return max(2, self._safe)
 
     def step_begins(self) -> None:
         """What is measured from here on belongs to the next step."""

@@ -103,6 +103,25 @@ def test_a_sample_that_kills_its_worker_three_times_fails_the_run_and_is_named(t
     assert any(re.search(r"Samples of the last dead workers: \[(.*\b)?5\b", text) for text in lab.errors.values())
 
 
+def test_an_error_in_the_communication_thread_is_not_taken_for_a_broken_link(tmp_path, monkeypatch):
+    def fail(self, job):
+        raise MemoryError("no room for a message")
+
+    def train():
+        model = het.prepare_model(torch.nn.Linear(3, 1))
+        optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        loader = het.prepare_data_loader(DataLoader(TensorDataset(torch.zeros(8, 3))), global_batch_size=4)
+        for _ in loader.epochs(1):
+            for (x,) in loader:
+                optimizer.zero_grad()
+                model(x).sum().backward()
+                optimizer.step()
+
+    monkeypatch.setattr("raytrain_het.collectives.communicator.Communicator._step", fail)
+    with pytest.raises(RunFailedError, match="communication thread of worker 0 has failed: MemoryError: no room"):
+        alone(train, tmp_path)
+
+
 def test_a_worker_alone_raises_its_own_error(tmp_path):
     def train():
         raise KeyError("mine")

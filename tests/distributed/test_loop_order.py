@@ -182,6 +182,29 @@ def test_a_loop_in_another_order_is_an_error_with_the_fix(tmp_path, loop, fix):
         alone(lambda: loop(*prepare()), tmp_path)
 
 
+def test_forgotten_zero_grad_is_noticed_between_the_passes_of_a_step_too(tmp_path):
+    with pytest.raises(LoopOrderError, match=r"call optimizer.zero_grad\(\) before backward\(\)"):
+        alone(lambda: no_zero_grad(*prepare(global_batch_size=8, micro_batch_size=2)), tmp_path)
+
+
+def test_a_gradient_scaler_steps_in_every_pass_of_a_step(tmp_path):
+    """It insists on gradients wherever it is asked to step."""
+
+    def train():
+        model, optimizer, loader = prepare(global_batch_size=8, micro_batch_size=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+        het.register_state("scaler", scaler)
+        for _ in loader.epochs(3):
+            for (x,) in loader:
+                optimizer.zero_grad()
+                scaler.scale(model(x).square().mean()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        return scaler.get_scale()
+
+    assert alone(train, tmp_path) == 64.0
+
+
 def test_the_loop_in_the_right_order_works_here_too(tmp_path):
     alone(lambda: good(*prepare()), tmp_path)
 

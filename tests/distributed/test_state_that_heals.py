@@ -57,6 +57,62 @@ def test_running_statistics_are_averages_weighted_by_samples(tmp_path):
         assert count == 1
 
 
+class OddBuffers(torch.nn.Module):
+    """A mask, a constant that fp32 can't hold, and a running mean that is a new tensor every time."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 2, dtype=torch.float64)
+        self.register_buffer("mask", torch.full((3,), torch.finfo(torch.float32).min))
+        self.register_buffer("never", torch.tensor([-torch.inf, torch.nan, 1.0]))
+        self.register_buffer("key", torch.tensor([2654435761, 2**40 + 1]))
+        self.register_buffer("on", torch.tensor([True, False]))
+        self.register_buffer("running", torch.zeros(6, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training:
+            self.running = 0.5 * self.running + 0.5 * x.detach().mean(dim=0)
+        return self.layer(x)
+
+
+class OddTask(Regression):
+    def build(self):
+        _, dataset = super().build()
+        torch.manual_seed(0)
+        return OddBuffers(), dataset
+
+    def __call__(self, directory):
+        models = []
+        build = self.build
+        object.__setattr__(self, "build", lambda: models.append(build()) or models[0])
+        return super().__call__(directory) | {"state": {n: b.clone() for n, b in models[0][0].named_buffers()}}
+
+
+def test_constants_among_buffers_stay_to_the_bit_and_rebound_ones_are_averaged(tmp_path):
+    task = OddTask(num_samples=48, epochs=2, report=False)
+    done = run(task, tmp_path, num_slots=2, config=dataclasses.replace(SMALL_BUCKETS, shares=(3, 1)))
+    fresh = dict(OddBuffers().named_buffers())
+    states = [r["state"] for r in done.results.values()]
+    for name in ("mask", "never", "key", "on"):
+        for state in states:
+            assert torch.equal(state[name].nan_to_num(7), fresh[name].nan_to_num(7)), name
+    assert torch.equal(states[0]["running"], states[1]["running"])
+    _, dataset = task.build()
+    expected, plan = torch.zeros(6, dtype=torch.float64), task.plan
+    for epoch in range(2):
+        order = plan.permutation(epoch)
+        for step in range(plan.steps_per_epoch):
+            batch = dataset.tensors[0][torch.from_numpy(order[12 * step : 12 * step + 12].copy())]
+            expected = 0.5 * expected + 0.5 * batch.mean(dim=0)
+    torch.testing.assert_close(states[0]["running"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_share_of_zero_trains_models_with_batch_norm(tmp_path):
+    task = Regression(batch_norm=True, epochs=2)
+    done = run(task, tmp_path, num_slots=2, config=dataclasses.replace(SMALL_BUCKETS, shares=(1, 0)))
+    done.check(task)
+
+
 class PartlyUsed:
     """``nobody`` is used by no worker, ``one`` by slot 1 only. Weight decay would move what has a gradient of zero."""
 
