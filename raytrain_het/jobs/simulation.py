@@ -1,0 +1,113 @@
+"""``--simulate 1,0.5,0.25``: which workers a job gets then, how much of a core each, and what there is to say of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from raytrain_het.errors import ConfigError
+
+MAX_WORKERS = 16
+MIN_CORES = 0.02
+"""Less of a core, and a worker would be taken for one that hangs."""
+LEFT_CORES = 0.4
+"""For Ray's own processes, the driver and the membership actor."""
+
+
+def parse_speeds(text: str) -> tuple[float, ...]:
+    """``"1,0.5,0.25"`` as numbers.
+
+    Raises:
+        ConfigError: One is not a number above 0, or there are none, or more than 16.
+    """
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    allowed = f"1 to {MAX_WORKERS} numbers above 0, with commas between them"
+    if not 1 <= len(parts) <= MAX_WORKERS:
+        raise ConfigError(
+            f"--simulate {text!r} names {len(parts)} workers: allowed are {allowed}. Write --simulate 1,0.5,0.25"
+        )
+    return tuple(_speed(part, text, allowed) for part in parts)
+
+
+def _speed(part: str, text: str, allowed: str) -> float:
+    try:
+        speed = float(part)
+    except ValueError:
+        speed = math.nan
+    if not (0 < speed < math.inf):
+        raise ConfigError(
+            f"--simulate {text!r}: the speed {part!r} is not valid: allowed are {allowed}. Write --simulate 1,0.5,0.25"
+        )
+    return speed
+
+
+def fitting_cores(speeds: Sequence[float], num_cores: int) -> tuple[float, ...]:
+    """Each worker's part of a core: ``s_i min(1 / max s, (num_cores - 0.4) / sum s)``.
+
+    Raises:
+        ConfigError: One would have less than 0.02 of a core.
+    """
+    unit = min(1 / max(speeds), (num_cores - LEFT_CORES) / math.fsum(speeds))
+    cores = tuple(speed * unit for speed in speeds)
+    slowest = min(range(len(cores)), key=cores.__getitem__)
+    if cores[slowest] < MIN_CORES:
+        raise ConfigError(
+            f"--simulate: the speed {speeds[slowest]:g} would be {cores[slowest]:.2g} of a core, with {num_cores} cores "
+            f"for all: allowed is {MIN_CORES} or more. Write speeds that differ less, or fewer of them: "
+            "--simulate 1,0.5,0.25"
+        )
+    return cores
+
+
+def with_simulated_workers(given: Iterable[str], num_workers: int) -> list[str]:
+    """``--set`` overrides around those that were given: the job's workers go, its shares unless given."""
+    return ["het.shares=auto", *given, f"workers=[{{count: {num_workers}, resources: {{CPU: 1}}}}]"]
+
+
+def check_alone(*, workers: object, address: str | None) -> None:
+    """Refuse what contradicts simulated workers on this machine.
+
+    Args:
+        workers: as the job would have them.
+
+    Raises:
+        ConfigError: There is an address, or the workers are what the cluster has.
+    """
+    if address is not None:
+        raise ConfigError(
+            f"--simulate with --address {address}: allowed is no address, since simulated workers run on this machine. "
+            "Leave out --address, or --simulate"
+        )
+    if workers == "auto":
+        raise ConfigError(
+            "--simulate with workers='auto': allowed is a list, which the simulated workers replace; 'auto' takes what "
+            "a cluster has. Write --set workers='[{count: 2}]', or leave out --simulate"
+        )
+
+
+def announcement(cores: Sequence[float], how: str) -> str:
+    """What is being simulated."""
+    return f"simulating {len(cores)} workers with {', '.join(f'{c:.2f}' for c in cores)} of a core, each held back {how}"
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """What equal shares would have given, computed from the scores ``p_i``: ``min p / mean p`` of the sum of speeds.
+
+    With equal shares all wait for the slowest. That leaves out what messages cost, and so is the most it could be.
+    """
+    workers = summary["workers"]
+    scores = [worker.get("score") for worker in workers]
+    if not scores or None in scores:
+        return "what equal shares would have given is not known: the run ended before every worker's speed was"
+    equal = min(scores) / (math.fsum(scores) / len(scores))
+    slowest = workers[scores.index(min(scores))]["world_rank"]
+    text = (
+        f"computed from the scores, not run: with equal shares all would go at the pace of worker {slowest}, at most "
+        f"{equal:.0%} of what the workers do alone, added up"
+    )
+    shares = [worker.get("batch_share") or 0 for worker in workers]
+    if max(shares) - min(shares) <= 1 and equal < 0.9:
+        return f"{text}; and so they did: the run ended before the shares were adapted. Train for longer"
+    fraction = summary.get("fraction_of_aggregate")
+    return text if fraction is None else f"{text}; this run's last steps were {fraction / equal:.1f} times as fast"
