@@ -15,6 +15,8 @@ PERIOD_US = 10_000
 """Short, so that a slow process runs evenly: a tenth of a core is 1 ms in every 10."""
 MIN_QUOTA_US = 1000
 """The kernel takes no less: slower groups get a longer period."""
+WEIGHT = 10
+"""A group counts as so many processes where there are more of them than cores: its quota is to slow it, nothing else."""
 MIN_CORES = 0.01
 """Slower than that nothing answers in time."""
 PREFIX = "raytrain_het_lab"
@@ -68,6 +70,7 @@ class CpuQuota:
         _remove_leftovers()
         self.path = root / f"{PREFIX}_{os.getpid()}_{secrets.token_hex(3)}{kind and '_'}{kind}"
         self.path.mkdir()
+        (self.path / ("cpu.weight" if self._v2 else "cpu.shares")).write_text(str(WEIGHT * (100 if self._v2 else 1024)))
         self.cores = 0.0
         self.set(cores)
 
