@@ -53,8 +53,8 @@ def fitting_cores(speeds: Sequence[float], num_cores: int) -> tuple[float, ...]:
     slowest = min(range(len(cores)), key=cores.__getitem__)
     if cores[slowest] < MIN_CORES:
         raise ConfigError(
-            f"--simulate: the speed {speeds[slowest]:g} would be {cores[slowest]:.2g} of a core, with {num_cores} cores "
-            f"for all: allowed is {MIN_CORES} or more. Write speeds that differ less, or fewer of them: "
+            f"--simulate: the speed {speeds[slowest]:g} would be {cores[slowest]:.2g} of a core, as all have {num_cores} "
+            f"cores: allowed is {MIN_CORES} or more. Write speeds that differ less, or fewer of them: "
             "--simulate 1,0.5,0.25"
         )
     return cores
@@ -88,7 +88,9 @@ def check_alone(*, workers: object, address: str | None) -> None:
 
 def announcement(cores: Sequence[float], how: str) -> str:
     """What is being simulated."""
-    return f"simulating {len(cores)} workers with {', '.join(f'{c:.2f}' for c in cores)} of a core, each held back {how}"
+    return (
+        f"simulating {len(cores)} workers with {', '.join(f'{c:.2f}' for c in cores)} of a core, each held back {how}"
+    )
 
 
 def verdict(summary: Mapping[str, Any]) -> str:

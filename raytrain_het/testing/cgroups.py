@@ -15,8 +15,8 @@ PERIOD_US = 10_000
 """Short, so that a slow process runs evenly: a tenth of a core is 1 ms in every 10."""
 MIN_QUOTA_US = 1000
 """The kernel takes no less: slower groups get a longer period."""
-WEIGHT = 10
-"""A group counts as so many processes where there are more of them than cores: its quota is to slow it, nothing else."""
+WEIGHT = 100
+"""A group counts as so many processes where there are more than cores: its quota is to slow it, nothing else."""
 MIN_CORES = 0.01
 """Slower than that nothing answers in time."""
 PREFIX = "raytrain_het_lab"

@@ -145,11 +145,12 @@ class RayLab:
         _run(f"ip link add {self._name} type bridge")
         _run(f"ip addr add {head_ip}/24 dev {self._name}")
         _run(f"ip link set {self._name} up")
-        port, other, another = _free_ports(3)
+        port, *others = _free_ports(4)
         self.address = f"{head_ip}:{port}"
         self._launch("head", [], [
             "--head", f"--port={port}", f"--node-ip-address={head_ip}", "--num-cpus=0", "--include-dashboard=false",
-            f"--ray-client-server-port={other}", f"--dashboard-agent-listen-port={another}",
+            f"--ray-client-server-port={others[0]}", f"--dashboard-agent-listen-port={others[1]}",
+            f"--dashboard-port={others[2]}",
         ])  # fmt: skip
         self._await_start(0)
         for i, (node, ip) in enumerate(zip(self.nodes, self.node_ips, strict=True)):
@@ -195,8 +196,12 @@ class RayLab:
         with (self._folder / f"{folder.name}.log").open("wb") as log:
             self._processes.append(
                 subprocess.Popen(
-                    [*enter, *prefix, *ray, *common, *arguments], stdin=subprocess.DEVNULL, stdout=log,
-                    stderr=subprocess.STDOUT, start_new_session=True, env=environment,
+                    [*enter, *prefix, *ray, *common, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=environment,
                 )  # fmt: skip
             )
 
