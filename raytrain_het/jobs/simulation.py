@@ -53,8 +53,8 @@ def fitting_cores(speeds: Sequence[float], num_cores: int) -> tuple[float, ...]:
     slowest = min(range(len(cores)), key=cores.__getitem__)
     if cores[slowest] < MIN_CORES:
         raise ConfigError(
-            f"--simulate: the speed {speeds[slowest]:g} would be {cores[slowest]:.2g} of a core, as all have {num_cores} "
-            f"cores: allowed is {MIN_CORES} or more. Write speeds that differ less, or fewer of them: "
+            f"--simulate: the speed {speeds[slowest]:g} would be {cores[slowest]:.2g} of a core, as there are {num_cores}: "
+            f"allowed is {MIN_CORES} or more. Write speeds that differ less, or fewer of them: "
             "--simulate 1,0.5,0.25"
         )
     return cores
