@@ -114,12 +114,13 @@ def _simulate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     speeds = simulation.parse_speeds(arguments.simulate)
     cores = simulation.fitting_cores(speeds, len(os.sched_getaffinity(0)))
     simulation.check_alone(workers=read_job(arguments.job, overrides).get("workers"), address=arguments.address)
-    job = load_job(arguments.job, simulation.with_simulated_workers(overrides, len(speeds)))
+    overrides = simulation.with_simulated_workers(overrides, len(speeds), default_job=arguments.job is None)
+    job = load_job(arguments.job, overrides)
     display = make_display(as_json=arguments.as_json)
     with slow_workers(cores) as slow:
         display.say(simulation.announcement(cores, slow.how))
         summary = run_job(job, display=display, address="local", at_start=slow)
-    display.say(simulation.verdict(summary))
+    display.say(simulation.verdict(summary, cores))
 
 
 if __name__ == "__main__":

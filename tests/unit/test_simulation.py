@@ -18,6 +18,7 @@ from raytrain_het.cli import main
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import runner
 from raytrain_het.jobs.simulation import LEFT_CORES, fitting_cores, parse_speeds, verdict
+from raytrain_het.jobs.table import default_job
 from raytrain_het.testing.cgroups import PREFIX, ROOT
 from raytrain_het.testing.throttle import SlowWorkers
 
@@ -53,16 +54,19 @@ def worker(rank: int, score: float | None, share: int) -> dict[str, Any]:
 
 def test_the_verdict_is_the_slowest_score_over_the_mean() -> None:
     workers = [worker(0, 1.7, 37), worker(1, 0.9, 18), worker(2, 0.4, 9)]
-    text = verdict({"workers": workers, "fraction_of_aggregate": 0.8})
+    text = verdict({"workers": workers, "fraction_of_aggregate": 0.8}, [0.91, 0.46, 0.23])
     assert "computed from the scores, not run" in text
     assert "the pace of worker 2, at most 40% of what" in text
     assert text.endswith("2.0 times as fast")
 
 
-def test_the_verdict_says_when_the_run_was_too_short() -> None:
-    assert "not known" in verdict({"workers": [worker(0, 1.0, 2), worker(1, None, 1)]})
-    equal = {"workers": [worker(0, 1.5, 32), worker(1, 0.5, 32)], "fraction_of_aggregate": 0.5}
-    assert "Train for longer" in verdict(equal)
+def test_scores_that_are_not_known_or_not_as_simulated_are_no_verdict() -> None:
+    assert "not known" in verdict({"workers": [worker(0, 1.0, 2), worker(1, None, 1)]}, [1, 0.5])
+    odd = {"workers": [worker(0, 1.9, 60), worker(1, 0.1, 4)], "fraction_of_aggregate": 0.5}
+    text = verdict(odd, [1, 0.5])
+    assert "at most 10% of what" in text
+    assert "the simulated speeds say 67%" in text
+    assert "times as fast" not in text
 
 
 class StubTrainer:
@@ -111,6 +115,8 @@ def test_simulated_workers_replace_the_jobs_and_shares_follow_speeds(
     (trainer,) = stub.made
     assert trainer.arguments["scaling_config"] == [{"count": 3, "resources": {"CPU": 1}, "labels": {}}]
     assert trainer.arguments["het_config"].shares == "auto"
+    # Larger batches than the default job's, so that steps can be measured; what was given stays.
+    assert trainer.arguments["train_loop_config"]["global_batch_size"] == 256
     assert trainer.arguments["train_loop_config"]["epochs"] == 3
     prepared = pickle.loads(pickle.dumps(trainer.train_fn))
     assert isinstance(prepared.at_start, SlowWorkers)
@@ -119,6 +125,11 @@ def test_simulated_workers_replace_the_jobs_and_shares_follow_speeds(
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first.startswith("simulating 3 workers with ")
     assert "equal shares" in last
+
+
+def test_a_job_that_was_named_keeps_its_batches(stub: type[StubTrainer]) -> None:
+    assert main(["train", str(default_job()), "--simulate", "1,0.5"]) == 0
+    assert stub.made[0].arguments["train_loop_config"]["global_batch_size"] == 64
 
 
 @pytest.mark.parametrize(("given_shares", "expected"), [("[3, 1]", (3.0, 1.0)), ("null", None)])
