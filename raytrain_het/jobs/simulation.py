@@ -13,7 +13,7 @@ MIN_CORES = 0.02
 """Less of a core, and a worker would be taken for one that hangs."""
 LEFT_CORES = 0.4
 """For Ray's own processes, the driver and the membership actor."""
-LARGER_BATCHES = ("global_batch_size=256", "epochs=40", "lr=0.1")
+LARGER_BATCHES = ("global_batch_size=512", "epochs=80", "lr=0.15")
 """For the default job, whose steps are otherwise shorter than a slow worker's rest."""
 BELIEVABLE = 1.4
 """Scores that are off by a larger factor have not measured the speeds."""

@@ -88,7 +88,7 @@ class RayLab:
         self.address = ""
         self.node_ips: list[str] = []
         self._name = f"{_PREFIX}{os.getpid()}{next(_letters)}"
-        self._folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / self._name
+        self._folder = _parent_folder() / self._name
         self._groups: list[CpuQuota] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._cluster: Any = None
@@ -261,12 +261,18 @@ def remove_leftovers() -> None:
         _kill(group)
     links = _run("ip -o link show")
     names = set(re.findall(rf"\b{_PREFIX}\d+[a-z]", f"{links} {_run('ip netns list')}"))
-    folders = {path.name: path for path in (Path(os.environ.get("RAY_TMPDIR") or "/tmp")).glob(f"{_PREFIX}[0-9]*")}
+    folders = {path.name: path for path in _parent_folder().glob(f"{_PREFIX}[0-9]*")}
     for name in names | folders.keys():
         maker = re.fullmatch(rf"{_PREFIX}(\d+)[a-z]", name)
         if maker and not Path(f"/proc/{maker[1]}").exists():
             _remove_network(name)
-            shutil.rmtree(folders.get(name, ""), ignore_errors=True)
+            if name in folders:
+                shutil.rmtree(folders[name], ignore_errors=True)
+
+
+def _parent_folder() -> Path:
+    """A short path: Ray puts unix sockets below it, and theirs may not exceed 107 bytes."""
+    return Path(os.environ.get("RAY_TMPDIR") or "/tmp")
 
 
 def _remove_network(name: str) -> None:

@@ -70,7 +70,7 @@ def command(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.skipif(not available(), reason="needs root and a CPU controller")
 def test_the_faster_of_two_simulated_workers_gets_more_and_nothing_is_left(command: Any) -> None:
-    run = command(COMMAND, "--simulate", "1,0.25", "--json", "--set", "global_batch_size=256", "--set", "epochs=10")
+    run = command(COMMAND, "--simulate", "1,0.25", "--json", "--set", "epochs=30")
     out, _ = run.process.communicate(timeout=200)
     said = run.log.read_text()
     assert run.process.returncode == 0, said
@@ -84,15 +84,27 @@ def test_the_faster_of_two_simulated_workers_gets_more_and_nothing_is_left(comma
     assert run.nothing_left()
 
 
-def test_ctrl_c_leaves_neither_a_group_nor_a_process(command: Any) -> None:
-    run = command(WITHOUT_ROOT, "--simulate", "1,0.5", "--set", "epochs=1000")
-    for line in run.process.stdout:
-        if line.startswith("step "):
-            break
-    # Besides Ray's: two of each worker's, which stop and continue it.
-    helpers = [p for p in run.left() if b"stop_and_go.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    assert len(helpers) == 4
+def test_a_refilled_worker_is_slow_too_and_ctrl_c_leaves_neither_a_group_nor_a_process(command: Any) -> None:
+    run = command(WITHOUT_ROOT, "--simulate", "1,0.5", "--set", "epochs=10000")
+
+    def slowed() -> set[int]:
+        """Workers that are stopped and continued, each by two processes."""
+        lines = (Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in run.left())
+        owners = [int(line[4]) for line in lines if len(line) > 4 and line[3].endswith(b"stop_and_go.py")]
+        return {pid for pid in owners if owners.count(pid) == 2}
+
+    read_until(run, "step ")
+    before = slowed()
+    assert len(before) == 2
+    killed = min(before)
+    os.kill(killed, signal.SIGKILL)
+    read_until(run, "caught up")
+    assert len(slowed() - {killed}) == 2
     run.process.send_signal(signal.SIGINT)
     run.process.communicate(timeout=60)
     assert run.process.returncode == 130
     assert run.nothing_left()
+
+
+def read_until(run: Command, words: str) -> None:
+    assert any(words in line for line in run.process.stdout), run.log.read_text()

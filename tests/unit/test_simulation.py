@@ -116,7 +116,7 @@ def test_simulated_workers_replace_the_jobs_and_shares_follow_speeds(
     assert trainer.arguments["scaling_config"] == [{"count": 3, "resources": {"CPU": 1}, "labels": {}}]
     assert trainer.arguments["het_config"].shares == "auto"
     # Larger batches than the default job's, so that steps can be measured; what was given stays.
-    assert trainer.arguments["train_loop_config"]["global_batch_size"] == 256
+    assert trainer.arguments["train_loop_config"]["global_batch_size"] == 512
     assert trainer.arguments["train_loop_config"]["epochs"] == 3
     prepared = pickle.loads(pickle.dumps(trainer.train_fn))
     assert isinstance(prepared.at_start, SlowWorkers)
