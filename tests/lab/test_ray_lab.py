@@ -56,6 +56,14 @@ def make_train_fn() -> Any:
     return train_fn
 
 
+def runs(pid: int) -> bool:
+    """Whether it is there, and not only its name, until init takes note of its end."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 def network() -> str:
     return "".join(
         subprocess.run(command.split(), capture_output=True, text=True, check=True).stdout
@@ -85,7 +93,7 @@ def test_the_faster_node_gets_the_larger_share_and_nothing_is_left_behind(ray_la
     ray.shutdown()
     lab.close()
     assert not any(group.exists() for group in groups)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+    assert not any(runs(pid) for pid in processes)
     assert lab._name not in network()
     assert not lab._folder.exists()
 
