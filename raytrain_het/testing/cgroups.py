@@ -64,15 +64,18 @@ class CpuQuota:
                 "outside of a container or in a privileged one."
             )
         self._v2 = root == ROOT
-        if self._v2:
-            with contextlib.suppress(OSError):
-                (root / "cgroup.subtree_control").write_text("+cpu")
         _remove_leftovers()
         self.path = root / f"{PREFIX}_{os.getpid()}_{secrets.token_hex(3)}{kind and '_'}{kind}"
-        self.path.mkdir()
-        (self.path / ("cpu.weight" if self._v2 else "cpu.shares")).write_text(str(WEIGHT * (100 if self._v2 else 1024)))
-        self.cores = 0.0
-        self.set(cores)
+        try:
+            if self._v2:
+                (root / "cgroup.subtree_control").write_text("+cpu")
+            self.path.mkdir()
+            weight, usual = ("cpu.weight", 100) if self._v2 else ("cpu.shares", 1024)
+            (self.path / weight).write_text(str(WEIGHT * usual))
+            self.set(cores)
+        except OSError as error:
+            self.close()
+            raise LabError(f"no CPU quotas here: {error}. Run as root on Linux, outside of a container.") from None
 
     def set(self, cores: float) -> None:
         """From now on so many cores."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raytrain_het.testing import stop_and_go
-from raytrain_het.testing.cgroups import CpuQuota, LabError, available, check_cores, join
+from raytrain_het.testing.cgroups import CpuQuota, LabError, check_cores, join, quotas
 
 
 class StopAndGo:
@@ -69,7 +69,10 @@ def throttle(cores: float) -> CpuQuota | StopAndGo:
     Args:
         cores: so much of a core they get together; above 0.
     """
-    return CpuQuota(cores) if available() else StopAndGo(cores)
+    try:
+        return CpuQuota(cores)
+    except LabError:
+        return StopAndGo(cores)
 
 
 @dataclass(frozen=True)
@@ -105,5 +108,8 @@ _own: list[StopAndGo] = []
 def slow_workers(cores: Sequence[float]) -> Iterator[SlowWorkers]:
     """For a run on this machine, as long as the block: call the result in each worker, refilled ones too."""
     with contextlib.ExitStack() as stack:
-        groups = [stack.enter_context(contextlib.closing(CpuQuota(c))).path for c in cores] if available() else None
-        yield SlowWorkers(tuple(cores), tuple(groups) if groups is not None else None)
+        try:
+            groups = tuple(quota.path for quota in stack.enter_context(quotas(list(cores))))
+        except LabError:
+            groups = None
+        yield SlowWorkers(tuple(cores), groups)

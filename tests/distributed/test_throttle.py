@@ -173,7 +173,7 @@ def test_the_fixture_slows_processes(slow_cores, spinning):
 
 
 def test_without_root_it_is_done_by_stopping(monkeypatch):
-    monkeypatch.setattr("raytrain_het.testing.throttle.available", lambda: False)
+    monkeypatch.setattr("raytrain_het.testing.cgroups.available", lambda: False)
     with contextlib.closing(throttle(0.5)) as slow:
         assert isinstance(slow, StopAndGo)
     with slow_workers([0.5]) as workers:

@@ -19,7 +19,7 @@ from raytrain_het.jobs.summary import RUN_KEYS
 from raytrain_het.testing.cgroups import PREFIX, ROOT, available
 
 COMMAND = "import sys; from raytrain_het.cli import main; sys.exit(main())"
-WITHOUT_ROOT = "import raytrain_het.testing.throttle as t; t.available = lambda: False; " + COMMAND
+WITHOUT_ROOT = "import raytrain_het.testing.cgroups as t; t.available = lambda: False; " + COMMAND
 MARK = "RAYTRAIN_HET_TEST_SIMULATE"
 
 
