@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ _EXAMPLES = """examples:
   raytrain-het train
   raytrain-het train --set epochs=3 --set het.shares='[7, 1]' --set het.codec=bf16
   raytrain-het train experiments/jobs/digits.yaml --name mine --json
+  raytrain-het train --simulate 1,0.5,0.25
 """
 
 
@@ -57,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
         "--address", help="a Ray cluster: HOST:PORT, auto, or local (default: RAY_ADDRESS, else a local Ray)"
     )
     train.add_argument(
+        "--simulate",
+        metavar="SPEEDS",
+        help="instead of the job's workers, so many on this machine, slowed down to these relative speeds, "
+        "such as 1,0.5,0.25; shares follow their speeds, unless --set het.shares says otherwise",
+    )
+    train.add_argument(
         "--json", action="store_true", dest="as_json", help="end with one JSON object on stdout, progress on stderr"
     )
     train.set_defaults(run=_train)
@@ -73,6 +81,9 @@ def _train(arguments: argparse.Namespace) -> int:
     # Their own options are shorthands, and are checked alike.
     overrides = [*arguments.overrides, *(f"{key}={value}" for key, value in named.items() if value is not None)]
     try:
+        if arguments.simulate is not None:
+            _simulate(arguments, overrides)
+            return 0
         run_job(
             load_job(arguments.job, overrides),
             display=make_display(as_json=arguments.as_json),
@@ -91,6 +102,25 @@ def _train(arguments: argparse.Namespace) -> int:
         print(describe(error), file=sys.stderr)
         return 1
     return 0
+
+
+def _simulate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from raytrain_het.jobs import simulation
+    from raytrain_het.jobs.display import make_display
+    from raytrain_het.jobs.runner import run_job
+    from raytrain_het.jobs.table import load_job, read_job
+    from raytrain_het.testing.throttle import slow_workers
+
+    speeds = simulation.parse_speeds(arguments.simulate)
+    cores = simulation.fitting_cores(speeds, len(os.sched_getaffinity(0)))
+    simulation.check_alone(workers=read_job(arguments.job, overrides).get("workers"), address=arguments.address)
+    overrides = simulation.with_simulated_workers(overrides, len(speeds), default_job=arguments.job is None)
+    job = load_job(arguments.job, overrides)
+    display = make_display(as_json=arguments.as_json)
+    with slow_workers(cores) as slow:
+        display.say(simulation.announcement(cores, slow.how))
+        summary = run_job(job, display=display, address="local", at_start=slow)
+    display.say(simulation.verdict(summary, cores))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,17 @@ class Interrupted(Exception):
         self.exit_code = exit_code
 
 
-def run_job(job: JobConfig, *, display: Display, address: str | None = None) -> dict[str, Any]:
+AtStart = Callable[[int], None]
+"""Called in a worker, with its world rank, before the training function; picklable."""
+
+
+def run_job(
+    job: JobConfig, *, display: Display, address: str | None = None, at_start: AtStart | None = None
+) -> dict[str, Any]:
     """Run a job to its end and return its summary, the object of ``--json``.
+
+    Args:
+        at_start: What each worker does first, one that fills a place again too.
 
     Raises:
         ConfigError: The job cannot run here; nothing was started.
@@ -57,7 +67,7 @@ def run_job(job: JobConfig, *, display: Display, address: str | None = None) -> 
 
     with display, _interruptible():
         with ray_session(address, num_cpus=_num_cpus(job)):
-            trainer = _trainer(job, on_update)
+            trainer = _trainer(job, on_update, at_start)
             trainer.fit()
         display.finish(trainer.summary, folder)
     return dict(trainer.summary)
@@ -111,7 +121,21 @@ def _num_cpus(job: JobConfig) -> float:
     return math.fsum(spec.count * spec.resources.get("CPU", 0) for spec in job.workers)
 
 
-def _trainer(job: JobConfig, on_update: Any) -> Any:
+@dataclass(frozen=True)
+class _Prepared:
+    """A training function that does something else first."""
+
+    at_start: AtStart
+    train_fn: Callable[[dict[str, Any]], None]
+
+    def __call__(self, config: dict[str, Any]) -> None:
+        import ray.train
+
+        self.at_start(ray.train.get_context().get_world_rank())
+        self.train_fn(config)
+
+
+def _trainer(job: JobConfig, on_update: Any, at_start: AtStart | None) -> Any:
     import ray.train
 
     import raytrain_het as het
@@ -119,8 +143,9 @@ def _trainer(job: JobConfig, on_update: Any) -> Any:
     workers: Any = job.workers
     if not isinstance(workers, str):
         workers = [het.WorkerSpec(**dataclasses.asdict(spec)) for spec in workers]
+    train_fn = train_function(job.kind)
     return het.HetTrainer(
-        train_function(job.kind),
+        train_fn if at_start is None else _Prepared(at_start, train_fn),
         train_loop_config=job.train_loop_config(),
         het_config=job.het,
         scaling_config=het.HetScalingConfig(workers=workers),

@@ -71,7 +71,7 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
     """
     file = Path(path) if path is not None else default_job()
     overrides = list(overrides)
-    data = apply_overrides(read_yaml(file), overrides)
+    data = read_job(file, overrides)
     kind = data.get("kind")
     if kind is None:
         raise ConfigError(f"{file}: kind is missing: allowed is {_names()}. Write kind: digits")
@@ -85,6 +85,15 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
         )
     config: type[JobConfig] = _import(KINDS[kind].config)
     return validation.build(config, data, source=lambda where: _source(file, overrides, where))
+
+
+def read_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a job file says, with overrides on top, before it is checked.
+
+    Raises:
+        ConfigError: It cannot be read, or an override has no place in it.
+    """
+    return apply_overrides(read_yaml(path if path is not None else default_job()), overrides)
 
 
 def train_function(kind: str) -> Callable[[dict[str, Any]], None]:

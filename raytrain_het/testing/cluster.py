@@ -1,0 +1,316 @@
+"""A lab of Ray nodes on this one machine: nodes with slow CPUs and slow links (Linux, as root).
+
+A node is a ``raylet`` with all its processes, in
+
+- a group of processes under a CPU quota (:mod:`raytrain_het.testing.cgroups`), which its workers inherit;
+- a network namespace, with an address of its own and a link to a common bridge, held back by ``tc ... tbf`` both ways;
+- a temporary folder of its own, so that nodes do not get in the way of each other's sockets.
+
+The head node has no CPUs, no quota and the bridge's address; whoever connects is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from raytrain_het.testing.cgroups import CpuQuota, LabError, available, leftovers, members
+
+_PREFIX = "rhl"
+_GROUP = "node"
+_NO_LIMIT = 1000.0
+"""Cores: as if there were no quota."""
+_START_S = 120.0
+_OBJECT_STORE_BYTES = 100 * 2**20
+_letters = itertools.cycle("abcdefghijklmnopqrstuvwxyz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A machine of the lab."""
+
+    cores: float | None = None
+    """What all its processes get together, once it has started; None is no quota."""
+
+    rate_mbit: float | None = None
+    """Its link's rate, each way; None is as fast as memory is."""
+
+    num_cpus: float = 1
+    """What Ray believes it to have."""
+
+    resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Custom ones, by Ray's names."""
+
+
+class RayLab:
+    """Ray nodes of unequal speed, for as long as the block.
+
+    Args:
+        nodes: the machines, the head not counted.
+        plain: without root: nodes of ``ray.cluster_utils.Cluster``, all at full speed and with one address. A warning
+            says so.
+
+    Attributes:
+        address: for ``ray.init(address=...)``, from this machine.
+        node_ips: by node.
+
+    Raises:
+        LabError: the lab can't be built here; the message says what is missing.
+
+    Example:
+        with RayLab([Node(cores=0.8), Node(cores=0.4, rate_mbit=100)]) as lab:
+            ray.init(address=lab.address)
+    """
+
+    def __init__(self, nodes: Sequence[Node], *, plain: bool = False) -> None:
+        if not nodes or len(nodes) > 200:
+            raise ValueError(f"nodes has {len(nodes)} entries: allowed are 1 to 200. Write RayLab([Node(cores=0.5)]).")
+        for i, node in enumerate(nodes):
+            if node.rate_mbit is not None and not 0.1 <= node.rate_mbit <= 100_000:
+                raise ValueError(f"nodes[{i}].rate_mbit={node.rate_mbit!r}: allowed is 0.1 to 100000, or None.")
+        self.nodes, self.plain = tuple(nodes), plain
+        self.address = ""
+        self.node_ips: list[str] = []
+        self._name = f"{_PREFIX}{os.getpid()}{next(_letters)}"
+        self._folder = _parent_folder() / self._name
+        self._groups: list[CpuQuota] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._cluster: Any = None
+        self._plain_nodes: list[Any] = []
+
+    def __enter__(self) -> RayLab:
+        try:
+            if self.plain:
+                self._start_plain()
+            else:
+                check()
+                remove_leftovers()
+                self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def kill_node(self, index: int) -> None:
+        """End all processes of a node at once, by SIGKILL."""
+        if self.plain:
+            self._cluster.remove_node(self._plain_nodes[index], allow_graceful=False)
+        else:
+            _kill(self._groups[index + 1].path)
+            self._processes[index + 1].wait()
+
+    def pids(self, index: int) -> list[int]:
+        """The processes of a node; not where the lab is plain."""
+        return members(self._groups[index + 1].path)
+
+    def close(self) -> None:
+        """End it, and remove all that belongs to it. Again does no harm."""
+        if self._cluster is not None:
+            self._cluster.shutdown()
+            self._cluster = None
+        for group in reversed(self._groups):
+            _kill(group.path)
+            group.close()
+        for process in self._processes:
+            process.wait()
+        self._groups, self._processes = [], []
+        if not self.plain:
+            _remove_network(self._name)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        network = _free_network()
+        head_ip, self.node_ips = f"{network}.1", [f"{network}.{i + 2}" for i in range(len(self.nodes))]
+        _run(f"ip link add {self._name} type bridge")
+        _run(f"ip addr add {head_ip}/24 dev {self._name}")
+        _run(f"ip link set {self._name} up")
+        port, *others = _free_ports(4)
+        self.address = f"{head_ip}:{port}"
+        self._launch("head", [], [
+            "--head", f"--port={port}", f"--node-ip-address={head_ip}", "--num-cpus=0", "--include-dashboard=false",
+            f"--ray-client-server-port={others[0]}", f"--dashboard-agent-listen-port={others[1]}",
+            f"--dashboard-port={others[2]}",
+        ])  # fmt: skip
+        self._await_start(0)
+        for i, (node, ip) in enumerate(zip(self.nodes, self.node_ips, strict=True)):
+            self._plug_in(f"{self._name}{i}", ip, node.rate_mbit)
+            self._launch(f"node {i}", ["ip", "netns", "exec", f"{self._name}{i}"], [
+                f"--address={self.address}", f"--node-ip-address={ip}", f"--num-cpus={node.num_cpus:g}",
+                f"--resources={json.dumps(dict(node.resources))}",
+            ])  # fmt: skip
+        for i, node in enumerate(self.nodes, start=1):
+            self._await_start(i)
+            if node.cores is not None:
+                self._groups[i].set(node.cores)
+
+    def _plug_in(self, name: str, ip: str, rate_mbit: float | None) -> None:
+        """A network namespace with one link, to the bridge."""
+        _run(f"ip netns add {name}")
+        _run(f"ip link add {name} type veth peer name eth0 netns {name}")
+        _run(f"ip link set {name} master {self._name} up")
+        _run(f"ip -n {name} addr add {ip}/24 dev eth0")
+        _run(f"ip -n {name} link set eth0 up")
+        _run(f"ip -n {name} link set lo up")
+        if rate_mbit is not None:
+            # What may come at once: what the rate is in 10 ms, and no less than a packet of 64 KiB.
+            burst = max(round(rate_mbit * 1e6 / 8 * 0.01), 70_000)
+            rate = f"root tbf rate {rate_mbit:g}mbit burst {burst} latency 50ms"
+            _run(f"tc qdisc add dev {name} {rate}")
+            _run(f"tc -n {name} qdisc add dev eth0 {rate}")
+
+    def _launch(self, what: str, prefix: list[str], arguments: list[str]) -> None:
+        """``ray start`` in a group of its own."""
+        folder = self._folder / what.replace(" ", "")
+        folder.mkdir(parents=True)
+        self._groups.append(CpuQuota(_NO_LIMIT, kind=_GROUP))
+        group = self._groups[-1].path / "cgroup.procs"
+        # By the module: a script named `ray` need not be on the path.
+        ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"]
+        common = [f"--temp-dir={folder}", "--disable-usage-stats", f"--object-store-memory={_OBJECT_STORE_BYTES}",
+                  "--min-worker-port=0", "--max-worker-port=0"]  # fmt: skip
+        # It enters the group before the namespace, in which /sys is another one.
+        enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group)]
+        # Ray's drivers use no token with an address that they were given, unless told to: nor do nodes.
+        environment = {"RAY_AUTH_MODE": "disabled", **os.environ, **_ENVIRONMENT}
+        with (self._folder / f"{folder.name}.log").open("wb") as log:
+            self._processes.append(
+                subprocess.Popen(
+                    [*enter, *prefix, *ray, *common, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=environment,
+                )  # fmt: skip
+            )
+
+    def _await_start(self, index: int) -> None:
+        """Until Ray says that the node is there, and known to the head."""
+        what = "head" if index == 0 else f"node{index - 1}"
+        log, deadline = self._folder / f"{what}.log", time.monotonic() + _START_S
+        while b"Ray runtime started" not in (said := log.read_bytes()):
+            if self._processes[index].poll() is not None or time.monotonic() > deadline:
+                raise LabError(f"{what} did not start in {_START_S:g} s: {said.decode(errors='replace')[-2000:]}")
+            time.sleep(0.05)
+
+    def _start_plain(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        warnings.warn("a plain lab: its nodes are neither throttled nor behind links of their own", stacklevel=3)
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        self._plain_nodes = [
+            self._cluster.add_node(num_cpus=node.num_cpus, resources=dict(node.resources)) for node in self.nodes
+        ]
+        self.address = self._cluster.address
+        self.node_ips = [node.node_ip_address for node in self._plain_nodes]
+
+
+_ENVIRONMENT = {
+    # A node that is gone is to be noticed within seconds.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "5",
+    # A busy machine is no reason to give up.
+    "RAY_raylet_start_wait_time_s": f"{_START_S:g}",
+}
+
+
+def check() -> None:
+    """Whether a lab can be built here.
+
+    Raises:
+        LabError: something is missing.
+    """
+    tools = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    missing = [] if sys.platform == "linux" else ["Linux"]
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        missing.append("root")
+    if tools:
+        missing.append(f"{' and '.join(tools)} (the package iproute2)")
+    if not available():
+        missing.append("a CPU controller for control groups that may be written to")
+    if missing:
+        raise LabError(
+            f"no lab of Ray nodes here, missing: {', '.join(missing)}. RayLab(..., plain=True) has nodes at full speed"
+        )
+
+
+def remove_leftovers() -> None:
+    """What labs have left behind whose process is gone: processes, namespaces, links, folders."""
+    for group in leftovers(_GROUP):
+        _kill(group)
+    links = _run("ip -o link show")
+    names = set(re.findall(rf"\b{_PREFIX}\d+[a-z]", f"{links} {_run('ip netns list')}"))
+    folders = {path.name: path for path in _parent_folder().glob(f"{_PREFIX}[0-9]*")}
+    for name in names | folders.keys():
+        maker = re.fullmatch(rf"{_PREFIX}(\d+)[a-z]", name)
+        if maker and not Path(f"/proc/{maker[1]}").exists():
+            _remove_network(name)
+            if name in folders:
+                shutil.rmtree(folders[name], ignore_errors=True)
+
+
+def _parent_folder() -> Path:
+    """A short path: Ray puts unix sockets below it, and theirs may not exceed 107 bytes."""
+    return Path(os.environ.get("RAY_TMPDIR") or "/tmp")
+
+
+def _remove_network(name: str) -> None:
+    """A lab's namespaces, links and bridge."""
+    for namespace in re.findall(rf"^{name}\d+\b", _run("ip netns list"), flags=re.M):
+        _run(f"ip netns del {namespace}")
+    for link in re.findall(rf"^\d+: ({name}\d*)[@:]", _run("ip -o link show"), flags=re.M):
+        with contextlib.suppress(LabError):  # With its namespace a link may go by itself.
+            _run(f"ip link del {link}")
+
+
+def _kill(group: Path) -> None:
+    """End all processes of a group, those that are just being started too."""
+    deadline = time.monotonic() + 10
+    while (pids := members(group)) and time.monotonic() < deadline:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _free_network() -> str:
+    """The first three numbers of a /24 that this machine does not use."""
+    used = _run("ip -o -4 addr") + _run("ip -4 route")
+    candidates = (f"10.{213 + i // 256}.{i % 256}" for i in range(42 * 256))
+    return next(network for network in candidates if f" {network}." not in used)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+def _run(command: str) -> str:
+    done = subprocess.run(command.split(), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise LabError(f"no lab of Ray nodes here: `{command}` says {done.stderr.strip()!r}")
+    return done.stdout

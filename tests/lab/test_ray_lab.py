@@ -1,0 +1,175 @@
+"""A cluster of unequal nodes on this machine: what it is, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import raytrain_het as het
+from raytrain_het.testing import cluster
+from raytrain_het.testing.cgroups import CpuQuota, LabError, leftovers
+from raytrain_het.testing.cluster import Node, RayLab
+
+pytest_plugins = ["raytrain_het.testing.plugin"]
+
+
+def buildable() -> str:
+    try:
+        cluster.check()
+    except LabError as error:
+        return str(error)
+    return ""
+
+
+needs_root = pytest.mark.skipif(bool(buildable()), reason=buildable())
+
+
+def make_train_fn() -> Any:
+    # Made in here, so that it travels by value: nodes need not find this file.
+    def train_fn(config: dict[str, Any]) -> None:
+        import torch
+        from torch.nn import functional as F
+        from torch.utils.data import DataLoader, TensorDataset
+
+        torch.manual_seed(0)
+        x = torch.randn(4096, 256)
+        data = TensorDataset(x, x.sum(dim=1, keepdim=True).tanh())
+        net = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 1))
+        model = het.prepare_model(net)
+        optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.05))
+        loader = het.prepare_data_loader(DataLoader(data, shuffle=True), global_batch_size=1024)
+        for _ in loader.epochs(config["epochs"]):
+            for a, b in loader:
+                loss = F.mse_loss(model(a), b)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            het.report({"loss": loss.item()})
+
+    return train_fn
+
+
+def runs(pid: int) -> bool:
+    """Whether it is there, and not only its name, until init takes note of its end."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def network() -> str:
+    return "".join(
+        subprocess.run(command.split(), capture_output=True, text=True, check=True).stdout
+        for command in ("ip netns list", "ip -o link show")
+    )
+
+
+def test_the_faster_node_gets_the_larger_share_and_nothing_is_left_behind(ray_lab: Any, tmp_path: Path) -> None:
+    lab = ray_lab([Node(cores=0.8), Node(cores=0.4)])
+    trainer = het.HetTrainer(
+        make_train_fn(),
+        train_loop_config={"epochs": 20},
+        scaling_config=het.HetScalingConfig(workers="auto"),
+        run_config=ray.train.RunConfig(name="lab", storage_path=str(tmp_path)),
+    )
+    result = trainer.fit()
+    assert trainer.summary["steps"] == 80
+    assert result.metrics["loss"] < 0.9
+    shares = {w["node_ip"]: w["batch_share"] for w in trainer.summary["workers"]}
+    fast, slow = (shares[ip] for ip in lab.node_ips)
+    assert fast + slow == 1024
+    assert fast > 1.2 * slow
+
+    groups, processes = [g.path for g in lab._groups], lab.pids(0) + lab.pids(1)
+    lab.kill_node(1)
+    assert lab.pids(1) == []
+    ray.shutdown()
+    lab.close()
+    assert not any(group.exists() for group in groups)
+    assert not any(runs(pid) for pid in processes)
+    assert lab._name not in network()
+    assert not lab._folder.exists()
+
+
+@needs_root
+def test_links_have_their_rate_and_nodes_an_address_each() -> None:
+    lab = RayLab([Node(), Node()])
+    try:
+        subnet = cluster._free_network()
+        cluster._run(f"ip link add {lab._name} type bridge")
+        cluster._run(f"ip link set {lab._name} up")
+        for i in range(2):
+            lab._plug_in(f"{lab._name}{i}", f"{subnet}.{i + 2}", 100)
+        # 4 MB through 100 Mbit/s, 12.5 MB/s: never in less time, and nothing like what memory would take.
+        receive = "import socket; s = socket.create_server(('', 5000)); print(1, flush=True); c = s.accept()[0]\n"
+        receive += "while c.recv(1 << 16): pass\nc.send(b'.')"
+        send = f"import socket; s = socket.create_connection(('{subnet}.3', 5000)); s.sendall(bytes(4_000_000))\n"
+        send += "s.shutdown(socket.SHUT_WR); s.recv(1)"
+        inside = [["ip", "netns", "exec", f"{lab._name}{i}", "python3", "-c"] for i in range(2)]
+        receiver = subprocess.Popen([*inside[1], receive], stdout=subprocess.PIPE, text=True)
+        receiver.stdout.readline()
+        began = time.monotonic()
+        subprocess.run([*inside[0], send], check=True)
+        taken_s = time.monotonic() - began
+        receiver.communicate()
+    finally:
+        lab.close()
+    assert taken_s > 0.9 * 4 / 12.5
+    assert lab._name not in network()
+
+
+@needs_root
+def test_leftovers_of_a_killed_lab_are_removed() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    name = f"rhl{gone.pid}a"
+    cluster._run(f"ip link add {name} type bridge")
+    dead = RayLab([Node()])
+    dead._name = name
+    dead._plug_in(f"{name}0", "10.255.255.2", None)
+    group = CpuQuota(0.5, kind="node")
+    path = group.path.rename(group.path.with_name(re.sub(r"_\d+_", f"_{gone.pid}_", group.path.name)))
+    process = subprocess.Popen(["sleep", "600"])
+    (path / "cgroup.procs").write_text(str(process.pid))
+    assert leftovers("node") == [path]
+    cluster.remove_leftovers()
+    assert process.wait(10) == -9
+    assert name not in network()
+    with_it = CpuQuota(0.5)  # Empty groups go when the next one is made.
+    with_it.close()
+    assert leftovers("node") == []
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("shutil.which", lambda tool: None)
+    with (
+        pytest.raises(LabError, match=r"missing: root, ip and tc \(the package iproute2\).*plain=True"),
+        RayLab([Node()]),
+    ):
+        pass
+
+
+def test_a_plain_lab_says_that_its_nodes_are_not_slow() -> None:
+    lab = RayLab([Node(cores=0.5)], plain=True)
+    try:
+        with pytest.warns(UserWarning, match="neither throttled"):
+            lab.__enter__()
+        ray.init(address=lab.address, log_to_driver=False)
+        assert sum(node["Alive"] for node in ray.nodes()) == 2
+    finally:
+        ray.shutdown()
+        lab.close()
+
+
+@pytest.mark.parametrize("node", [Node(rate_mbit=0), Node(rate_mbit=float("nan"))])
+def test_a_rate_that_is_none_is_refused(node: Node) -> None:
+    with pytest.raises(ValueError, match=r"nodes\[0\].rate_mbit=.*allowed is 0.1 to 100000"):
+        RayLab([node])
