@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 
+from raytrain_het.allocation.batch_shares import StepCost
 from raytrain_het.cli import main
 from raytrain_het.errors import HetError
+from raytrain_het.fleet.links import Link
+from raytrain_het.fleet.prediction import Machine, advice
+from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.jobs import probe
 from raytrain_het.jobs.probe_places import LocalProcess
+from raytrain_het.jobs.probe_report import show
+from raytrain_het.jobs.table import load_job
 
 JOBS = Path(__file__).parents[2] / "experiments" / "jobs"
 
@@ -53,13 +59,36 @@ def test_a_jobs_workers_are_measured_together_and_advice_follows(capsys: pytest.
     assert "measuring its training step on all workers at once" in err
 
 
-def test_tables_fit_in_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    job = ["--model", str(JOBS / "tabular.yaml"), "--set", "rows=1000", "--set", "workers.0.count=1"]
-    assert main(["probe", *job]) == 0
+def test_tables_fit_in_100_columns_and_name_who_costs_more_than_it_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = Measurement(1.234e12, 0.1, 5)
+    costs = [StepCost(0.001, 1e-5), StepCost(0.002, 2e-5), StepCost(3.0, 0.5)]
+    gpu, *cpus = (
+        Profile(
+            hardware=name, device=device, cores=13.5, num_threads=16, flops=dict.fromkeys(dtypes, measured),
+            memory_bandwidth=measured, host_to_device=measured if device != "cpu" else None, step=cost,
+        )
+        for (name, device, *dtypes), cost in zip(
+            [("NVIDIA H200 NVL Tensor Core", "cuda:0", "fp32", "bf16", "fp16")]
+            + [("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz (13.5 cores)", "cpu", "fp32", "bf16")] * 2,
+            costs, strict=True,
+        )
+    )  # fmt: skip
+    devices = [probe.Device(f"192.168.100.{i}", profile) for i, profile in enumerate([gpu, *cpus])]
+    link = Link(*[Measurement(1.234e-3, 0.1, 5)] * 3)
+    machines = [Machine(name="", cost=cost) for cost in costs]
+    job = load_job(JOBS / "digits.yaml", ["workers=auto", "het.shares=[3, 2, 1]", "global_batch_size=1024"])
+    given = advice(machines, global_batch_size=1024, gradient_bytes=1e6, max_batch_size=8192)
+    links = {("192.168.100.0", "192.168.100.1"): link, ("192.168.100.1", "192.168.100.2"): None}
+    show(probe.ProbeResult(devices, links, probe.ModelResult(job, 1024, 10**6, devices, given)), as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
-    assert "Devices" in text and "GFLOP" not in text and "best global batch" in text
+    for words in (
+        "1.23 T ±10%", "worker 2 (cpu on 192.168.100.2) costs more than it gives", "firewall", "het.shares=auto",
+        "best global batch up to 8 times the job's: 8192",
+    ):  # fmt: skip
+        assert words in text, text
+    assert "…" not in text
 
 
 @pytest.mark.parametrize(
@@ -101,9 +130,7 @@ def test_a_worker_that_dies_is_one_error_and_no_hang() -> None:
     worker.close()
 
 
-def test_without_a_cluster_no_ray_is_started(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_cluster_no_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     monkeypatch.setattr(ray, "init", lambda *_, **__: sys.exit("Ray was started"))
