@@ -12,11 +12,11 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from raytrain_het.fleet.links import Link, slowest_link
+from raytrain_het.fleet.links import Link
 from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.fleet.scores import scores
 from raytrain_het.jobs.probe import BATCH_BOUND, ModelResult, ProbeResult
-from raytrain_het.jobs.summary import jsonable, number
+from raytrain_het.jobs.summary import jsonable
 
 WIDTH = 100
 HARDWARE_POLICIES = ("flops", "memory_bandwidth")
@@ -85,9 +85,10 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
 def tables(result: ProbeResult) -> RenderableType:
     """For reading, within ``WIDTH`` columns."""
     parts: list[RenderableType] = [_device_table(result)]
-    parts += [
-        f"no link from {a} to {b}: is a firewall between them?" for (a, b), x in result.links.items() if x is None
-    ]
+    if len(result.devices) > 1:
+        parts.append(_score_table(result))
+    if result.links:
+        parts.append(_link_table(result.links))
     if result.model is not None:
         parts += [_worker_table(result.model), *_sentences(result.model)]
     return Group(*parts)
@@ -99,9 +100,9 @@ def _device_table(result: ProbeResult) -> Table:
     has_host = any(d.profile.host_to_device is not None for d in result.devices)
     table.add_column("node", overflow="fold")
     table.add_column("device", overflow="fold")
-    for name in ["cores", *(f"{t} FLOP/s" for t in dtypes), "memory B/s", *(["from host B/s"] if has_host else [])]:
-        table.add_column(name, justify="right", min_width=5)
-    table.add_column("link", justify="right")
+    rates = [*(f"{t}\nFLOP/s" for t in dtypes), "memory\nB/s", *(["from host\nB/s"] if has_host else [])]
+    for name in ("cores", *rates):
+        table.add_column(name, justify="right", no_wrap=True)
     for device in result.devices:
         profile = device.profile
         table.add_row(
@@ -111,7 +112,6 @@ def _device_table(result: ProbeResult) -> Table:
             *(_measured(profile.flops.get(dtype)) for dtype in dtypes),
             _measured(profile.memory_bandwidth),
             *([_measured(profile.host_to_device)] if has_host else []),
-            _link(device.node, result.links),
         )
     return table
 
@@ -127,6 +127,18 @@ def _score_table(result: ProbeResult) -> Table:
         table.add_row(
             device.node, _name(device.profile), *(f"{by_policy[policy][i]:.2f}" for policy in HARDWARE_POLICIES)
         )
+    return table
+
+
+def _link_table(links: dict[tuple[str, str], Link | None]) -> Table:
+    table = _table("Links")
+    table.add_column("from", overflow="fold")
+    table.add_column("to", overflow="fold")
+    for name in ("round trip s", "there B/s", "back B/s"):
+        table.add_column(name, justify="right")
+    for ends, link in links.items():
+        values = (link.latency_s, link.send, link.receive) if link is not None else ()
+        table.add_row(*ends, *(map(_measured, values) if values else ["none: is a firewall between them?"]))
     return table
 
 
@@ -146,9 +158,9 @@ def _worker_table(model: ModelResult) -> Table:
         assert cost is not None
         table.add_row(
             str(i), worker.node, worker.profile.device, str(worker.profile.num_threads),
-            f"{1000 * cost.fixed_s:.3g} + {1000 * cost.per_sample_s:.3g} b", number(given.solo_samples_per_s[i]),
-            f"{by_worker[i]:.2f}", str(given.prediction.shares[i]),
-            "-" if math.isinf(given.gains[i]) else f"{given.gains[i]:.2f}",
+            f"{_rate(1000 * cost.fixed_s)} + {_rate(1000 * cost.per_sample_s)} b", _rate(given.solo_samples_per_s[i]),
+            f"{by_worker[i]:.3g}", str(given.prediction.shares[i]),
+            "-" if math.isinf(given.gains[i]) else f"{given.gains[i]:.3g}",
         )  # fmt: skip
     return table
 
@@ -156,7 +168,7 @@ def _worker_table(model: ModelResult) -> Table:
 def _sentences(model: ModelResult) -> list[str]:
     given, prediction = model.advice, model.advice.prediction
     lines = [
-        f"together {number(prediction.samples_per_s)} samples/s, {given.fraction_of_aggregate:.0%} of what the workers "
+        f"together {_rate(prediction.samples_per_s)} samples/s, {given.fraction_of_aggregate:.0%} of what the workers "
         f"do alone, added up: a step of {1000 * prediction.step_s:.4g} ms, of which communication "
         f"{1000 * prediction.communication_s:.3g} ms",
     ]
@@ -166,10 +178,10 @@ def _sentences(model: ModelResult) -> list[str]:
         worker = model.workers[i]
         lines.append(f"worker {i} ({worker.profile.device} on {worker.node}) costs more than it gives: leave it out")
     if given.costs_more:
-        lines.append(f"without: {number(given.without_them.samples_per_s)} samples/s")
+        lines.append(f"without: {_rate(given.without_them.samples_per_s)} samples/s")
     lines.append(
         f"best global batch up to {BATCH_BOUND} times the job's: {given.best_batch_size}, with "
-        f"{number(given.best_samples_per_s)} samples/s; {given.enough_batch_size} gives 95 % of it or more"
+        f"{_rate(given.best_samples_per_s)} samples/s; {given.enough_batch_size} gives 95 % of it or more"
     )
     if model.job.het.shares != "auto":
         lines.append("predicted with shares that follow the speeds; this job's own stay: write --set het.shares=auto")
@@ -190,11 +202,6 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
 
 
-def _link(node: str, links: dict[tuple[str, str], Link | None]) -> str:
-    slowest = slowest_link(node, links)
-    return "-" if slowest is None else f"{_si(slowest[1])}B/s {1000 * slowest[0]:.2g} ms"
-
-
 def _measured(measurement: Measurement | None) -> str:
     if measurement is None:
         return "-"
@@ -202,8 +209,12 @@ def _measured(measurement: Measurement | None) -> str:
 
 
 def _si(value: float) -> str:
-    """Three digits and a prefix: ``48.2 G``."""
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= 0.9995 * size:
-            return f"{value / size:.3g} {prefix}"
-    return f"{value:.3g} "
+    """Three digits and a prefix: ``48.2G``."""
+    prefixes = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3}
+    prefix, unit = next(((name, unit) for name, unit in prefixes.items() if value >= 0.9995 * unit), ("µ", 1e-6))
+    return f"{value / unit:.3g}{prefix}"
+
+
+def _rate(value: float) -> str:
+    """Four digits, without an exponent."""
+    return f"{float(f'{value:.4g}'):.15g}"

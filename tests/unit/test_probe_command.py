@@ -84,7 +84,7 @@ def test_tables_fit_in_100_columns_and_name_who_costs_more_than_it_gives(capsys:
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
     for words in (
-        "1.23 T ±10%", "worker 2 (cpu on 192.168.100.2) costs more than it gives", "firewall", "het.shares=auto",
+        "1.23T ±10%", "worker 2 (cpu on 192.168.100.2) costs more than it gives", "firewall", "het.shares=auto",
         "best global batch up to 8 times the job's: 8192",
     ):  # fmt: skip
         assert words in text, text
