@@ -79,7 +79,12 @@ class LocalProcess(Handle):
         self._process = context.Process(
             target=_serve, args=(far, {"device": device, "num_threads": num_threads}), daemon=True
         )
-        self._process.start()
+        # Ctrl-C reaches the whole group, and is the parent's to answer: a process starts with the mask of its parent.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         far.close()
 
     def start(self, method: str, *args: Any) -> None:
@@ -107,7 +112,6 @@ class LocalProcess(Handle):
 
 
 def _serve(pipe: Connection, arguments: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent answers it.
     worker = ProbeWorker(**arguments)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
