@@ -16,7 +16,6 @@ ENOUGH = 0.95
 class Machine:
     """One worker of a fleet."""
 
-    name: str
     cost: StepCost
     """Its step by itself, no communication in it."""
     latency_s: float = 0.0

@@ -151,16 +151,11 @@ def _model(job: JobConfig, workers: Sequence[Handle], links: Links, seconds: flo
     profiles: list[Profile] = call_all(workers, "step", sizes, seconds, fingerprint(job))
     sharing = Counter(worker.node for worker in workers)
     machines = []
-    for index, (worker, profile) in enumerate(zip(workers, profiles, strict=True)):
+    for worker, profile in zip(workers, profiles, strict=True):
         assert profile.step is not None
         # All workers of a node send and receive over its link.
         latency_s, bandwidth = slowest_link(worker.node, links) or (0.0, math.inf)
-        machines.append(
-            Machine(
-                name=f"{index} ({worker.device} on {worker.node})", cost=profile.step,
-                latency_s=latency_s, bandwidth=bandwidth / sharing[worker.node],
-            )
-        )  # fmt: skip
+        machines.append(Machine(cost=profile.step, latency_s=latency_s, bandwidth=bandwidth / sharing[worker.node]))
     return ModelResult(
         job=job,
         global_batch_size=batch,

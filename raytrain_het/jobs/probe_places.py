@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import signal
 import socket
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -119,12 +120,19 @@ def _serve(pipe: Connection, arguments: dict[str, Any]) -> None:
             try:
                 value = getattr(worker, method)(*args)
             except Exception as error:
+                if not isinstance(error, HetError):
+                    traceback.print_exc()  # It does not travel with the error.
                 value = error
             pipe.send(value)
 
 
 @contextlib.contextmanager
 def local_workers(job: JobConfig | None, say: Say) -> Iterator[list[LocalProcess]]:
+    """A process in the place of each worker of the job; none without a job.
+
+    Raises:
+        ConfigError: a worker wants a GPU that is not there.
+    """
     places = _local_places(job) if job is not None else []
     workers: list[LocalProcess] = []
     name = "thread"
@@ -164,6 +172,7 @@ def _local_places(job: JobConfig) -> list[tuple[str, int]]:
 
 
 def this_node() -> str:
+    """This machine's name."""
     return socket.gethostname()
 
 
@@ -184,6 +193,8 @@ class RayWorker(Handle):
             return ray.get(self._call)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        except ray.exceptions.RayActorError as error:
+            raise HetError(f"the process that measured on {self.device} of {self.node} died: {error}") from None
 
 
 class _RayProbeWorker(ProbeWorker):
@@ -205,7 +216,11 @@ class _RayProbeWorker(ProbeWorker):
 
 @contextlib.contextmanager
 def ray_workers(job: JobConfig | None, say: Say) -> Iterator[list[RayWorker]]:
-    """An actor in the place of each worker of the job, or of ``workers: auto`` where there is no job."""
+    """An actor in the place of each worker of the job, or of ``workers: auto`` where there is no job.
+
+    Raises:
+        ResourceError: the cluster cannot hold them, or has no room for them now.
+    """
     import ray
 
     from raytrain_het.ray_train.cluster_view import describe_free, settle

@@ -15,7 +15,7 @@ from raytrain_het.fleet.prediction import ENOUGH, Machine, advice, communication
 MACHINES = st.lists(
     st.builds(
         lambda c, k, latency, bandwidth: Machine(
-            name="", cost=StepCost(c, k), latency_s=latency, bandwidth=bandwidth
+            cost=StepCost(c, k), latency_s=latency, bandwidth=bandwidth
         ),
         st.floats(0, 0.1), st.floats(1e-3, 0.1), st.floats(0, 0.01), st.floats(1e5, 1e9),
     ),
@@ -24,7 +24,7 @@ MACHINES = st.lists(
 
 
 def machine(c: float, k: float, latency_s: float = 0.0, bandwidth: float = math.inf) -> Machine:
-    return Machine(name="", cost=StepCost(c, k), latency_s=latency_s, bandwidth=bandwidth)
+    return Machine(cost=StepCost(c, k), latency_s=latency_s, bandwidth=bandwidth)
 
 
 def all_shares(count: int, total: int) -> Iterator[tuple[int, ...]]:

@@ -75,7 +75,7 @@ def test_tables_fit_in_100_columns_and_name_who_costs_more_than_it_gives(capsys:
     )  # fmt: skip
     devices = [probe.Device(f"192.168.100.{i}", profile) for i, profile in enumerate([gpu, *cpus])]
     link = Link(*[Measurement(1.234e-3, 0.1, 5)] * 3)
-    machines = [Machine(name="", cost=cost) for cost in costs]
+    machines = [Machine(cost=cost) for cost in costs]
     job = load_job(JOBS / "digits.yaml", ["workers=auto", "het.shares=[3, 2, 1]", "global_batch_size=1024"])
     given = advice(machines, global_batch_size=1024, gradient_bytes=1e6, max_batch_size=8192)
     links = {("192.168.100.0", "192.168.100.1"): link, ("192.168.100.1", "192.168.100.2"): None}
