@@ -52,8 +52,11 @@ class LinkServer:
     """
 
     def __init__(self, host: str) -> None:
-        self._socket = socket.create_server((host, 0))
-        self.address: Address = self._socket.getsockname()[:2]
+        try:
+            self._socket = socket.create_server((host, 0))
+        except OSError:  # Behind address translation a machine does not have the address by which it is reached.
+            self._socket = socket.create_server(("", 0))
+        self.address: Address = (host, self._socket.getsockname()[1])
         self._thread = threading.Thread(target=self._serve, name="link-probe", daemon=True)
         self._thread.start()
 

@@ -135,11 +135,11 @@ def local_workers(job: JobConfig | None, say: Say) -> Iterator[list[LocalProcess
     """
     places = _local_places(job) if job is not None else []
     workers: list[LocalProcess] = []
-    name = "thread"
     if places:
+        each = ", ".join(f"{device} with {counted(num_threads, 'thread')}" for device, num_threads in places)
         say(
             f"starting {counted(len(places), 'worker')} on this machine, which share its {cpu_limit().cores:.3g} "
-            f"cores: {', '.join(f'{device} with {counted(threads, name)}' for device, threads in places)}"
+            f"cores: {each}"
         )
     try:
         for device, num_threads in places:
