@@ -14,6 +14,8 @@ _EXAMPLES = """examples:
   raytrain-het train --set epochs=3 --set het.shares='[7, 1]' --set het.codec=bf16
   raytrain-het train experiments/jobs/digits.yaml --name mine --json
   raytrain-het train --simulate 1,0.5,0.25
+  raytrain-het probe
+  raytrain-het probe --model experiments/jobs/digits.yaml --address auto
 """
 
 
@@ -68,6 +70,26 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", dest="as_json", help="end with one JSON object on stdout, progress on stderr"
     )
     train.set_defaults(run=_train)
+    probe = commands.add_parser(
+        "probe",
+        help="measure the machines, and say whether a fleet pays for a job",
+        description="Measure the nodes of a cluster, or this machine where none is named: matrix products, memory, "
+        "links. With a job, also its training step on each of its workers, and what they will do together.",
+    )
+    probe.add_argument(
+        "--address", help="a Ray cluster: HOST:PORT, auto, or local (default: RAY_ADDRESS, else this machine)"
+    )
+    probe.add_argument("--model", metavar="JOB.yaml", help="also measure this job's training step, and advise")
+    probe.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override a key of the job, such as global_batch_size=1024 or workers=auto; may be repeated",
+    )
+    probe.add_argument("--json", action="store_true", dest="as_json", help="one JSON object on stdout, nothing else")
+    probe.set_defaults(run=_probe)
     return parser
 
 
@@ -121,6 +143,34 @@ def _simulate(arguments: argparse.Namespace, overrides: list[str]) -> None:
         display.say(simulation.announcement(cores, slow.how))
         summary = run_job(job, display=display, address="local", at_start=slow)
     display.say(simulation.verdict(summary, cores))
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from raytrain_het.errors import HetError
+    from raytrain_het.jobs.table import load_job
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        if arguments.overrides and arguments.model is None:
+            raise ConfigError(f"--set {arguments.overrides[0]} needs a job: write --model JOB.yaml too")
+        job = load_job(arguments.model, arguments.overrides) if arguments.model is not None else None
+
+        from raytrain_het.jobs.probe import run_probe
+        from raytrain_het.jobs.probe_report import show
+
+        show(run_probe(job=job, address=arguments.address, say=say), as_json=arguments.as_json)
+    except (ConfigError, ResourceError) as error:
+        say(f"raytrain-het: {error}")
+        return 2
+    except HetError as error:
+        say(f"raytrain-het: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("raytrain-het: interrupted")
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

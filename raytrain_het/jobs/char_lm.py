@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import raytrain_het as het
 from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.training_step import TrainingStep
 
 VOCABULARY = 128
 """ASCII; anything else is read as a question mark."""
@@ -112,13 +113,30 @@ def build_model(config: dict[str, Any]) -> CharGPT:
     return CharGPT(**{name: config[name] for name in ("context", "layers", "heads", "width")})
 
 
+def make_optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW."""
+    return torch.optim.AdamW(model.parameters(), lr=config["lr"])
+
+
+def loss_of(scores: Tensor, following: Tensor) -> Tensor:
+    """Mean cross-entropy over all characters: scores (batch, length, vocabulary), following (batch, length)."""
+    return F.cross_entropy(scores.flatten(0, 1), following.flatten())
+
+
+def make_step(config: dict[str, Any], device: torch.device) -> TrainingStep:
+    """The job's training step by itself."""
+    model = build_model(config).to(device)
+    train_set, _ = windows(config)
+    return TrainingStep(train_set, model, make_optimizer(config, model), loss_of, device)
+
+
 def train_char_lm(config: dict[str, Any]) -> None:
     """The training function: the fields of :class:`CharLMJob`, and ``seed``, as a dict."""
     torch.manual_seed(config["seed"])
     device = ray.train.torch.get_device()
     train_set, test_set = windows(config)
     model = het.prepare_model(build_model(config))
-    optimizer = het.prepare_optimizer(torch.optim.AdamW(model.parameters(), lr=config["lr"]))
+    optimizer = het.prepare_optimizer(make_optimizer(config, model))
     loader = het.prepare_data_loader(DataLoader(train_set, shuffle=True), global_batch_size=config["global_batch_size"])
 
     def held_out(batch: Any) -> dict[str, float | Tensor]:
@@ -129,7 +147,7 @@ def train_char_lm(config: dict[str, Any]) -> None:
     for _ in loader.epochs(config["epochs"]):
         losses = []
         for seen, following in loader:
-            loss = F.cross_entropy(model(seen).flatten(0, 1), following.flatten())
+            loss = loss_of(model(seen), following)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

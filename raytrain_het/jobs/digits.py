@@ -5,6 +5,8 @@ The data comes with scikit-learn, so that the smallest real run needs no downloa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray.train.torch
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import raytrain_het as het
+from raytrain_het.jobs.training_step import TrainingStep
 
 
 class Digits(Dataset[tuple[Tensor, Tensor]]):
@@ -69,6 +72,25 @@ def build_model() -> nn.Module:
     )
 
 
+def make_optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum."""
+    return torch.optim.SGD(
+        model.parameters(), lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"]
+    )
+
+
+def make_loss(config: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean cross-entropy with smoothed labels."""
+    return partial(F.cross_entropy, label_smoothing=config["label_smoothing"])
+
+
+def make_step(config: dict[str, Any], device: torch.device) -> TrainingStep:
+    """The job's training step by itself."""
+    model = build_model().to(device)
+    train_set, _ = digits_split(config["seed"])
+    return TrainingStep(train_set, model, make_optimizer(config, model), make_loss(config), device)
+
+
 def train_digits(config: dict[str, Any]) -> None:
     """The training function: the fields of :class:`DigitsJob`, and ``seed``, as a dict."""
     torch.manual_seed(config["seed"])
@@ -76,12 +98,10 @@ def train_digits(config: dict[str, Any]) -> None:
     train_set, test_set = digits_split(config["seed"])
 
     model = het.prepare_model(build_model())
-    optimizer = het.prepare_optimizer(
-        torch.optim.SGD(
-            model.parameters(), lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"]
-        )
-    )
+    optimizer = het.prepare_optimizer(make_optimizer(config, model))
     loader = het.prepare_data_loader(DataLoader(train_set, shuffle=True), global_batch_size=config["global_batch_size"])
+
+    loss_of = make_loss(config)
 
     @torch.no_grad()
     def held_out(batch: tuple[Tensor, Tensor]) -> dict[str, float | Tensor]:
@@ -96,7 +116,7 @@ def train_digits(config: dict[str, Any]) -> None:
         # Kept as tensors: reading a number off a GPU every step would hold it up.
         losses = []
         for images, labels in loader:
-            loss = F.cross_entropy(model(images), labels, label_smoothing=config["label_smoothing"])
+            loss = loss_of(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

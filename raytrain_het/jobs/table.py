@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import validation
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.yaml_file import apply_overrides, read_yaml
+
+if TYPE_CHECKING:
+    from raytrain_het.jobs.training_step import TrainingStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,10 @@ class JobKind:
     """Where its training function is. Apart from the configuration, so that checking a job file
     needs neither torch nor Ray."""
 
+    make_step: str
+    """A function that makes the job's training step: from the training function's config and a device to a
+    :class:`~raytrain_het.jobs.training_step.TrainingStep`."""
+
     requires: tuple[str, ...] = ()
     """Modules of the extra ``jobs`` that it imports."""
 
@@ -38,16 +45,19 @@ KINDS: dict[str, JobKind] = {
     "digits": JobKind(
         config="raytrain_het.jobs.digits_config:DigitsJob",
         train_fn="raytrain_het.jobs.digits:train_digits",
+        make_step="raytrain_het.jobs.digits:make_step",
         requires=("sklearn",),
     ),
     "tabular": JobKind(
         config="raytrain_het.jobs.tabular_config:TabularJob",
         train_fn="raytrain_het.jobs.tabular:train_tabular",
+        make_step="raytrain_het.jobs.tabular:make_step",
         check="raytrain_het.jobs.tabular:check",
     ),
     "char_lm": JobKind(
         config="raytrain_het.jobs.char_lm_config:CharLMJob",
         train_fn="raytrain_het.jobs.char_lm:train_char_lm",
+        make_step="raytrain_het.jobs.char_lm:make_step",
     ),
 }
 
@@ -100,6 +110,18 @@ def train_function(kind: str) -> Callable[[dict[str, Any]], None]:
     """The training function of a kind of job."""
     function: Callable[[dict[str, Any]], None] = _import(KINDS[kind].train_fn)
     return function
+
+
+def make_step(kind: str, config: dict[str, Any], device: Any) -> TrainingStep:
+    """The training step of a kind of job, on a ``torch.device``.
+
+    Args:
+        kind: a name in KINDS.
+        config: what the training function is given.
+        device: where it runs.
+    """
+    step: TrainingStep = _import(KINDS[kind].make_step)(config, device)
+    return step
 
 
 def check_data(job: JobConfig) -> None:

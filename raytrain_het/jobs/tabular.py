@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raytrain_het as het
 from raytrain_het.jobs.tabular_config import TabularJob
 from raytrain_het.jobs.tabular_data import Source, TableData, open_table
+from raytrain_het.jobs.training_step import TrainingStep
 
 
 def source_of(config: dict[str, Any]) -> Source:
@@ -78,13 +79,20 @@ def make_loss(table: TableData) -> Callable[[Tensor, Tensor], Tensor]:
     return F.cross_entropy
 
 
+def make_step(config: dict[str, Any], device: torch.device) -> TrainingStep:
+    """The job's training step by itself."""
+    table = open_table(source_of(config))
+    model = build_model(config, table).to(device)
+    train_set, _ = _data_sets(table)
+    return TrainingStep(train_set, model, make_optimizer(config, model), make_loss(table), device)
+
+
 def train_tabular(config: dict[str, Any]) -> None:
     """The training function: the fields of :class:`TabularJob`, and ``seed``, as a dict."""
     torch.manual_seed(config["seed"])
     device = ray.train.torch.get_device()
     table = open_table(source_of(config))
-    x, y = torch.from_numpy(table.x), torch.from_numpy(table.y)
-    train_set, test_set = (TensorDataset(x[part], y[part]) for part in _parts(table))
+    train_set, test_set = _data_sets(table)
 
     model = het.prepare_model(build_model(config, table))
     optimizer = het.prepare_optimizer(make_optimizer(config, model))
@@ -114,5 +122,6 @@ def train_tabular(config: dict[str, Any]) -> None:
         het.report({"train_loss": train_loss, **het.evaluate(held_out, test_set, batch_size=16384)})
 
 
-def _parts(table: TableData) -> tuple[slice, slice]:
-    return slice(0, table.num_train), slice(table.num_train, len(table.x))
+def _data_sets(table: TableData) -> tuple[TensorDataset, TensorDataset]:
+    x, y, n = torch.from_numpy(table.x), torch.from_numpy(table.y), table.num_train
+    return TensorDataset(x[:n], y[:n]), TensorDataset(x[n:], y[n:])

@@ -1,0 +1,86 @@
+"""Profiles that outlive a run: known hardware and known models need not be measured again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from raytrain_het.allocation.batch_shares import StepCost
+from raytrain_het.fleet.profile import Profile
+
+
+class ProfileStore:
+    """A folder with a small JSON file per key.
+
+    It is a convenience: a store that is missing, damaged or cannot be written is one that knows nothing, never an
+    error. Files are replaced as a whole, so that several processes may use it at once.
+
+    Args:
+        folder: default is ``raytrain_het/profiles`` in ``$XDG_CACHE_HOME``, or else in ``~/.cache``.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or _default_folder()
+
+    def profile(self, hardware: str) -> Profile | None:
+        """What is known of a hardware, by its key (``probes.hardware_key``)."""
+        with contextlib.suppress(KeyError, TypeError, AttributeError):
+            data = self._read(hardware)
+            return Profile.from_json(data) if data is not None else None
+        return None
+
+    def keep_profile(self, hardware: str, profile: Profile) -> None:
+        """Replace what is known of a hardware. A step cost belongs to a model, and is not kept with it."""
+        self._write(hardware, dataclasses.replace(profile, step=None).to_json())
+
+    def step(self, hardware: str, model: str) -> StepCost | None:
+        """What is known of a model's training step on a hardware, by the model's fingerprint."""
+        with contextlib.suppress(TypeError):
+            data = self._read(f"{hardware}, model {model}")
+            return StepCost(**data) if data is not None else None
+        return None
+
+    def keep_step(self, hardware: str, model: str, cost: StepCost) -> None:
+        """Replace what is known of a model's training step on a hardware."""
+        self._write(f"{hardware}, model {model}", dataclasses.asdict(cost))
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        try:
+            kept = json.loads(self._path(key).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(kept, dict) or kept.get("key") != key or not isinstance(kept.get("value"), dict):
+            return None
+        value: dict[str, Any] = kept["value"]
+        return value
+
+    def _write(self, key: str, value: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    json.dump({"key": key, "value": value}, file, indent=1)
+                os.replace(part, self._path(key))
+            except OSError:
+                os.unlink(part)
+                raise
+
+
+def _default_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        # A relative one counts as none, by the specification of these folders.
+        base = Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # No home.
+        base = Path(tempfile.gettempdir())
+    return base / "raytrain_het" / "profiles"

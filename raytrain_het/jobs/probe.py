@@ -1,0 +1,178 @@
+"""`raytrain-het probe`: how fast are the machines, and does this fleet pay for this job?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.fleet.links import Link, probe_links, slowest_link
+from raytrain_het.fleet.prediction import Advice, Machine, advice
+from raytrain_het.fleet.profile import Profile
+from raytrain_het.jobs.config import JobConfig
+from raytrain_het.jobs.probe_places import Handle, Say, call_all, counted, local_workers, ray_workers, this_node
+from raytrain_het.jobs.probe_worker import ProbeWorker
+from raytrain_het.jobs.table import check_data
+
+SECONDS_EACH = 0.1
+STEP_SECONDS = 2.0
+BATCH_BOUND = 8
+"""Global batch sizes up to so many times the job's are considered."""
+
+Links = dict[tuple[str, str], Link | None]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What was measured of a device."""
+
+    node: str
+    profile: Profile
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What was measured of a job, and what follows."""
+
+    job: JobConfig
+    global_batch_size: int
+    gradient_bytes: int
+    workers: list[Device]
+    """One per worker; the profile holds its step."""
+    advice: Advice
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """All that a probe has found."""
+
+    devices: list[Device]
+    links: Links
+    """By the names of two nodes. Of one node alone: the link between two processes on it, if it has two workers."""
+    model: ModelResult | None
+
+
+def run_probe(
+    *, job: JobConfig | None = None, address: str | None = None, say: Say = print,
+    seconds_each: float = SECONDS_EACH, step_seconds: float = STEP_SECONDS,
+) -> ProbeResult:  # fmt: skip
+    """Measure a cluster, or this machine where none is named, by ``address`` or ``RAY_ADDRESS``.
+
+    Args:
+        job: also measure its training step on each of its workers, and advise.
+        address: of a Ray cluster.
+        say: told what is being done.
+        seconds_each: for each quantity of a device.
+        step_seconds: for the job's step.
+
+    Raises:
+        ConfigError: the job cannot be measured here.
+        ResourceError: the cluster cannot hold its workers.
+    """
+    if job is not None:
+        _global_batch_size(job)
+        check_data(job)
+    if address or os.environ.get("RAY_ADDRESS"):
+        from raytrain_het.jobs.ray_session import ray_session
+
+        with ray_session(address, num_cpus=1), ray_workers(job, say) as workers:
+            devices = _hardware_of(workers, seconds_each, say)
+            return _finish(devices, job, workers, step_seconds, say)
+    devices = _local_hardware(seconds_each, say)
+    with local_workers(job, say) as workers:
+        return _finish(devices, job, workers, step_seconds, say)
+
+
+def _finish(
+    devices: list[Device], job: JobConfig | None, workers: Sequence[Handle], seconds: float, say: Say
+) -> ProbeResult:
+    links = _links(workers, say)
+    model = _model(job, workers, links, seconds, say) if job is not None else None
+    return ProbeResult(devices, links, model)
+
+
+def _local_hardware(seconds_each: float, say: Say) -> list[Device]:
+    worker = ProbeWorker(device="cpu", num_threads=torch.get_num_threads())
+    found = []
+    for name in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
+        say(f"measuring {name} of this machine")
+        found += [Device(this_node(), profile) for profile in worker.hardware([name], seconds_each)]
+    return found
+
+
+def _hardware_of(workers: Sequence[Handle], seconds_each: float, say: Say) -> list[Device]:
+    """Every GPU, and on every node the CPU, by the first worker that is there."""
+    asked: list[tuple[Handle, list[str]]] = []
+    seen: set[str] = set()
+    for worker in workers:
+        devices = [] if worker.node in seen else ["cpu"]
+        seen.add(worker.node)
+        devices += [worker.device] if worker.device != "cpu" else []
+        if devices:
+            asked.append((worker, devices))
+    count = sum(len(devices) for _, devices in asked)
+    say(f"measuring {counted(count, 'device')} on {counted(len(seen), 'node')}")
+    for worker, devices in asked:
+        worker.start("hardware", devices, seconds_each)
+    return [Device(worker.node, profile) for worker, _ in asked for profile in worker.result()]
+
+
+def _links(workers: Sequence[Handle], say: Say) -> Links:
+    first: dict[str, Handle] = {}
+    for worker in workers:
+        first.setdefault(worker.node, worker)
+    members = list(first.values()) if len(first) > 1 else list(workers[:2])
+    if len(members) < 2:
+        return {}
+    say(f"measuring the links between {len(members)} {'nodes' if len(first) > 1 else 'workers of this node'}")
+    return {(members[i].node, members[j].node): link for (i, j), link in probe_links(members).items()}
+
+
+def _model(job: JobConfig, workers: Sequence[Handle], links: Links, seconds: float, say: Say) -> ModelResult:
+    batch, count = _global_batch_size(job), len(workers)
+    if batch < count:
+        raise ConfigError(
+            f"global_batch_size={batch} is smaller than the number of workers, {count}: allowed is one sample per "
+            f"worker or more. Write --set global_batch_size={count}, or fewer workers"
+        )
+    say(f"preparing the job {job.kind!r} on {counted(count, 'worker')}")
+    config = job.train_loop_config()
+    gradient_bytes = max(call_all(workers, "prepare", job.kind, config, job.het.codec))
+    equal = batch // count
+    sizes = sorted({max(1, equal // 4), equal, min(batch, 2 * equal), batch})
+    say(f"measuring its training step on all workers at once, with {', '.join(map(str, sizes))} samples")
+    profiles: list[Profile] = call_all(workers, "step", sizes, seconds, fingerprint(job))
+    sharing = Counter(worker.node for worker in workers)
+    machines = []
+    for worker, profile in zip(workers, profiles, strict=True):
+        assert profile.step is not None
+        # All workers of a node send and receive over its link.
+        latency_s, bandwidth = slowest_link(worker.node, links) or (0.0, math.inf)
+        machines.append(Machine(cost=profile.step, latency_s=latency_s, bandwidth=bandwidth / sharing[worker.node]))
+    return ModelResult(
+        job=job,
+        global_batch_size=batch,
+        gradient_bytes=gradient_bytes,
+        workers=[Device(worker.node, profile) for worker, profile in zip(workers, profiles, strict=True)],
+        advice=advice(
+            machines, global_batch_size=batch, gradient_bytes=gradient_bytes, max_batch_size=BATCH_BOUND * batch
+        ),
+    )
+
+
+def fingerprint(job: JobConfig) -> str:
+    """Tells apart models whose steps may differ: the kind of job and all its own settings."""
+    settings = json.dumps(job.train_loop_config(), sort_keys=True, default=str)
+    return f"{job.kind}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
+def _global_batch_size(job: JobConfig) -> int:
+    batch: int = job.train_loop_config()["global_batch_size"]
+    return batch

@@ -1,0 +1,89 @@
+"""The far end of `raytrain-het probe`: one process that measures, under Ray or started by ourselves."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from raytrain_het.fleet.cores import cpu_limit
+from raytrain_het.fleet.links import Address, Link, LinkServer, probe_link
+from raytrain_het.fleet.probes import BLOCKS, hardware_key, hardware_name, one_at_a_time, probe_hardware, probe_step
+from raytrain_het.fleet.profile import Profile
+from raytrain_het.fleet.profile_store import ProfileStore
+from raytrain_het.jobs.table import make_step
+from raytrain_het.jobs.training_step import TrainingStep
+
+
+class ProbeWorker:
+    """Measures the place of one worker.
+
+    Args:
+        device: where it would train: ``cpu``, ``cuda``, ``cuda:1``.
+        num_threads: as many as the worker would compute with.
+        host: the address by which peers reach it.
+    """
+
+    def __init__(self, *, device: str, num_threads: int, host: str = "127.0.0.1") -> None:
+        torch.set_num_threads(num_threads)
+        self.device, self.host = torch.device(device), host
+        self._step: TrainingStep | None = None
+        self._server: LinkServer | None = None
+
+    def hardware(self, devices: Sequence[str], seconds_each: float) -> list[Profile]:
+        """Measure devices of this machine, and keep their profiles."""
+        profiles = [probe_hardware(device, seconds_each=seconds_each) for device in devices]
+        for device, profile in zip(devices, profiles, strict=True):
+            ProfileStore().keep_profile(hardware_key(device), profile)
+        return profiles
+
+    def prepare(self, kind: str, config: dict[str, Any], codec: str) -> int:
+        """Make a job's training step; returns the bytes of its gradient on the wire."""
+        with one_at_a_time("prepare"):  # Not all of a machine's workers read the same data at once.
+            self._step = make_step(kind, config, self.device)
+            self._step(1)
+        return self._step.gradient_bytes(codec)
+
+    def step(self, sizes: Sequence[int], seconds: float, model: str) -> Profile:
+        """Measure the step that was prepared, and keep its cost for this model's fingerprint."""
+        assert self._step is not None
+        cost, _ = probe_step(self._step, _feasible(self._step, sizes, seconds), seconds=seconds)
+        ProfileStore().keep_step(hardware_key(self.device), model, cost)
+        return Profile(
+            hardware=hardware_name(self.device), device=str(self.device), cores=cpu_limit().cores,
+            num_threads=torch.get_num_threads(), step=cost,
+        )  # fmt: skip
+
+    def listen(self) -> Address:
+        """See :class:`raytrain_het.fleet.links.Member`."""
+        self._server = self._server or LinkServer(self.host)
+        return self._server.address
+
+    def link_to(self, address: Address) -> Link | None:
+        """See :class:`raytrain_het.fleet.links.Member`."""
+        with contextlib.suppress(OSError):
+            return probe_link(address)
+        return None
+
+
+def _feasible(step: TrainingStep, sizes: Sequence[int], seconds: float) -> list[int]:
+    """Sizes that fit in memory and in the time: all that take ``seconds`` at most, the two smallest in any case."""
+    chosen: list[int] = []
+    slope = 0.0
+    for b in sorted(set(sizes)):
+        if len(chosen) >= 2 and BLOCKS * slope * b > seconds:
+            break
+        try:
+            step(b)
+            began = time.perf_counter()
+            step(b)
+        except torch.OutOfMemoryError:
+            if not chosen:
+                raise
+            break
+        slope = (time.perf_counter() - began) / b
+        chosen.append(b)
+    return chosen

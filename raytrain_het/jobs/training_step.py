@@ -1,0 +1,49 @@
+"""A job's training step by itself: no peers, any batch size. What `raytrain-het probe --model` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytrain_het.compression import CODECS
+from raytrain_het.training.data_loader import to_device
+from raytrain_het.training.fetch import SampleFetcher
+
+
+class TrainingStep:
+    """Called with a number of samples, it does one whole step: fetch, forward, backward, update.
+
+    Args:
+        dataset: of pairs (input, target); samples are fetched as in a run, at random places.
+        model: on ``device``.
+        optimizer: of the model's parameters.
+        loss_of: from the model's output and the target to a mean over samples.
+        device: where it runs. A call returns when the device is done.
+    """
+
+    def __init__(
+        self, dataset: Any, model: nn.Module, optimizer: torch.optim.Optimizer,
+        loss_of: Callable[[Tensor, Tensor], Tensor], device: torch.device,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.loss_of, self.device = model, optimizer, loss_of, device
+        self._fetcher = SampleFetcher(dataset)
+        self._order, self._place = torch.randperm(len(dataset)), 0
+
+    def __call__(self, samples: int) -> None:
+        places = torch.arange(self._place, self._place + samples) % len(self._order)
+        self._place = (self._place + samples) % len(self._order)
+        x, y = to_device(self._fetcher.fetch(0, self._order[places].tolist()), self.device)
+        loss = self.loss_of(self.model(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def gradient_bytes(self, codec: str) -> int:
+        """What a whole gradient takes on the wire."""
+        parameters = (p for p in self.model.parameters() if p.requires_grad)
+        return sum(CODECS[codec].capacity_bytes(p.numel(), p.dtype) for p in parameters)

@@ -1,0 +1,65 @@
+"""The store of profiles: a convenience that never fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytrain_het.allocation.batch_shares import StepCost
+from raytrain_het.fleet.profile import Measurement, Profile
+from raytrain_het.fleet.profile_store import ProfileStore
+
+PROFILE = Profile(
+    hardware="AMD EPYC (2 cores)", device="cpu", cores=1.5, num_threads=2, flops={"fp32": Measurement(1e11, 0.01, 5)},
+    memory_bandwidth=Measurement(1e10, 0.02, 5),
+)  # fmt: skip
+
+
+def test_what_is_kept_is_found_by_another(tmp_path: Path) -> None:
+    store = ProfileStore(tmp_path / "a" / "b")
+    assert store.profile("box") is None and store.step("box", "net") is None
+    store.keep_profile("box", PROFILE)
+    store.keep_step("box", "net", StepCost(0.1, 0.2))
+    other = ProfileStore(tmp_path / "a" / "b")
+    assert other.profile("box") == PROFILE
+    assert other.step("box", "net") == StepCost(0.1, 0.2)
+    assert other.profile("another box") is None and other.step("box", "another net") is None
+    assert all(path.suffix == ".json" for path in (tmp_path / "a" / "b").iterdir())
+
+
+def test_the_newest_counts(tmp_path: Path) -> None:
+    store = ProfileStore(tmp_path)
+    store.keep_step("box", "net", StepCost(0.1, 0.2))
+    store.keep_step("box", "net", StepCost(0.3, 0.4))
+    assert store.step("box", "net") == StepCost(0.3, 0.4)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[]", '{"key": "box"}', '{"key": "box", "value": {"flops": 1}}', "\x00\xff"]
+)
+def test_a_damaged_file_is_the_same_as_none(tmp_path: Path, text: str) -> None:
+    store = ProfileStore(tmp_path)
+    store.keep_profile("box", PROFILE)
+    store.keep_step("box", "net", StepCost(0.1, 0.2))
+    for path in tmp_path.iterdir():
+        path.write_text(text, "latin-1")
+    assert store.profile("box") is None
+    assert store.step("box", "net") is None
+    store.keep_profile("box", PROFILE)
+    assert store.profile("box") == PROFILE
+
+
+def test_a_store_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = ProfileStore(tmp_path / "file" / "store")
+    store.keep_profile("box", PROFILE)
+    assert store.profile("box") is None
+
+
+def test_the_folder_follows_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert ProfileStore().folder == tmp_path / "raytrain_het" / "profiles"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ProfileStore().folder == tmp_path / ".cache" / "raytrain_het" / "profiles"
