@@ -77,10 +77,14 @@ def probe_hardware(device: str | torch.device = "cpu", *, seconds_each: float = 
 def known_or_probed(device: str | torch.device = "cpu", *, store: ProfileStore | None = None) -> Profile:
     """The kept profile of such hardware, or else a new one, which is then kept."""
     store = store or ProfileStore()
-    profile = store.profile(hardware_key(device))
+    key = hardware_key(device)
+    profile = store.profile(key)
     if profile is None:
-        profile = probe_hardware(device)
-        store.keep_profile(hardware_key(device), profile)
+        with one_at_a_time("profile"):
+            profile = store.profile(key)  # Whoever had its turn before may have measured the same.
+            if profile is None:
+                profile = probe_hardware(device)
+                store.keep_profile(key, profile)
     return profile
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_het.allocation.batch_shares import StepCost, balanced_shares, slowest_s
+from raytrain_het.allocation.batch_shares import StepCost, apportion, balanced_shares, slowest_s
 from raytrain_het.allocation.learning_rate import lr_scales, normalised_scores
+from raytrain_het.fleet.profile import Profile
+from raytrain_het.fleet.scores import Policy
+from raytrain_het.fleet.scores import scores as scores_by
 from raytrain_het.fleet.step_time import StepTimeModel
 
 MIN_GAIN = 0.02
@@ -29,7 +32,8 @@ class Table:
     lr_scales: dict[int, float]
     shares: dict[int, int]
     """Samples of a full global batch."""
-    predicted_step_s: float
+    predicted_step_s: float | None
+    """Of the slowest worker; None where only the hardware is known."""
     reason: str
 
     def to_json(self) -> dict[str, Any]:
@@ -44,16 +48,63 @@ class Scoreboard:
         alpha: exponent of the learning-rate scale ``p_i^-alpha``.
         balance: whether shares follow the measured speeds; else only scores come from here.
         spares: whether a worker that costs more than it gives may be held at a share of 0.
+        policy: how a profile becomes a score (:mod:`raytrain_het.fleet.scores`). With ``train_step`` shares balance the
+            step times; with any other they are in proportion to the scores.
     """
 
-    def __init__(self, *, alpha: float = 0.0, balance: bool = True, spares: bool = False) -> None:
-        self.alpha, self.balance, self.spares = alpha, balance, spares
+    def __init__(
+        self, *, alpha: float = 0.0, balance: bool = True, spares: bool = False, policy: str | Policy = "train_step"
+    ) -> None:
+        self.alpha, self.balance, self.spares, self.policy = alpha, balance, spares, policy
         self.table: Table | None = None
         self.global_batch_size = 0
+        self._profiles: dict[int, Profile] = {}
         self._models: dict[int, StepTimeModel] = {}
         self._fresh: dict[int, int] = {}
         """Observations by slot since the table in force."""
         self._cycles: deque[float] = deque(maxlen=20)
+
+    def introduce(self, slot: int, profile: Profile) -> None:
+        """A worker has come, with what is known of its hardware, and perhaps of this model's step on it."""
+        self._profiles[slot] = profile
+        self._models.pop(slot, None)
+        if profile.step is not None:
+            self._models[slot] = StepTimeModel(profile.step)
+
+    def first(self, slots: Iterable[int]) -> Table | None:
+        """What the run starts with: from kept step times if there are any of all workers, else from the hardware.
+
+        Raises:
+            ConfigError, ValueError: the policy needs what was not measured, or its scores are none.
+        """
+        slots = sorted(slots)
+        if not (self.balance or self.alpha) or any(s not in self._profiles for s in slots) or self._too_small(slots):
+            return None
+        costs = [self.cost(slot) for slot in slots]
+        known = [c for c in costs if c is not None]
+        predicted = None
+        if self.policy != "train_step":
+            scores, reason = scores_by({s: self._profiles[s] for s in slots}, self.policy), "from the score policy"
+        elif len(known) == len(costs):
+            scores, reason = self.scores(slots), "from step times of earlier runs"
+        else:
+            scores, reason = scores_by({s: self._profiles[s] for s in slots}, "flops"), "from the hardware"
+        if not self.balance:
+            shares = apportion(self.global_batch_size, [1.0] * len(slots))
+        elif self.policy == "train_step" and len(known) == len(costs):
+            shares = balanced_shares(known, self.global_batch_size)
+            predicted = slowest_s(known, shares)
+        else:
+            shares = _in_proportion([scores[slot] for slot in slots], self.global_batch_size)
+        self.table = Table(
+            version=self.table.version + 1 if self.table is not None else 1, scores=scores,
+            lr_scales=lr_scales(scores, self.alpha), shares=dict(zip(slots, shares, strict=True)),
+            predicted_step_s=predicted, reason=reason,
+        )  # fmt: skip
+        return self.table
+
+    def _too_small(self, slots: list[int]) -> bool:
+        return self.global_batch_size < len(slots)
 
     def observe(self, slot: int, samples: int, seconds: float, cycle_s: float | None = None) -> None:
         """A worker's step: its samples, its time without what it waited for others, and with that."""
@@ -86,11 +137,14 @@ class Scoreboard:
             shares: samples of a full global batch that each has now.
         """
         slots = sorted(slots)
+        if self.policy != "train_step":
+            known_as = set(self.table.scores) if self.table is not None else set()
+            return self.first(slots) if not known_as >= set(slots) else None
         costs = [self.cost(slot) for slot in slots]
         known = [c for c in costs if c is not None]
         # A spare does no steps: what is known of it is from before.
         seen = min((self._fresh.get(slot, 0) for slot in slots if shares.get(slot, 0) > 0), default=0)
-        if len(known) < len(costs) or seen < NUM_NEEDED or self.global_batch_size < len(slots):
+        if len(known) < len(costs) or seen < NUM_NEEDED or self._too_small(slots):
             return None
         now = [shares.get(slot, 0) for slot in slots]
         best = balanced_shares(known, self.global_batch_size, minimum=int(not self.spares)) if self.balance else now
@@ -116,8 +170,10 @@ class Scoreboard:
         )  # fmt: skip
         return self.table
 
-    def scores(self, slots: Iterable[int]) -> dict[int, float]:
+    def scores(self, slots: Collection[int]) -> dict[int, float]:
         """``p_i`` of those that have been seen, with mean 1."""
+        if self.policy != "train_step":
+            return {slot: p for slot, p in self.table.scores.items() if slot in slots} if self.table else {}
         costs = {slot: cost for slot in slots if (cost := self.cost(slot)) is not None}
         equal = self.global_batch_size / max(len(costs), 1)
         return normalised_scores({slot: equal / cost.step_s(equal) for slot, cost in costs.items()})
@@ -126,3 +182,9 @@ class Scoreboard:
         assert self.table is not None
         old = self.table.scores
         return scores.keys() != old.keys() or any(abs(scores[s] / old[s] - 1) > 0.1 for s in scores)
+
+
+def _in_proportion(scores: list[float], total: int) -> list[int]:
+    """Shares that go with the scores, and one sample at least."""
+    shares = apportion(total - len(scores), scores)
+    return [share + 1 for share in shares]

@@ -31,16 +31,18 @@ class StepTimeModel:
     forgotten, and ``x`` stays.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: StepCost | None = None) -> None:
+        self._kept = kept
+        """From an earlier run: what counts until there is an observation, and its fixed part for longer."""
         self._seen: list[Observation] = []
-        self._samples_worth = 0.0
+        self._samples_worth = kept.fixed_s / kept.per_sample_s if kept is not None else 0.0
         """``x``: so many samples would take as long as what does not depend on the share."""
 
     @property
     def cost(self) -> StepCost | None:
-        """The estimate; None before the first observation."""
+        """The estimate; None where nothing is known."""
         if not self._seen:
-            return None
+            return self._kept
         k = self._per_sample(self._seen)
         return StepCost(k * self._samples_worth, k)
 
