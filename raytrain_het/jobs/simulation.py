@@ -103,7 +103,7 @@ def announcement(cores: Sequence[float], how: str) -> str:
 def verdict(summary: Mapping[str, Any], cores: Sequence[float]) -> str:
     """What equal shares would have given, computed from the scores ``p_i``: ``min p / mean p`` of the sum of speeds.
 
-    With equal shares all wait for the slowest. That leaves out what messages cost, and so is the most it could be.
+    With equal shares all wait for the slowest. That leaves out what messages cost, and is as good as the scores are.
 
     Args:
         summary: The run's.
@@ -116,7 +116,7 @@ def verdict(summary: Mapping[str, Any], cores: Sequence[float]) -> str:
     equal, simulated = _of_the_slowest(scores), _of_the_slowest(cores)
     slowest = workers[scores.index(min(scores))]["world_rank"]
     text = (
-        f"computed from the scores, not run: with equal shares all would go at the pace of worker {slowest}, at most "
+        f"computed from the scores, not run: with equal shares all would go at the pace of worker {slowest}, about "
         f"{equal:.0%} of what the workers do alone, added up"
     )
     if not 1 / BELIEVABLE < equal / simulated < BELIEVABLE:

@@ -125,7 +125,8 @@ class RayLab:
         return members(self._groups[index + 1].path)
 
     def close(self) -> None:
-        """End it, and remove all that belongs to it. Again does no harm."""
+        """End it, and remove all that belongs to it. Again does no harm. Whoever is connected to it no longer is."""
+        self._disconnect()
         if self._cluster is not None:
             self._cluster.shutdown()
             self._cluster = None
@@ -138,6 +139,14 @@ class RayLab:
         if not self.plain:
             _remove_network(self._name)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _disconnect(self) -> None:
+        """A process whose Ray node dies under it is ended by Ray."""
+        if self.address:
+            import ray
+
+            if ray.is_initialized() and ray.get_runtime_context().gcs_address == self.address:
+                ray.shutdown()
 
     def _start(self) -> None:
         network = _free_network()

@@ -48,7 +48,6 @@ def ray_lab() -> Iterator[Callable[[Sequence[Node]], RayLab]]:
                 lab = stack.enter_context(RayLab(nodes))
             except LabError as error:
                 pytest.skip(str(error))
-            stack.callback(ray.shutdown)
             ray.init(address=lab.address, log_to_driver=False)
             return lab
 

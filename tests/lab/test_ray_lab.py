@@ -90,8 +90,8 @@ def test_the_faster_node_gets_the_larger_share_and_nothing_is_left_behind(ray_la
     groups, processes = [g.path for g in lab._groups], lab.pids(0) + lab.pids(1)
     lab.kill_node(1)
     assert lab.pids(1) == []
-    ray.shutdown()
     lab.close()
+    assert not ray.is_initialized()
     assert not any(group.exists() for group in groups)
     assert not any(runs(pid) for pid in processes)
     assert lab._name not in network()
@@ -165,8 +165,8 @@ def test_a_plain_lab_says_that_its_nodes_are_not_slow() -> None:
         ray.init(address=lab.address, log_to_driver=False)
         assert sum(node["Alive"] for node in ray.nodes()) == 2
     finally:
-        ray.shutdown()
         lab.close()
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize("node", [Node(rate_mbit=0), Node(rate_mbit=float("nan"))])
