@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
 import statistics
+from typing import Any
 
 import pytest
 
 from raytrain_het.allocation.batch_shares import StepCost, balanced_shares, slowest_s
 from raytrain_het.allocation.learning_rate import effective_batch_size, lr_scales, normalised_scores
+from raytrain_het.errors import ConfigError
+from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.fleet.scoreboard import Scoreboard
 from raytrain_het.fleet.step_time import StepTimeModel
 
@@ -163,6 +167,78 @@ def test_neighbouring_steps_that_are_slow_together_make_an_estimate_less_certain
 
     times = [1.0, 1.02, 1.09, 1.1] * 4
     assert uncertainty(sorted(times)) > 1.3 * uncertainty(times)
+
+
+def profile(gflops: float, step: StepCost | None = None, gbytes: float = 10.0) -> Profile:
+    return Profile(
+        hardware="x", device="cpu", cores=1.0, num_threads=1, flops={"fp32": Measurement(gflops * 1e9, 0.01, 5)},
+        memory_bandwidth=Measurement(gbytes * 1e9, 0.01, 5), step=step,
+    )  # fmt: skip
+
+
+def board_of(*profiles: Profile, total: int = 100, **settings: Any) -> Scoreboard:
+    board = Scoreboard(**settings)
+    board.global_batch_size = total
+    for slot, known in enumerate(profiles):
+        board.introduce(slot, known)
+    return board
+
+
+def test_a_run_starts_from_the_hardware_and_goes_on_from_its_own_steps() -> None:
+    board = board_of(profile(90.0), profile(10.0))
+    table = board.first([0, 1])
+    assert table is not None
+    assert table.shares == {0: 89, 1: 11}
+    assert table.scores == pytest.approx({0: 1.8, 1: 0.2})
+    for _ in range(5):
+        board.observe(0, 89, 0.89)
+        board.observe(1, 11, 0.11)
+    table = board.better([0, 1], table.shares)
+    assert table is not None
+    assert table.shares == {0: 50, 1: 50}
+    assert table.version == 2
+
+
+def test_a_run_starts_from_the_step_times_of_earlier_runs_if_all_are_known() -> None:
+    costs = [StepCost(0.01, 0.001), StepCost(0.01, 0.003)]
+    table = board_of(profile(1, costs[0]), profile(1, costs[1])).first([0, 1])
+    assert table is not None
+    assert table.shares == dict(enumerate(balanced_shares(costs, 100)))
+    assert table.predicted_step_s == pytest.approx(0.01 + 0.001 * table.shares[0])
+    table = board_of(profile(1, costs[0]), profile(1)).first([0, 1])
+    assert table is not None
+    assert table.shares == {0: 50, 1: 50}
+
+
+def test_a_policy_of_the_users_own_sets_scores_and_shares_and_they_stay() -> None:
+    board = board_of(profile(1, gbytes=30), profile(1, gbytes=10), policy=lambda p: p.memory_bandwidth.median)
+    table = board.first([0, 1])
+    assert table is not None
+    assert table.shares == {0: 75, 1: 25} or table.shares == {0: 74, 1: 26}
+    for _ in range(9):
+        board.observe(0, 75, 9.0)
+        board.observe(1, 25, 0.1)
+    assert board.better([0, 1], table.shares) is None
+    board.introduce(2, profile(1, gbytes=40))
+    table = board.better([0, 1, 2], table.shares)
+    assert table is not None
+    assert table.scores == pytest.approx({0: 9 / 8, 1: 3 / 8, 2: 12 / 8})
+
+
+def test_a_policy_that_needs_what_was_not_measured_names_the_worker() -> None:
+    board = board_of(profile(1), dataclasses.replace(profile(1), memory_bandwidth=None), policy="memory_bandwidth")
+    with pytest.raises(ConfigError, match="memory_bandwidth.*worker 1"):
+        board.first([0, 1])
+    with pytest.raises(ValueError, match="worker 0 is 0.0"):
+        board_of(profile(1), profile(1), policy=lambda p: 0.0).first([0, 1])
+
+
+def test_given_shares_and_no_alpha_need_no_first_table() -> None:
+    assert board_of(profile(1), profile(9), balance=False).first([0, 1]) is None
+    table = board_of(profile(1), profile(3), balance=False, alpha=1.0).first([0, 1])
+    assert table is not None
+    assert table.shares == {0: 50, 1: 50}
+    assert table.lr_scales[0] / table.lr_scales[1] == pytest.approx(3.0)
 
 
 def test_alpha_makes_a_table_where_shares_stay() -> None:
