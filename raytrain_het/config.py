@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from raytrain_het.errors import ConfigError
 
@@ -38,6 +38,12 @@ class HetConfig:
 
     Or relative shares by world rank (any non-negative numbers, they are normalised); a worker
     with share 0 takes part but trains on nothing. ``None`` is equal shares."""
+
+    score_policy: Literal["train_step", "flops", "memory_bandwidth"] | Callable[[Any], float] = "train_step"
+    """How a worker's measurements become its score. ``train_step``: samples per second of the real
+    model, learnt from the run's own steps, which start from kept step times or the hardware. With
+    another one, or a function from a ``raytrain_het.fleet.profile.Profile`` to a number above 0,
+    scores come from the hardware alone, and ``shares="auto"`` is in proportion to them."""
 
     warm_spares: bool = False
     """Whether ``shares="auto"`` may hold a worker that costs more than it gives at a share of 0. It
@@ -121,6 +127,13 @@ class HetConfig:
                 _is_number(value) and value > low, name, value, "a number above 0", f"The default is {_DEFAULTS[name]}."
             )
         _require(
+            callable(self.score_policy) or self.score_policy in ("train_step", "flops", "memory_bandwidth"),
+            "score_policy",
+            self.score_policy,
+            "'train_step', 'flops', 'memory_bandwidth', or a function from a Profile to a number",
+            "Write score_policy='train_step'.",
+        )
+        _require(
             isinstance(self.warm_spares, bool) and (self.shares == "auto" or not self.warm_spares),
             "warm_spares",
             self.warm_spares,
@@ -130,6 +143,11 @@ class HetConfig:
         for name in ("replica_check_steps", "max_skipped_steps", "seed"):
             value = getattr(self, name)
             _require(_is_whole(value, 0), name, value, "a whole number from 0", f"The default is {_DEFAULTS[name]}.")
+
+    @property
+    def follows_speeds(self) -> bool:
+        """Whether anything depends on how fast workers are."""
+        return self.shares == "auto" or self.alpha != 0
 
     @property
     def given_shares(self) -> tuple[float, ...] | None:

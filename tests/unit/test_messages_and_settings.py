@@ -101,6 +101,10 @@ def test_the_poisonous_step_survives_pickling() -> None:
         ({"shares": [1, math.inf]}, "'auto', None, or non-negative numbers, at least one above 0"),
         ({"alpha": math.nan}, "a finite number"),
         ({"lr_scale_normalisation": "sum"}, "'mean' or 'none'"),
+        (
+            {"score_policy": "speed"},
+            "'train_step', 'flops', 'memory_bandwidth', or a function from a Profile to a number",
+        ),
         ({"warm_spares": 1}, "true or false, and true with shares='auto' only"),
         ({"codec": "zip"}, "'none' or 'bf16'"),
         ({"micro_batch_size": 0}, "a whole number from 1, or None"),
