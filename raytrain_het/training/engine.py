@@ -29,7 +29,7 @@ from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
 from raytrain_het.training.memory import MemoryLimit
 from raytrain_het.training.replica import Replica
-from raytrain_het.training.timings import Timings
+from raytrain_het.training.timings import CpuSplit, Timings
 
 logger = logging.getLogger("raytrain_het")
 
@@ -52,6 +52,7 @@ class Opened:
     """Whether the backward pass is over and it is known what became of the step."""
     closed: bool = False
     submitted: float = 0.0
+    cpu: CpuSplit = field(default_factory=CpuSplit)
     inputs: Any = None
 
 
@@ -130,7 +131,8 @@ class Engine:
         opened = self._slice(record, cursor)
         self._memory.step_begins()
         if before is not None and before.record is record and before.cursor.epoch == epoch:
-            self.timings.step_done(len(before.own), before.job.waited_s, opened.started - before.started)
+            waited_s = before.job.waited_s - before.cpu.own_part_s(before.job.waited_s, opened.started - before.started)
+            self.timings.step_done(len(before.own), waited_s, opened.started - before.started)
         self.opened = opened
         self.comm.submit(opened.job)
         points.reach("opened", opened.job.step)
@@ -249,7 +251,9 @@ class Engine:
         if not opened.submitted:
             opened.submitted = time.monotonic()
         points.reach("arrived", opened.job.step)
+        opened.cpu.waiting_begins()
         self._await_sums(opened)
+        opened.cpu.waiting_ends()
         opened.settled = True
         self.gradients.show(opened.sums)
         now = time.monotonic()

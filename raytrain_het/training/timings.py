@@ -17,6 +17,36 @@ NUM_FIRST = 2
 """So many first steps of a process are left out: they load and compile what later ones have."""
 
 
+class CpuSplit:
+    """How much of what looks like waiting for peers is this worker's own work: its part of the messages.
+
+    Begins with a step. On a CPU the messages take time of the same cores as the model, and a slow core needs longer
+    for them too: ``c / u`` seconds with ``c`` the CPU time spent while waiting, and ``u <= 1`` the cores that this
+    process got while it was busy.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.process_time()
+        self._waiting = 0.0
+        self._since = 0.0
+
+    def waiting_begins(self) -> None:
+        """From here on the training thread waits."""
+        self._since = time.process_time()
+
+    def waiting_ends(self) -> None:
+        """Until here."""
+        self._waiting += time.process_time() - self._since
+
+    def own_part_s(self, waited_s: float, cycle_s: float) -> float:
+        """At the end of the step: so much of ``waited_s`` was spent on this worker's own work."""
+        busy_s = cycle_s - waited_s
+        busy_cpu_s = time.process_time() - self._began - self._waiting
+        if busy_s <= 0 or busy_cpu_s <= 0:
+            return 0.0
+        return min(self._waiting / min(busy_cpu_s / busy_s, 1.0), waited_s)
+
+
 class Timings:
     """Collects (samples, own seconds, seconds of the whole step) and sends them now and again."""
 
