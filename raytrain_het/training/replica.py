@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class Replica:
         return {
             "model": {name: keep(t) for name, t in self.model.state_dict().items()},
             "optimizer": _map(self.optimizer.state_dict(), keep),
-            "registered": {name: copy.deepcopy(obj.state_dict()) for name, obj in self.registered.items()},
+            "registered": {name: _cpu_deepcopy(obj.state_dict()) for name, obj in self.registered.items()},
         }
 
     def load(self, snapshot: dict[str, Any], *, registered: bool = True) -> None:
@@ -106,7 +107,7 @@ class Replica:
         if registered:
             for name, obj in self.registered.items():
                 if name in snapshot["registered"]:
-                    obj.load_state_dict(copy.deepcopy(snapshot["registered"][name]))
+                    obj.load_state_dict(_cpu_deepcopy(snapshot["registered"][name]))
 
     def digest(self, *, optimizer: bool = False) -> int:
         """A number from 1 to 2^63 - 1 that differs if any parameter's bits differ (about surely).
@@ -184,6 +185,22 @@ def _cpu_clone(t: Any) -> Any:
 
 def _cpu(t: Any) -> Any:
     return t.detach().to("cpu") if isinstance(t, torch.Tensor) else t
+
+
+def _cpu_deepcopy(value: Any) -> Any:
+    """``copy.deepcopy``, with the tensors in dictionaries and sequences copied to the CPU.
+
+    It also lets other threads run meanwhile, which a tensor's own deep copy does not.
+    """
+    return copy.deepcopy(value, {id(t): _cpu_clone(t) for t in _tensors(value)})
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _map(value: Any, fn: Any) -> Any:

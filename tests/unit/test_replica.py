@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -54,6 +55,32 @@ def test_a_snapshot_does_not_move_with_the_model_unless_asked_to_share() -> None
     train(replica)
     torch.testing.assert_close(kept, before, rtol=0, atol=0)
     assert not torch.equal(shared["model"]["0.weight"], before["model"]["0.weight"])
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that becomes a plain one when it is brought to the CPU: a stand-in for one on a GPU."""
+
+    def to(self, *args: object, **kwargs: object) -> torch.Tensor:  # type: ignore[override]
+        assert args == ("cpu",)
+        return self.as_subclass(torch.Tensor).to("cpu", copy=True)
+
+
+def test_a_snapshot_holds_all_tensors_of_registered_objects_on_the_cpu() -> None:
+    class Average:
+        def state_dict(self) -> dict[str, object]:
+            t = torch.ones(2).as_subclass(Elsewhere)
+            return {"shadow": OrderedDict(a=t, b=[t, ("text", {"c": torch.ones(1).as_subclass(Elsewhere)})])}
+
+        def load_state_dict(self, state: dict[str, object]) -> None:
+            pass
+
+    replica = replica_of()
+    replica.register("average", Average())
+    shadow = replica.snapshot()["registered"]["average"]["shadow"]
+    assert type(shadow) is OrderedDict
+    assert type(shadow["a"]) is torch.Tensor
+    assert type(shadow["b"][1][1]["c"]) is torch.Tensor
+    assert shadow["b"][0] is shadow["a"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
