@@ -27,7 +27,7 @@ class Healing:
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients,
         server: StateServer, token: Callable[[], str], update: Callable[[], Any],
-        load_checkpoint: Callable[[str], None],
+        load_checkpoint: Callable[[str, dict[str, int]], dict[str, int]],
     ) -> None:  # fmt: skip
         self._agent, self._comm, self._replica, self._gradients = agent, communicator, replica, gradients
         self._server, self._token, self._update = server, token, update
@@ -59,8 +59,9 @@ class Healing:
         return held
 
     def _reset(self, record: Record) -> bool:
+        cursor = record.cursor
         if record.checkpoint is not None:
-            self._load_checkpoint(record.checkpoint)
+            cursor = self._load_checkpoint(record.checkpoint, cursor)
         elif record.source == self._agent.uid:
             self._begin_again()
             self._offer_snapshot(record)
@@ -69,7 +70,7 @@ class Healing:
             if snapshot is None:
                 return False
             self._replica.load(snapshot)
-        return self._hold(record, cursor=record.cursor, healed=True, fresh=False)
+        return self._hold(record, cursor=cursor, healed=True, fresh=False)
 
     def _begin_again(self) -> None:
         """Nobody holds what was trained, and there is no checkpoint: the first state counts, not one partly healed."""
