@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from raytrain_het.errors import ConfigError, LoopOrderError
+from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
 
 Hyperparameters = list[dict[str, Any]]
 
@@ -99,15 +99,24 @@ class Replica:
             "registered": {name: _cpu_deepcopy(obj.state_dict()) for name, obj in self.registered.items()},
         }
 
-    def load(self, snapshot: dict[str, Any], *, registered: bool = True) -> None:
-        """Take over a snapshot. Shapes must fit; callers compare fingerprints first."""
+    def load(self, snapshot: dict[str, Any]) -> None:
+        """Take over a snapshot. Shapes must fit; callers compare fingerprints first.
+
+        Raises:
+            CheckpointError: it has other registered objects than this worker; nothing has changed then.
+        """
         assert self.model is not None and self.optimizer is not None
+        theirs, mine = set(snapshot["registered"]), set(self.registered)
+        if theirs != mine:
+            raise CheckpointError(
+                f"the saved state has registered objects {sorted(theirs)}, here they are {sorted(mine)}: "
+                f"{sorted(theirs ^ mine)} would not be restored. Register the same names with register_state() before "
+                "loader.epochs(), or run under another name to start anew."
+            )
         self.model.load_state_dict(snapshot["model"])
         self.optimizer.load_state_dict(snapshot["optimizer"])
-        if registered:
-            for name, obj in self.registered.items():
-                if name in snapshot["registered"]:
-                    obj.load_state_dict(_cpu_deepcopy(snapshot["registered"][name]))
+        for name, obj in self.registered.items():
+            obj.load_state_dict(_cpu_deepcopy(snapshot["registered"][name]))
 
     def digest(self, *, optimizer: bool = False) -> int:
         """A number from 1 to 2^63 - 1 that differs if any parameter's bits differ (about surely).

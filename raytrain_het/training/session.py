@@ -121,6 +121,15 @@ class Session:
         self.plan, self._data_fingerprint = plan, fingerprint
         self._micro_batch_size = micro_batch_size or self._micro_batch_size
 
+    def register_state(self, name: str, obj: Any) -> None:
+        """See :func:`raytrain_het.register_state`."""
+        if self.engine is not None and self.replica.registered.get(name) is not obj:
+            raise LoopOrderError(
+                f"register_state({name!r}, ...) was called after loader.epochs(): the state that this worker began "
+                "from has been taken over already, without it. Call it before loader.epochs()."
+            )
+        self.replica.register(name, obj)
+
     def begin(self) -> Engine:
         """Join the run: called by ``loader.epochs`` when everything has been prepared."""
         if self.engine is not None:
@@ -369,6 +378,8 @@ class Session:
             files.check_same_data(meta, self._data(), path)
             try:
                 self.replica.load(files.read_state(directory))
+            except CheckpointError as error:
+                raise CheckpointError(f"checkpoint {path}: {error}") from None
             except (RuntimeError, ValueError, KeyError) as error:
                 raise CheckpointError(f"checkpoint {path} does not fit this optimizer or model: {error}") from error
             own = files.read_worker(directory, self.slot)

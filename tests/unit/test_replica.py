@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from raytrain_het.errors import ConfigError, LoopOrderError
+from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
 from raytrain_het.training.replica import ROW, Replica
 
 
@@ -253,3 +253,17 @@ def test_state_registered_after_the_first_step_is_refused() -> None:
     replica.register("late", nn.Linear(1, 1))
     with pytest.raises(LoopOrderError, match="'late' was registered after the first step"):
         replica.restore_light(light)
+
+
+@pytest.mark.parametrize(("there", "here"), [(["ema"], []), ([], ["ema"]), (["ema"], ["average"])])
+def test_a_state_with_other_registered_objects_is_refused_and_changes_nothing(
+    there: list[str], here: list[str]
+) -> None:
+    one, other = replica_of(0), replica_of(1)
+    for replica, names in ((one, there), (other, here)):
+        for name in names:
+            replica.register(name, nn.Linear(1, 1))
+    before = other.digest()
+    with pytest.raises(CheckpointError, match=r"\['average', 'ema'\]|\['ema'\] would not be restored.*same names"):
+        other.load(one.snapshot())
+    assert other.digest() == before
