@@ -65,8 +65,8 @@ def prepare_data_loader(
         loader: a map-style ``DataLoader``.
         global_batch_size: B, samples per step over all workers; by default the loader's ``batch_size``.
         micro_batch_size: most samples in one forward pass; a larger share comes in several, summed exactly.
-        weight: the weight of a batch, where samples are the wrong measure (the number of tokens, say). The loss must be
-            the mean over what it counts.
+        weight: the weight of a batch, where samples are the wrong measure (the number of tokens, say): a finite number
+            from 0. The loss must be the mean over what it counts.
 
     Raises:
         ConfigError: the dataset has no length, or the batch is smaller than the number of workers.
