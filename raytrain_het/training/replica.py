@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ class Replica:
         assert self.model is not None
         return {
             "buffers": {name: b.detach().clone() for name, b in self.model.named_buffers()},
-            "registered": {name: copy.deepcopy(obj.state_dict()) for name, obj in self.registered.items()},
+            "registered": {name: _deepcopy(obj.state_dict(), _clone) for name, obj in self.registered.items()},
             "hyperparameters": self.hyperparameters(),
         }
 
@@ -62,7 +62,7 @@ class Replica:
                 raise LoopOrderError(
                     f"state {name!r} was registered after the first step: call register_state() before loader.epochs()."
                 )
-            obj.load_state_dict(copy.deepcopy(light["registered"][name]))
+            obj.load_state_dict(_deepcopy(light["registered"][name], _clone))
         self.set_hyperparameters(light["hyperparameters"])
         if buffers:
             with torch.no_grad():
@@ -96,7 +96,7 @@ class Replica:
         return {
             "model": {name: keep(t) for name, t in self.model.state_dict().items()},
             "optimizer": _map(self.optimizer.state_dict(), keep),
-            "registered": {name: _cpu_deepcopy(obj.state_dict()) for name, obj in self.registered.items()},
+            "registered": {name: _deepcopy(obj.state_dict(), _cpu_clone) for name, obj in self.registered.items()},
         }
 
     def load(self, snapshot: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ class Replica:
         self.model.load_state_dict(snapshot["model"])
         self.optimizer.load_state_dict(snapshot["optimizer"])
         for name, obj in self.registered.items():
-            obj.load_state_dict(_cpu_deepcopy(snapshot["registered"][name]))
+            obj.load_state_dict(_deepcopy(snapshot["registered"][name], _clone))
 
     def digest(self, *, optimizer: bool = False) -> int:
         """A number from 1 to 2^63 - 1 that differs if any parameter's bits differ (about surely).
@@ -196,12 +196,23 @@ def _cpu(t: Any) -> Any:
     return t.detach().to("cpu") if isinstance(t, torch.Tensor) else t
 
 
-def _cpu_deepcopy(value: Any) -> Any:
-    """``copy.deepcopy``, with the tensors in dictionaries and sequences copied to the CPU.
+def _deepcopy(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``copy.deepcopy``, with the tensors in dictionaries and sequences copied by ``keep``.
 
-    It also lets other threads run meanwhile, which a tensor's own deep copy does not.
+    A tensor's own deep copy would stay on its device, and let no other thread run meanwhile.
     """
-    return copy.deepcopy(value, {id(t): _cpu_clone(t) for t in _tensors(value)})
+
+    def copied(t: torch.Tensor) -> torch.Tensor:
+        new = keep(t)
+        return (
+            nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new.requires_grad_(t.requires_grad)
+        )
+
+    return copy.deepcopy(value, {id(t): copied(t) for t in _tensors(value)})
+
+
+def _clone(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().clone()
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -83,6 +83,36 @@ def test_a_snapshot_holds_all_tensors_of_registered_objects_on_the_cpu() -> None
     assert shadow["b"][0] is shadow["a"]
 
 
+def test_registered_tensors_are_copied_as_what_they_are() -> None:
+    class Kinds:
+        def __init__(self) -> None:
+            self.state = {
+                "plain": torch.ones(2),
+                "parameters": [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)],
+                "leaf": (torch.ones(2, requires_grad=True), torch.arange(3)),
+            }
+
+        def state_dict(self) -> dict[str, object]:
+            return self.state
+
+        def load_state_dict(self, state: dict[str, object]) -> None:
+            self.state = state
+
+    replica, kinds = replica_of(), Kinds()
+    replica.register("kinds", kinds)
+    live = kinds.state
+    flat = [live["plain"], *live["parameters"], *live["leaf"]]
+    light, snapshot = replica.light(), replica.snapshot()
+    for take_over in (lambda: replica.restore_light(light), lambda: replica.load(snapshot)):
+        take_over()
+        got = [kinds.state["plain"], *kinds.state["parameters"], *kinds.state["leaf"]]
+        for old, new in zip(flat, got, strict=True):
+            assert type(new) is type(old)
+            assert new.requires_grad == old.requires_grad
+            assert torch.equal(new, old)
+            assert new.data_ptr() != old.data_ptr()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_digest_knows_every_bit_of_every_parameter(dtype: torch.dtype) -> None:
     replica = replica_of(dtype=dtype)
