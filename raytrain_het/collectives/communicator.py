@@ -257,9 +257,10 @@ class Communicator:
         replayed = self._replay(record, rank) if record.behind else None
         if self.agent.uid in record.unhealed and self.followed_to != record.cursor:
             # What was followed so far does not lead here: healing starts again from a new snapshot.
-            self.followed.clear()
-            self.followed_to = dict(record.cursor)
-            self.follow_starts += 1
+            with self.agent.condition:
+                self.followed.clear()
+                self.followed_to = dict(record.cursor)
+                self.follow_starts += 1
         with self.agent.condition:
             self.entered, self.replayed = record, replayed
             self.agent.condition.notify_all()

@@ -2,8 +2,8 @@
 
 Format 1, one directory per report, named ``checkpoint_<step>_<ordinal>``:
 
-- ``het.json``: format, cursor (epoch, offset, step), generation (the table version in force), layout fingerprint,
-  parameter names and shapes, world size;
+- ``het.json``: format, cursor (epoch, offset, step), generation (the number of the one in force), layout fingerprint,
+  parameter names and shapes, world size, and the data plan that the cursor belongs to (files without it are accepted);
 - ``state.pt``: ``model``, ``optimizer`` and ``registered`` state dictionaries (``torch.save``);
 - ``worker_<slot>.pt``: what is a worker's own: its random states, and its codec's state by parameter name.
 """
@@ -149,6 +149,30 @@ def check_same_model(meta: dict[str, Any], parameters: dict[str, list[int]], pat
     raise CheckpointError(
         f"checkpoint {path} is from another model: {what}. Build the same model, or run under another name."
     )
+
+
+def check_same_data(meta: dict[str, Any], data: dict[str, Any], path: str) -> None:
+    """What a cursor means follows from the order of samples; where windows are cut in it, from batch sizes, may change.
+
+    Raises:
+        CheckpointError: the order is another one, so that samples would be repeated and others left out.
+    """
+    theirs = meta.get("data", data)
+    for field, fix in _ORDER.items():
+        if "" not in (theirs[field], data[field]) and theirs[field] != data[field]:  # "": it has no fingerprint.
+            raise CheckpointError(
+                f"checkpoint {path} is from a run with {field}={theirs[field]!r}, here it is {data[field]!r}: going on "
+                "in the middle of another order of samples would repeat some and leave out others. "
+                f"{fix.format(theirs[field])}, or run under another name to start anew."
+            )
+
+
+_ORDER = {
+    "dataset_size": "Give the same dataset of {} samples",
+    "dataset_fingerprint": "Give the dataset whose fingerprint is {!r}",
+    "shuffle": "Write DataLoader(dataset, shuffle={})",
+    "seed": "Write HetConfig(seed={})",
+}
 
 
 def read_state(directory: str) -> dict[str, Any]:

@@ -122,6 +122,13 @@ class DataPlan:
         """The start of the following epoch; the step count goes on."""
         return Cursor(epoch=cursor.epoch + 1, offset=0, step=cursor.step)
 
+    def resumed(self, cursor: Cursor) -> Cursor:
+        """Where a run with this plan goes on from a checkpoint's cursor, which may be that of another batch size.
+
+        It stays, and the rest of the epoch is cut anew; at the next epoch's start if no step is left in this one.
+        """
+        return self.next_epoch(cursor) if self.is_epoch_end(cursor) else cursor
+
     def samples_before(self, cursor: Cursor) -> int:
         """Samples that all committed steps up to the cursor have used, over all members."""
         per_epoch = self.dataset_size

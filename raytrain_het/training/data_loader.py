@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from raytrain_het.errors import ConfigError, LoopOrderError
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.fetch import SampleFetcher
+from raytrain_het.training.weights import checked_weight
 
 if TYPE_CHECKING:
     from raytrain_het.training.engine import Engine, Opened
@@ -115,21 +115,10 @@ class HetDataLoader:
                 if engine.stale:
                     break
                 batch = to_device(self._fetcher.fetch(epoch, [int(order[k]) for k in part]), device)
-                weight = self._weigh(batch, len(part))
+                weight = checked_weight(self._weight(batch)) if self._weight else float(len(part))
                 engine.arm(index, weight, batch)
                 yield batch
                 engine.body_done()
-
-    def _weigh(self, batch: Any, samples: int) -> float:
-        if self._weight is None:
-            return float(samples)
-        weight = float(self._weight(batch))
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(
-                f"prepare_data_loader(weight=...) returned {weight!r} for a batch of {samples}: allowed is a finite "
-                "number from 0, such as the number of tokens that count."
-            )
-        return weight
 
     def _prefetch(self, opened: Opened) -> None:
         """Ask for this step's samples and the next step's, under the shares now in force."""

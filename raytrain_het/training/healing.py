@@ -3,15 +3,21 @@
 An unhealed member takes a snapshot of a peer while the others train, replays the decoded sums of the steps gone by
 since, and asks for a share. With the record that gives it one it compares itself to the peer, bit by bit: what a
 training function does to gradients between ``backward()`` and ``step()`` is not in the sums. If it differs it takes the
-peer's state as it stands; the peer cannot move on meanwhile, for the step needs them both.
+peer's state as it stands; the peer cannot move on meanwhile, for the step needs them both. So it does if a snapshot
+takes so long that more steps go by than may be kept: another one would take as long.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from raytrain_het.collectives.communicator import Communicator
+from raytrain_het.collectives.exchange import Sums
 from raytrain_het.errors import EvictedError
 from raytrain_het.membership.agent import Impatience, MemberAgent
 from raytrain_het.membership.record import Record
@@ -20,6 +26,11 @@ from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.replica import Hyperparameters, Replica
 from raytrain_het.training.state_server import StateServer, ask
 
+FOLLOWED_BYTES = 2**30
+"""So much of the steps that have gone by is kept for the replay, the oldest dropped first; two steps in any case."""
+_BYTES_BESIDES = 4096
+"""About what keeping a step costs besides its sums."""
+
 
 class Healing:
     """Both sides of it: :meth:`take_over` heals this worker, :meth:`offer` and :meth:`log` serve its peers."""
@@ -27,7 +38,7 @@ class Healing:
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients,
         server: StateServer, token: Callable[[], str], update: Callable[[], Any],
-        load_checkpoint: Callable[[str], None],
+        load_checkpoint: Callable[[str, dict[str, int]], dict[str, int]],
     ) -> None:  # fmt: skip
         self._agent, self._comm, self._replica, self._gradients = agent, communicator, replica, gradients
         self._server, self._token, self._update = server, token, update
@@ -39,6 +50,10 @@ class Healing:
         self._snapshot_source = ""
         self._follow_start = -1
         self._held = False
+        self._gap = False
+        """Whether steps that the snapshot does not hold were dropped before their replay."""
+        kept = sum(out.nbytes for out in gradients.outs) + _BYTES_BESIDES
+        communicator.followed = collections.deque(maxlen=max(2, FOLLOWED_BYTES // kept))
         self._first: dict[str, Any] | None = None
         """What this worker was built with, while it heals: the run may have to begin again from it."""
 
@@ -60,8 +75,9 @@ class Healing:
         return held
 
     def _reset(self, record: Record) -> bool:
+        cursor = record.cursor
         if record.checkpoint is not None:
-            self._load_checkpoint(record.checkpoint)
+            cursor = self._load_checkpoint(record.checkpoint, cursor)
         elif record.source == self._agent.uid:
             self._begin_again()
             self._offer_snapshot(record)
@@ -70,7 +86,7 @@ class Healing:
             if snapshot is None:
                 return False
             self._replica.load(snapshot)
-        return self._hold(record, cursor=record.cursor, healed=True, fresh=False)
+        return self._hold(record, cursor=cursor, healed=True, fresh=False)
 
     def _begin_again(self) -> None:
         """Nobody holds what was trained, and there is no checkpoint: the first state counts, not one partly healed."""
@@ -84,7 +100,7 @@ class Healing:
     def _heal(self, record: Record) -> bool:
         """Snapshot, then replay; comes back when another record is there."""
         comm, agent = self._comm, self._agent
-        if self._follow_start != comm.follow_starts or self._snapshot_source != record.source:
+        if self._follow_start != comm.follow_starts or self._snapshot_source != record.source or self._gap:
             if not self._hold(record, cursor=None, healed=False, fresh=False):
                 return False
             snapshot = self._ask(record, f"snapshot.{record.number}")
@@ -94,16 +110,17 @@ class Healing:
                 self._first = self._replica.snapshot()
             self._replica.load(snapshot)
             self._snapshot_step, self._snapshot_source = record.base, record.source or ""
-            self._follow_start = comm.follow_starts
+            self._follow_start, self._gap = comm.follow_starts, False
         asked = False
         while agent.is_current(record.number):
-            self._replay(record, until=None)
-            if not asked and not self._behind():
+            if not self._gap:
+                self._replay(record, until=None)
+            if not asked and (self._gap or not self._behind()):
                 if not self._hold(record, cursor=None, healed=True, fresh=True):
                     break
                 agent.tell("healed")
                 asked = True
-            agent.wait_for(lambda: not agent.is_current(record.number) or self._behind())
+            agent.wait_for(lambda: not agent.is_current(record.number) or (self._behind() and not self._gap))
         return False
 
     def _behind(self) -> bool:
@@ -112,16 +129,11 @@ class Healing:
 
     def _replay(self, record: Record, until: int | None) -> bool:
         """Replay the followed steps on the snapshot, each with the settings the peer used for it."""
-        comm = self._comm
         settings: dict[int, Hyperparameters | None] = {}
-        while comm.followed:
-            sums, outs, after = comm.followed[0]
-            step = after["step"]
-            if step <= self._snapshot_step:
-                comm.followed.popleft()
-                continue
-            if until is not None and step > until:
-                break
+        while (step := self._next_followed()) is not None and (until is None or step <= until):
+            if step > self._snapshot_step + 1:
+                self._gap = True
+                return False
             if step not in settings:
                 log = self._ask(record, "log", after=self._snapshot_step, at_least=step)
                 if log is None:
@@ -129,16 +141,33 @@ class Healing:
                 settings = dict(log)
                 if step not in settings:
                     return False
-            chosen = settings[step]
+            taken = self._take_followed(step)
+            if taken is None:
+                continue
+            (sums, outs, _), chosen = taken, settings[step]
             if sums.applies and chosen is not None:
                 self._gradients.take(outs)
                 self._gradients.show(sums)
                 self._replica.set_hyperparameters(chosen)
                 self._update()
                 self._gradients.settle_buffers(True)
-            comm.followed.popleft()
             self._snapshot_step = step
         return True
+
+    def _next_followed(self) -> int | None:
+        """The first step that was followed and is not in the snapshot."""
+        with self._agent.condition, contextlib.suppress(IndexError):  # The deque may be cleared at any time.
+            while self._comm.followed[0][2]["step"] <= self._snapshot_step:
+                self._comm.followed.popleft()
+            return self._comm.followed[0][2]["step"]
+        return None
+
+    def _take_followed(self, step: int) -> tuple[Sums, list[torch.Tensor], dict[str, int]] | None:
+        """The sums of this step, unless they were dropped meanwhile."""
+        with self._agent.condition, contextlib.suppress(IndexError):
+            if self._comm.followed[0][2]["step"] == step:
+                return self._comm.followed.popleft()
+        return None
 
     def _verify(self, record: Record) -> bool:
         """Replay to the base, and compare with the peer before the first step that counts."""
@@ -154,7 +183,8 @@ class Healing:
             self._replica.load(full)
         self._replica.restore_light(light)
         self._comm.followed.clear()
-        how = "replay" if same else "the peer's state, as the replay differed"
+        why = "more steps had gone by than are kept" if self._gap else "the replay differed"
+        how = "replay" if same else f"the peer's state, as {why}"
         held = self._hold(record, cursor=record.cursor, healed=True, fresh=False)
         if held:
             self._agent.tell("verified")

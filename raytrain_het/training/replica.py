@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from raytrain_het.errors import ConfigError, LoopOrderError
+from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
 
 Hyperparameters = list[dict[str, Any]]
+
+ROW = 2**16
+"""Words of 64 bits that a digest adds up at once."""
+_COMBINE = 0x9E3779B97F4A7C15
 
 
 class Replica:
@@ -43,7 +50,7 @@ class Replica:
         assert self.model is not None
         return {
             "buffers": {name: b.detach().clone() for name, b in self.model.named_buffers()},
-            "registered": {name: copy.deepcopy(obj.state_dict()) for name, obj in self.registered.items()},
+            "registered": {name: _deepcopy(obj.state_dict(), _clone) for name, obj in self.registered.items()},
             "hyperparameters": self.hyperparameters(),
         }
 
@@ -55,7 +62,7 @@ class Replica:
                 raise LoopOrderError(
                     f"state {name!r} was registered after the first step: call register_state() before loader.epochs()."
                 )
-            obj.load_state_dict(copy.deepcopy(light["registered"][name]))
+            obj.load_state_dict(_deepcopy(light["registered"][name], _clone))
         self.set_hyperparameters(light["hyperparameters"])
         if buffers:
             with torch.no_grad():
@@ -89,23 +96,38 @@ class Replica:
         return {
             "model": {name: keep(t) for name, t in self.model.state_dict().items()},
             "optimizer": _map(self.optimizer.state_dict(), keep),
-            "registered": {name: copy.deepcopy(obj.state_dict()) for name, obj in self.registered.items()},
+            "registered": {name: _deepcopy(obj.state_dict(), _cpu_clone) for name, obj in self.registered.items()},
         }
 
-    def load(self, snapshot: dict[str, Any], *, registered: bool = True) -> None:
-        """Take over a snapshot. Shapes must fit; callers compare fingerprints first."""
+    def load(self, snapshot: dict[str, Any]) -> None:
+        """Take over a snapshot. Shapes must fit; callers compare fingerprints first.
+
+        Raises:
+            CheckpointError: it has other registered objects than this worker; nothing has changed then.
+        """
         assert self.model is not None and self.optimizer is not None
+        theirs, mine = set(snapshot["registered"]), set(self.registered)
+        if theirs != mine:
+            raise CheckpointError(
+                f"the saved state has registered objects {sorted(theirs)}, here they are {sorted(mine)}: "
+                f"{sorted(theirs ^ mine)} would not be restored. Register the same names with register_state() before "
+                "loader.epochs(), or run under another name to start anew."
+            )
         self.model.load_state_dict(snapshot["model"])
         self.optimizer.load_state_dict(snapshot["optimizer"])
-        if registered:
-            for name, obj in self.registered.items():
-                if name in snapshot["registered"]:
-                    obj.load_state_dict(copy.deepcopy(snapshot["registered"][name]))
+        for name, obj in self.registered.items():
+            obj.load_state_dict(_deepcopy(snapshot["registered"][name], _clone))
 
     def digest(self, *, optimizer: bool = False) -> int:
-        """A number that differs if any parameter's bits differ (about surely); never 0.
+        """A number from 1 to 2^63 - 1 that differs if any parameter's bits differ (about surely).
 
-        ``sum_k (2k + 1) s_k mod 2^63`` over tensors ``k``, with ``s_k`` the sum of its bits read as whole numbers.
+        With ``optimizer`` also if the tensors of the optimizer's state differ. Buffers are not part of it: they are
+        averaged at every commit, and ones that are not may be a worker's own.
+
+        Values are read as 64-bit words, each weighed by its place with a pseudo-random odd ``a_j``, and rows of ``ROW``
+        words are added up: ``s_i = sum_j h(a_j x_ij)`` with ``h(y) = y xor (y >> 32)``, all of it mod 2^64. Through
+        ``h`` a word's highest bits, signs among them, reach lower ones too; without it two signs would cancel. The
+        rows of all tensors, in order, make ``sum_i c^(n-i) s_i``.
         """
         assert self.model is not None and self.optimizer is not None
         tensors: list[torch.Tensor] = [p.detach() for p in self.model.parameters()]
@@ -113,9 +135,10 @@ class Replica:
             for state in self.optimizer.state_dict()["state"].values():
                 tensors += [v for _, v in sorted(state.items()) if isinstance(v, torch.Tensor)]
         total = 0
-        for k, t in enumerate(tensors):
-            total += (2 * k + 1) * int(_as_integers(t).sum(dtype=torch.int64))
-        return total % (2**62) + 1
+        for t in tensors:
+            for row in _row_sums(t):
+                total = (total * _COMBINE + row) % 2**64
+        return max(total >> 1, 1)  # Headers carry it as a signed number, and 0 there means that none was due.
 
     def parameter_bytes(self) -> int:
         """Bytes of all parameters."""
@@ -141,11 +164,28 @@ class Replica:
         return drift
 
 
-def _as_integers(t: torch.Tensor) -> torch.Tensor:
-    t = t.contiguous()
-    if not t.is_floating_point():
-        return t.view(-1).to(torch.int64)
-    return t.view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+@functools.cache
+def _weights(device: torch.device) -> torch.Tensor:
+    """``a_j``: odd numbers (ROW,) int64 that are the same with every version of numpy, on every device."""
+    bits = np.random.PCG64(np.random.SeedSequence(0)).random_raw(ROW) | np.uint64(1)
+    return torch.from_numpy(bits.view(np.int64)).to(device)
+
+
+def _row_sums(t: torch.Tensor) -> list[int]:
+    """``s_i`` of one tensor; see :meth:`Replica.digest`."""
+    data = t.detach().contiguous().view(-1).view(torch.uint8)
+    if data.numel() % 8 or data.storage_offset() % 8:
+        data = torch.cat([data, data.new_zeros(-data.numel() % 8)])
+    words, weights = data.view(torch.int64), _weights(t.device)
+    whole = words.numel() // ROW * ROW
+    # A row at a time stays in a CPU's cache; a GPU has better use for more at once.
+    parts = [*words[:whole].view(-1, ROW).split(64 if t.is_cuda else 1), words[None, whole:]]
+    sums = []
+    for part in parts:
+        y = part * weights[: part.shape[1]]
+        y ^= y >> 32
+        sums.append(y.sum(dim=1))
+    return torch.cat(sums).tolist()
 
 
 def _cpu_clone(t: Any) -> Any:
@@ -154,6 +194,33 @@ def _cpu_clone(t: Any) -> Any:
 
 def _cpu(t: Any) -> Any:
     return t.detach().to("cpu") if isinstance(t, torch.Tensor) else t
+
+
+def _deepcopy(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``copy.deepcopy``, with the tensors in dictionaries and sequences copied by ``keep``.
+
+    A tensor's own deep copy would stay on its device, and let no other thread run meanwhile.
+    """
+
+    def copied(t: torch.Tensor) -> torch.Tensor:
+        new = keep(t)
+        return (
+            nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new.requires_grad_(t.requires_grad)
+        )
+
+    return copy.deepcopy(value, {id(t): copied(t) for t in _tensors(value)})
+
+
+def _clone(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().clone()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _map(value: Any, fn: Any) -> Any:

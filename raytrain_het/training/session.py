@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
@@ -24,7 +25,7 @@ from raytrain_het.errors import CheckpointError, EvictedError, HetError, LoopOrd
 from raytrain_het.membership.agent import Impatience, MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
-from raytrain_het.training.cursor import DataPlan, slice_of
+from raytrain_het.training.cursor import Cursor, DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
@@ -120,6 +121,15 @@ class Session:
         self.plan, self._data_fingerprint = plan, fingerprint
         self._micro_batch_size = micro_batch_size or self._micro_batch_size
 
+    def register_state(self, name: str, obj: Any) -> None:
+        """See :func:`raytrain_het.register_state`."""
+        if self.engine is not None and self.replica.registered.get(name) is not obj:
+            raise LoopOrderError(
+                f"register_state({name!r}, ...) was called after loader.epochs(): the state that this worker began "
+                "from has been taken over already, without it. Call it before loader.epochs()."
+            )
+        self.replica.register(name, obj)
+
     def begin(self) -> Engine:
         """Join the run: called by ``loader.epochs`` when everything has been prepared."""
         if self.engine is not None:
@@ -135,8 +145,7 @@ class Session:
             uid=f"{self.slot}-{secrets.token_hex(4)}", slot=self.slot, host=self.node_ip,
             state_port=self._server.port, device=str(self.device),
         )  # fmt: skip
-        data = (plan.dataset_size, plan.global_batch_size, plan.shuffle, plan.seed, self._data_fingerprint)
-        fingerprint = "/".join(map(str, (self.gradients.layout.fingerprint, *data)))
+        fingerprint = "/".join(map(str, (self.gradients.layout.fingerprint, *self._data().values())))
         self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
         self._communicator = Communicator(
             self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
@@ -247,6 +256,7 @@ class Session:
         meta = {
             "cursor": cursor.to_dict(), "step": cursor.step, "generation": record.number, "world_size": self.num_slots,
             "fingerprint": self.gradients.layout.fingerprint, "parameters": self._parameters(),
+            "data": self._data(),
         }  # fmt: skip
         own = {"random": files.random_states(), "codec": {}}
         snapshot = self.replica.snapshot() if holds else None
@@ -356,18 +366,27 @@ class Session:
         assert self.replica.model is not None
         return {name: list(p.shape) for name, p in self.replica.model.named_parameters()}
 
-    def _load_checkpoint(self, path: str) -> None:
+    def _data(self) -> dict[str, Any]:
+        """What all workers must agree on about the data, and what a checkpoint's cursor belongs to."""
+        return {**dataclasses.asdict(self._plan()), "dataset_fingerprint": self._data_fingerprint}
+
+    def _load_checkpoint(self, path: str, cursor: dict[str, int]) -> dict[str, int]:
+        """Load a checkpoint; returns where its cursor stands under this run's batch size, the same on all workers."""
         with self.storage.fetch(path) as directory:
             meta = files.read_meta(directory)
             files.check_same_model(meta, self._parameters(), path)
+            files.check_same_data(meta, self._data(), path)
             try:
                 self.replica.load(files.read_state(directory))
+            except CheckpointError as error:
+                raise CheckpointError(f"checkpoint {path}: {error}") from None
             except (RuntimeError, ValueError, KeyError) as error:
                 raise CheckpointError(f"checkpoint {path} does not fit this optimizer or model: {error}") from error
             own = files.read_worker(directory, self.slot)
             if own is not None and not self._resumed:
                 files.set_random_states(own["random"])
         self._resumed = True
+        return self._plan().resumed(Cursor.from_dict(cursor)).to_dict()
 
 
 _current: Session | None = None

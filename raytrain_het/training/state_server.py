@@ -6,6 +6,7 @@ import contextlib
 import hmac
 import io
 import json
+import pickle
 import socket
 import struct
 import threading
@@ -14,9 +15,12 @@ from typing import Any
 
 import torch
 
+from raytrain_het.errors import HetError
+from raytrain_het.membership.agent import RunOver
 from raytrain_het.membership.wire import tune
 
 _LENGTH = struct.Struct("<Q")
+_CHUNK_BYTES = 4 * 2**20
 WAIT_S = 600.0
 
 
@@ -68,7 +72,8 @@ class StateServer:
             threading.Thread(target=self._serve, args=(connection,), name="het-state-serve", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError, ValueError, KeyError):
+        # What is asked for when the run is over, or goes on without this worker, is for nobody.
+        with connection, contextlib.suppress(OSError, ValueError, KeyError, RunOver, HetError):
             tune(connection)
             with connection.makefile("rb") as lines:
                 request = json.loads(lines.readline())
@@ -80,11 +85,7 @@ class StateServer:
                 make = self._offers.get(name)
             if make is None or self._closed:
                 return
-            buffer = io.BytesIO()
-            torch.save(make(request), buffer)
-            view = buffer.getbuffer()
-            connection.sendall(_LENGTH.pack(len(view)))
-            connection.sendall(view)
+            send(connection, make(request))
 
 
 def ask(host: str, port: int, token: str, name: str, *, give_up: Callable[[], bool], **values: Any) -> Any | None:
@@ -94,19 +95,92 @@ def ask(host: str, port: int, token: str, name: str, *, give_up: Callable[[], bo
             tune(sock)
             sock.sendall(json.dumps({"token": token, "name": name, **values}).encode() + b"\n")
             sock.settimeout(0.05)
-            head = _receive(sock, _LENGTH.size, give_up)
-            body = _receive(sock, _LENGTH.unpack(head)[0], give_up)
+            return receive(sock, give_up)
     except (OSError, EOFError):
         return None
-    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=False)
 
 
-def _receive(sock: socket.socket, size: int, give_up: Callable[[], bool]) -> bytearray:
-    data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
+# ---------------------------------------------------------------- values on a socket
+
+# torch.save and torch.load hold Python's lock while they copy a tensor, for longer than a worker may be silent. Here
+# the structure is pickled with places in it for tensors, whose bytes go from and to their own memory by system calls.
+
+
+def send(sock: socket.socket, value: Any) -> None:
+    """Send a value of plain Python objects and tensors.
+
+    Raises:
+        OSError: the connection is lost.
+    """
+    body = io.BytesIO()
+    pickler = _Pickler(body)
+    pickler.dump(value)
+    head = pickle.dumps((body.getvalue(), [(t.dtype, tuple(t.shape)) for t in pickler.tensors]))
+    sock.sendall(_LENGTH.pack(len(head)) + head)
+    for t in pickler.tensors:
+        sock.sendall(_bytes_of(t.cpu().contiguous()))
+
+
+def receive(sock: socket.socket, give_up: Callable[[], bool]) -> Any:
+    """What the peer has sent; all tensors are on the CPU. The socket has a time-out, after which ``give_up`` is asked.
+
+    Raises:
+        OSError: the connection is lost.
+        EOFError: the peer has closed it, or ``give_up()`` became true.
+    """
+    length = bytearray(_LENGTH.size)
+    _receive(sock, memoryview(length), give_up)
+    head = bytearray(_LENGTH.unpack(length)[0])
+    _receive(sock, memoryview(head), give_up)
+    body, forms = pickle.loads(head)
+    unpickler = _Unpickler(io.BytesIO(body))
+    for dtype, shape in forms:
+        t = torch.empty(shape, dtype=dtype)
+        _receive(sock, _bytes_of(t), give_up)
+        unpickler.tensors.append(t)
+    return unpickler.load()
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves out tensors, and keeps them in ``tensors``. Others than plain ones (sparse, say) stay in the pickle."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.tensors: list[torch.Tensor] = []
+        self._places: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if type(obj) is not torch.Tensor or obj.layout is not torch.strided:
+            return None
+        if obj.requires_grad or obj.is_quantized or obj.is_conj() or obj.is_neg():
+            return None
+        place = self._places.setdefault(id(obj), len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(obj)
+        return place
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts ``tensors`` back into their places."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[torch.Tensor] = []
+
+    def persistent_load(self, pid: int) -> torch.Tensor:
+        return self.tensors[pid]
+
+
+def _bytes_of(t: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory, whatever its dtype."""
+    return t.view(-1).view(torch.uint8).numpy().data
+
+
+def _receive(sock: socket.socket, view: memoryview, give_up: Callable[[], bool]) -> None:
+    done = 0
+    while done < len(view):
         try:
-            count = sock.recv_into(view[done:], min(size - done, 1 << 20))
+            count = sock.recv_into(view[done:], min(len(view) - done, _CHUNK_BYTES))
         except TimeoutError:
             if give_up():
                 raise EOFError("no longer wanted") from None
@@ -114,4 +188,3 @@ def _receive(sock: socket.socket, size: int, give_up: Callable[[], bool]) -> byt
         if count == 0:
             raise EOFError("the peer closed the connection")
         done += count
-    return data

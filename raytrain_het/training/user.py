@@ -65,8 +65,8 @@ def prepare_data_loader(
         loader: a map-style ``DataLoader``.
         global_batch_size: B, samples per step over all workers; by default the loader's ``batch_size``.
         micro_batch_size: most samples in one forward pass; a larger share comes in several, summed exactly.
-        weight: the weight of a batch, where samples are the wrong measure (the number of tokens, say). The loss must be
-            the mean over what it counts.
+        weight: the weight of a batch, where samples are the wrong measure (the number of tokens, say): a finite number
+            from 0. The loss must be the mean over what it counts.
 
     Raises:
         ConfigError: the dataset has no length, or the batch is smaller than the number of workers.
@@ -79,12 +79,14 @@ def prepare_data_loader(
 def register_state(name: str, obj: Any) -> None:
     """Let an object's state heal, be checkpointed, and move on commit only (schedulers, scalers, your own).
 
-    Its ``state_dict()`` is copied at every step's opening and restored if the step is done again: keep it small.
+    Its ``state_dict()`` is copied at every step's opening and restored if the step is done again: keep it small. A
+    checkpoint's tensors come back on the CPU, as with ``torch.load(map_location="cpu")``.
 
     Raises:
         ConfigError: it has no ``state_dict``/``load_state_dict``, or the name is taken.
+        LoopOrderError: called after ``loader.epochs()``, or outside of a training function.
     """
-    current().replica.register(name, obj)
+    current().register_state(name, obj)
 
 
 def num_participants() -> int:

@@ -1,16 +1,22 @@
 """Checkpoints: resume by the cursor, and a storage that fails costs a checkpoint, never the run or an older one."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from labs import plain, run
+from labs import alone, plain, run
+from torch.utils.data import DataLoader, TensorDataset
 
+import raytrain_het as het
+from raytrain_het.config import HetConfig
+from raytrain_het.errors import CheckpointError
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import Regression, relative_error
+from raytrain_het.training import session as sessions
 from raytrain_het.training.checkpoint import LocalStorage, read_meta, read_state
 
 TASK = Regression(scheduled=True)
@@ -53,6 +59,71 @@ def test_what_is_in_a_checkpoint(tmp_path):
     assert torch.equal(weights, done.parameters)
     assert state["registered"]["scheduler"]["last_epoch"] == TASK.num_steps
     assert sorted(p.name for p in last.glob("worker_*.pt")) == ["worker_0.pt", "worker_1.pt", "worker_2.pt"]
+
+
+def train_numbers(size=10, epochs=2, batch_size=2, drop_last=False, shuffle=True):
+    """A checkpoint after every step; returns the samples of each committed one by (epoch, offset)."""
+    used = {}
+    sessions.current().listeners.append(lambda note: used.update({(note.epoch, note.offset): note.own_samples}))
+    model = het.prepare_model(torch.nn.Linear(1, 1))
+    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    data = DataLoader(TensorDataset(torch.ones(size, 1)), shuffle=shuffle, drop_last=drop_last)
+    loader = het.prepare_data_loader(data, global_batch_size=batch_size)
+    for _ in loader.epochs(epochs):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+            het.report({"loss": 0.0})
+    return used
+
+
+def written(tmp_path, step):
+    """A run's samples by (epoch, offset), and its checkpoint at a step."""
+    used = alone(train_numbers, tmp_path / "first", acknowledge=True)
+    return used, resume_from(tmp_path / "first" / "storage" / f"checkpoint_{step:09d}_0")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "drop_last", "windows"),
+    [
+        (3, False, [(0, 6, 3), (0, 9, 1), (1, 0, 3), (1, 3, 3), (1, 6, 3), (1, 9, 1)]),
+        (3, True, [(0, 6, 3), (1, 0, 3), (1, 3, 3), (1, 6, 3)]),
+        (5, True, [(1, 0, 5), (1, 5, 5)]),  # Four samples are left of the epoch: no step.
+    ],
+)
+def test_a_run_resumed_with_another_batch_size_cuts_the_rest_of_the_same_order(
+    tmp_path, batch_size, drop_last, windows
+):
+    before, settings = written(tmp_path, 3)
+    order = [[k for offset in range(0, 10, 2) for k in before[epoch, offset]] for epoch in range(2)]
+    again = functools.partial(train_numbers, batch_size=batch_size, drop_last=drop_last)
+    used = alone(again, tmp_path / "second", acknowledge=True, **settings)
+    assert used == {(e, offset): order[e][offset : offset + count] for e, offset, count in windows}
+
+
+@pytest.mark.parametrize(
+    ("other", "seed", "text"),
+    [
+        ({"size": 8}, 0, "with dataset_size=10, here it is 8.*same dataset of 10 samples.*another name"),
+        ({"shuffle": False}, 0, r"with shuffle=True, here it is False.*DataLoader\(dataset, shuffle=True\)"),
+        ({}, 7, r"with seed=0, here it is 7.*HetConfig\(seed=0\)"),
+    ],
+)
+def test_a_run_does_not_go_on_in_another_order_of_samples(tmp_path, other, seed, text):
+    _, settings = written(tmp_path, 3)
+    with pytest.raises(CheckpointError, match=text):
+        alone(functools.partial(train_numbers, **other), tmp_path, config=HetConfig(seed=seed), **settings)
+
+
+def test_a_checkpoint_from_before_the_plan_was_written_down_is_accepted(tmp_path):
+    before, settings = written(tmp_path, 3)
+    path = Path(settings["checkpoint"]) / "het.json"
+    meta = json.loads(path.read_text())
+    del meta["data"]
+    path.write_text(json.dumps(meta))
+    used = alone(train_numbers, tmp_path / "second", acknowledge=True, **settings)
+    assert used == {key: samples for key, samples in before.items() if key >= (0, 6)}
 
 
 class FailingStorage(LocalStorage):

@@ -137,6 +137,11 @@ def loader_twice(model, optimizer, loader):
     het.prepare_data_loader(DataLoader(DATA), global_batch_size=2)
 
 
+def state_after_epochs(model, optimizer, loader):
+    for _ in loader.epochs(1):
+        het.register_state("ema", torch.nn.Linear(1, 1))
+
+
 def unregistered_scheduler(model, optimizer, loader):
     torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     good(model, optimizer, loader)
@@ -173,6 +178,7 @@ def good(model, optimizer, loader):
         (model_twice, "Wrap several in one nn.Module"),
         (optimizer_twice, "with parameter groups"),
         (loader_twice, "evaluate"),
+        (state_after_epochs, r"'ema'.*Call it before loader.epochs\(\)"),
         (unregistered_scheduler, r"register_state\('scheduler', scheduler\) before loader.epochs\(\)"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -249,6 +255,22 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_difference_named(tmp_p
     (path,) = (tmp_path / "storage").iterdir()
     with pytest.raises(CheckpointError, match=r"'weight' has shape \[2, 3\] there and \[1, 3\] here.*another name"):
         alone(lambda: good(*prepare()), tmp_path, checkpoint=str(path))
+
+
+def test_a_checkpoint_without_a_registered_object_is_refused_and_named(tmp_path):
+    def train(name):
+        model, optimizer, loader = prepare()
+        ema = torch.nn.Linear(3, 1)
+        het.register_state(name, ema)
+        good(model, optimizer, loader)
+        het.register_state(name, ema)  # Again the same is no harm.
+        het.report({"loss": 0.0})
+
+    alone(lambda: train("ema"), tmp_path, acknowledge=True)
+    (path,) = (tmp_path / "storage").iterdir()
+    text = rf"checkpoint {path}: .*\['ema'\], here they are \['average'\].*another name"
+    with pytest.raises(CheckpointError, match=text):
+        alone(lambda: train("average"), tmp_path, checkpoint=str(path))
 
 
 def test_a_torn_checkpoint_is_refused(tmp_path):

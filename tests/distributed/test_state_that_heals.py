@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raytrain_het as het
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas
+from raytrain_het.training import healing
 from raytrain_het.training import session as sessions
 
 FAULTS = [
@@ -165,6 +166,32 @@ def test_clipping_by_the_user_survives_healing_by_the_state_of_a_peer(tmp_path):
     done = run(task, tmp_path, faults=FAULTS)
     done.check(task)
     assert {e["by"] for e in done.kinds("healed")} <= {"replay", "the peer's state, as the replay differed"}
+
+
+class Overtaken(Regression):
+    """A joiner's snapshot takes as long as six steps, and the sums of two may be kept."""
+
+    def __call__(self, directory):
+        ask = healing.ask
+
+        def ask_slowly(host, port, token, name, *, give_up, **values):
+            answer = ask(host, port, token, name, give_up=give_up, **values)
+            session = sessions.current()
+            if name.startswith("snapshot.") and session.agent.uid in session.agent.record.unhealed:
+                comm, last = session._communicator, session.agent.record.base + 6
+                session.agent.wait_for(lambda: comm.followed_to["step"] >= last or give_up())
+                assert len(comm.followed) <= 2
+            return answer
+
+        healing.ask, healing.FOLLOWED_BYTES = ask_slowly, 1
+        return super().__call__(directory)
+
+
+def test_a_joiner_that_is_overtaken_while_it_takes_a_snapshot_keeps_a_bounded_number_of_steps_and_heals(tmp_path):
+    task = Overtaken(epochs=6, patience_s=0.05)
+    done = run(task, tmp_path, faults=[Fault(slot=1, step=6, point="backward")])
+    done.check(task)
+    assert [e["by"] for e in done.kinds("healed")] == ["the peer's state, as more steps had gone by than are kept"]
 
 
 def test_clipping_of_a_step_that_a_worker_replays(tmp_path):

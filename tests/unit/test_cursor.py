@@ -140,3 +140,12 @@ def test_micro_batches_are_few_near_equal_and_within_the_limit(start, length, si
 def test_a_micro_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="size=0"):
         micro_batches(range(3), 0)
+
+
+@given(plans(), st.integers(0, 300))
+def test_a_resumed_cursor_stands_before_a_step_and_loses_no_sample_of_one(plan, offset):
+    cursor = Cursor(epoch=2, offset=offset, step=7)
+    resumed = plan.resumed(cursor)
+    assert not plan.is_epoch_end(resumed)
+    assert resumed.step == 7
+    assert resumed == (cursor if plan.batch_at(cursor) else Cursor(epoch=3, offset=0, step=7))
