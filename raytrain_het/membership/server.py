@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from raytrain_het.allocation.batch_shares import apportion
@@ -24,6 +26,8 @@ from raytrain_het.membership.reports import EvaluationBook, ReportBook
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import Membership
 from raytrain_het.membership.wire import MAX_LINE_BYTES, encode
+
+logger = logging.getLogger("raytrain_het")
 
 TICK_S = 0.025
 STANDSTILL_S = 0.1
@@ -117,13 +121,26 @@ class Hub:
             self._loop.call_soon_threadsafe(stop)
         self._thread.join(timeout=5)
 
-    def _call(self, fn: Any) -> Any:
+    def _call(self, fn: Callable[[], Any]) -> Any:
         async def run() -> Any:
+            return self._decide(fn)
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout=30)
+
+    def _decide(self, fn: Callable[[], Any]) -> Any:
+        """Let the logic decide something, and send it.
+
+        An error in it fails the run: what it says afterwards is not to be trusted, and members would wait for it.
+        """
+        try:
             result = fn()
             self._flush()
             return result
-
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout=30)
+        except Exception as error:
+            logger.exception("an error in the membership actor; the run fails")
+            self._core.broken(f"{type(error).__name__}: {error}", self._clock.now())
+            self._send_all()
+            raise
 
     # ---------------------------------------------------------------- its thread
 
@@ -149,44 +166,46 @@ class Hub:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._core.tick(self._clock.now())
-            self._flush()
+            with contextlib.suppress(Exception):  # The run has failed by it, and everybody was told.
+                self._decide(lambda: self._core.tick(self._clock.now()))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         uid: str | None = None
         try:
-            hello = json.loads(await asyncio.wait_for(reader.readline(), timeout=10))
-            if not hmac.compare_digest(str(hello.get("token", "")), self.token):
+            hello = await asyncio.wait_for(_read_message(reader), timeout=10)
+            if hello is None or not hmac.compare_digest(str(hello.get("token", "")), self.token):
                 return
             member = Member(**hello["member"])
             uid = member.uid
             self._connections[uid] = writer
-            self._core.hello(
-                member,
-                cursor=hello["cursor"],
-                healed=hello["healed"],
-                fresh=hello["fresh"],
-                now=self._clock.now(),
-                record=Record.from_json(hello["record"]) if hello["record"] else None,
-                answered=hello["answered"],
-                fingerprint=hello["fingerprint"],
-            )
-            if hello["checkpoint"]:
-                self._note_checkpoint(hello["checkpoint"], hello["checkpoint_cursor"])
-            self._flush()
-            for said in [m for values in self._meetings.values() for m in values.values()]:
-                self._send(uid, said)
-            while line := await reader.readline():
-                self._handle(uid, member.slot, json.loads(line))
-                self._flush()
-        except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError):
-            pass  # A torn or foreign connection is the same as a closed one.
+            self._decide(lambda: self._hello(member, hello))
+            while (message := await _read_message(reader)) is not None:
+                with contextlib.suppress(Exception):  # As in _tick.
+                    self._decide(lambda m=message: self._handle(member.uid, member.slot, m))
+        except Exception:
+            logger.debug("a connection has ended", exc_info=True)
         finally:
             writer.close()
             if uid is not None and self._connections.get(uid) is writer:
                 del self._connections[uid]
-                self._core.closed(uid, self._clock.now())
-                self._flush()
+                with contextlib.suppress(Exception):
+                    self._decide(lambda: self._core.closed(member.uid, self._clock.now()))
+
+    def _hello(self, member: Member, hello: dict[str, Any]) -> None:
+        self._core.hello(
+            member,
+            cursor=hello["cursor"],
+            healed=hello["healed"],
+            fresh=hello["fresh"],
+            now=self._clock.now(),
+            record=Record.from_json(hello["record"]) if hello["record"] else None,
+            answered=hello["answered"],
+            fingerprint=hello["fingerprint"],
+        )
+        if hello["checkpoint"]:
+            self._note_checkpoint(hello["checkpoint"], hello["checkpoint_cursor"])
+        for said in [m for values in self._meetings.values() for m in values.values()]:
+            self._send(member.uid, said)
 
     def _handle(self, uid: str, slot: int, m: dict[str, Any]) -> None:
         core, now = self._core, self._clock.now()
@@ -252,8 +271,7 @@ class Hub:
                     self._reports.forget(event["slot"])
                     self._writers = {key: slot for key, slot in self._writers.items() if slot != event["slot"]}
         self._noted = self._core.next_seq
-        for uid, message in self._core.drain():
-            self._send(uid, message)
+        self._send_all()
         if self._core.recovering:
             return  # Who has not come back yet is not lost: its part of a report may be on its way.
         partners = [p for p in self._core.peers.values() if p.healed and not p.fresh]
@@ -303,11 +321,12 @@ class Hub:
 
     def _let_leave(self) -> None:
         """Who holds a checkpoint's snapshot stays until it is stored: its other holder may be killed meanwhile."""
-        for uid, keys in list(self._leaving.items()):
-            if not self._reports.are_open(keys):
-                del self._leaving[uid]
-                self._core.leave(uid, self._clock.now())
-                self._flush()
+        free = [uid for uid, keys in self._leaving.items() if not self._reports.are_open(keys)]
+        for uid in free:
+            del self._leaving[uid]
+            self._core.leave(uid, self._clock.now())
+        if free:
+            self._flush()
 
     def _fraction_of_aggregate(self, solo: dict[int, float | None]) -> float | None:
         """What all do together over the sum of what each would do by itself."""
@@ -323,6 +342,10 @@ class Hub:
         self._reports.acknowledge(keys)
         for uid in self._core.peers if keys else ():
             self._send(uid, {"type": "acknowledged", "keys": keys})
+
+    def _send_all(self) -> None:
+        for uid, message in self._core.drain():
+            self._send(uid, message)
 
     def _send(self, uid: str, message: dict[str, Any]) -> None:
         writer = self._connections.get(uid)
@@ -370,3 +393,13 @@ class Hub:
             "reports_pending": self._reports.pending,
             "members": members,
         }
+
+
+async def _read_message(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    """The next message; None at the end of a connection, which a torn line is too."""
+    try:
+        line = await reader.readline()
+        message = json.loads(line) if line else None
+    except (OSError, ValueError):
+        return None
+    return message if isinstance(message, dict) else None

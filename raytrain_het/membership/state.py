@@ -346,6 +346,11 @@ class Membership:
         self._forget(uid, "its training function raised")
         self._fail(f"the training function of worker {peer.member.slot} raised:\n{error}", now)
 
+    def broken(self, error: str, now: float) -> None:
+        """The caller has come upon an error in here, or around it: the run ends, as nobody knows what was half done."""
+        if self.failure is None:
+            self._fail(f"the membership actor failed ({error}); its log has the traceback.", now)
+
     def tick(self, now: float) -> None:
         """Time has passed."""
         if self.failure is not None:
