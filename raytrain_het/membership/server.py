@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -21,11 +22,12 @@ from typing import Any
 from raytrain_het.allocation.batch_shares import apportion
 from raytrain_het.allocation.learning_rate import effective_batch_size
 from raytrain_het.fleet.scoreboard import Scoreboard
+from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.reports import EvaluationBook, ReportBook
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import Membership
-from raytrain_het.membership.wire import MAX_LINE_BYTES, encode
+from raytrain_het.membership.wire import MAX_LINE_BYTES, encode, tune
 
 logger = logging.getLogger("raytrain_het")
 
@@ -63,8 +65,8 @@ class Hub:
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
         self._joined: set[str] = set()
-        self._meetings: dict[str, dict[str, dict[str, Any]]] = {}
-        """By group and key: what members have said to each other while they make a process group."""
+        self._meetings: LastGroups[dict[str, Any]] = LastGroups()
+        """What members have said to each other while they make a process group."""
         self._stats: dict[int, dict[str, Any]] = {}
         self._connections: dict[str, asyncio.StreamWriter] = {}
         self._noted = self._core.next_seq
@@ -178,10 +180,11 @@ class Hub:
             member = Member(**hello["member"])
             uid = member.uid
             self._connections[uid] = writer
+            tune(writer.get_extra_info("socket"))
             self._decide(lambda: self._hello(member, hello))
             while (message := await _read_message(reader)) is not None:
                 with contextlib.suppress(Exception):  # As in _tick.
-                    self._decide(lambda m=message: self._handle(member.uid, member.slot, m))
+                    self._decide(functools.partial(self._handle, member.uid, member.slot, message))
         except Exception:
             logger.debug("a connection has ended", exc_info=True)
         finally:
@@ -204,11 +207,17 @@ class Hub:
         )
         if hello["checkpoint"]:
             self._note_checkpoint(hello["checkpoint"], hello["checkpoint_cursor"])
-        for said in [m for values in self._meetings.values() for m in values.values()]:
+        if self._core.checkpoint is not None:
+            self._send(member.uid, self._newest_checkpoint())
+        if self._scoreboard.table is None:
+            self._scoreboard.table = self._core.table  # That of this actor's predecessor.
+        for _, _, said in self._meetings:
             self._send(member.uid, said)
 
     def _handle(self, uid: str, slot: int, m: dict[str, Any]) -> None:
         core, now = self._core, self._clock.now()
+        if uid not in core.peers:
+            return  # It was let go: what it still says belongs to a run that the others have left behind.
         match m["type"]:
             case "answer":
                 core.answer(
@@ -256,7 +265,7 @@ class Hub:
                 if m["path"] is not None:
                     self._note_checkpoint(m["path"], m["cursor"])
             case "evaluate":
-                reply = self._evaluations.next(m["key"], m["num_chunks"], uid, m["result"])
+                reply = self._evaluations.next(f"{core.life}/{m['key']}", m["num_chunks"], uid, m["result"])
                 self._send(uid, {"type": "reply", "id": m["id"], **reply})
 
     def _flush(self) -> None:
@@ -278,7 +287,7 @@ class Hub:
         for peer in partners:
             if peer.member.uid not in self._joined:
                 self._joined.add(peer.member.uid)
-                self._reports.joined(peer.member.slot, peer.reports_after)
+                self._reports.joined(peer.member.slot, self._core.life, peer.reports_after)
         slots = [p.member.slot for p in partners]
         by_slot = {p.member.slot: p.member.uid for p in self._core.peers.values()}
         for key, slot in self._reports.writer_wanted(slots).items():
@@ -311,10 +320,8 @@ class Hub:
 
     def _pass_on(self, uid: str, message: dict[str, Any]) -> None:
         """Something that a member says to all who meet in a group; the last two are kept for those that come back."""
-        group = message["group"]
-        while group not in self._meetings and len(self._meetings) > 1:
-            del self._meetings[next(iter(self._meetings))]
-        self._meetings.setdefault(group, {})[message["key"]] = message
+        if not self._meetings.keep(message["group"], message["key"], message):
+            return
         for other in self._connections:
             if other != uid:
                 self._send(other, message)
@@ -337,6 +344,11 @@ class Hub:
         """The newest counts, in whatever order word of them comes."""
         if self._core.checkpoint is None or cursor["step"] >= self._core.checkpoint_cursor["step"]:
             self._core.checkpoint, self._core.checkpoint_cursor = path, cursor
+            for uid in self._core.peers:
+                self._send(uid, self._newest_checkpoint())
+
+    def _newest_checkpoint(self) -> dict[str, Any]:
+        return {"type": "checkpoint", "path": self._core.checkpoint, "cursor": self._core.checkpoint_cursor}
 
     def _acknowledge(self, keys: list[str]) -> None:
         self._reports.acknowledge(keys)
@@ -390,7 +402,6 @@ class Hub:
             "step": max((m.get("step", 0) for m in members), default=0),
             "epoch": max((m.get("epoch", 0) for m in members), default=0),
             "samples": max((m.get("global_samples", 0) for m in members), default=0),
-            "reports_pending": self._reports.pending,
             "members": members,
         }
 

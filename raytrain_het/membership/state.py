@@ -153,9 +153,10 @@ class Membership:
         return "forming" if self.record is None or self.forming else "running"
 
     @property
-    def watching(self) -> bool:
-        """Whether somebody is waited for, so that :meth:`tick` should come often."""
-        return self._inquiry is not None or self.forming or self._recovering is not None
+    def life(self) -> int:
+        """Which of the run's lives this is, see :class:`Record`."""
+        record = self.record or self._recovering
+        return record.life if record else 0
 
     # ---------------------------------------------------------------- members come and go
 
@@ -262,7 +263,8 @@ class Membership:
         """A member has waited past its deadline. Only a suspicion: everybody is pinged."""
         if self._heard(uid, now) is None or self.record is None or generation != self.record.number or self.voided:
             return
-        if any(m.uid not in self.peers for m in self.record.members):
+        there = [self.peers.get(m.uid) for m in self.record.members]
+        if any(p is None or p.phase is Phase.FINISHED for p in there):
             self._start_forming(void=True, reason="a member has finished and the others go on", now=now)
             return
         key = (generation, step)
@@ -494,12 +496,14 @@ class Membership:
             number=self.number,
             incarnation=self.incarnation,
             group=group,
+            life=self.incarnation // 1_000_000 + self.number if reset or previous is None else previous.life,
             members=members,
             shares=self._shares(peers),
             lr_scales=tuple(self._by_slot(self.table.lr_scales if self.table else {}, peers)),
             normalised=self.settings.lr_scale_normalisation == "mean",
             table=self.table.version if self.table else 0,
-            owners=self._owners(peers),
+            speeds=(speeds := self._speeds(peers)),
+            owners=tuple(owner_parts([s if p.healed else 0.0 for s, p in zip(speeds, peers, strict=True)])),
             codecs=(self.settings.codec,) * len(peers),
             cursor=base,
             source=source.member.uid,
@@ -538,10 +542,8 @@ class Membership:
             shares = [1.0 if p.healed else 0.0 for p in peers]
         return tuple(shares)
 
-    def _owners(self, peers: list[Peer]) -> tuple[float, ...]:
-        """Whoever is faster adds up more of the gradient, so that a slow worker's part of it does not eat its gain."""
-        speeds = self._by_slot(self.table.scores if self.table else {}, peers)
-        return tuple(owner_parts([s if p.healed else 0.0 for s, p in zip(speeds, peers, strict=True)]))
+    def _speeds(self, peers: list[Peer]) -> tuple[float, ...]:
+        return tuple(self._by_slot(self.table.scores if self.table else {}, peers))
 
     @staticmethod
     def _by_slot(values: Mapping[int, float], peers: list[Peer]) -> list[float]:
@@ -752,6 +754,7 @@ class Membership:
         record, self._recovering = self._recovering, None
         assert record is not None
         highest, self.record, self.number = max(self.number, record.number), record, record.number
+        self.table = _table_of(record)
         members = {m.uid for m in record.members}
         self._log("recovered", now, number=record.number)
         for peer in [p for p in self._required() if p.member.uid not in members]:
@@ -812,3 +815,18 @@ class Membership:
         self.next_seq += 1
         if len(self.events) >= 2 * MAX_EVENTS:
             del self.events[:MAX_EVENTS]
+
+
+def _table_of(record: Record) -> Table | None:
+    """The table that a record follows, as far as it can be seen from there: who is healing has a share of 0 for now."""
+    if record.table == 0:
+        return None
+    slots = {m.slot: rank for rank, m in enumerate(record.members)}
+    return Table(
+        version=record.table,
+        scores={slot: record.speeds[rank] for slot, rank in slots.items()},
+        lr_scales={slot: record.lr_scales[rank] for slot, rank in slots.items()},
+        shares={m.slot: round(record.shares[slots[m.slot]]) for m in record.members if m.uid not in record.unhealed},
+        predicted_step_s=0.0,
+        reason="the membership actor was restarted",
+    )

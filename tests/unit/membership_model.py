@@ -297,7 +297,7 @@ class World:
         found: list[Event] = []
         if any(self.workers[uid].state == "stopped" for uid in self.core.peers) and self.core._inquiry is None:
             found += [("suspect", u) for u, w in self.workers.items() if w.state == "up" and w.connected and w.current]
-        if self.core.watching:
+        if self.core._inquiry is not None or self.core.forming or self.core.recovering:
             later = self.copy()
             later.happen(("tick",))
             if later.key() != self.key():

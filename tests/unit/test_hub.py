@@ -70,7 +70,7 @@ def started(hub: Hub) -> tuple[list[Client], dict[str, Any]]:
 def test_two_members_that_wait_for_the_same_checkpoint_leave_when_it_is_stored(make_hub: Any) -> None:
     hub = make_hub()
     (first, second), record = started(hub)
-    key = "5.0"
+    key = "1.5.0"
     for member in (first, second):
         member.report(key, checkpoint=True, holds_snapshot=True)
         member.tell("leave")
