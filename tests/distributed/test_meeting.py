@@ -72,6 +72,24 @@ def test_what_was_said_outlives_the_hub(place):
     assert place.join(1).meeting("1.5").get("key") == b"value"
 
 
+def test_late_words_of_older_groups_push_out_nothing(place):
+    first, second = place.join(0), place.join(1)
+    for group in ("1.3", "1.1", "1.2", "1.1"):
+        first.meeting(group).set("key", group.encode())
+    for there in (first, second, place.join(2)):
+        assert there.meeting("1.2").get("key") == b"1.2"
+        assert there.meeting("1.3").get("key") == b"1.3"
+
+
+def test_nothing_is_said_in_a_group_that_is_not_wanted_any_more(place):
+    first = place.join(0)
+    meeting = first.meeting("1.5")
+    meeting.abandon()
+    with pytest.raises(RuntimeError, match=r"the group 1\.5 is not wanted any more"):
+        meeting.set("key", b"late")
+    assert first.values("1.5") == {}
+
+
 def test_whoever_waits_at_a_group_that_is_not_wanted_is_called_off(place):
     meeting, errors = place.join(0).meeting("1.5"), []
 

@@ -84,6 +84,41 @@ def test_two_members_that_wait_for_the_same_checkpoint_leave_when_it_is_stored(m
     assert hub.status()["failure"] is None
 
 
+def test_every_member_is_told_of_the_newest_checkpoint_and_a_new_hub_learns_of_it_from_any(make_hub: Any) -> None:
+    hub = make_hub()
+    (writer, other), record = started(hub)
+    cursor = ZERO | {"step": 20}
+    writer.tell("stored", key="1.20.0", path="newest", error=None, cursor=cursor)
+    told = other.until("checkpoint")
+    writer.tell("stored", key="1.10.0", path="older", error=None, cursor=ZERO | {"step": 10})
+    hub.slot_lost(0, "its machine is gone")
+    assert (told["path"], told["cursor"]) == ("newest", cursor)
+    assert Client(hub, 0, "b").until("checkpoint") == told
+    new = make_hub()
+    Client(new, 1, record=record, cursor=cursor, healed=True, checkpoint=told["path"], checkpoint_cursor=told["cursor"])
+    joined = Client(new, 0, "c")
+    assert joined.until("checkpoint") == told
+
+
+def test_what_a_member_says_that_was_let_go_counts_for_nothing(make_hub: Any) -> None:
+    hub = make_hub()
+    (first, second), record = started(hub)
+    key = f"{record['life']}.5.0"
+    hub.slot_lost(1, "its machine is gone")
+    second.report(key)
+    second.tell("stored", key=key, path="path", error=None, cursor=ZERO | {"step": 5})
+    second.connection.close()
+    while second.uid in hub._connections:
+        hub.status()
+    first.answer(first.until("void")["number"], step=5)
+    first.until("record")
+    first.report(key)
+    while not (whole := hub.take_reports()):
+        pass
+    assert [r["num_workers"] for r in whole] == [1]
+    assert hub._core.checkpoint is None
+
+
 @pytest.mark.parametrize("name", ["tick", "pong"])
 def test_an_error_in_the_logic_fails_the_run_and_everybody_is_told(
     make_hub: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str

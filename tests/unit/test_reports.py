@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytrain_het.membership import reports
 from raytrain_het.membership.reports import EvaluationBook, ReportBook, reduce_metrics
 
 
@@ -168,6 +169,48 @@ def test_the_end_of_the_run_settles_what_is_open() -> None:
     assert [r["key"] for r in book.settle([], ended=True)] == ["1.5.0"]
 
 
+def test_a_step_that_is_done_again_after_a_reset_is_reported_again() -> None:
+    book = ReportBook()
+    for key in ("1.5.0", "1.9.0"):
+        for slot in (0, 1):
+            book.part(slot, part(key, checkpoint=False))
+    assert [r["key"] for r in book.settle([0, 1])] == ["1.5.0", "1.9.0"]
+    book.acknowledge(["1.5.0"])
+    for slot in (0, 1):
+        book.forget(slot)
+        book.joined(slot, 7, 4)
+    for key in ("7.5.0", "7.9.0"):
+        for slot in (0, 1):
+            assert book.part(slot, part(key, checkpoint=False, metrics={"loss": 2.0})) is None
+    again = book.settle([0, 1])
+    assert [(r["key"], r["step"], r["metrics"]) for r in again] == [
+        ("7.5.0", 5, {"loss": 2.0}),
+        ("7.9.0", 9, {"loss": 2.0}),
+    ]
+    assert [r["key"] for r in book.untaken()] == ["1.9.0", "7.5.0", "7.9.0"]
+
+
+def test_a_report_that_a_life_left_open_holds_up_none_of_the_next() -> None:
+    book = ReportBook()
+    book.part(0, part("1.9.0", holds_snapshot=True))
+    for slot in (0, 1):
+        book.forget(slot)
+        book.joined(slot, 7, 4)
+        book.part(slot, part("7.5.0", checkpoint=False))
+    assert [r["key"] for r in book.settle([0, 1])] == ["1.9.0", "7.5.0"]
+
+
+def test_the_books_do_not_grow_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "MAX_REPORTS", 3)
+    book = ReportBook(first_seq=10)
+    for step in range(8):
+        book.part(0, part(f"1.{step}.0", checkpoint=False))
+        book.settle([0])
+        book.acknowledge([f"1.{step}.0"])
+    assert [(r["seq"], r["step"]) for r in book.since(0)] == [(15, 5), (16, 6), (17, 7)]
+    assert list(book._acknowledged) == ["1.5.0", "1.6.0", "1.7.0"]
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -251,6 +294,15 @@ def test_a_chunk_of_a_lost_worker_is_given_out_again() -> None:
     assert book.next("e", 1, "b", None) == {"wait": True}
     book.forget("a")
     assert book.next("e", 1, "b", None) == {"chunk": 0}
+
+
+def test_a_chunk_whose_answer_was_lost_is_given_out_again() -> None:
+    book = EvaluationBook()
+    assert book.next("e", 2, "a", None) == {"chunk": 0}
+    assert book.next("e", 2, "a", None) == {"chunk": 0}, "it asks again, so it is at none"
+    assert book.next("e", 2, "b", None) == {"chunk": 1}
+    assert book.next("e", 2, "b", [1, {"n": 1.0}]) == {"wait": True}
+    assert book.next("e", 2, "a", [0, {"n": 2.0}]) == {"sums": {"n": 3.0}}
 
 
 def test_a_result_that_comes_twice_counts_once() -> None:
