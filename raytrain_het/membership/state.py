@@ -605,8 +605,10 @@ class Membership:
         for peer in finished:
             step = peer.cursor["step"]
             held_by_others = all(p.cursor["step"] >= step for p in finished) and not active
-            # Who goes by the record's base does not know of those who are behind, and have yet to take it over.
-            confirmed = peer.confirmed and not (record is not None and record.behind and step == record.base)
+            # Who goes by the record's base does not know of those who have yet to take it over: who are behind, or load
+            # what all begin with.
+            needed = record is not None and bool(record.behind or record.reset) and step == record.base
+            confirmed = peer.confirmed and not needed
             if confirmed or held_by_others:
                 self._release(peer.member.uid, "finished", now)
         self._form_if_answered(now)
@@ -759,6 +761,9 @@ class Membership:
         self._log("recovered", now, number=record.number)
         for peer in [p for p in self._required() if p.member.uid not in members]:
             self._lose(peer.member.uid, "it was not in the last record", now, died=False)
+        if record.reset:  # As when it was issued: who was loading then tells nobody that it has done so.
+            for peer in [p for p in self._required() if not p.healed]:
+                peer.healed, peer.fresh, peer.cursor = True, False, dict(record.cursor)
         if self._recovery_needs_void or members - self.peers.keys():
             reason = "the membership actor was restarted"
             self._start_forming(void=True, reason=reason, now=now, number=highest + 1)
