@@ -29,7 +29,8 @@ class MemberAgent:
     """Holds what this member knows of the run, under one condition that every waiting thread shares.
 
     ``commit_lock`` serialises committing a step and answering to a forming generation: once answered, nothing of the
-    old generation commits. The reader thread never waits for it; a committing thread answers itself when it is done.
+    old generation commits. The reader thread never waits for it but to say hello; a committing thread answers itself
+    when it is done.
     """
 
     def __init__(self, member: Member, locate: Callable[[], dict[str, Any]], *, fingerprint: str = "") -> None:

@@ -254,6 +254,8 @@ class Hub:
                 self._leaving.setdefault(uid, self._reports.waiting_for_storage(slot))
             case "finish":
                 core.finish(uid, cursor=m["cursor"], confirmed=m["confirmed"], now=now)
+            case "returning":
+                core.returning(uid, now)
             case "raised":
                 core.raised(uid, m["error"], now)
             case "report":

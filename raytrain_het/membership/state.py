@@ -70,6 +70,8 @@ class Peer:
     position: int = 0
     """How far into the protocol it is, for telling who holds up the others."""
     confirmed: bool = False
+    returning: bool = False
+    """Its function has returned, and its reports wait for the others, which may wait for its next step."""
     batch: list[int] | None = None
 
 
@@ -264,7 +266,10 @@ class Membership:
         if self._heard(uid, now) is None or self.record is None or generation != self.record.number or self.voided:
             return
         there = [self.peers.get(m.uid) for m in self.record.members]
-        if any(p is None or p.phase is Phase.FINISHED for p in there):
+        if any(p is None or p.phase is Phase.FINISHED or p.returning for p in there):
+            # Once for who is returning: the new base confirms the step that its reports are of.
+            for peer in self.peers.values():
+                peer.returning = False
             self._start_forming(void=True, reason="a member has finished and the others go on", now=now)
             return
         key = (generation, step)
@@ -337,6 +342,12 @@ class Membership:
             return
         peer.phase, peer.cursor, peer.confirmed = Phase.FINISHED, dict(cursor), confirmed
         self._release_the_finished(now)
+
+    def returning(self, uid: str, now: float) -> None:
+        """A member's training function has returned; it will have finished when its reports are acknowledged."""
+        peer = self._heard(uid, now)
+        if peer is not None:
+            peer.returning = True
 
     def raised(self, uid: str, error: str, now: float) -> None:
         """A training function has raised: no generation follows."""
@@ -762,7 +773,8 @@ class Membership:
         for peer in [p for p in self._required() if p.member.uid not in members]:
             self._lose(peer.member.uid, "it was not in the last record", now, died=False)
         if record.reset:  # As when it was issued: who was loading then tells nobody that it has done so.
-            for peer in [p for p in self._required() if not p.healed]:
+            loading = members.difference(record.unhealed)
+            for peer in [p for p in self._required() if p.member.uid in loading and not p.healed]:
                 peer.healed, peer.fresh, peer.cursor = True, False, dict(record.cursor)
         if self._recovery_needs_void or members - self.peers.keys():
             reason = "the membership actor was restarted"

@@ -52,6 +52,7 @@ class Reporter:
         self._open: dict[str, Report] = {}
         self._confirmed = 0
         self._last = (0, 0, -1)
+        self._returning = False
         agent.on_message["acknowledged"] = self._acknowledged
         agent.on_message["write"] = self._write_asked
 
@@ -90,6 +91,8 @@ class Reporter:
 
     def resend(self) -> None:
         """The hub is a new one: tell it again what has not been acknowledged."""
+        if self._returning and self._open:
+            self._agent.tell("returning")
         for report in list(self._open.values()):
             if report.sent:
                 self._agent.tell("report", **report.message)
@@ -97,8 +100,11 @@ class Reporter:
                     self._agent.tell("stored", **report.stored)
 
     def flush(self) -> None:
-        """Send what is left, and wait until every report is acknowledged."""
+        """The function has returned: send what is left, and wait until every report is acknowledged."""
         self.send_up_to(self._confirmed, force=True)
+        self._returning = True
+        if self._open:
+            self._agent.tell("returning")
         self.wait()
 
     def wait(self) -> None:

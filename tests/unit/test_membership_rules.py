@@ -292,6 +292,19 @@ def test_who_waits_for_a_member_that_has_finished_early_has_its_generation_voide
     assert (run.slots, run.record.base) == ([1, 2], 1)
 
 
+def test_who_returns_early_with_reports_on_their_way_has_its_last_step_confirmed_once() -> None:
+    run = started()
+    run.core.returning("0-a", 0.0)
+    assert run.messages() == []
+    run.core.suspect("1-a", 1, 2.0, 2, 10.0)
+    assert run.messages() == ["void"] * 3
+    run.answer("0-a", "1-a", "2-a", step=1)
+    assert (run.slots, run.record.base) == ([0, 1, 2], 1)
+    run.messages()
+    run.core.suspect("1-a", 2, 2.0, 2, 11.0)
+    assert run.messages() == ["ping"] * 3, "its reports are being stored: no reason to form again"
+
+
 def test_who_has_finished_early_with_a_step_that_the_others_lack_stays_until_they_have_it() -> None:
     run = started()
     run.core.finish("0-a", cursor=cursor(2), confirmed=False, now=0.0)

@@ -26,7 +26,7 @@ class Agent:
         self.told: list[str] = []
 
     def tell(self, kind: str, **values: Any) -> None:
-        self.told.append(values["key"])
+        self.told.append(values.get("key", kind))
 
     def wait_for_peers(self, predicate: Callable[[], bool]) -> None:
         if not predicate():
