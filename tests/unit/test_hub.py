@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from raytrain_het.membership.server import Hub
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.wire import Connection
+from raytrain_het.ray_train import hub as controller
 
 ZERO = {"epoch": 0, "offset": 0, "step": 0}
 
@@ -146,3 +148,13 @@ def test_a_torn_message_costs_its_connection_and_nothing_else(make_hub: Any, lin
     second.connection.close()
     assert first.until("void")
     assert hub.status()["failure"] is None
+
+
+def test_the_controller_remembers_the_last_acknowledged_reports_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "MAX_ACKNOWLEDGED", 3)
+    hub = object.__new__(controller.Hub)
+    hub.handle, hub._acknowledged = Mock(), {}
+    for step in range(8):
+        hub.acknowledge([f"1.{step}.0"])
+    assert list(hub._acknowledged) == ["1.5.0", "1.6.0", "1.7.0"]
+    assert hub.handle.acknowledge.remote.call_count == 8
