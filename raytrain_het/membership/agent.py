@@ -29,7 +29,8 @@ class MemberAgent:
     """Holds what this member knows of the run, under one condition that every waiting thread shares.
 
     ``commit_lock`` serialises committing a step and answering to a forming generation: once answered, nothing of the
-    old generation commits. The reader thread never waits for it; a committing thread answers itself when it is done.
+    old generation commits. The reader thread never waits for it but to say hello; a committing thread answers itself
+    when it is done.
     """
 
     def __init__(self, member: Member, locate: Callable[[], dict[str, Any]], *, fingerprint: str = "") -> None:
@@ -55,6 +56,7 @@ class MemberAgent:
         self.batch: Callable[[], list[int] | None] = lambda: None
         self.patience = 0
         self.checkpoint: str | None = None
+        """The newest that the hub knows of. Every member does, so that a new hub learns of it from any of them."""
         self.checkpoint_cursor: dict[str, int] | None = None
         self.on_reconnect: list[Callable[[], None]] = []
         self.on_change: Callable[[], None] = lambda: None
@@ -65,6 +67,7 @@ class MemberAgent:
         self._connection: Connection | None = None
         self._closing = False
         self._replies: dict[int, dict[str, Any] | None] = {}
+        """By request that somebody waits for; a reply that comes later is dropped."""
         self._next_id = 0
         self._failed = (0, "")
         self._thread = threading.Thread(target=self._read, name="het-member", daemon=True)
@@ -97,6 +100,8 @@ class MemberAgent:
         """Hold the right to commit a step of that generation; yields whether it is still there."""
         with self.commit_lock:
             yield self.is_current(generation)
+        with self.condition:  # The cursor has moved: somebody may wait for that.
+            self.condition.notify_all()
         self._answer_if_void()
 
     def wait_for_peers(self, predicate: Callable[[], Any]) -> None:
@@ -136,12 +141,16 @@ class MemberAgent:
         with self.condition:
             self._next_id += 1
             number = self._next_id
+            self._replies[number] = None
             connection = self._connection
-        if not self._send(type=kind, id=number, **values):
-            self.wait_for(lambda: self._connection is not connection, 1.0)
-            return None
-        self.wait_for(lambda: number in self._replies or self._connection is not connection)
-        return self._replies.pop(number, None)
+        try:
+            if not self._send(type=kind, id=number, **values):
+                self.wait_for(lambda: self._connection is not connection, 1.0)
+                return None
+            self.wait_for(lambda: self._replies[number] is not None or self._connection is not connection)
+        finally:
+            reply = self._replies.pop(number)
+        return reply
 
     def close(self) -> None:
         """End the connection for good."""
@@ -152,13 +161,29 @@ class MemberAgent:
     # ---------------------------------------------------------------- the reader thread
 
     def _read(self) -> None:
+        try:
+            self._stay_connected()
+        except Exception as error:
+            logger.exception("the thread that listens to the membership actor has failed")
+            gone = RunFailedError(
+                f"worker {self.member.slot} does not hear the membership actor any more: its listening thread has "
+                f"failed with {type(error).__name__}: {error}"
+            )
+            gone.__cause__ = error
+            self._leave_with(gone)
+        finally:
+            # Nobody answers from here on: better dead to the hub than silent.
+            if self._connection is not None:
+                self._connection.close()
+
+    def _stay_connected(self) -> None:
         since = time.monotonic()
         while not self._closing:
             try:
                 # The hub listens on every address; each try asks anew where it is, since it may have been restarted.
                 where = self._locate()
                 connection = Connection(where["host"], where["port"])
-                connection.send(self._hello(where["token"]))
+                self._greet(connection, where["token"])
             except Exception as error:
                 logger.debug("the hub is not reached", exc_info=True)
                 if time.monotonic() - since > RECONNECT_LIMIT_S:
@@ -166,19 +191,13 @@ class MemberAgent:
                     return
                 time.sleep(0.05)
                 continue
-            with self.condition:
-                self._connection = connection
-                self.condition.notify_all()
             if self.record is not None and self._failed[0] == self.record.number:
                 # It may have been lost with the last connection, and nobody tries that generation's group again.
                 self._send(type="failed", generation=self._failed[0], reason=self._failed[1])
             for tell in self.on_reconnect:
                 tell()
-            try:
-                for message in connection.messages():
-                    self._handle(message)
-            except (OSError, ValueError):
-                pass
+            for message in connection.messages():
+                self._handle(message)
             since = time.monotonic()
             with self.condition:
                 self._connection = None
@@ -186,14 +205,28 @@ class MemberAgent:
             if self.gone is not None:
                 return
 
-    def _hello(self, token: str) -> dict[str, Any]:
+    def _greet(self, connection: Connection, token: str) -> None:
+        """Say hello, and speak through this connection from now on.
+
+        Under one lock: what changes is in the hello or is told after it, and in no moment lost between the two.
+        """
         with self.commit_lock:
-            return {
-                "token": token, "member": vars(self.member), "cursor": self.cursor, "healed": self.healed,
-                "fresh": self.fresh, "record": self.record.to_json() if self.record else None,
-                "answered": max(self.answered, self.want), "fingerprint": self._fingerprint,
-                "checkpoint": self.checkpoint, "checkpoint_cursor": self.checkpoint_cursor,
-            }  # fmt: skip
+            try:
+                connection.send(self._hello(token))
+            except OSError:
+                connection.close()
+                raise
+            with self.condition:
+                self._connection = connection
+                self.condition.notify_all()
+
+    def _hello(self, token: str) -> dict[str, Any]:
+        return {
+            "token": token, "member": vars(self.member), "cursor": self.cursor, "healed": self.healed,
+            "fresh": self.fresh, "record": self.record.to_json() if self.record else None,
+            "answered": max(self.answered, self.want), "fingerprint": self._fingerprint,
+            "checkpoint": self.checkpoint, "checkpoint_cursor": self.checkpoint_cursor,
+        }  # fmt: skip
 
     def _handle(self, m: dict[str, Any]) -> None:
         kind = m["type"]
@@ -215,10 +248,13 @@ class MemberAgent:
                     self.record = record
                     self.want = max(self.want, record.number)
                     self.patience = 0
+            elif kind == "checkpoint":
+                self.checkpoint, self.checkpoint_cursor = m["path"], m["cursor"]
             elif kind == "patience":
                 self.patience += 1
             elif kind == "reply":
-                self._replies[m["id"]] = m
+                if m["id"] in self._replies:
+                    self._replies[m["id"]] = m
             elif kind == "evicted":
                 self.gone = EvictedError(f"worker {self.member.slot} was dropped from the run: {m['reason']}")
             elif kind == "mismatch":
@@ -264,8 +300,9 @@ class MemberAgent:
 
     def _leave_with(self, error: HetError) -> None:
         with self.condition:
-            self.gone = error
+            self.gone = self.gone or error
             self.condition.notify_all()
+        self.on_change()
 
 
 class Impatience:

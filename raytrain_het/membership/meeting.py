@@ -15,8 +15,7 @@ from typing import Any
 from torch.distributed import Store
 
 from raytrain_het.membership.agent import MemberAgent
-
-Values = dict[str, bytes]
+from raytrain_het.membership.last_groups import LastGroups
 
 
 class Meeting(Store):
@@ -28,7 +27,12 @@ class Meeting(Store):
         self._abandoned = False
 
     def set(self, key: str, value: Any) -> None:
-        """Tell all members."""
+        """Tell all members.
+
+        Raises:
+            RuntimeError: nobody wants this group any more.
+        """
+        self._check_wanted()
         self._place.tell(self._group, key, value.encode() if isinstance(value, str) else bytes(value))
 
     def get(self, key: str) -> bytes:
@@ -46,7 +50,12 @@ class Meeting(Store):
         Raises:
             RuntimeError: nobody wants this group any more.
         """
-        if not self._place.wait_for(lambda: self._abandoned or self.check(keys)) or self._abandoned:
+        if not self._place.wait_for(lambda: self._abandoned or self.check(keys)):
+            raise RuntimeError("this worker is no part of the run any more")
+        self._check_wanted()
+
+    def _check_wanted(self) -> None:
+        if self._abandoned:
             raise RuntimeError(f"the group {self._group} is not wanted any more")
 
     def abandon(self) -> None:
@@ -60,8 +69,8 @@ class MeetingPlace:
 
     def __init__(self, agent: MemberAgent) -> None:
         self._agent = agent
-        self._values: dict[str, Values] = {}
-        self._own: dict[str, Values] = {}
+        self._values: LastGroups[bytes] = LastGroups()
+        self._own: LastGroups[bytes] = LastGroups()
         agent.on_message["meet"] = self._received
         agent.on_reconnect.append(self._tell_again)
 
@@ -69,22 +78,24 @@ class MeetingPlace:
         """The store of a group."""
         return Meeting(self, group)
 
-    def values(self, group: str) -> Values:
+    def values(self, group: str) -> dict[str, bytes]:
         """What has been said so far."""
-        return self._values.get(group, {})
+        return self._values.of(group)
 
     def tell(self, group: str, key: str, value: bytes) -> None:
         """Say something to all members of a group, this one included."""
-        self._keep(self._own, group, key, value)
-        self._keep(self._values, group, key, value)
+        with self._agent.condition:
+            self._own.keep(group, key, value)
+            self._values.keep(group, key, value)
         self._send(group, key, value)
         self.wake()
 
     def _tell_again(self) -> None:
         """The hub may be a new one, which knows nothing of what was said."""
-        for group, values in list(self._own.items()):
-            for key, value in list(values.items()):
-                self._send(group, key, value)
+        with self._agent.condition:
+            own = list(self._own)
+        for group, key, value in own:
+            self._send(group, key, value)
 
     def wait_for(self, predicate: Callable[[], bool]) -> bool:
         """Wait until something that was said, or called off, makes it true; False if this member is out."""
@@ -102,11 +113,6 @@ class MeetingPlace:
         self._agent.tell("meet", group=group, key=key, value=base64.b64encode(value).decode())
 
     def _received(self, message: dict[str, Any]) -> None:
-        self._keep(self._values, message["group"], message["key"], base64.b64decode(message["value"]))
-        self.wake()
-
-    def _keep(self, where: dict[str, Values], group: str, key: str, value: bytes) -> None:
         with self._agent.condition:
-            while group not in where and len(where) > 1:
-                del where[next(iter(where))]
-            where.setdefault(group, {})[key] = value
+            self._values.keep(message["group"], message["key"], base64.b64decode(message["value"]))
+        self.wake()

@@ -33,6 +33,9 @@ class Record:
     """Which life of the membership actor formed it."""
     group: str
     """Names the process group. An unchanged member list keeps its predecessor's."""
+    life: int = 0
+    """Grows whenever all begin anew, from a checkpoint or from nothing: the steps that are done a second time then are
+    reported and evaluated a second time too."""
     members: tuple[Member, ...]
     """In rank order (the rank inside the group, not the world rank)."""
     shares: tuple[float, ...]
@@ -43,8 +46,11 @@ class Record:
     """Whether weighted sums of gradients are divided by the sum of weights."""
     table: int
     """Version of the table that shares and scales are from; 0 before there was one."""
+    speeds: tuple[float, ...] = ()
+    """The table's relative speeds by rank: a new actor goes on with the table."""
     owners: tuple[float, ...]
-    """Relative sizes of the owner shards by rank; 0 for those that are not healed."""
+    """Relative sizes of the owner shards by rank: whoever is faster adds up more of the gradient, so that a slow
+    worker's part of it does not eat its gain. 0 for those that are not healed."""
     codecs: tuple[str, ...]
     """Codec by which each rank encodes what it sends."""
     cursor: dict[str, int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,12 @@ from typing import Any
 MAX_EVALUATIONS = 16
 """So many of the last evaluations are remembered, for workers that ask late."""
 
+MAX_REPORTS = 1000
+"""So many of the last whole reports are remembered; whoever wants them asks every second or so."""
+
 REDUCTIONS = ("mean", "sum", "max", "min")
+
+Order = tuple[int, ...]
 
 
 def reduce_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -62,12 +68,12 @@ class ReportBook:
     """
 
     def __init__(self, first_seq: int = 0) -> None:
-        self._first_seq = first_seq
+        self._next_seq = first_seq
         self._open: dict[str, _Report] = {}
-        self._done: list[dict[str, Any]] = []
+        self._done: deque[dict[str, Any]] = deque(maxlen=MAX_REPORTS)
         self._unacknowledged: dict[str, dict[str, Any]] = {}
-        self._acknowledged: set[str] = set()
-        self._last_order: dict[int, tuple[int, int]] = {}
+        self._acknowledged: dict[str, None] = {}
+        self._last_order: dict[int, Order] = {}
 
     def part(self, slot: int, message: dict[str, Any]) -> str | None:
         """A worker's part. Returns the key if it was acknowledged long ago (so that the worker is told again)."""
@@ -125,12 +131,13 @@ class ReportBook:
             del self._open[key]
             parts = [report.parts[s] for s in sorted(report.parts)]
             entry = {
-                "seq": self._first_seq + len(self._done), "key": key, "step": report.step, "epoch": report.epoch,
+                "seq": self._next_seq, "key": key, "step": report.step, "epoch": report.epoch,
                 "metrics": reduce_metrics(parts), "checkpoint": report.checkpoint,
                 "checkpoint_error": report.checkpoint_error, "num_workers": len(parts),
             }  # fmt: skip
             if waiting:
                 entry["checkpoint_error"] = "every worker that held the snapshot was lost before it was stored"
+            self._next_seq += 1
             self._done.append(entry)
             self._unacknowledged[key] = entry
             ready.append(entry)
@@ -139,7 +146,7 @@ class ReportBook:
     def _missing(self, key: str, slots: list[int]) -> list[int]:
         """Current members that have neither given their part nor gone past it."""
         parts = self._open[key].parts
-        return [s for s in slots if s not in parts and self._last_order.get(s, (-1, -1)) < _order(key)]
+        return [s for s in slots if s not in parts and self._last_order.get(s, ()) < _order(key)]
 
     def forget(self, slot: int) -> None:
         """A slot's process is gone, with the snapshots it held; a new one in its place starts from nothing."""
@@ -148,9 +155,9 @@ class ReportBook:
             if slot in report.parts:
                 report.parts[slot] = report.parts[slot] | {"holds_snapshot": False}
 
-    def joined(self, slot: int, step: int) -> None:
+    def joined(self, slot: int, life: int, step: int) -> None:
         """A slot's process takes part from after this step: nothing is to be expected of it for reports up to there."""
-        self._last_order[slot] = max(self._last_order.get(slot, (-1, -1)), (step, sys.maxsize))
+        self._last_order[slot] = max(self._last_order.get(slot, ()), (life, step, sys.maxsize))
 
     def untaken(self) -> list[dict[str, Any]]:
         """Whole reports that nobody has acknowledged, oldest first."""
@@ -160,21 +167,18 @@ class ReportBook:
         """The reports are in the hands of whoever asked for them."""
         for key in keys:
             if self._unacknowledged.pop(key, None) is not None:
-                self._acknowledged.add(key)
+                self._acknowledged[key] = None
+        for key in list(self._acknowledged)[:-MAX_REPORTS]:
+            del self._acknowledged[key]
 
     def since(self, seq: int) -> list[dict[str, Any]]:
         """All whole reports from a sequence number on."""
         return [r for r in self._done if r["seq"] >= seq]
 
-    @property
-    def pending(self) -> bool:
-        """Whether any report is unfinished or unacknowledged."""
-        return bool(self._open or self._unacknowledged)
 
-
-def _order(key: str) -> tuple[int, int]:
-    step, ordinal = key.split(".")
-    return int(step), int(ordinal)
+def _order(key: str) -> Order:
+    """(life, step, ordinal) of a key."""
+    return tuple(map(int, key.split(".")))
 
 
 class EvaluationBook:
@@ -197,7 +201,7 @@ class EvaluationBook:
         if result is not None:
             chunk, sums = result
             run["results"].setdefault(chunk, sums)
-            run["given"].pop(chunk, None)
+        self.forget(uid)  # Whoever asks is at no chunk any more, even if an answer to it was lost.
         if len(run["results"]) >= run["num_chunks"]:
             names = list(dict.fromkeys(n for c in range(run["num_chunks"]) for n in run["results"][c]))
             chunks = [run["results"][c] for c in range(run["num_chunks"])]
@@ -209,6 +213,6 @@ class EvaluationBook:
         return {"wait": True}
 
     def forget(self, uid: str) -> None:
-        """A worker is gone: its chunks are free again."""
+        """A worker is at nothing, or gone: its chunks are free again."""
         for run in self._runs.values():
             run["given"] = {c: u for c, u in run["given"].items() if u != uid}

@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
+import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from raytrain_het.allocation.batch_shares import apportion
 from raytrain_het.allocation.learning_rate import effective_batch_size
 from raytrain_het.fleet.scoreboard import Scoreboard
+from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.reports import EvaluationBook, ReportBook
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import Membership
-from raytrain_het.membership.wire import MAX_LINE_BYTES, encode
+from raytrain_het.membership.wire import MAX_LINE_BYTES, encode, tune
+
+logger = logging.getLogger("raytrain_het")
 
 TICK_S = 0.025
 STANDSTILL_S = 0.1
@@ -59,8 +65,8 @@ class Hub:
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
         self._joined: set[str] = set()
-        self._meetings: dict[str, dict[str, dict[str, Any]]] = {}
-        """By group and key: what members have said to each other while they make a process group."""
+        self._meetings: LastGroups[dict[str, Any]] = LastGroups()
+        """What members have said to each other while they make a process group."""
         self._stats: dict[int, dict[str, Any]] = {}
         self._connections: dict[str, asyncio.StreamWriter] = {}
         self._noted = self._core.next_seq
@@ -117,13 +123,26 @@ class Hub:
             self._loop.call_soon_threadsafe(stop)
         self._thread.join(timeout=5)
 
-    def _call(self, fn: Any) -> Any:
+    def _call(self, fn: Callable[[], Any]) -> Any:
         async def run() -> Any:
+            return self._decide(fn)
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout=30)
+
+    def _decide(self, fn: Callable[[], Any]) -> Any:
+        """Let the logic decide something, and send it.
+
+        An error in it fails the run: what it says afterwards is not to be trusted, and members would wait for it.
+        """
+        try:
             result = fn()
             self._flush()
             return result
-
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout=30)
+        except Exception as error:
+            logger.exception("an error in the membership actor; the run fails")
+            self._core.broken(f"{type(error).__name__}: {error}", self._clock.now())
+            self._send_all()
+            raise
 
     # ---------------------------------------------------------------- its thread
 
@@ -149,47 +168,56 @@ class Hub:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._core.tick(self._clock.now())
-            self._flush()
+            with contextlib.suppress(Exception):  # The run has failed by it, and everybody was told.
+                self._decide(lambda: self._core.tick(self._clock.now()))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         uid: str | None = None
         try:
-            hello = json.loads(await asyncio.wait_for(reader.readline(), timeout=10))
-            if not hmac.compare_digest(str(hello.get("token", "")), self.token):
+            hello = await asyncio.wait_for(_read_message(reader), timeout=10)
+            if hello is None or not hmac.compare_digest(str(hello.get("token", "")), self.token):
                 return
             member = Member(**hello["member"])
             uid = member.uid
             self._connections[uid] = writer
-            self._core.hello(
-                member,
-                cursor=hello["cursor"],
-                healed=hello["healed"],
-                fresh=hello["fresh"],
-                now=self._clock.now(),
-                record=Record.from_json(hello["record"]) if hello["record"] else None,
-                answered=hello["answered"],
-                fingerprint=hello["fingerprint"],
-            )
-            if hello["checkpoint"]:
-                self._note_checkpoint(hello["checkpoint"], hello["checkpoint_cursor"])
-            self._flush()
-            for said in [m for values in self._meetings.values() for m in values.values()]:
-                self._send(uid, said)
-            while line := await reader.readline():
-                self._handle(uid, member.slot, json.loads(line))
-                self._flush()
-        except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError):
-            pass  # A torn or foreign connection is the same as a closed one.
+            tune(writer.get_extra_info("socket"))
+            self._decide(lambda: self._hello(member, hello))
+            while (message := await _read_message(reader)) is not None:
+                with contextlib.suppress(Exception):  # As in _tick.
+                    self._decide(functools.partial(self._handle, member.uid, member.slot, message))
+        except Exception:
+            logger.debug("a connection has ended", exc_info=True)
         finally:
             writer.close()
             if uid is not None and self._connections.get(uid) is writer:
                 del self._connections[uid]
-                self._core.closed(uid, self._clock.now())
-                self._flush()
+                with contextlib.suppress(Exception):
+                    self._decide(lambda: self._core.closed(member.uid, self._clock.now()))
+
+    def _hello(self, member: Member, hello: dict[str, Any]) -> None:
+        self._core.hello(
+            member,
+            cursor=hello["cursor"],
+            healed=hello["healed"],
+            fresh=hello["fresh"],
+            now=self._clock.now(),
+            record=Record.from_json(hello["record"]) if hello["record"] else None,
+            answered=hello["answered"],
+            fingerprint=hello["fingerprint"],
+        )
+        if hello["checkpoint"]:
+            self._note_checkpoint(hello["checkpoint"], hello["checkpoint_cursor"])
+        if self._core.checkpoint is not None:
+            self._send(member.uid, self._newest_checkpoint())
+        if self._scoreboard.table is None:
+            self._scoreboard.table = self._core.table  # That of this actor's predecessor.
+        for _, _, said in self._meetings:
+            self._send(member.uid, said)
 
     def _handle(self, uid: str, slot: int, m: dict[str, Any]) -> None:
         core, now = self._core, self._clock.now()
+        if uid not in core.peers:
+            return  # It was let go: what it still says belongs to a run that the others have left behind.
         match m["type"]:
             case "answer":
                 core.answer(
@@ -226,6 +254,8 @@ class Hub:
                 self._leaving.setdefault(uid, self._reports.waiting_for_storage(slot))
             case "finish":
                 core.finish(uid, cursor=m["cursor"], confirmed=m["confirmed"], now=now)
+            case "returning":
+                core.returning(uid, now)
             case "raised":
                 core.raised(uid, m["error"], now)
             case "report":
@@ -237,7 +267,7 @@ class Hub:
                 if m["path"] is not None:
                     self._note_checkpoint(m["path"], m["cursor"])
             case "evaluate":
-                reply = self._evaluations.next(m["key"], m["num_chunks"], uid, m["result"])
+                reply = self._evaluations.next(f"{core.life}/{m['key']}", m["num_chunks"], uid, m["result"])
                 self._send(uid, {"type": "reply", "id": m["id"], **reply})
 
     def _flush(self) -> None:
@@ -252,15 +282,14 @@ class Hub:
                     self._reports.forget(event["slot"])
                     self._writers = {key: slot for key, slot in self._writers.items() if slot != event["slot"]}
         self._noted = self._core.next_seq
-        for uid, message in self._core.drain():
-            self._send(uid, message)
+        self._send_all()
         if self._core.recovering:
             return  # Who has not come back yet is not lost: its part of a report may be on its way.
         partners = [p for p in self._core.peers.values() if p.healed and not p.fresh]
         for peer in partners:
             if peer.member.uid not in self._joined:
                 self._joined.add(peer.member.uid)
-                self._reports.joined(peer.member.slot, peer.reports_after)
+                self._reports.joined(peer.member.slot, self._core.life, peer.reports_after)
         slots = [p.member.slot for p in partners]
         by_slot = {p.member.slot: p.member.uid for p in self._core.peers.values()}
         for key, slot in self._reports.writer_wanted(slots).items():
@@ -293,21 +322,20 @@ class Hub:
 
     def _pass_on(self, uid: str, message: dict[str, Any]) -> None:
         """Something that a member says to all who meet in a group; the last two are kept for those that come back."""
-        group = message["group"]
-        while group not in self._meetings and len(self._meetings) > 1:
-            del self._meetings[next(iter(self._meetings))]
-        self._meetings.setdefault(group, {})[message["key"]] = message
+        if not self._meetings.keep(message["group"], message["key"], message):
+            return
         for other in self._connections:
             if other != uid:
                 self._send(other, message)
 
     def _let_leave(self) -> None:
         """Who holds a checkpoint's snapshot stays until it is stored: its other holder may be killed meanwhile."""
-        for uid, keys in list(self._leaving.items()):
-            if not self._reports.are_open(keys):
-                del self._leaving[uid]
-                self._core.leave(uid, self._clock.now())
-                self._flush()
+        free = [uid for uid, keys in self._leaving.items() if not self._reports.are_open(keys)]
+        for uid in free:
+            del self._leaving[uid]
+            self._core.leave(uid, self._clock.now())
+        if free:
+            self._flush()
 
     def _fraction_of_aggregate(self, solo: dict[int, float | None]) -> float | None:
         """What all do together over the sum of what each would do by itself."""
@@ -318,11 +346,20 @@ class Hub:
         """The newest counts, in whatever order word of them comes."""
         if self._core.checkpoint is None or cursor["step"] >= self._core.checkpoint_cursor["step"]:
             self._core.checkpoint, self._core.checkpoint_cursor = path, cursor
+            for uid in self._core.peers:
+                self._send(uid, self._newest_checkpoint())
+
+    def _newest_checkpoint(self) -> dict[str, Any]:
+        return {"type": "checkpoint", "path": self._core.checkpoint, "cursor": self._core.checkpoint_cursor}
 
     def _acknowledge(self, keys: list[str]) -> None:
         self._reports.acknowledge(keys)
         for uid in self._core.peers if keys else ():
             self._send(uid, {"type": "acknowledged", "keys": keys})
+
+    def _send_all(self) -> None:
+        for uid, message in self._core.drain():
+            self._send(uid, message)
 
     def _send(self, uid: str, message: dict[str, Any]) -> None:
         writer = self._connections.get(uid)
@@ -367,6 +404,15 @@ class Hub:
             "step": max((m.get("step", 0) for m in members), default=0),
             "epoch": max((m.get("epoch", 0) for m in members), default=0),
             "samples": max((m.get("global_samples", 0) for m in members), default=0),
-            "reports_pending": self._reports.pending,
             "members": members,
         }
+
+
+async def _read_message(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    """The next message; None at the end of a connection, which a torn line is too."""
+    try:
+        line = await reader.readline()
+        message = json.loads(line) if line else None
+    except (OSError, ValueError):
+        return None
+    return message if isinstance(message, dict) else None

@@ -70,6 +70,8 @@ class Peer:
     position: int = 0
     """How far into the protocol it is, for telling who holds up the others."""
     confirmed: bool = False
+    returning: bool = False
+    """Its function has returned, and its reports wait for the others, which may wait for its next step."""
     batch: list[int] | None = None
 
 
@@ -153,9 +155,10 @@ class Membership:
         return "forming" if self.record is None or self.forming else "running"
 
     @property
-    def watching(self) -> bool:
-        """Whether somebody is waited for, so that :meth:`tick` should come often."""
-        return self._inquiry is not None or self.forming or self._recovering is not None
+    def life(self) -> int:
+        """Which of the run's lives this is, see :class:`Record`."""
+        record = self.record or self._recovering
+        return record.life if record else 0
 
     # ---------------------------------------------------------------- members come and go
 
@@ -262,7 +265,11 @@ class Membership:
         """A member has waited past its deadline. Only a suspicion: everybody is pinged."""
         if self._heard(uid, now) is None or self.record is None or generation != self.record.number or self.voided:
             return
-        if any(m.uid not in self.peers for m in self.record.members):
+        there = [self.peers.get(m.uid) for m in self.record.members]
+        if any(p is None or p.phase is Phase.FINISHED or p.returning for p in there):
+            # Once for who is returning: the new base confirms the step that its reports are of.
+            for peer in self.peers.values():
+                peer.returning = False
             self._start_forming(void=True, reason="a member has finished and the others go on", now=now)
             return
         key = (generation, step)
@@ -336,6 +343,12 @@ class Membership:
         peer.phase, peer.cursor, peer.confirmed = Phase.FINISHED, dict(cursor), confirmed
         self._release_the_finished(now)
 
+    def returning(self, uid: str, now: float) -> None:
+        """A member's training function has returned; it will have finished when its reports are acknowledged."""
+        peer = self._heard(uid, now)
+        if peer is not None:
+            peer.returning = True
+
     def raised(self, uid: str, error: str, now: float) -> None:
         """A training function has raised: no generation follows."""
         peer = self._heard(uid, now)
@@ -345,6 +358,11 @@ class Membership:
         self.peers.pop(uid)
         self._forget(uid, "its training function raised")
         self._fail(f"the training function of worker {peer.member.slot} raised:\n{error}", now)
+
+    def broken(self, error: str, now: float) -> None:
+        """The caller has come upon an error in here, or around it: the run ends, as nobody knows what was half done."""
+        if self.failure is None:
+            self._fail(f"the membership actor failed ({error}); its log has the traceback.", now)
 
     def tick(self, now: float) -> None:
         """Time has passed."""
@@ -489,12 +507,14 @@ class Membership:
             number=self.number,
             incarnation=self.incarnation,
             group=group,
+            life=self.incarnation // 1_000_000 + self.number if reset or previous is None else previous.life,
             members=members,
             shares=self._shares(peers),
             lr_scales=tuple(self._by_slot(self.table.lr_scales if self.table else {}, peers)),
             normalised=self.settings.lr_scale_normalisation == "mean",
             table=self.table.version if self.table else 0,
-            owners=self._owners(peers),
+            speeds=(speeds := self._speeds(peers)),
+            owners=tuple(owner_parts([s if p.healed else 0.0 for s, p in zip(speeds, peers, strict=True)])),
             codecs=(self.settings.codec,) * len(peers),
             cursor=base,
             source=source.member.uid,
@@ -533,10 +553,8 @@ class Membership:
             shares = [1.0 if p.healed else 0.0 for p in peers]
         return tuple(shares)
 
-    def _owners(self, peers: list[Peer]) -> tuple[float, ...]:
-        """Whoever is faster adds up more of the gradient, so that a slow worker's part of it does not eat its gain."""
-        speeds = self._by_slot(self.table.scores if self.table else {}, peers)
-        return tuple(owner_parts([s if p.healed else 0.0 for s, p in zip(speeds, peers, strict=True)]))
+    def _speeds(self, peers: list[Peer]) -> tuple[float, ...]:
+        return tuple(self._by_slot(self.table.scores if self.table else {}, peers))
 
     @staticmethod
     def _by_slot(values: Mapping[int, float], peers: list[Peer]) -> list[float]:
@@ -598,8 +616,10 @@ class Membership:
         for peer in finished:
             step = peer.cursor["step"]
             held_by_others = all(p.cursor["step"] >= step for p in finished) and not active
-            # Who goes by the record's base does not know of those who are behind, and have yet to take it over.
-            confirmed = peer.confirmed and not (record is not None and record.behind and step == record.base)
+            # Who goes by the record's base does not know of those who have yet to take it over: who are behind, or load
+            # what all begin with.
+            needed = record is not None and bool(record.behind or record.reset) and step == record.base
+            confirmed = peer.confirmed and not needed
             if confirmed or held_by_others:
                 self._release(peer.member.uid, "finished", now)
         self._form_if_answered(now)
@@ -747,10 +767,15 @@ class Membership:
         record, self._recovering = self._recovering, None
         assert record is not None
         highest, self.record, self.number = max(self.number, record.number), record, record.number
+        self.table = _table_of(record)
         members = {m.uid for m in record.members}
         self._log("recovered", now, number=record.number)
         for peer in [p for p in self._required() if p.member.uid not in members]:
             self._lose(peer.member.uid, "it was not in the last record", now, died=False)
+        if record.reset:  # As when it was issued: who was loading then tells nobody that it has done so.
+            loading = members.difference(record.unhealed)
+            for peer in [p for p in self._required() if p.member.uid in loading and not p.healed]:
+                peer.healed, peer.fresh, peer.cursor = True, False, dict(record.cursor)
         if self._recovery_needs_void or members - self.peers.keys():
             reason = "the membership actor was restarted"
             self._start_forming(void=True, reason=reason, now=now, number=highest + 1)
@@ -807,3 +832,18 @@ class Membership:
         self.next_seq += 1
         if len(self.events) >= 2 * MAX_EVENTS:
             del self.events[:MAX_EVENTS]
+
+
+def _table_of(record: Record) -> Table | None:
+    """The table that a record follows, as far as it can be seen from there: who is healing has a share of 0 for now."""
+    if record.table == 0:
+        return None
+    slots = {m.slot: rank for rank, m in enumerate(record.members)}
+    return Table(
+        version=record.table,
+        scores={slot: record.speeds[rank] for slot, rank in slots.items()},
+        lr_scales={slot: record.lr_scales[rank] for slot, rank in slots.items()},
+        shares={m.slot: round(record.shares[slots[m.slot]]) for m in record.members if m.uid not in record.unhealed},
+        predicted_step_s=0.0,
+        reason="the membership actor was restarted",
+    )

@@ -8,11 +8,18 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
+SEND_TIMEOUT_S = 10.0
+"""Who does not take a message for so long is as good as gone: a sender may be the training thread."""
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+"""Seconds of silence, seconds between probes, and probes: a machine that has vanished is noticed within 20 s."""
+USER_TIMEOUT_MS = 20_000
+"""The same where data is under way, when no probes are sent."""
 
 
 def encode(message: dict[str, Any]) -> bytes:
@@ -24,35 +31,48 @@ def tune(sock: socket.socket) -> None:
     """Send small messages at once, and notice a machine that has vanished."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in {**KEEPALIVE, "TCP_USER_TIMEOUT": USER_TIMEOUT_MS}.items():
+        if hasattr(socket, name):  # Linux has them all.
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Connection:
     """A member's end: sends from any thread, reads from one."""
 
-    def __init__(self, host: str, port: int, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, host: str, port: int, timeout_s: float = 10.0, send_timeout_s: float = SEND_TIMEOUT_S
+    ) -> None:  # fmt: skip
         self._sock = socket.create_connection((host, port), timeout=timeout_s)
         self._sock.settimeout(None)
         tune(self._sock)
+        # Of sending alone: whoever reads waits for as long as nothing is said.
+        limit = struct.pack("@ll", *divmod(int(send_timeout_s * 1e6), 1_000_000))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._lock = threading.Lock()
 
     def send(self, message: dict[str, Any]) -> None:
         """Raises:
-        OSError: the connection is lost.
+        OSError: the connection is lost, or its other end took nothing for too long; it is closed then, since a part
+            of the message may have gone out.
         """
         data = encode(message)
         with self._lock:
-            self._sock.sendall(data)
+            try:
+                self._sock.sendall(data)
+            except OSError:
+                self.close()
+                raise
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Messages until the connection ends."""
-        with self._sock.makefile("rb") as lines:
-            for line in lines:
-                yield json.loads(line)
-
-    @property
-    def local_host(self) -> str:
-        """The address of this machine as the connection sees it."""
-        return str(self._sock.getsockname()[0])
+        """Messages until the connection ends, in the middle of one too."""
+        try:
+            with self._sock.makefile("rb") as lines:
+                for line in lines:
+                    if not line.endswith(b"\n"):
+                        return
+                    yield json.loads(line)
+        except OSError:
+            return
 
     def close(self) -> None:
         """Close it; the reader ends."""

@@ -21,6 +21,9 @@ from raytrain_het.errors import RunFailedError
 
 logger = logging.getLogger(__name__)
 
+MAX_ACKNOWLEDGED = 1000
+"""So many of the last reports are remembered, in case that a restarted actor offers one again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -119,6 +122,8 @@ class Hub:
     def acknowledge(self, keys: list[str]) -> None:
         """These reports are registered."""
         self._acknowledged |= dict.fromkeys(keys)
+        for key in list(self._acknowledged)[:-MAX_ACKNOWLEDGED]:
+            del self._acknowledged[key]
         self.handle.acknowledge.remote(keys)
 
     def slot_lost(self, slot: int, reason: str) -> None:

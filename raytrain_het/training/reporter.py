@@ -31,6 +31,7 @@ class Report:
     """A report on its way."""
 
     key: str
+    """See :meth:`Reporter.next_key`."""
     step: int
     message: dict[str, Any]
     meta: dict[str, Any]
@@ -50,21 +51,35 @@ class Reporter:
         self._agent, self._server, self._storage, self._token = agent, server, storage, token
         self._open: dict[str, Report] = {}
         self._confirmed = 0
-        self._ordinal = (0, 0)
+        self._last = (0, 0, -1)
+        self._returning = False
         agent.on_message["acknowledged"] = self._acknowledged
         agent.on_message["write"] = self._write_asked
 
     def next_key(self, step: int) -> str:
-        """The key of the next report made at this step: ``<step>.<ordinal>``, the same on all workers."""
-        self._ordinal = (step, self._ordinal[1] + 1 if self._ordinal[0] == step else 0)
-        return f"{step}.{self._ordinal[1]}"
+        """The key of the next report made at this step: ``<life>.<step>.<ordinal>``, the same on all workers.
+
+        Where all began again from a checkpoint, the same step is reported once more, in another life.
+        """
+        record = self._agent.record
+        assert record is not None
+        *last, ordinal = self._last
+        self._last = (record.life, step, ordinal + 1 if last == [record.life, step] else 0)
+        return ".".join(map(str, self._last))
 
     def add(self, report: Report, own_state: dict[str, Any]) -> None:
-        """Take a report; it is sent once its step is confirmed."""
-        self._agent.wait_for_peers(lambda: len(self._open) < MAX_UNACKNOWLEDGED or report.snapshot is None)
+        """Take a report; it is sent once its step is confirmed.
+
+        Waits while too many snapshots are being stored. Those that are not sent yet do not count: they go with the next
+        step, which would not come.
+        """
+        self._agent.wait_for_peers(lambda: report.snapshot is None or self._num_stored_now() < MAX_UNACKNOWLEDGED)
         self._open[report.key] = report
-        self._server.offer(f"worker.{report.key}", lambda _: own_state)
+        self._server.offer(_own_state(report.key), lambda _: own_state)
         self.send_up_to(self._confirmed)
+
+    def _num_stored_now(self) -> int:
+        return sum(report.sent and report.snapshot is not None for report in list(self._open.values()))
 
     def send_up_to(self, step: int, *, force: bool = False) -> None:
         """All reports up to this step may go: their step is committed everywhere."""
@@ -76,6 +91,8 @@ class Reporter:
 
     def resend(self) -> None:
         """The hub is a new one: tell it again what has not been acknowledged."""
+        if self._returning and self._open:
+            self._agent.tell("returning")
         for report in list(self._open.values()):
             if report.sent:
                 self._agent.tell("report", **report.message)
@@ -83,8 +100,11 @@ class Reporter:
                     self._agent.tell("stored", **report.stored)
 
     def flush(self) -> None:
-        """Send what is left, and wait until every report is acknowledged."""
+        """The function has returned: send what is left, and wait until every report is acknowledged."""
         self.send_up_to(self._confirmed, force=True)
+        self._returning = True
+        if self._open:
+            self._agent.tell("returning")
         self.wait()
 
     def wait(self) -> None:
@@ -96,7 +116,7 @@ class Reporter:
             for key in message["keys"]:
                 report = self._open.pop(key, None)
                 if report is not None:
-                    self._server.withdraw(f"worker.{key}")
+                    self._server.withdraw(_own_state(key))
             self._agent.condition.notify_all()
 
     def _write_asked(self, message: dict[str, Any]) -> None:
@@ -109,7 +129,7 @@ class Reporter:
 
     def _write(self, report: Report, uids: list[str]) -> None:
         """Write and store the checkpoint. A failure costs this checkpoint, never an older one, and never the run."""
-        name = "checkpoint_{:09d}_{}".format(*map(int, report.key.split(".")))
+        name = "checkpoint_{:09d}_{}".format(*map(int, report.key.split(".")[1:]))
         path, error = None, None
         try:
             assert report.snapshot is not None
@@ -122,18 +142,21 @@ class Reporter:
             self._agent.tell("event", event={"kind": "checkpoint_failed", "step": report.step, "error": error})
         cursor = report.meta["cursor"]
         report.stored = {"key": report.key, "path": path, "error": error, "cursor": cursor}
-        if path is not None:
-            self._agent.checkpoint, self._agent.checkpoint_cursor = path, cursor
         self._agent.tell("stored", **report.stored)
 
     def _own_states(self, report: Report, uids: list[str]) -> dict[int, dict[str, Any]]:
         states = {}
         for member in (m for m in report.record.members if m.uid in uids):
             gone = lambda uid=member.uid: self._agent.record is None or self._agent.record.rank_of(uid) is None  # noqa: E731
-            own = ask(member.host, member.state_port, self._token(), f"worker.{report.key}", give_up=gone)
+            own = ask(member.host, member.state_port, self._token(), _own_state(report.key), give_up=gone)
             if own is not None:
                 states[member.slot] = own
         return states
+
+
+def _own_state(key: str) -> str:
+    """Under which name a worker's own state is asked for. No name is the beginning of another one."""
+    return f"worker.{key}/"
 
 
 def check_metrics(metrics: dict[str, Any], reduce: dict[str, str]) -> dict[str, Any]:
@@ -144,7 +167,8 @@ def check_metrics(metrics: dict[str, Any], reduce: dict[str, str]) -> dict[str, 
     """
     plain: dict[str, Any] = {}
     for name, value in metrics.items():
-        if hasattr(value, "item") and getattr(value, "numel", lambda: 1)() == 1:
+        count = value.numel() if hasattr(value, "numel") else getattr(value, "size", 1)
+        if hasattr(value, "item") and count == 1:
             value = value.item()
         if not isinstance(value, int | float | str | bool | None):
             raise ConfigError(

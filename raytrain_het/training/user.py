@@ -95,7 +95,9 @@ def num_participants() -> int:
 
 
 def report(metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, checkpoint: bool = True) -> None:
-    """Report metrics and save a checkpoint, keyed by step. Returns at once; repeated until acknowledged.
+    """Report metrics and save a checkpoint, keyed by step.
+
+    Returns at once, unless two earlier checkpoints are still being stored; repeated until acknowledged.
 
     Every worker calls it at the same place. Metrics are averaged over workers, weighted by the samples each has trained
     on since its last report.

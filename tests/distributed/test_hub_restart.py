@@ -85,3 +85,30 @@ def test_a_restarted_hub_knows_the_last_checkpoint(tmp_path):
     assert resets[0] == 0
     assert len(resets) == 2
     assert resets[1] >= 4 * STEPS
+
+
+def test_a_restarted_hub_knows_the_last_checkpoint_though_its_writer_is_gone(tmp_path):
+    """Whoever is left tells it."""
+    done_so_far = []
+
+    def go_on(lab):
+        did, status = len(done_so_far), lab.hub.status()
+        stored = [r["step"] for r in lab.hub.reports(0) if r["checkpoint"]]
+        healed = any(e["kind"] == "healed" for e in lab.hub.events(0))
+        if did == 0 and stored:
+            lab.kill(0)
+        elif did == 1 and healed:
+            lab.restart_hub()
+        elif did == 2 and status["state"] == "running":
+            lab.kill()
+        else:
+            return
+        done_so_far.append(max(stored, default=0))
+
+    task = dataclasses.replace(TASK, pace_s=0.02)
+    done = run(task, tmp_path, num_slots=2, on_poll=go_on)
+    done.check(task)
+    resets = [e["base"] for e in done.kinds("formed") if e["reset"]]
+    assert len(done_so_far) == 3
+    assert resets[0] == 0
+    assert resets[-1] >= done_so_far[1] >= STEPS

@@ -215,6 +215,19 @@ def test_the_loop_in_the_right_order_works_here_too(tmp_path):
     alone(lambda: good(*prepare()), tmp_path)
 
 
+def test_many_reports_of_one_step_in_the_middle_of_an_epoch_do_not_wait_for_the_next(tmp_path):
+    def reports(model, optimizer, loader):
+        for _ in loader.epochs(1):
+            for (x,) in loader:
+                optimizer.zero_grad()
+                model(x).sum().backward()
+                optimizer.step()
+                for number in range(4):
+                    het.report({"number": number})
+
+    alone(lambda: reports(*prepare()), tmp_path, acknowledge=True)
+
+
 def test_functions_outside_of_a_training_function_say_so():
     with pytest.raises(LoopOrderError, match=r"HetTrainer\(train_fn"):
         het.prepare_model(torch.nn.Linear(1, 1))

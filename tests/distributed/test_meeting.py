@@ -46,34 +46,52 @@ def place():
 def test_who_waits_for_a_value_gets_it_whenever_it_comes(place):
     first, second = place.join(0), place.join(1)
     got = []
-    waiting = threading.Thread(target=lambda: got.append(second.meeting("g").get("0/0")))
+    waiting = threading.Thread(target=lambda: got.append(second.meeting("1.5").get("0/0")))
     waiting.start()
-    first.meeting("g").set("0/0", b"\x00address")
+    first.meeting("1.5").set("0/0", b"\x00address")
     waiting.join(10)
     assert got == [b"\x00address"]
-    assert place.join(2).meeting("g").get("0/0") == b"\x00address"
+    assert place.join(2).meeting("1.5").get("0/0") == b"\x00address"
 
 
 def test_groups_do_not_hear_each_other_and_old_ones_are_forgotten(place):
     first, second = place.join(0), place.join(1)
-    for group in ("a", "b", "c"):
+    for group in ("1.1", "1.2", "1.3"):
         first.meeting(group).set("key", group.encode())
-    assert second.meeting("c").get("key") == b"c"
-    assert second.meeting("b").get("key") == b"b"
-    assert not second.meeting("a").check(["key"])
-    assert not second.meeting("d").check(["key"])
+    assert second.meeting("1.3").get("key") == b"1.3"
+    assert second.meeting("1.2").get("key") == b"1.2"
+    assert not second.meeting("1.1").check(["key"])
+    assert not second.meeting("1.4").check(["key"])
 
 
 def test_what_was_said_outlives_the_hub(place):
     first = place.join(0)
-    first.meeting("g").set("key", b"value")
+    first.meeting("1.5").set("key", b"value")
     place.hub.shutdown()
     place.hub = place.new_hub()
-    assert place.join(1).meeting("g").get("key") == b"value"
+    assert place.join(1).meeting("1.5").get("key") == b"value"
+
+
+def test_late_words_of_older_groups_push_out_nothing(place):
+    first, second = place.join(0), place.join(1)
+    for group in ("1.3", "1.1", "1.2", "1.1"):
+        first.meeting(group).set("key", group.encode())
+    for there in (first, second, place.join(2)):
+        assert there.meeting("1.2").get("key") == b"1.2"
+        assert there.meeting("1.3").get("key") == b"1.3"
+
+
+def test_nothing_is_said_in_a_group_that_is_not_wanted_any_more(place):
+    first = place.join(0)
+    meeting = first.meeting("1.5")
+    meeting.abandon()
+    with pytest.raises(RuntimeError, match=r"the group 1\.5 is not wanted any more"):
+        meeting.set("key", b"late")
+    assert first.values("1.5") == {}
 
 
 def test_whoever_waits_at_a_group_that_is_not_wanted_is_called_off(place):
-    meeting, errors = place.join(0).meeting("g"), []
+    meeting, errors = place.join(0).meeting("1.5"), []
 
     def wait():
         try:
@@ -85,4 +103,4 @@ def test_whoever_waits_at_a_group_that_is_not_wanted_is_called_off(place):
     waiting.start()
     meeting.abandon()
     waiting.join(10)
-    assert errors == ["the group g is not wanted any more"]
+    assert errors == ["the group 1.5 is not wanted any more"]

@@ -23,6 +23,7 @@ class FakeSettings:
     num_slots: int
     shares: Any
     balance: bool
+    warm_spares: bool
     alpha: float
     lr_scale_normalisation: str
     host: str

@@ -50,6 +50,10 @@ class Scenario:
     restarts: int = 0
     stops: int = 0
     """Processes that stop for good without dying (they answer no ping)."""
+    returns: int = 0
+    """Functions that return before the others' do, in the middle of an epoch too."""
+    impatient: int = 0
+    """Times that somebody suspects its peers although they are only slow."""
     hasty: int = 0
     """Times that silence is believed although the process is only slow."""
 
@@ -166,7 +170,18 @@ class World:
         self.ring: dict[tuple[str, int, int], tuple[tuple[str, int], ...]] = {}
         self.budget = {
             name: getattr(scenario, name)
-            for name in ("deaths", "refills", "leaves", "raises", "broken_links", "restarts", "stops", "hasty")
+            for name in (
+                "deaths",
+                "refills",
+                "leaves",
+                "raises",
+                "broken_links",
+                "restarts",
+                "stops",
+                "returns",
+                "impatient",
+                "hasty",
+            )
         }
         self.highest = 0
         self.unlinked = 0
@@ -268,6 +283,10 @@ class World:
                 added.append(("leave", uid))
             if self.budget["raises"] and w.connected and w.number and not w.finish_said:
                 added.append(("raise", uid))
+            if self.budget["returns"] and w.connected and self._may_return(w):
+                added.append(("return", uid))
+            if self.budget["impatient"] and w.connected and w.current and w.launched:
+                added.append(("lose_patience", uid))
             if self.budget["deaths"] and w.connected:
                 added.append(("die", uid))
             if self.budget["stops"] and w.number:
@@ -295,9 +314,12 @@ class World:
     def _time_passes(self) -> list[Event]:
         """Deadlines, which matter only when nothing else goes on."""
         found: list[Event] = []
-        if any(self.workers[uid].state == "stopped" for uid in self.core.peers) and self.core._inquiry is None:
+        peers = self.core.peers
+        if any(self.workers[uid].state == "stopped" for uid in peers) and self.core._inquiry is None:
             found += [("suspect", u) for u, w in self.workers.items() if w.state == "up" and w.connected and w.current]
-        if self.core.watching:
+        elif any(p.phase is Phase.FINISHED for p in peers.values()) and not self.core.voided:
+            found += [("suspect", u) for u, w in self.workers.items() if w.state == "up" and w.current and w.launched]
+        if self.core._inquiry is not None or self.core.forming or self.core.recovering:
             later = self.copy()
             later.happen(("tick",))
             if later.key() != self.key():
@@ -337,7 +359,8 @@ class World:
                 and (w.snap is not None or there and source.need is None)
             ):
                 found.append("heal")
-        if w.current and w.need in (None, "unhealed", "following"):
+        over = w.finish_said and w.need is None  # Nobody is left there to open a step.
+        if w.current and w.need in (None, "unhealed", "following") and not over:
             position = self._position(w)
             if position and w.launched < position:
                 found.append("launch")
@@ -379,6 +402,11 @@ class World:
         if w.finish_said or w.need is not None or w.cursor < self.scenario.steps or not w.connected:
             return False
         return not self.scenario.epoch or (not w.confirm_due and w.may_commit)
+
+    def _may_return(self, w: Worker) -> bool:
+        """Between two steps: out of one a function raises, or closes it first."""
+        between = w.record is not None and w.holds and w.need is None and not w.launched and not w.confirm_due
+        return between and not w.finish_said and w.cursor < self.scenario.steps
 
     # ---------------------------------------------------------------- making it happen
 
@@ -650,6 +678,14 @@ class World:
         w = self._own(uid)
         self._say(w, "raised")
         w.state, w.gone, w.inbox = "out", "raised", ()
+
+    def _on_return(self, uid: str) -> None:
+        self.budget["returns"] -= 1
+        self._on_finish(uid)
+
+    def _on_lose_patience(self, uid: str) -> None:
+        self.budget["impatient"] -= 1
+        self._on_suspect(uid)
 
     def _on_break_link(self) -> None:
         self.budget["broken_links"] -= 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from raytrain_het.fleet.scoreboard import Table
 from raytrain_het.membership import server
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
@@ -280,6 +281,43 @@ def test_who_waits_for_a_member_that_was_let_go_has_its_generation_voided() -> N
     assert run.messages() == ["void", "void"]
 
 
+def test_who_waits_for_a_member_that_has_finished_early_has_its_generation_voided() -> None:
+    run = started()
+    run.core.finish("0-a", cursor=cursor(1), confirmed=False, now=0.0)
+    assert run.messages() == [], "the others may be about to finish too"
+    run.core.suspect("1-a", 1, 2.0, 2, 10.0)
+    assert run.messages() == ["void"] * 3
+    run.answer("0-a", "1-a", "2-a", step=1)
+    assert run.messages("0-a") == ["bye"]
+    assert (run.slots, run.record.base) == ([1, 2], 1)
+
+
+def test_who_returns_early_with_reports_on_their_way_has_its_last_step_confirmed_once() -> None:
+    run = started()
+    run.core.returning("0-a", 0.0)
+    assert run.messages() == []
+    run.core.suspect("1-a", 1, 2.0, 2, 10.0)
+    assert run.messages() == ["void"] * 3
+    run.answer("0-a", "1-a", "2-a", step=1)
+    assert (run.slots, run.record.base) == ([0, 1, 2], 1)
+    run.messages()
+    run.core.suspect("1-a", 2, 2.0, 2, 11.0)
+    assert run.messages() == ["ping"] * 3, "its reports are being stored: no reason to form again"
+
+
+def test_who_has_finished_early_with_a_step_that_the_others_lack_stays_until_they_have_it() -> None:
+    run = started()
+    run.core.finish("0-a", cursor=cursor(2), confirmed=False, now=0.0)
+    run.core.suspect("1-a", 1, 2.0, 2, 10.0)
+    run.answer("0-a", step=2)
+    run.answer("1-a", "2-a", step=1)
+    assert (run.record.source, run.record.behind) == ("0-a", ("1-a", "2-a"))
+    assert "bye" not in run.messages("0-a")
+    run.answer("0-a", "1-a", "2-a", step=2)
+    assert run.messages("0-a") == ["bye"]
+    assert (run.slots, run.record.base) == ([1, 2], 2)
+
+
 def test_who_answers_but_holds_its_peers_up_past_the_hang_limit_is_evicted() -> None:
     run = started()
     now = 0.0
@@ -328,6 +366,43 @@ def test_a_restart_with_all_members_back_changes_nothing() -> None:
     assert run.messages() == []
     assert not run.core.forming
     assert "recovered" in run.kinds()
+
+
+TABLE = Table(
+    version=4, scores={0: 1.5, 1: 1.0, 2: 0.5}, lr_scales={0: 0.8, 1: 1.0, 2: 1.3}, shares={0: 7, 1: 5, 2: 0},
+    predicted_step_s=1.0, reason="a test",
+)  # fmt: skip
+
+
+def test_a_restarted_actor_goes_on_with_the_table_in_force() -> None:
+    run = started()
+    run.core.follow(TABLE, 0.0)
+    run.answer("0-a", "1-a", "2-a", step=3)
+    before = run.record
+    assert before.table == 4
+    run, record = restarted(run)
+    for slot in range(3):
+        run.hello(slot, step=5, healed=True, record=Record.from_json(record.to_json()), answered=2)
+    run.core.failed("1-a", 2, "connection reset", 0.0)
+    run.answer("0-a", "1-a", "2-a", step=5)
+    after = run.record
+    assert after.number == 3
+    for name in ("table", "shares", "lr_scales", "speeds", "owners", "life"):
+        assert getattr(after, name) == getattr(before, name), name
+
+
+def test_a_restarted_actor_does_not_take_a_healing_workers_share_for_its_share() -> None:
+    run = started()
+    run.core.follow(replace(TABLE, shares={0: 6, 1: 4, 2: 2}), 0.0)
+    run.answer("0-a", "1-a", step=3)
+    run.core.answer("2-a", 2, cursor=cursor(3), healed=False, now=0.0)
+    assert run.record.shares == (6.0, 4.0, 0.0)
+    run, record = restarted(run)
+    for slot in range(3):
+        run.hello(slot, step=5, healed=slot < 2, record=record, answered=2)
+    run.core.failed("1-a", 2, "connection reset", 0.0)
+    run.answer("0-a", "1-a", "2-a", step=5)
+    assert run.record.shares == (6.0, 4.0, 5.0), "the mean of the others, as for anybody whose speed is not known"
 
 
 def test_a_restart_without_one_member_voids_after_a_grace() -> None:
@@ -392,6 +467,32 @@ def test_who_comes_back_after_the_recovery_is_evicted_even_with_the_number_in_fo
     assert run.messages("2-a") == ["evicted"]
     assert run.slots == [0, 1]
     assert not run.core.forming
+
+
+# ---------------------------------------------------------------- lives
+
+
+def test_a_life_begins_when_all_begin_again_and_only_then() -> None:
+    run = started(replace(SETTINGS, num_slots=2))
+    first = run.record.life
+    run.core.failed("0-a", 1, "connection reset", 0.0)
+    run.answer("0-a", "1-a", step=5)
+    assert run.record.life == run.core.life == first
+    for slot in range(2):
+        run.core.closed(f"{slot}-a", 0.0)
+    for slot in range(2):
+        run.hello(slot, "b")
+    assert run.record.reset
+    assert run.record.life == run.core.life > first
+
+
+def test_the_next_actors_lives_are_later_ones_even_if_nobody_was_left_to_tell_of_the_last() -> None:
+    lives = []
+    for incarnation in (1_700_000_000_000_000_000, 1_700_000_000_100_000_000):
+        run = Run(replace(SETTINGS, num_slots=1), incarnation=incarnation)
+        run.hello(0)
+        lives.append(run.record.life)
+    assert lives[1] > lives[0]
 
 
 # ---------------------------------------------------------------- leaving and ending

@@ -16,7 +16,7 @@ from collectives_fakes import record_of
 from raytrain_het import errors
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.record import Record
-from raytrain_het.membership.wire import Connection, encode
+from raytrain_het.membership.wire import Connection, encode, tune
 
 # ---------------------------------------------------------------- wire and record
 
@@ -36,12 +36,44 @@ def test_messages_arrive_whole_and_in_order_whatever_the_pieces() -> None:
         thread.start()
         connection = Connection("127.0.0.1", server.getsockname()[1])
         assert list(connection.messages()) == sent
-        assert connection.local_host == "127.0.0.1"
         thread.join()
         connection.close()
         connection.close()
         with pytest.raises(OSError, match=".*"):
             connection.send({"type": "pong"})
+
+
+def test_a_hub_that_takes_nothing_costs_its_connection_and_not_the_senders_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = Connection("127.0.0.1", server.getsockname()[1], send_timeout_s=0.05)
+        peer, _ = server.accept()
+        with pytest.raises(OSError, match=".*"):
+            connection.send({"pad": "x" * 2**26})
+        with pytest.raises(OSError, match=".*"):
+            connection.send({"type": "pong"})
+        assert list(connection.messages()) == [], "the reader's thread goes on to a new one"
+        peer.close()
+
+
+def test_a_message_that_breaks_off_is_the_end_of_the_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = Connection("127.0.0.1", server.getsockname()[1])
+        peer, _ = server.accept()
+        peer.sendall(encode({"type": "ping"}) + b'{"type": "wa')
+        peer.close()
+        assert list(connection.messages()) == [{"type": "ping"}]
+        connection.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="an option of Linux")
+def test_the_kernel_looks_whether_a_silent_machine_is_still_there() -> None:
+    with socket.socket() as sock:
+        tune(sock)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        idle, interval, probes, user_ms = (sock.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+    assert idle + interval * probes <= 20
+    assert user_ms <= 20_000
 
 
 def test_messages_of_several_threads_are_not_mixed() -> None:

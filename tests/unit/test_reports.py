@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytrain_het.membership import reports
 from raytrain_het.membership.reports import EvaluationBook, ReportBook, reduce_metrics
 
 
-def part(key: str = "5.0", *, uid: str = "u", checkpoint: bool = True, **values: Any) -> dict[str, Any]:
-    step = int(key.split(".")[0])
+def part(key: str = "1.5.0", *, uid: str = "u", checkpoint: bool = True, **values: Any) -> dict[str, Any]:
+    step = int(key.split(".")[1])
     return {
         "key": key, "step": step, "epoch": 0, "metrics": {"loss": 1.0}, "reduce": {}, "samples": 8,
         "checkpoint": checkpoint, "holds_snapshot": False, "uid": uid, **values,
@@ -77,19 +78,19 @@ def test_a_report_is_whole_when_every_member_has_given_its_part() -> None:
 
 def test_reports_are_whole_in_the_order_of_steps_and_then_of_calls() -> None:
     book = ReportBook()
-    for key in ("10.0", "9.1", "9.0"):
+    for key in ("1.10.0", "1.9.1", "1.9.0"):
         for slot in (0, 1):
             book.part(slot, part(key, checkpoint=False))
-    assert [r["key"] for r in book.settle([0, 1])] == ["9.0", "9.1", "10.0"]
+    assert [r["key"] for r in book.settle([0, 1])] == ["1.9.0", "1.9.1", "1.10.0"]
 
 
 def test_a_report_waits_for_the_one_before_it() -> None:
     book = ReportBook()
-    book.part(0, part("4.0", checkpoint=True, holds_snapshot=True))
-    book.part(0, part("5.0", checkpoint=False))
+    book.part(0, part("1.4.0", checkpoint=True, holds_snapshot=True))
+    book.part(0, part("1.5.0", checkpoint=False))
     assert book.settle([0]) == []
-    book.checkpoint_stored("4.0", "path", None)
-    assert [r["key"] for r in book.settle([0])] == ["4.0", "5.0"]
+    book.checkpoint_stored("1.4.0", "path", None)
+    assert [r["key"] for r in book.settle([0])] == ["1.4.0", "1.5.0"]
 
 
 def test_a_part_that_comes_again_counts_once() -> None:
@@ -105,13 +106,13 @@ def test_a_part_of_an_acknowledged_report_is_acknowledged_again_and_opens_nothin
     book = ReportBook()
     book.part(0, part(checkpoint=False))
     book.settle([0])
-    assert [r["key"] for r in book.untaken()] == ["5.0"]
-    book.acknowledge(["5.0"])
-    book.acknowledge(["5.0"])
-    assert book.part(0, part(checkpoint=False)) == "5.0"
-    assert not book.pending
+    assert [r["key"] for r in book.untaken()] == ["1.5.0"]
+    book.acknowledge(["1.5.0"])
+    book.acknowledge(["1.5.0"])
+    assert book.part(0, part(checkpoint=False)) == "1.5.0"
+    assert book.settle([0]) == []
     assert book.untaken() == []
-    assert [r["key"] for r in book.since(0)] == ["5.0"]
+    assert [r["key"] for r in book.since(0)] == ["1.5.0"]
 
 
 def test_a_worker_that_is_lost_before_its_part_is_not_waited_for() -> None:
@@ -124,14 +125,14 @@ def test_a_worker_that_is_lost_before_its_part_is_not_waited_for() -> None:
 
 def test_a_process_that_came_after_a_report_is_not_waited_for() -> None:
     book = ReportBook()
-    book.joined(0, -1)
-    book.joined(1, 5)
-    book.part(0, part("5.0", checkpoint=False))
-    assert [r["key"] for r in book.settle([0, 1])] == ["5.0"]
-    book.part(0, part("6.0", checkpoint=False))
+    book.joined(0, 1, -1)
+    book.joined(1, 1, 5)
+    book.part(0, part("1.5.0", checkpoint=False))
+    assert [r["key"] for r in book.settle([0, 1])] == ["1.5.0"]
+    book.part(0, part("1.6.0", checkpoint=False))
     assert book.settle([0, 1]) == []
-    book.part(1, part("6.0", checkpoint=False))
-    assert [r["key"] for r in book.settle([0, 1])] == ["6.0"]
+    book.part(1, part("1.6.0", checkpoint=False))
+    assert [r["key"] for r in book.settle([0, 1])] == ["1.6.0"]
 
 
 def test_the_part_of_a_worker_that_is_lost_afterwards_counts() -> None:
@@ -145,27 +146,69 @@ def test_the_part_of_a_worker_that_is_lost_afterwards_counts() -> None:
 
 def test_a_late_joiner_that_is_past_the_report_is_not_waited_for() -> None:
     book = ReportBook()
-    book.part(0, part("5.0", checkpoint=True, holds_snapshot=True))
-    book.part(1, part("8.0", checkpoint=False))
-    assert book.writer_wanted([0, 1]) == {"5.0": 0}
-    book.checkpoint_stored("5.0", "path", None)
-    assert [r["key"] for r in book.settle([0, 1])] == ["5.0"]
+    book.part(0, part("1.5.0", checkpoint=True, holds_snapshot=True))
+    book.part(1, part("1.8.0", checkpoint=False))
+    assert book.writer_wanted([0, 1]) == {"1.5.0": 0}
+    book.checkpoint_stored("1.5.0", "path", None)
+    assert [r["key"] for r in book.settle([0, 1])] == ["1.5.0"]
 
 
 def test_a_refilled_slot_is_not_taken_for_its_predecessor() -> None:
     book = ReportBook()
-    book.part(1, part("8.0", checkpoint=False))
+    book.part(1, part("1.8.0", checkpoint=False))
     book.forget(1)
-    book.part(0, part("8.0", checkpoint=False))
-    book.part(0, part("9.0", checkpoint=False))
-    assert [r["key"] for r in book.settle([0, 1])] == ["8.0"], "9.0 waits for the new process"
+    book.part(0, part("1.8.0", checkpoint=False))
+    book.part(0, part("1.9.0", checkpoint=False))
+    assert [r["key"] for r in book.settle([0, 1])] == ["1.8.0"], "9.0 waits for the new process"
 
 
 def test_the_end_of_the_run_settles_what_is_open() -> None:
     book = ReportBook()
     book.part(0, part(checkpoint=False))
     assert book.settle([0, 1], ended=False) == []
-    assert [r["key"] for r in book.settle([], ended=True)] == ["5.0"]
+    assert [r["key"] for r in book.settle([], ended=True)] == ["1.5.0"]
+
+
+def test_a_step_that_is_done_again_after_a_reset_is_reported_again() -> None:
+    book = ReportBook()
+    for key in ("1.5.0", "1.9.0"):
+        for slot in (0, 1):
+            book.part(slot, part(key, checkpoint=False))
+    assert [r["key"] for r in book.settle([0, 1])] == ["1.5.0", "1.9.0"]
+    book.acknowledge(["1.5.0"])
+    for slot in (0, 1):
+        book.forget(slot)
+        book.joined(slot, 7, 4)
+    for key in ("7.5.0", "7.9.0"):
+        for slot in (0, 1):
+            assert book.part(slot, part(key, checkpoint=False, metrics={"loss": 2.0})) is None
+    again = book.settle([0, 1])
+    assert [(r["key"], r["step"], r["metrics"]) for r in again] == [
+        ("7.5.0", 5, {"loss": 2.0}),
+        ("7.9.0", 9, {"loss": 2.0}),
+    ]
+    assert [r["key"] for r in book.untaken()] == ["1.9.0", "7.5.0", "7.9.0"]
+
+
+def test_a_report_that_a_life_left_open_holds_up_none_of_the_next() -> None:
+    book = ReportBook()
+    book.part(0, part("1.9.0", holds_snapshot=True))
+    for slot in (0, 1):
+        book.forget(slot)
+        book.joined(slot, 7, 4)
+        book.part(slot, part("7.5.0", checkpoint=False))
+    assert [r["key"] for r in book.settle([0, 1])] == ["1.9.0", "7.5.0"]
+
+
+def test_the_books_do_not_grow_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "MAX_REPORTS", 3)
+    book = ReportBook(first_seq=10)
+    for step in range(8):
+        book.part(0, part(f"1.{step}.0", checkpoint=False))
+        book.settle([0])
+        book.acknowledge([f"1.{step}.0"])
+    assert [(r["seq"], r["step"]) for r in book.since(0)] == [(15, 5), (16, 6), (17, 7)]
+    assert list(book._acknowledged) == ["1.5.0", "1.6.0", "1.7.0"]
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -183,16 +226,16 @@ def test_the_first_holder_writes_once_all_parts_are_there() -> None:
     book.part(1, part(holds_snapshot=True))
     assert book.writer_wanted([0, 1]) == {}
     book.part(0, part(holds_snapshot=True))
-    assert book.writer_wanted([0, 1]) == {"5.0": 0}
+    assert book.writer_wanted([0, 1]) == {"1.5.0": 0}
     assert book.settle([0, 1]) == [], "the checkpoint is awaited"
 
 
 def test_another_holder_writes_if_the_writer_is_lost() -> None:
     book = held_by(0, 2)
-    assert book.writer_wanted([0, 1, 2]) == {"5.0": 0}
+    assert book.writer_wanted([0, 1, 2]) == {"1.5.0": 0}
     book.forget(0)
-    assert book.writer_wanted([1, 2]) == {"5.0": 2}
-    book.checkpoint_stored("5.0", "path", None)
+    assert book.writer_wanted([1, 2]) == {"1.5.0": 2}
+    book.checkpoint_stored("1.5.0", "path", None)
     (whole,) = book.settle([1, 2])
     assert (whole["checkpoint"], whole["checkpoint_error"]) == ("path", None)
 
@@ -216,7 +259,7 @@ def test_the_next_process_of_a_slot_is_not_asked_for_what_its_predecessor_held()
 
 def test_a_checkpoint_that_cannot_be_stored_costs_itself_only() -> None:
     book = held_by(0, 1)
-    book.checkpoint_stored("5.0", None, "OSError: disk full")
+    book.checkpoint_stored("1.5.0", None, "OSError: disk full")
     assert book.writer_wanted([0, 1, 2]) == {}
     (whole,) = book.settle([0, 1, 2])
     assert (whole["checkpoint"], whole["checkpoint_error"]) == (None, "OSError: disk full")
@@ -224,13 +267,13 @@ def test_a_checkpoint_that_cannot_be_stored_costs_itself_only() -> None:
 
 def test_a_second_writers_word_does_not_replace_a_stored_checkpoint() -> None:
     book = held_by(0, 1)
-    book.checkpoint_stored("5.0", "first", None)
-    book.checkpoint_stored("5.0", None, "late")
+    book.checkpoint_stored("1.5.0", "first", None)
+    book.checkpoint_stored("1.5.0", None, "late")
     assert book.settle([0, 1, 2])[0]["checkpoint"] == "first"
 
 
 def test_the_states_of_those_that_reported_are_gathered() -> None:
-    assert held_by(0).uids("5.0") == ["0-a", "1-a", "2-a"]
+    assert held_by(0).uids("1.5.0") == ["0-a", "1-a", "2-a"]
 
 
 # ---------------------------------------------------------------- evaluations
@@ -251,6 +294,15 @@ def test_a_chunk_of_a_lost_worker_is_given_out_again() -> None:
     assert book.next("e", 1, "b", None) == {"wait": True}
     book.forget("a")
     assert book.next("e", 1, "b", None) == {"chunk": 0}
+
+
+def test_a_chunk_whose_answer_was_lost_is_given_out_again() -> None:
+    book = EvaluationBook()
+    assert book.next("e", 2, "a", None) == {"chunk": 0}
+    assert book.next("e", 2, "a", None) == {"chunk": 0}, "it asks again, so it is at none"
+    assert book.next("e", 2, "b", None) == {"chunk": 1}
+    assert book.next("e", 2, "b", [1, {"n": 1.0}]) == {"wait": True}
+    assert book.next("e", 2, "a", [0, {"n": 2.0}]) == {"sums": {"n": 3.0}}
 
 
 def test_a_result_that_comes_twice_counts_once() -> None:

@@ -1,0 +1,160 @@
+"""The hub's own part, with members that are no more than a socket: who is told what, and what an error in it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from raytrain_het.membership.server import Hub
+from raytrain_het.membership.settings import HubSettings
+from raytrain_het.membership.wire import Connection
+from raytrain_het.ray_train import hub as controller
+
+ZERO = {"epoch": 0, "offset": 0, "step": 0}
+
+
+class Client:
+    """A member's connection, read when a test asks for it."""
+
+    def __init__(self, hub: Hub, slot: int, life: str = "a", **values: Any) -> None:
+        self.uid, self.slot = f"{slot}-{life}", slot
+        self.connection = Connection("127.0.0.1", hub.address()["port"])
+        self.messages = self.connection.messages()
+        member = {"uid": self.uid, "slot": slot, "host": "127.0.0.1", "state_port": 1, "device": "cpu"}
+        hello = {
+            "token": hub.token, "member": member, "cursor": ZERO, "healed": False, "fresh": False, "record": None,
+            "answered": 0, "fingerprint": "", "checkpoint": None, "checkpoint_cursor": None,
+        }  # fmt: skip
+        self.connection.send(hello | values)
+
+    def tell(self, kind: str, **values: Any) -> None:
+        self.connection.send({"type": kind, **values})
+
+    def answer(self, number: int, *, step: int) -> None:
+        cursor = ZERO | {"step": step}
+        self.tell("answer", number=number, cursor=cursor, healed=True, fresh=False, batch=None)
+
+    def until(self, kind: str) -> dict[str, Any]:
+        """The next message of this kind."""
+        return next(m for m in self.messages if m["type"] == kind)
+
+    def report(self, key: str, **values: Any) -> None:
+        message = {
+            "key": key, "step": int(key.split(".")[-2]), "epoch": 0, "metrics": {"loss": 1.0}, "reduce": {},
+            "samples": 8, "checkpoint": False, "holds_snapshot": False,
+        }  # fmt: skip
+        self.tell("report", **(message | values))
+
+
+@pytest.fixture
+def make_hub() -> Iterator[Callable[..., Hub]]:
+    hubs: list[Hub] = []
+
+    def make(num_slots: int = 2, **settings: Any) -> Hub:
+        hubs.append(Hub(HubSettings(run_id="hub", num_slots=num_slots, **settings)))
+        return hubs[-1]
+
+    yield make
+    for hub in hubs:
+        hub.shutdown()
+
+
+def started(hub: Hub) -> tuple[list[Client], dict[str, Any]]:
+    """All members, and the first record."""
+    members = [Client(hub, slot) for slot in range(hub.settings.num_slots)]
+    records = [m.until("record")["record"] for m in members]
+    return members, records[0]
+
+
+def test_two_members_that_wait_for_the_same_checkpoint_leave_when_it_is_stored(make_hub: Any) -> None:
+    hub = make_hub()
+    (first, second), record = started(hub)
+    key = "1.5.0"
+    for member in (first, second):
+        member.report(key, checkpoint=True, holds_snapshot=True)
+        member.tell("leave")
+    asked = first.until("write")
+    while len(hub._leaving) < 2:
+        hub.status()
+    first.tell("stored", key=asked["key"], path="path", error=None, cursor=ZERO | {"step": 5})
+    for member in (first, second):
+        member.answer(member.until("want")["number"], step=5)
+    assert [m.until("bye")["how"] for m in (first, second)] == ["left", "left"]
+    assert hub.status()["failure"] is None
+
+
+def test_every_member_is_told_of_the_newest_checkpoint_and_a_new_hub_learns_of_it_from_any(make_hub: Any) -> None:
+    hub = make_hub()
+    (writer, other), record = started(hub)
+    cursor = ZERO | {"step": 20}
+    writer.tell("stored", key="1.20.0", path="newest", error=None, cursor=cursor)
+    told = other.until("checkpoint")
+    writer.tell("stored", key="1.10.0", path="older", error=None, cursor=ZERO | {"step": 10})
+    hub.slot_lost(0, "its machine is gone")
+    assert (told["path"], told["cursor"]) == ("newest", cursor)
+    assert Client(hub, 0, "b").until("checkpoint") == told
+    new = make_hub()
+    Client(new, 1, record=record, cursor=cursor, healed=True, checkpoint=told["path"], checkpoint_cursor=told["cursor"])
+    joined = Client(new, 0, "c")
+    assert joined.until("checkpoint") == told
+
+
+def test_what_a_member_says_that_was_let_go_counts_for_nothing(make_hub: Any) -> None:
+    hub = make_hub()
+    (first, second), record = started(hub)
+    key = f"{record['life']}.5.0"
+    hub.slot_lost(1, "its machine is gone")
+    second.report(key)
+    second.tell("stored", key=key, path="path", error=None, cursor=ZERO | {"step": 5})
+    second.connection.close()
+    while second.uid in hub._connections:
+        hub.status()
+    first.answer(first.until("void")["number"], step=5)
+    first.until("record")
+    first.report(key)
+    while not (whole := hub.take_reports()):
+        pass
+    assert [r["num_workers"] for r in whole] == [1]
+    assert hub._core.checkpoint is None
+
+
+@pytest.mark.parametrize("name", ["tick", "pong"])
+def test_an_error_in_the_logic_fails_the_run_and_everybody_is_told(
+    make_hub: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    hub = make_hub()
+    (first, second), _ = started(hub)
+
+    def fail(*args: Any) -> None:
+        raise KeyError("what is not there")
+
+    monkeypatch.setattr(hub._core, name, fail)
+    first.tell("pong", position=1)
+    for member in (first, second):
+        assert "KeyError: 'what is not there'" in member.until("fail")["message"]
+    assert hub.status()["state"] == "failed"
+    assert "Traceback" in caplog.text
+    assert Client(hub, 1, "b").until("fail"), "whoever comes later is told too"
+
+
+@pytest.mark.parametrize("line", [b"no json\n", b"[]\n", b'{"type": "po'])
+def test_a_torn_message_costs_its_connection_and_nothing_else(make_hub: Any, line: bytes) -> None:
+    hub = make_hub()
+    (first, second), _ = started(hub)
+    second.connection._sock.sendall(line)
+    second.connection.close()
+    assert first.until("void")
+    assert hub.status()["failure"] is None
+
+
+def test_the_controller_remembers_the_last_acknowledged_reports_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "MAX_ACKNOWLEDGED", 3)
+    hub = object.__new__(controller.Hub)
+    hub.handle, hub._acknowledged = Mock(), {}
+    for step in range(8):
+        hub.acknowledge([f"1.{step}.0"])
+    assert list(hub._acknowledged) == ["1.5.0", "1.6.0", "1.7.0"]
+    assert hub.handle.acknowledge.remote.call_count == 8

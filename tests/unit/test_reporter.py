@@ -1,0 +1,100 @@
+"""A worker's side of reports: their keys, and when making one waits for others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from collectives_fakes import record_of
+
+from raytrain_het.training.reporter import Report, Reporter
+
+
+class WouldWait(Exception):
+    """The training thread would stand still here."""
+
+
+class Agent:
+    """Tells nobody; waiting is an error."""
+
+    def __init__(self) -> None:
+        self.record = record_of([1.0], life=1)
+        self.on_message: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self.condition = threading.Condition()
+        self.told: list[str] = []
+
+    def tell(self, kind: str, **values: Any) -> None:
+        self.told.append(values.get("key", kind))
+
+    def wait_for_peers(self, predicate: Callable[[], bool]) -> None:
+        if not predicate():
+            raise WouldWait
+
+
+class Server:
+    """Keeps names as the state server does: it withdraws whatever begins like the name."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def offer(self, name: str, make: Any) -> None:
+        self.names.append(name)
+
+    def withdraw(self, prefix: str) -> None:
+        self.names = [name for name in self.names if not name.startswith(prefix)]
+
+
+class Worker:
+    """A reporter and what it needs."""
+
+    def __init__(self) -> None:
+        self.agent, self.server = Agent(), Server()
+        self.reporter = Reporter(self.agent, self.server, None, lambda: "token")  # type: ignore[arg-type]
+
+    def report(self, step: int, *, snapshot: bool = True) -> str:
+        key = self.reporter.next_key(step)
+        message, state = {"key": key}, {} if snapshot else None
+        self.reporter.add(Report(key, step, message, {}, state, self.agent.record), {})
+        return key
+
+    def acknowledge(self, *keys: str) -> None:
+        self.agent.on_message["acknowledged"]({"keys": list(keys)})
+
+
+def test_a_key_is_of_a_life_a_step_and_a_call() -> None:
+    worker = Worker()
+    keys = [worker.reporter.next_key(step) for step in (5, 5, 6)]
+    worker.agent.record = record_of([1.0], life=4)
+    keys += [worker.reporter.next_key(step) for step in (6, 6)]
+    assert keys == ["1.5.0", "1.5.1", "1.6.0", "4.6.0", "4.6.1"]
+
+
+def test_many_reports_of_the_step_under_way_do_not_wait_for_each_other() -> None:
+    worker = Worker()
+    keys = [worker.report(5) for _ in range(12)]
+    assert worker.agent.told == []
+    worker.reporter.send_up_to(5)
+    assert worker.agent.told == keys
+
+
+def test_a_third_snapshot_waits_while_two_are_being_stored() -> None:
+    worker = Worker()
+    first, second = worker.report(5), worker.report(6)
+    worker.reporter.send_up_to(6)
+    with pytest.raises(WouldWait):
+        worker.report(7)
+    worker.report(7, snapshot=False)
+    worker.acknowledge(first)
+    worker.report(8)
+    assert second in worker.reporter._open
+
+
+def test_the_acknowledgement_of_one_report_leaves_the_states_of_others() -> None:
+    worker = Worker()
+    keys = [worker.report(5) for _ in range(11)]
+    worker.acknowledge(keys[1])
+    assert keys[10].startswith(keys[1])
+    assert len(worker.server.names) == 10
+    assert any(keys[10] in name for name in worker.server.names)
