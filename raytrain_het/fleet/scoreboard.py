@@ -65,8 +65,14 @@ class Scoreboard:
         self._cycles: deque[float] = deque(maxlen=20)
 
     def introduce(self, slot: int, profile: Profile) -> None:
-        """A worker has come, with what is known of its hardware, and perhaps of this model's step on it."""
+        """A worker has come, with what is known of its hardware, and perhaps of this model's step on it.
+
+        What was learnt in its slot stays, if it runs on the same hardware as its predecessor.
+        """
+        before = self._profiles.get(slot)
         self._profiles[slot] = profile
+        if before is not None and (before.hardware, before.cores) == (profile.hardware, profile.cores):
+            return
         self._models.pop(slot, None)
         if profile.step is not None:
             self._models[slot] = StepTimeModel(profile.step)

@@ -58,6 +58,8 @@ class MemberAgent:
         self.checkpoint: str | None = None
         """The newest that the hub knows of. Every member does, so that a new hub learns of it from any of them."""
         self.checkpoint_cursor: dict[str, int] | None = None
+        self.known: dict[str, Any] | None = None
+        """This worker's profile, and the global batch size it is meant for; None where speeds do not matter."""
         self.on_reconnect: list[Callable[[], None]] = []
         self.on_change: Callable[[], None] = lambda: None
         """Called after anything here has changed, for a thread that waits elsewhere."""
@@ -226,6 +228,7 @@ class MemberAgent:
             "fresh": self.fresh, "record": self.record.to_json() if self.record else None,
             "answered": max(self.answered, self.want), "fingerprint": self._fingerprint,
             "checkpoint": self.checkpoint, "checkpoint_cursor": self.checkpoint_cursor,
+            "known": self.known,
         }  # fmt: skip
 
     def _handle(self, m: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from raytrain_het.allocation.batch_shares import apportion
 from raytrain_het.allocation.learning_rate import effective_batch_size
+from raytrain_het.fleet.profile import Profile
 from raytrain_het.fleet.scoreboard import Scoreboard
 from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.record import Member, Record
@@ -58,10 +59,13 @@ class Hub:
         self.settings = settings
         self.token = token or secrets.token_hex(16)
         self._core = Membership(settings, incarnation=time.time_ns())
+        self._core.first_table = lambda slots: self._scoreboard.first(slots)
         self._clock = FairClock()
         self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
         self._evaluations = EvaluationBook()
-        self._scoreboard = Scoreboard(alpha=settings.alpha, balance=settings.balance, spares=settings.warm_spares)
+        self._scoreboard = Scoreboard(
+            alpha=settings.alpha, balance=settings.balance, spares=settings.warm_spares, policy=settings.score_policy
+        )
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
         self._joined: set[str] = set()
@@ -195,6 +199,9 @@ class Hub:
                     self._decide(lambda: self._core.closed(member.uid, self._clock.now()))
 
     def _hello(self, member: Member, hello: dict[str, Any]) -> None:
+        if hello["known"]:
+            self._scoreboard.global_batch_size = hello["known"]["global_batch_size"]
+            self._scoreboard.introduce(member.slot, Profile.from_json(hello["known"]["profile"]))
         self._core.hello(
             member,
             cursor=hello["cursor"],

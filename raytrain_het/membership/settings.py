@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raytrain_het.fleet.scores import Policy
+
 
 @dataclass(frozen=True, kw_only=True)
 class HubSettings:
@@ -15,6 +17,8 @@ class HubSettings:
     """Relative batch shares by slot; None is equal."""
     balance: bool = False
     """Whether shares follow the speeds that workers turn out to have."""
+    score_policy: str | Policy = "train_step"
+    """How a worker's measurements become its score."""
     warm_spares: bool = False
     """Whether a worker that costs more than it gives may have a share of 0."""
     alpha: float = 0.0

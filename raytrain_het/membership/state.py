@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from raytrain_het.allocation.owner_shards import owner_parts
+from raytrain_het.errors import ConfigError
 from raytrain_het.fleet.scoreboard import Table
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
@@ -89,6 +90,8 @@ class Membership:
     def __init__(self, settings: HubSettings, *, incarnation: int) -> None:
         self.settings = settings
         self.incarnation = incarnation
+        self.first_table: Callable[[list[int]], Table | None] = lambda slots: None
+        """What is known of the speeds in these slots before the first step."""
         self.peers: dict[str, Peer] = {}
         self.record: Record | None = None
         self.number = 0
@@ -568,6 +571,14 @@ class Membership:
             self._issue_first(now, "the run starts")
 
     def _issue_first(self, now: float, reason: str) -> None:
+        if self.table is None:
+            try:
+                self.table = self.first_table(sorted(p.member.slot for p in self.peers.values()))
+            except (ConfigError, ValueError) as error:
+                self._fail(str(error), now)
+                return
+            if self.table is not None:
+                self._log("table", now, **self.table.to_json())
         self.number += 1
         self._reason = reason
         self._publish([], base=None, source=None, now=now)

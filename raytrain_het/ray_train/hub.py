@@ -65,6 +65,7 @@ class Hub:
             shares=config.given_shares,
             balance=config.shares == "auto",
             warm_spares=config.warm_spares,
+            score_policy=config.score_policy,
             alpha=config.alpha,
             lr_scale_normalisation=config.lr_scale_normalisation,
             codec=config.codec,

@@ -78,7 +78,8 @@ class ProcessLab:
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         self.settings = HubSettings(
             run_id="lab", num_slots=num_slots, shares=self.config.given_shares, codec=self.config.codec,
-            balance=self.config.shares == "auto", warm_spares=self.config.warm_spares, alpha=self.config.alpha,
+            balance=self.config.shares == "auto", warm_spares=self.config.warm_spares,
+            score_policy=self.config.score_policy, alpha=self.config.alpha,
             lr_scale_normalisation=self.config.lr_scale_normalisation,
             silence_s=self.config.silence_s, hang_limit_s=self.config.hang_limit_s,
             start_timeout_s=self.config.start_timeout_s, **(settings or {}),

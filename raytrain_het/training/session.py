@@ -33,6 +33,7 @@ from raytrain_het.training.memory import MemoryLimit
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.reporter import Report, Reporter, check_metrics
 from raytrain_het.training.state_server import StateServer
+from raytrain_het.training.timings import KnownSpeed
 
 logger = logging.getLogger("raytrain_het")
 
@@ -88,6 +89,7 @@ class Session:
         self._server: StateServer | None = None
         self._inner_step: Callable[[], Any] | None = None
         self._data_fingerprint = ""
+        self._speed: KnownSpeed | None = None
         self._micro_batch_size = config.micro_batch_size
         self._last_stats = 0.0
         self._reported_samples = 0
@@ -147,6 +149,9 @@ class Session:
         )  # fmt: skip
         fingerprint = "/".join(map(str, (self.gradients.layout.fingerprint, *self._data().values())))
         self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
+        if self.config.follows_speeds:
+            self._speed = KnownSpeed(self.device, f"{self.gradients.layout.fingerprint}/{plan.dataset_size}")
+            self.agent.known = self._speed.told(plan.global_batch_size)
         self._communicator = Communicator(
             self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
             resync_bytes=self.replica.parameter_bytes(), hang_limit_s=self.config.hang_limit_s,
@@ -314,6 +319,8 @@ class Session:
                 "prepare_optimizer, prepare_data_loader and for epoch in loader.epochs(n).", self.slot,
             )  # fmt: skip
             return
+        if self._speed is not None:
+            self._speed.keep(engine.timings)
         engine._settle_last()
         engine._wait_for_confirmation()
         reporter.flush()

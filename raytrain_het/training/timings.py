@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
+from typing import Any
+
+import torch
 
 from raytrain_het.allocation.batch_shares import StepCost
+from raytrain_het.fleet.probes import hardware_key, known_or_probed
+from raytrain_het.fleet.profile_store import ProfileStore
 from raytrain_het.fleet.step_time import StepTimeModel
 from raytrain_het.membership.agent import MemberAgent
 
@@ -79,3 +85,28 @@ class Timings:
         for samples, own_s in self._latest:
             model.observe(samples, own_s)
         return model.cost
+
+
+class KnownSpeed:
+    """What is known of this worker before its first step, and what is kept after its last.
+
+    Args:
+        device: this worker's; its hardware is measured, in about a second, if nobody has done so on this machine.
+        model: what tells models apart whose steps take different times.
+    """
+
+    def __init__(self, device: torch.device, model: str) -> None:
+        self._store, self._key, self._model = ProfileStore(), hardware_key(device), model
+        self._profile = known_or_probed(device, store=self._store)
+        self._step = self._store.step(self._key, model)
+
+    def told(self, global_batch_size: int) -> dict[str, Any]:
+        """For the scoreboard."""
+        profile = dataclasses.replace(self._profile, step=self._step)
+        return {"profile": profile.to_json(), "global_batch_size": global_batch_size}
+
+    def keep(self, timings: Timings) -> None:
+        """For the next run of this model on such hardware."""
+        learnt = timings.learnt(self._step)
+        if learnt is not None:
+            self._store.keep_step(self._key, self._model, learnt)

@@ -26,7 +26,7 @@ class Client:
         member = {"uid": self.uid, "slot": slot, "host": "127.0.0.1", "state_port": 1, "device": "cpu"}
         hello = {
             "token": hub.token, "member": member, "cursor": ZERO, "healed": False, "fresh": False, "record": None,
-            "answered": 0, "fingerprint": "", "checkpoint": None, "checkpoint_cursor": None,
+            "answered": 0, "fingerprint": "", "checkpoint": None, "checkpoint_cursor": None, "known": None,
         }  # fmt: skip
         self.connection.send(hello | values)
 

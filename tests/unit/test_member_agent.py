@@ -116,12 +116,14 @@ def test_the_newest_checkpoint_is_in_every_members_hello(hub: ScriptedHub, agent
 def test_a_reply_that_nobody_waits_for_any_more_is_dropped(hub: ScriptedHub, agent: MemberAgent) -> None:
     agent.join()
     hub.accept()
+    agent.wait_for(lambda: agent._connection is not None, PATIENCE_S)
     replies: list[Any] = []
     first = in_thread(lambda: replies.append(agent.request("evaluate")))
     lost = hub.read()["id"]
     hub.hang_up()
     first.join(PATIENCE_S)
     hub.accept()
+    agent.wait_for(lambda: agent._connection is not None, PATIENCE_S)
     second = in_thread(lambda: replies.append(agent.request("evaluate")))
     number = hub.read()["id"]
     hub.say("reply", id=lost, chunk=0)
