@@ -33,7 +33,7 @@ class Table:
     shares: dict[int, int]
     """Samples of a full global batch."""
     predicted_step_s: float | None
-    """Of the slowest worker; None where only the hardware is known."""
+    """A whole step's time; None where only the hardware is known, and without messages in a run's first table."""
     reason: str
 
     def to_json(self) -> dict[str, Any]:
@@ -155,6 +155,9 @@ class Scoreboard:
         now = [shares.get(slot, 0) for slot in slots]
         best = balanced_shares(known, self.global_batch_size, minimum=int(not self.spares)) if self.balance else now
         before, after = slowest_s(known, now), slowest_s(known, best)
+        # What a step takes besides its slowest worker (the way of the messages, chance) stays whatever the shares.
+        besides = max(0.0, statistics.median(self._cycles) - before) if self._cycles else 0.0
+        before, after = before + besides, after + besides
         scores = self.scores(slots)
         first = self.alpha != 0 and (self.table is None or self._scores_moved(scores))
         unsure = max(self._models[slot].uncertainty for slot in slots)
