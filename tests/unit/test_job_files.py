@@ -61,7 +61,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("epochs=many", ["--set epochs='many'", "a whole number", "default, 20"]),
+        ("epochs=many", ["--set epochs='many'", "a whole number", "default is 20: write --set epochs=20"]),
         ("epochs=0", ["--set epochs=0", "from 1"]),
         ("epochs=true", ["--set epochs=true", "a whole number"]),
         ("lr=-1", ["--set lr=-1", "above 0"]),
@@ -72,9 +72,9 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path: Path) -> None
         ("workers=[]", ["--set workers=[]", "1 or more"]),
         ("workers.0=5", ["--set workers.0=5", "a mapping"]),
         ("workers.0.resources.CPU=lots", ["--set workers.0.resources.CPU='lots'", "a number"]),
-        ("name=a/b", ["--set name='a/b'"]),
+        ("name=a/b", ["--name='a/b'", "letters, digits, . _ -, no slash"]),
         ("kind=mnist", ["--set kind='mnist'", "'digits'"]),
-        ("epochs", ["--set epochs", "key=value"]),
+        ("epochs", ["--set epochs", "KEY=VALUE"]),
         ("epochs.a=1", ["epochs is 20", "no keys below"]),
         ("workers.7.count=1", ["workers is a list of 1", "'7'"]),
         ("het.shares=[1", ["--set het.shares=[1", "not valid YAML"]),

@@ -101,7 +101,7 @@ GOOD = "a,b,c\n" + "1,2,3\n" * 20
         ("a,b\n", "0 rows of 2 columns", {}),
         ("a\n1\n", "of 1 columns", {}),
         ("a,b\n1,2\n1,2,3\n", "neither CSV nor Parquet, or damaged.*Expected 2 columns, got 3", {}),
-        ("a,b\n" + "1,x\n" * 20, "1 of the columns are not numeric \\('b' is string\\)", {}),
+        ("a,b\n" + "1,x\n" * 20, "the target 'b' is text: write --set task=classification", {}),
         ("a,b,c\n" + "1,nan,2\n" * 3 + "1,,2\n" * 20 + "1,2,2\n" * 9, "'b': 23; the table has 32 rows", {}),
         ("a,b\n" + ",2\n" * 20, "'a': 20; the table has 20 rows", {}),
         (GOOD, "no column 'z': there are 'a', 'b', 'c'", {"target": "z"}),
@@ -143,7 +143,7 @@ def test_a_bad_table_is_found_before_any_worker_is_started(tmp_path: Path) -> No
     path = tmp_path / "t.csv"
     path.write_text("a,b\n" + "1,x\n" * 20)
     job = load_job(_tabular(), [f"data={path}"])
-    with pytest.raises(ConfigError, match="not numeric"):
+    with pytest.raises(ConfigError, match="is text"):
         check_data(job)
 
 
