@@ -157,10 +157,10 @@ def check_writable(storage: Path) -> None:
     try:
         write_some(nearest)
     except OSError as error:
-        what = "is full: free some space, or write" if error.errno == errno.ENOSPC else (
-            f"is not writable for this user ({error.strerror}): allowed is a folder you may write to. Write"
+        what = "the disk is full: free some space" if error.errno == errno.ENOSPC else (
+            f"nothing can be written in {nearest} ({error.strerror}): allowed is a folder you may write to"
         )  # fmt: skip
-        raise ConfigError(f"--storage {storage} cannot be written: {nearest} {what} --storage ~/runs") from None
+        raise ConfigError(f"--storage {storage}: {what}. Write --storage ~/runs") from None
 
 
 def _check_remote(job: JobConfig) -> None:

@@ -108,11 +108,12 @@ def _explain(cls: type, details: Any) -> tuple[Where, str]:
             return (*path, *name.split(".")), f"={rest}"
         return path, f"{': ' if path else ''}{message}"
     received, default = details["input"], None if field is None else field.default
-    text = f"={shown(received)} is not valid: allowed is {_range(details) or _allowed(kind)}."
+    text = f"={shown(received)} is not valid: allowed is "
     if isinstance(received, str) and _item_in(kind) is not None:
         items = ", ".join(part.strip() for part in received.split(",") if part.strip())
-        return path, f"{text} Write --set {dotted(path)}='[{items}]'"
-    if isinstance(default, (bool, int, float, str)) or default is None and field is not None:
+        return path, f"{text}{_allowed(kind)}. Write --set {dotted(path)}='[{items}]'"
+    text += f"{_range(details) or _allowed(kind)}."
+    if isinstance(default, (bool, int, float, str)):
         plain = default if isinstance(default, str) else shown(default)
         text += f" The default is {plain}: write --set {dotted(path)}={plain}"
     return path, text

@@ -147,8 +147,8 @@ class Monitor:
         if status:
             samples = int(status.get("samples", 0))
             # What a resumed run had done before comes with the first word of a worker.
-            unknown = self._started is None or (self._resumed is not None and self._started[1] == 0)
-            if unknown or self._started[1] == samples:
+            first = None if self._started is None else self._started[1]
+            if first is None or first == samples or (first == 0 and self._resumed is not None):
                 self._started = (time.monotonic(), samples)  # the first step has not been done yet
             if samples > self._status.get("samples", 0):
                 self._ended = (time.monotonic(), samples)

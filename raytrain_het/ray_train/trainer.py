@@ -189,8 +189,10 @@ class HetTrainer(TorchTrainer):
         if resumed is not None and summary["steps_now"] == 0:
             logger.warning(
                 "the run %r was complete before, with %s: nothing was left to do. For more epochs, write a larger "
-                "number in loader.epochs(); to start afresh, another RunConfig(name=...).", self.run_config.name, resumed,
-            )  # fmt: skip
+                "number in loader.epochs(); to start afresh, another RunConfig(name=...).",
+                self.run_config.name,
+                resumed,
+            )
             return
         if summary["num_checkpoints_failed"]:
             logger.warning(
@@ -271,7 +273,8 @@ def _check_shares(config: HetConfig, num_slots: int) -> None:
     if shares is not None and len(shares) != num_slots:
         raise ConfigError(
             f"HetConfig.shares={list(shares)} has {len(shares)} number{'s' * (len(shares) != 1)}, the run has "
-            f"{num_slots} worker{'s' * (num_slots != 1)}: one per worker is needed. Write shares={[1] * num_slots}, or leave it out: shares then follow speeds."
+            f"{num_slots} worker{'s' * (num_slots != 1)}: one per worker is needed. Write "
+            f"shares={[1] * num_slots}, or leave it out: shares then follow speeds."
         )
 
 
