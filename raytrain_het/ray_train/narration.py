@@ -25,6 +25,12 @@ def report_line(report: Mapping[str, Any]) -> str:
     return f"step {report['step']}  epoch {report['epoch']}  {metrics}"
 
 
+def _without_class(error: str) -> str:
+    """``CheckpointError: text`` as ``text``."""
+    name, _, text = error.partition(": ")
+    return text if text and name.isidentifier() else error
+
+
 _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "joined": lambda e: f"worker {e['slot']} is there ({e['device']} on {e['host']})",
     "lost": lambda e: f"worker {e['slot']} is lost: {e['reason']}",
@@ -34,7 +40,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "healed": lambda e: f"worker {e['slot']} has caught up at step {e['step']} by {e['by']}",
     "vacant": lambda e: f"worker {e['slot']} is not there, and nobody comes for its place yet: {e['reason']}",
     "given_up": lambda e: f"worker {e['slot']} is given up: {e['reason']}",
-    "checkpoint_failed": lambda e: f"the checkpoint of step {e['step']} could not be written: {e['error']}",
+    "checkpoint_failed": lambda e: f"the checkpoint of step {e['step']} is lost: {_without_class(e['error'])}",
     "table": lambda e: (
         f"table {e['version']}: shares {', '.join(str(b) for _, b in sorted(e['shares'].items()))} ({e['reason']})"
     ),

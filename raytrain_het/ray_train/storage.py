@@ -66,8 +66,8 @@ class RayStorage:
             self._delete(target)
             raise CheckpointError(
                 f"Checkpoint {name} could not be written to {self._root!r}: {_first_line(error)} Checkpoints written "
-                "before are unharmed. Free space there, or write RunConfig(storage_path=...) with a place that every "
-                "node can write to, and run the same name again to go on from the last one."
+                "before are unharmed. Free space there, or take a storage (RunConfig(storage_path=...), --storage) "
+                "that every node can write to, and run the same name again to go on from the last one."
             ) from error
         return final
 

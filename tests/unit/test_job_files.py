@@ -62,6 +62,10 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path: Path) -> None
     ("override", "parts"),
     [
         ("epochs=many", ["--set epochs='many'", "a whole number", "default is 20: write --set epochs=20"]),
+        ("het.shares=3,1", ["--set het.shares='3,1'", "Write --set het.shares='[3, 1]'"]),
+        ("het.shares=[1]", ["--set het.shares=[1] has 1 number,", "--set het.shares='[1, 1]'"]),
+        ("het.codec=null", ["--set het.codec=null"]),
+        ("het.micro_batch_size=0", ["--set het.micro_batch_size=0", "or null"]),
         ("epochs=0", ["--set epochs=0", "from 1"]),
         ("epochs=true", ["--set epochs=true", "a whole number"]),
         ("lr=-1", ["--set lr=-1", "above 0"]),

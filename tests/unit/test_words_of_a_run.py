@@ -185,8 +185,8 @@ def test_waiting_names_how_many_are_there() -> None:
 
 def test_large_numbers_are_written_out_and_a_failed_checkpoint_is_a_sentence() -> None:
     assert [number(x) for x in (17568.4, 0.91234, 5)] == ["17568", "0.9123", "5"]
-    event = {"seq": 1, "kind": "checkpoint_failed", "slot": 0, "step": 46, "error": "No space left"}
-    assert event_line(event) == "the checkpoint of step 46 could not be written: No space left"
+    event = {"seq": 1, "kind": "checkpoint_failed", "slot": 0, "step": 46, "error": "CheckpointError: No space left"}
+    assert event_line(event) == "the checkpoint of step 46 is lost: No space left"
 
 
 def test_a_trainer_without_a_display_logs_what_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
