@@ -201,7 +201,9 @@ def check_reuse(job: JobConfig) -> None:
             "only. Write another --name"
         )
     now = yaml.safe_load(job.to_yaml())
-    for key in KINDS[job.kind].model_keys if has_checkpoint else ():
+    for data in (before, now):
+        data["het.seed"] = (data.get("het") or {}).get("seed", 0)  # The order of samples follows from it.
+    for key in (*KINDS[job.kind].model_keys, "het.seed") if has_checkpoint else ():
         if key in before and before[key] != now[key]:
             raise ConfigError(
                 f"{folder} is a run with {key}={shown(before[key])}, this job has {key}={shown(now[key])}: its "

@@ -38,7 +38,7 @@ class JobKind:
     """Modules of the extra ``jobs`` that it imports."""
 
     model_keys: tuple[str, ...] = ()
-    """Fields that change the model: a run of the same name cannot go on with others."""
+    """Fields that change the model or the samples: a run of the same name cannot go on with others."""
 
     check: str | None = None
     """A function that takes the job and looks at its data before any worker is started. It returns what there is to
@@ -56,14 +56,14 @@ KINDS: dict[str, JobKind] = {
         config="raytrain_het.jobs.tabular_config:TabularJob",
         train_fn="raytrain_het.jobs.tabular:train_tabular",
         make_step="raytrain_het.jobs.tabular:make_step",
-        model_keys=("task", "model", "hidden", "target", "features", "columns"),
+        model_keys=("task", "model", "hidden", "target", "features", "columns", "rows"),
         check="raytrain_het.jobs.tabular:check",
     ),
     "char_lm": JobKind(
         config="raytrain_het.jobs.char_lm_config:CharLMJob",
         train_fn="raytrain_het.jobs.char_lm:train_char_lm",
         make_step="raytrain_het.jobs.char_lm:make_step",
-        model_keys=("context", "layers", "heads", "width"),
+        model_keys=("context", "layers", "heads", "width", "max_characters"),
     ),
 }
 

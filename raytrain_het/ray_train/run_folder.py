@@ -44,8 +44,9 @@ def last_checkpoint(context: StorageContext) -> LastCheckpoint | None:
             latest = json.loads(stream.read())["latest_checkpoint_result"]
         path = context.build_checkpoint_path_from_name(latest["checkpoint_dir_name"])
         with files.open_input_stream(f"{path}/het.json") as stream:
-            cursor = {name: int(value) for name, value in json.loads(stream.read())["cursor"].items()}
-        return LastCheckpoint(path=path, metrics=latest["metrics"], **cursor)
+            cursor = json.loads(stream.read())["cursor"]
+        epoch, step, offset = (int(cursor[name]) for name in ("epoch", "step", "offset"))
+        return LastCheckpoint(path=path, epoch=epoch, step=step, offset=offset, metrics=latest["metrics"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

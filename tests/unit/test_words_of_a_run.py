@@ -65,6 +65,8 @@ def test_another_model_under_a_used_name_is_refused_and_other_epochs_are_not(tmp
     check_reuse(resolve(load_job(JOBS / "char_lm.yaml", [*mine, "epochs=9", "workers=[{count: 1}]"])))
     with pytest.raises(ConfigError, match="width=64, this job has width=32.*another --name"):
         check_reuse(resolve(load_job(JOBS / "char_lm.yaml", [*mine, "width=32"])))
+    with pytest.raises(ConfigError, match="het.seed=0, this job has het.seed=1"):
+        check_reuse(resolve(load_job(JOBS / "char_lm.yaml", [*mine, "het.seed=1"])))
 
 
 def test_a_complete_run_says_so_without_starting_ray(
