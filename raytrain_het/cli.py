@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train = commands.add_parser(
         "train",
@@ -51,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         dest="overrides",
         metavar="KEY=VALUE",
-        help="override a key of the job, such as het.codec=bf16 or workers.0.count=3; may be repeated",
+        help="override a key of the job, such as het.codec=bf16 or workers.0.count=3; may be repeated; "
+        "--keys lists them all",
     )
     train.add_argument("--name", help="the run's name; a name that was used before goes on from its last checkpoint")
     train.add_argument(
@@ -68,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--json", action="store_true", dest="as_json", help="end with one JSON object on stdout, progress on stderr"
+    )
+    train.add_argument(
+        "--keys", action="store_true", help="print every key of the job, its default and its meaning, and stop"
     )
     train.set_defaults(run=_train)
     probe = commands.add_parser(
@@ -100,9 +106,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from raytrain_het.jobs.table import load_job
 
     named = {"name": arguments.name, "storage": arguments.storage}
-    # Their own options are shorthands, and are checked alike.
-    overrides = [*arguments.overrides, *(f"{key}={value}" for key, value in named.items() if value is not None)]
+    # Their own options are shorthands, and are checked alike. In JSON's quotes they are texts, whatever they look like.
+    overrides = [*arguments.overrides, *(f"{k}={json.dumps(v)}" for k, v in named.items() if v is not None)]
     try:
+        _check_overrides(arguments)
+        if arguments.keys:
+            return _print_keys(arguments.job)
         if arguments.simulate is not None:
             _simulate(arguments, overrides)
             return 0
@@ -112,18 +121,45 @@ def _train(arguments: argparse.Namespace) -> int:
             address=arguments.address,
         )
     except (ConfigError, ResourceError) as error:
-        print(f"raytrain-het: {error}", file=sys.stderr)
-        return 2
+        return _failed(arguments, f"raytrain-het: {error}", 2)
     except Interrupted as end:
-        print("raytrain-het: interrupted; all workers are gone", file=sys.stderr)
-        return end.exit_code
+        return _failed(arguments, f"raytrain-het: interrupted; all workers are gone{end.hint}", end.exit_code)
     except KeyboardInterrupt:
-        print("raytrain-het: interrupted", file=sys.stderr)
-        return 130
+        return _failed(arguments, "raytrain-het: interrupted", 130)
     except Exception as error:
-        print(describe(error), file=sys.stderr)
-        return 1
+        return _failed(arguments, describe(error), 1)
     return 0
+
+
+def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
+    print(message, file=sys.stderr, flush=True)
+    if arguments.as_json:
+        print(json.dumps({"error": message.removeprefix("raytrain-het: ")}), flush=True)
+    return code
+
+
+def _check_overrides(arguments: argparse.Namespace) -> None:
+    """`--set epochs 3`: what follows is read as the job file, which is not the mistake."""
+    for override in arguments.overrides:
+        if "=" not in override and arguments.job is not None and not os.path.exists(arguments.job):
+            raise ConfigError(f"--set {override} {arguments.job}: did you mean --set {override}={arguments.job}?")
+
+
+def _print_keys(path: str | None) -> int:
+    from raytrain_het.jobs.keys import key_lines
+    from raytrain_het.jobs.table import config_class, load_job
+
+    print("\n".join(key_lines(config_class(load_job(path).kind))))
+    return 0
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("raytrain-het")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _simulate(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -162,14 +198,11 @@ def _probe(arguments: argparse.Namespace) -> int:
 
         show(run_probe(job=job, address=arguments.address, say=say), as_json=arguments.as_json)
     except (ConfigError, ResourceError) as error:
-        say(f"raytrain-het: {error}")
-        return 2
+        return _failed(arguments, f"raytrain-het: {error}", 2)
     except HetError as error:
-        say(f"raytrain-het: {error}")
-        return 1
+        return _failed(arguments, f"raytrain-het: {error}", 1)
     except KeyboardInterrupt:
-        say("raytrain-het: interrupted")
-        return 130
+        return _failed(arguments, "raytrain-het: interrupted", 130)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The language-model job: a small GPT on the source text of Python's standard library.
+"""The language-model job: a small GPT predicts the next character in the source text of Python's standard library.
 
 The text is on every machine that runs Python, so that a real language model needs no download. Workers whose Python
 differs in its version have another text; the run says so and does not start.

@@ -11,6 +11,7 @@ import yaml
 
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.validation import RUN_NAME, plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,9 @@ class JobConfig:
     kind: str
     """Which job: a name in the table of :mod:`raytrain_het.jobs.table`."""
 
-    name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: Annotated[str, pydantic.Field(pattern=RUN_NAME)] | None = None
     """The run's folder below ``storage``. The same name again goes on from its last checkpoint.
-    ``None`` is the kind and the time of day."""
+    ``null`` is the kind and the time of day."""
 
     storage: Annotated[str, pydantic.Field(min_length=1)] = "runs"
     """A folder, or a URI such as ``s3://bucket/path``."""
@@ -64,14 +65,15 @@ class JobConfig:
     """The step protocol and membership."""
 
     keep_checkpoints: Annotated[int, pydantic.Field(ge=1)] | None = 2
-    """So many of the latest checkpoints are kept; ``None`` keeps all."""
+    """So many of the latest checkpoints are kept; ``null`` keeps all."""
 
     def __post_init__(self) -> None:
         shares, workers = self.het.given_shares, self.num_workers
         if shares is not None and workers is not None and len(shares) != workers:
             raise ConfigError(
-                f"het.shares={list(shares)} has {len(shares)} numbers, `workers` has {workers}: allowed is one number "
-                f"per worker. Write --set het.shares='{[1] * workers}'"
+                f"het.shares={[int(s) if s == int(s) else s for s in shares]} has {plural(len(shares), 'number')}, "
+                f"`workers` has {workers}: allowed is one number per worker. Write --set het.shares='{[1] * workers}', "
+                "or --set het.shares=auto"
             )
 
     @property

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
-from raytrain_het.jobs.summary import final_tables, number, to_json, worker_table
+from raytrain_het.jobs.summary import final_tables, to_json, worker_table
+from raytrain_het.ray_train.narration import event_line, number, report_line
 
 Status = Mapping[str, Any]
 Records = Sequence[Mapping[str, Any]]
@@ -35,6 +36,9 @@ class Display(Protocol):
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
         """The end of a run that succeeded."""
+
+    def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
+        """The end of a run that had nothing left to do."""
 
 
 def make_display(*, as_json: bool = False, stdout: IO[str] | None = None, stderr: IO[str] | None = None) -> Display:
@@ -69,12 +73,22 @@ class PlainDisplay:
     def on_update(self, status: Status, events: Records, reports: Records) -> None:
         for line in filter(None, map(event_line, events)):
             self.say(line)
+        if any(event["kind"] == "joined" for event in events):
+            self.say_if_waiting(status)
         for report in reports:
             self.say(report_line(report))
+
+    def say_if_waiting(self, status: Status) -> None:
+        waiting = waiting_line(status)
+        if waiting is not None:
+            self.say(waiting)
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
         # A fixed width: a file has none, and rich would otherwise cut the tables at 80 columns.
         Console(file=self.stream, width=120, highlight=False).print(final_tables(summary, folder), soft_wrap=False)
+
+    def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
+        self.say(line)
 
 
 class JsonDisplay(PlainDisplay):
@@ -86,6 +100,10 @@ class JsonDisplay(PlainDisplay):
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
         print(to_json(summary), file=self.result, flush=True)
+
+    def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
+        self.say(line)
+        self.finish(summary, "")
 
 
 class LiveDisplay:
@@ -119,17 +137,30 @@ class LiveDisplay:
     def picture(self, status: Status) -> RenderableType:
         """The whole of what is redrawn."""
         rate = self.rate.of(status.get("samples", 0))
-        heading = (
+        heading = waiting_line(status) or (
             f"{status.get('state', 'starting')}: step {status.get('step', 0)}, epoch {status.get('epoch', 0)}, "
             f"{number(round(rate))} samples/s, generation {status.get('generation', 0)}"
         )
         members = [{**member, "world_rank": member["slot"]} for member in status.get("members", ())]
-        vacant = [f"slot {slot} is vacant" for slot in status.get("vacant", ())]
+        vacant = [f"worker {slot} is not there" for slot in status.get("vacant", ())]
         return Group(heading, worker_table(members), *vacant, *self.events)
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
         self.live.stop()
         self.console.print(final_tables(summary, folder))
+
+    def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
+        self.live.stop()
+        self.say(line)
+
+
+def waiting_line(status: Status) -> str | None:
+    """``3 of 16 workers are there``; None once training has begun."""
+    missing = len(status.get("vacant", ()))
+    if not missing or status.get("generation", 0):
+        return None
+    there = sum(bool(member.get("alive", True)) for member in status.get("members", ()))
+    return f"{there} of {there + missing} workers are there"
 
 
 class Rate:
@@ -147,42 +178,3 @@ class Rate:
             self.seen.popleft()
         (start, first), (end, last) = self.seen[0], self.seen[-1]
         return (last - first) / (end - start) if end > start else 0.0
-
-
-def report_line(report: Mapping[str, Any]) -> str:
-    """``step 23  epoch 0  accuracy 0.9``."""
-    metrics = "  ".join(f"{name} {number(value)}" for name, value in report["metrics"].items())
-    return f"step {report['step']}  epoch {report['epoch']}  {metrics}"
-
-
-_SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "joined": lambda e: f"worker {e['slot']} is there ({e['device']} on {e['host']})",
-    "lost": lambda e: f"worker {e['slot']} is lost: {e['reason']}",
-    "evicted": lambda e: f"worker {e['slot']} is dropped: {e['reason']}",
-    "left": lambda e: f"worker {e['slot']} has left after step {e['step']}",
-    "finished": lambda e: f"worker {e['slot']} has finished at step {e['step']}",
-    "healed": lambda e: f"worker {e['slot']} has caught up at step {e['step']} by {e['by']}",
-    "vacant": lambda e: f"slot {e['slot']} stays vacant: {e['reason']}",
-    "given_up": lambda e: f"slot {e['slot']} is given up: {e['reason']}",
-    "table": lambda e: (
-        f"table {e['version']}: shares {', '.join(str(b) for _, b in sorted(e['shares'].items()))} ({e['reason']})"
-    ),
-    "formed": lambda e: (
-        f"generation {e['number']} from step {e['base']}: workers {', '.join(map(str, e['slots']))}"
-        + (f", of which {', '.join(map(str, e['unhealed']))} catch up" if e["unhealed"] else "")
-        + f" ({e['reason']})"
-    ),
-}
-_SILENT = ("void", "wanted")
-"""What a formed generation tells as well."""
-
-
-def event_line(event: Mapping[str, Any]) -> str | None:
-    """A membership event as a sentence; None for what is told by another."""
-    if event["kind"] in _SILENT:
-        return None
-    try:
-        return _SENTENCES[event["kind"]](event)
-    except KeyError:
-        rest = {k: v for k, v in event.items() if k not in ("seq", "time", "kind", "generation")}
-        return f"{event['kind']}: " + ", ".join(f"{name} {value}" for name, value in rest.items())

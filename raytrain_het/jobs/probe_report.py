@@ -168,8 +168,8 @@ def _worker_table(model: ModelResult) -> Table:
 def _sentences(model: ModelResult) -> list[str]:
     given, prediction = model.advice, model.advice.prediction
     lines = [
-        f"together {_rate(prediction.samples_per_s)} samples/s, {given.fraction_of_aggregate:.0%} of what the workers "
-        f"do alone, added up: a step of {1000 * prediction.step_s:.4g} ms, of which communication "
+        f"together {_rate(prediction.samples_per_s)} samples/s, {given.fraction_of_aggregate:.0%} of the sum of their "
+        f"solo speeds: a step of {1000 * prediction.step_s:.4g} ms, of which communication "
         f"{1000 * prediction.communication_s:.3g} ms",
     ]
     if len(model.workers) > 1:

@@ -4,12 +4,44 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from raytrain_het.errors import ConfigError
+
+_ALLOWED = "Write --address HOST:6379 of a running cluster, or --address local"
+_CONNECT_S = 5.0
+
+
+def is_local(address: str | None) -> bool:
+    """Whether a Ray of one's own is started."""
+    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
+def check_address(address: str | None) -> str:
+    """The address that counts, if somebody listens there: Ray itself would try for minutes.
+
+    Raises:
+        ConfigError: It is neither HOST:PORT nor auto nor local, or nobody listens.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address in ("local", "auto"):
+        return address
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"--address {address}: allowed is HOST:PORT, auto or local. {_ALLOWED}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(f"--address {address}: no Ray cluster at {host}:{port} ({error}). {_ALLOWED}") from None
+    return address
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @contextmanager
@@ -32,7 +64,7 @@ def ray_session(address: str | None, *, num_cpus: float) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = check_address(address)
     local: dict[str, Any] = {}
     if address == "local":
         local = {
@@ -44,10 +76,9 @@ def ray_session(address: str | None, *, num_cpus: float) -> Iterator[None]:
     try:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:
             raise ConfigError(
-                f"address={address!r}: no Ray cluster answers there ({error}). "
-                "Write --address HOST:6379 of a running cluster, or --address local"
+                f"--address {address}: no Ray cluster answers there ({_first_line(error)}). {_ALLOWED}"
             ) from None
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -14,11 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytrain_het.errors import ConfigError
+import yaml
+
+from raytrain_het.errors import CheckpointError, ConfigError
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.display import Display
-from raytrain_het.jobs.ray_session import ray_session
-from raytrain_het.jobs.table import check_data, train_function
+from raytrain_het.jobs.ray_session import is_local, ray_session
+from raytrain_het.jobs.table import KINDS, check_data, train_function
+from raytrain_het.jobs.validation import plural, shown
+from raytrain_het.jobs.yaml_file import read_yaml
+from raytrain_het.ray_train.run_folder import LastCheckpoint, last_checkpoint_of, write_whole
+from raytrain_het.ray_train.storage import check_writable as storage_of
+from raytrain_het.ray_train.storage import write_some
 
 
 class Interrupted(Exception):
@@ -26,7 +34,12 @@ class Interrupted(Exception):
 
     Args:
         exit_code: What the process should end with: 128 and the signal's number.
+
+    Attributes:
+        hint: How to go on, where there is a checkpoint.
     """
+
+    hint: str = ""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
@@ -50,8 +63,23 @@ def run_job(
         Interrupted: Ctrl-C or SIGTERM; the workers are gone.
     """
     job = resolve(job)
-    check_data(job)
+    assert job.name is not None
+    check_reuse(job)
+    notes = check_data(job)
+    if "://" in job.storage:
+        _check_remote(job)
     folder = f"{job.storage}/{job.name}"
+    last = last_checkpoint_of(job.storage, job.name)
+    about = {"name": job.name, "run_folder": folder}
+    epochs = getattr(job, "epochs", None)
+    if last is not None and epochs is not None and last.epoch >= epochs:
+        summary = about | _of_complete_run(last)
+        display.end_at_once(
+            summary,
+            f"{job.name} is complete ({last.epoch} of {epochs} epochs, {last.path}): nothing left to do. "
+            f"More epochs: --set epochs={2 * last.epoch}; afresh: another --name",
+        )
+        return summary
     started = False
 
     def on_update(
@@ -61,16 +89,47 @@ def run_job(
         if not started:
             # Not before the run is on: one that cannot start leaves nothing behind.
             started = True
-            _write_job(job)
+            try:
+                _write_job(job)
+            except OSError as error:
+                display.say(f"{folder}/job.yaml could not be written ({error}); the run goes on")
             display.say(f"run folder: {folder}")
+            if last is not None:
+                display.say(f"resumed from {last}")
         display.on_update(status, events, reports)
 
-    with display, _interruptible():
-        with ray_session(address, num_cpus=_num_cpus(job)):
-            trainer = _trainer(job, on_update, at_start)
-            trainer.fit()
-        display.finish(trainer.summary, folder)
-    return dict(trainer.summary)
+    try:
+        with display, _interruptible():
+            for note in (*notes, *_crowded(job, address)):
+                display.say(note)
+            with ray_session(address, num_cpus=_num_cpus(job)):
+                trainer = _trainer(job, on_update, at_start)
+                trainer.fit()
+            summary = about | trainer.summary
+            display.finish(summary, folder)
+    except Interrupted as end:
+        last = last_checkpoint_of(job.storage, job.name)
+        end.hint = f"; run --name {job.name} again to go on from {last}" if last is not None else ""
+        raise
+    return summary
+
+
+def _of_complete_run(last: LastCheckpoint) -> dict[str, Any]:
+    return {
+        "metrics": last.metrics,
+        "steps": last.step,
+        "checkpoint": last.path,
+        "num_checkpoints_failed": 0,
+        "resumed_from": last.path,
+        "workers": [],
+    }
+
+
+def _crowded(job: JobConfig, address: str | None) -> list[str]:
+    cores = len(os.sched_getaffinity(0))
+    if job.num_workers is None or not is_local(address) or _num_cpus(job) <= cores:
+        return []
+    return [f"{plural(job.num_workers, 'worker')} on {plural(cores, 'core')}: they share them"]
 
 
 def resolve(job: JobConfig) -> JobConfig:
@@ -87,19 +146,69 @@ def resolve(job: JobConfig) -> JobConfig:
 
 
 def check_writable(storage: Path) -> None:
-    """Refuse a folder that no run could write to, without creating it.
+    """Refuse a folder that no run could write to, or on a full disk, without creating it.
 
     Raises:
-        ConfigError: It is not a folder, or it is read-only.
+        ConfigError: It is not a folder, or some KiB cannot be written there.
     """
     nearest = next(path for path in (storage, *storage.parents) if path.exists())
     if not nearest.is_dir():
         raise ConfigError(f"storage={str(storage)!r}: {nearest} is a file: allowed is a folder. Write --storage runs")
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    try:
+        write_some(nearest)
+    except OSError as error:
+        what = "the disk is full: free some space" if error.errno == errno.ENOSPC else (
+            f"nothing can be written in {nearest} ({error.strerror}): allowed is a folder you may write to"
+        )  # fmt: skip
+        raise ConfigError(f"--storage {storage}: {what}. Write --storage ~/runs") from None
+
+
+def _check_remote(job: JobConfig) -> None:
+    import ray.train
+
+    try:
+        storage_of(ray.train.RunConfig(name=job.name, storage_path=job.storage))
+    except CheckpointError as error:
+        cause = (str(error.__cause__).strip().splitlines() or ["unknown"])[0]
         raise ConfigError(
-            f"storage={str(storage)!r} cannot be written: {nearest} is read-only for this user: allowed is a folder "
-            "you may write to. Write --storage ~/runs"
+            f"--storage {job.storage} cannot be written: {cause} Allowed is a folder, or a URI such as "
+            "s3://bucket/runs whose library is installed. Write --storage runs"
+        ) from None
+
+
+def check_reuse(job: JobConfig) -> None:
+    """Refuse the name of a run that this job cannot go on with, before anything of it is overwritten.
+
+    Raises:
+        ConfigError: It is a run of another kind, of another model, or of a script.
+    """
+    assert job.name is not None
+    folder = Path(job.storage) / job.name
+    if "://" in job.storage or not folder.is_dir():
+        return
+    has_checkpoint = last_checkpoint_of(job.storage, job.name) is not None
+    try:
+        before = read_yaml(folder / "job.yaml")
+    except ConfigError:
+        if has_checkpoint:
+            raise ConfigError(
+                f"{folder} has checkpoints of a run that was not started from a job file. Write another --name"
+            ) from None
+        return
+    if before.get("kind") != job.kind:
+        raise ConfigError(
+            f"{folder} is a {before.get('kind')!r} run, this job is {job.kind!r}: a run goes on with its own kind "
+            "only. Write another --name"
         )
+    now = yaml.safe_load(job.to_yaml())
+    for data in (before, now):
+        data["het.seed"] = (data.get("het") or {}).get("seed", 0)  # The order of samples follows from it.
+    for key in (*KINDS[job.kind].model_keys, "het.seed") if has_checkpoint else ():
+        if key in before and before[key] != now[key]:
+            raise ConfigError(
+                f"{folder} is a run with {key}={shown(before[key])}, this job has {key}={shown(now[key])}: its "
+                f"checkpoints do not fit. Write another --name, or {key} as it was"
+            )
 
 
 def _free_name(kind: str, storage: str) -> str:
@@ -112,7 +221,7 @@ def _write_job(job: JobConfig) -> None:
     """The resolved job beside what the trainer writes: ``raytrain-het train <folder>/job.yaml`` goes on with it."""
     assert job.name is not None
     if "://" not in job.storage:
-        (Path(job.storage) / job.name / "job.yaml").write_text(job.to_yaml(), encoding="utf-8")
+        write_whole(Path(job.storage) / job.name / "job.yaml", job.to_yaml())
 
 
 def _num_cpus(job: JobConfig) -> float:

@@ -117,7 +117,7 @@ def verdict(summary: Mapping[str, Any], cores: Sequence[float]) -> str:
     slowest = workers[scores.index(min(scores))]["world_rank"]
     text = (
         f"computed from the scores, not run: with equal shares all would go at the pace of worker {slowest}, about "
-        f"{equal:.0%} of what the workers do alone, added up"
+        f"{equal:.0%} of the sum of their solo speeds"
     )
     if not 1 / BELIEVABLE < equal / simulated < BELIEVABLE:
         return (

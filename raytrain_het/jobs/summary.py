@@ -11,7 +11,23 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-RUN_KEYS = ("metrics", "steps", "samples", "throughput_samples_per_s", "fraction_of_aggregate", "workers")
+from raytrain_het.ray_train.narration import number
+
+RUN_KEYS = (
+    "name",
+    "run_folder",
+    "checkpoint",
+    "num_checkpoints_failed",
+    "resumed_from",
+    "metrics",
+    "steps",
+    "samples",
+    "throughput_samples_per_s",
+    "fraction_of_aggregate",
+    "workers",
+)
+MEASURED_STEPS = 30
+"""In fewer steps the workers' solo speeds are hardly known."""
 WORKER_KEYS = (
     "world_rank",
     "device",
@@ -68,16 +84,25 @@ def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
         f"{number(summary['throughput_samples_per_s'])} samples/s"
     )
     fraction = summary.get("fraction_of_aggregate")
-    if fraction is not None:
-        totals += f"; the last steps ran at {fraction:.0%} of what the workers do alone, added up"
-    return Group(worker_table(summary["workers"]), metrics, totals, f"run folder: {folder}")
+    if fraction is not None and len(summary["workers"]) > 1 and summary.get("steps_now", 0) >= MEASURED_STEPS:
+        totals += f"; together {100 * fraction:.0f} % of the sum of their solo speeds"
+    return Group(worker_table(summary["workers"]), metrics, totals, checkpoint_line(summary), f"run folder: {folder}")
+
+
+def checkpoint_line(summary: Mapping[str, Any]) -> str:
+    """Where the last checkpoint is, and how many are missing."""
+    last, failed = summary.get("checkpoint"), summary.get("num_checkpoints_failed", 0)
+    if failed:
+        which = f"the last one stored is {last}" if last else "the run has none"
+        return f"{failed} of {summary['num_checkpoints']} checkpoints could not be written; {which}"
+    return f"last checkpoint: {last}" if last else "the run has no checkpoint"
 
 
 def worker_table(workers: Iterable[Mapping[str, Any]]) -> Table:
     """A row per worker, by world rank."""
     # Fits in 80 columns, since a live table cannot be scrolled sideways.
     table = Table(title="Workers", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for name in ("rank", "device", "node", "score", "share", "compute s", "wait s", "sent", "received"):
+    for name in ("worker", "device", "node", "score", "share", "compute s", "wait s", "sent", "received"):
         table.add_column(name, justify="left" if name in ("device", "node") else "right", no_wrap=True)
     for worker in sorted(workers, key=lambda w: w["world_rank"]):
         table.add_row(
@@ -94,14 +119,6 @@ def worker_table(workers: Iterable[Mapping[str, Any]]) -> Table:
 def _known(value: Any, form: Callable[[Any], str] = str) -> str:
     """A worker that has only just come has not told all of it."""
     return "-" if value is None else form(value)
-
-
-def number(value: Any) -> str:
-    """A metric for reading: four digits, or as it is when it is no number."""
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def size(num_bytes: float) -> str:

@@ -37,8 +37,12 @@ class JobKind:
     requires: tuple[str, ...] = ()
     """Modules of the extra ``jobs`` that it imports."""
 
+    model_keys: tuple[str, ...] = ()
+    """Fields that change the model or the samples: a run of the same name cannot go on with others."""
+
     check: str | None = None
-    """A function that takes the job and looks at its data before any worker is started."""
+    """A function that takes the job and looks at its data before any worker is started. It returns what there is to
+    warn of, a line each."""
 
 
 KINDS: dict[str, JobKind] = {
@@ -52,12 +56,14 @@ KINDS: dict[str, JobKind] = {
         config="raytrain_het.jobs.tabular_config:TabularJob",
         train_fn="raytrain_het.jobs.tabular:train_tabular",
         make_step="raytrain_het.jobs.tabular:make_step",
+        model_keys=("task", "model", "hidden", "target", "features", "columns", "rows"),
         check="raytrain_het.jobs.tabular:check",
     ),
     "char_lm": JobKind(
         config="raytrain_het.jobs.char_lm_config:CharLMJob",
         train_fn="raytrain_het.jobs.char_lm:train_char_lm",
         make_step="raytrain_het.jobs.char_lm:make_step",
+        model_keys=("context", "layers", "heads", "width", "max_characters"),
     ),
 }
 
@@ -93,8 +99,7 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
             f"the job {kind!r} needs {', '.join(missing)}, which is not installed. "
             "Write: python -m pip install 'raytrain-het[jobs]'"
         )
-    config: type[JobConfig] = _import(KINDS[kind].config)
-    return validation.build(config, data, source=lambda where: _source(file, overrides, where))
+    return validation.build(config_class(kind), data, source=lambda where: _source(file, overrides, where))
 
 
 def read_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -124,15 +129,20 @@ def make_step(kind: str, config: dict[str, Any], device: Any) -> TrainingStep:
     return step
 
 
-def check_data(job: JobConfig) -> None:
-    """Look at a job's data, as far as its kind can tell beforehand.
+def check_data(job: JobConfig) -> list[str]:
+    """Look at a job's data, as far as its kind can tell beforehand; returns what there is to warn of.
 
     Raises:
         ConfigError: The data is not there, or is not what the job needs.
     """
     check = KINDS[job.kind].check
-    if check is not None:
-        _import(check)(job)
+    return list(_import(check)(job)) if check is not None else []
+
+
+def config_class(kind: str) -> type[JobConfig]:
+    """The dataclass of a kind of job."""
+    config: type[JobConfig] = _import(KINDS[kind].config)
+    return config
 
 
 def _source(file: Path, overrides: list[str], where: str) -> str:
@@ -140,7 +150,7 @@ def _source(file: Path, overrides: list[str], where: str) -> str:
     for override in reversed(overrides):
         key = override.partition("=")[0].strip()
         if where and (key == where or where.startswith(f"{key}.")):
-            return f"--set {where}"
+            return f"--{where}" if where in ("name", "storage") else f"--set {where}"
     return f"{file}: {where}" if where else f"{file}: "
 
 

@@ -26,13 +26,20 @@ def source_of(config: dict[str, Any]) -> Source:
     )  # fmt: skip
 
 
-def check(job: TabularJob) -> None:
-    """Read the table before any worker is started, for the sake of early errors.
+def check(job: TabularJob) -> list[str]:
+    """Read the table before any worker is started, for the sake of early errors; returns what there is to warn of.
 
     Raises:
         ConfigError: see :func:`raytrain_het.jobs.tabular_data.open_table`.
     """
-    open_table(source_of(job.train_loop_config()))
+    rows = open_table(source_of(job.train_loop_config())).num_train
+    if job.global_batch_size <= rows:
+        return []
+    smaller = max(job.num_workers or 1, rows // 10)
+    return [
+        f"global_batch_size={job.global_batch_size} is more than the {rows} rows to train on: an epoch is one step. "
+        f"Perhaps --set global_batch_size={smaller}"
+    ]
 
 
 def build_model(config: dict[str, Any], table: TableData) -> nn.Module:
@@ -104,9 +111,9 @@ def train_tabular(config: dict[str, Any]) -> None:
         out = model(features)
         if table.classes is None:
             error = F.mse_loss(out.squeeze(1), target, reduction="sum")
-            return {"mse": error.double() * table.target_deviation**2}
+            return {"held_out_mse": error.double() * table.target_deviation**2}
         return {
-            "accuracy": (out.argmax(dim=1) == target).sum(),
+            "held_out_accuracy": (out.argmax(dim=1) == target).sum(),
             "held_out_loss": F.cross_entropy(out, target, reduction="sum"),
         }
 

@@ -23,7 +23,7 @@ class TabularJob(JobConfig):
 
     data: Annotated[str, pydantic.Field(min_length=1)] | None = None
     """A CSV or Parquet file that every worker can read: a path, or a URI (``s3://``, ``gs://``, ``hdfs://``).
-    ``None`` makes up a linear regression of ``rows`` x ``columns``."""
+    ``null`` makes up a linear regression of ``rows`` x ``columns``."""
 
     rows: Annotated[int, pydantic.Field(ge=10)] = 1_000_000
     """Rows of the made-up table."""
@@ -32,10 +32,10 @@ class TabularJob(JobConfig):
     """Columns of the made-up table, besides the target."""
 
     target: str | None = None
-    """The column that is predicted; ``None`` is the last one."""
+    """The column that is predicted; ``null`` is the last one."""
 
     features: tuple[str, ...] | None = None
-    """The columns it is predicted from; ``None`` is all others."""
+    """The columns it is predicted from; ``null`` is all others."""
 
     task: Literal["regression", "classification"] = "regression"
     """Regression minimises the squared error; classification the cross-entropy over the target's values."""

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -219,10 +220,21 @@ def _numbers(source: Source, table: pa.Table, names: list[str]) -> None:
     text = [n for n in names if not _is_number(table.schema.field(n).type)]
     if text:
         kinds = ", ".join(f"{n!r} is {table.schema.field(n).type}" for n in text[:_NAMED])
-        rest = [n for n in names if n not in text]
+        rest = [n for n in names if n not in text] or ["COLUMN"]
+        count = "1 column is" if len(text) == 1 else f"{len(text)} columns are"
         raise ConfigError(
-            f"data={source.data!r}: {len(text)} of the columns are not numeric ({kinds}): allowed are numbers and "
-            f"true/false. Encode them as numbers, or leave them out: --set features='{rest or ['COLUMN']}'"
+            f"data={source.data!r}: {count} not numeric ({kinds}): allowed are numbers and true/false. Encode as "
+            f"numbers, or leave out: --set features={shlex.quote(json.dumps(rest, ensure_ascii=False))}"
+        )
+
+
+def _number_target(source: Source, table: pa.Table, target: str) -> None:
+    kind = table.schema.field(target).type
+    if not _is_number(kind):
+        what = "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else str(kind)
+        raise ConfigError(
+            f"data={source.data!r}: the target {target!r} is {what}: write --set task=classification, or another "
+            "target: --set target=COLUMN"
         )
 
 
@@ -306,7 +318,9 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
     table = read_table(source.data)
     features, target = _choose(source, table.column_names)
     classify = source.task == "classification"
-    _numbers(source, table, features if classify else [*features, target])
+    if not classify:
+        _number_target(source, table, target)
+    _numbers(source, table, features)
     _complete(source, table, [*features, target])
     if table.num_rows < 10:
         raise ConfigError(f"data={source.data!r} has {table.num_rows} rows: allowed are 10 or more.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,9 @@ from raytrain_het.errors import ConfigError
 
 T = TypeVar("T")
 Where = tuple[str | int, ...]
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_PATTERNS = {RUN_NAME: "letters, digits, . _ -, no slash, a letter or digit first"}
 
 
 def build(cls: type[T], data: dict[str, Any], *, source: Callable[[str], str] = str) -> T:
@@ -41,8 +45,26 @@ def build(cls: type[T], data: dict[str, Any], *, source: Callable[[str], str] = 
             # A list whose item is wrong is also "too short" to pydantic: the deeper mistake is the one.
             paths = [path for path, _ in problems]
             problems = [p for p in problems if not any(len(o) > len(p[0]) and o[: len(p[0])] == p[0] for o in paths)]
-    lines = dict.fromkeys(f"{source(dotted(path))}{text}" for path, text in problems)
-    raise ConfigError("\n".join(lines))
+    # One line for each place: of a union's branches, the first one's.
+    lines = {path: f"{source(dotted(path))}{text}" for path, text in reversed(problems)}
+    lines = {path: lines[path] for path, _ in problems}
+    raise ConfigError("\n".join(dict.fromkeys(lines.values())))
+
+
+def shown(value: Any) -> str:
+    """A value as a job file has it: null, true, lists."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {shown(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 number``, ``2 numbers``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def dotted(path: Where) -> str:
@@ -64,13 +86,13 @@ def _structure(kind: Any, value: Any, path: Where) -> Iterator[tuple[Where, str]
         for i, inner in enumerate(value):
             yield from _structure(item, inner, (*path, i))
     elif isinstance(value, bool) and not _allows_bool(kind):
-        yield path, f"={str(value).lower()} is not valid: allowed is {_allowed(kind)}."
+        yield path, f"={shown(value)} is not valid: allowed is {_allowed(kind)}."
 
 
 def _unknown(key: object, value: object, known: list[str]) -> str:
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? Write {near[0]}: {value}" if near else "remove it"
-    return f"={value!r}: there is no such key; {hint}. Allowed: {', '.join(known)}."
+    hint = f"did you mean {near[0]!r}? Write {near[0]}: {shown(value)}" if near else "remove it"
+    return f"={shown(value)}: there is no such key; {hint}. Allowed: {', '.join(known)}."
 
 
 def _explain(cls: type, details: Any) -> tuple[Where, str]:
@@ -80,14 +102,28 @@ def _explain(cls: type, details: Any) -> tuple[Where, str]:
     cause = (details.get("ctx") or {}).get("error")
     if isinstance(cause, ValueError):
         # The message of a dataclass's own check, complete by itself. It begins with its field.
-        name, equals, rest = str(cause).partition("=")
-        if equals and path and name in _fields(_dataclass_in(kind) or cls):
-            return (*path, name), f"={rest}"
-        return path, f"{': ' if path else ''}{cause}"
-    text = f"={details['input']!r} is not valid: allowed is {_range(details) or _allowed(kind)}."
-    if field is not None and isinstance(field.default, (int, float, str)):
-        text += f" Leave it out for the default, {field.default!r}, or write --set {dotted(path)}={field.default}"
+        message = _in_yaml_words(str(cause))
+        name, equals, rest = message.partition("=")
+        if equals and name.partition(".")[0] in _fields(_dataclass_in(kind) or cls):
+            return (*path, *name.split(".")), f"={rest}"
+        return path, f"{': ' if path else ''}{message}"
+    received, default = details["input"], None if field is None else field.default
+    text = f"={shown(received)} is not valid: allowed is "
+    if isinstance(received, str) and _item_in(kind) is not None:
+        items = ", ".join(part.strip() for part in received.split(",") if part.strip())
+        return path, f"{text}{_allowed(kind)}. Write --set {dotted(path)}='[{items}]'"
+    text += f"{_range(details) or _allowed(kind)}."
+    if isinstance(default, (bool, int, float, str)):
+        plain = default if isinstance(default, str) else shown(default)
+        text += f" The default is {plain}: write --set {dotted(path)}={plain}"
     return path, text
+
+
+def _in_yaml_words(text: str) -> str:
+    """A message that speaks of Python's values, for those who write YAML."""
+    for python, yaml in ((r"\bNone\b", "null"), (r"\bTrue\b", "true"), (r"\bFalse\b", "false")):
+        text = re.sub(python, yaml, text)
+    return re.sub(r"=\(([^()]*?),?\)", r"=[\1]", text)
 
 
 def _range(details: Any) -> str | None:
@@ -104,6 +140,8 @@ def _range(details: Any) -> str | None:
         "literal_error": "{expected}",
     }
     form = words.get(details["type"])
+    if ctx.get("pattern") in _PATTERNS:
+        return _PATTERNS[ctx["pattern"]]
     return form.format(**ctx) if form else None
 
 

@@ -83,7 +83,7 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise ConfigError(f"--set {override}: allowed is key=value. Write for example --set epochs=3")
+            raise ConfigError(f"--set {override}: allowed is KEY=VALUE. Write for example --set {key or 'epochs'}=3")
         try:
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:

@@ -12,7 +12,8 @@ import ray
 from ray.exceptions import RayError
 
 from raytrain_het.ray_train.hub import hub_name
-from raytrain_het.ray_train.run_folder import RunFolder
+from raytrain_het.ray_train.narration import log_update
+from raytrain_het.ray_train.run_folder import LastCheckpoint, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,16 @@ class Monitor:
         run_id: Ray Train's id of the run.
         folder: Where to write; may write nothing.
         on_update: Called from this thread with (status, new events, new reports).
+        resumed: What the run goes on from: its samples are not this process's.
     """
 
-    def __init__(self, run_id: str, folder: RunFolder, on_update: OnUpdate | None = None) -> None:
-        self._run_id, self._folder, self._on_update = run_id, folder, on_update
+    def __init__(
+        self, run_id: str, folder: RunFolder, on_update: OnUpdate | None = None, resumed: LastCheckpoint | None = None
+    ) -> None:
+        self._run_id, self._folder, self._on_update, self._resumed = run_id, folder, on_update, resumed
+        self._complained: set[type[BaseException]] = set()
+        self._checkpoint = resumed.path if resumed is not None else None
+        self._num_checkpoints = self._num_failed = 0
         self._attempt = 0
         self._handle: Any = None
         self._events_seen = self._reports_seen = 0
@@ -69,12 +76,18 @@ class Monitor:
         throughput = 0.0
         if self._started and self._ended and self._ended[0] > self._started[0]:
             throughput = (self._ended[1] - self._started[1]) / (self._ended[0] - self._started[0])
+        steps = self._status.get("step", 0)
         return {
             "metrics": metrics if metrics is not None else self._last_report.get("metrics", {}),
-            "steps": self._status.get("step", 0),
+            "steps": steps,
+            "steps_now": max(0, steps - (self._resumed.step if self._resumed is not None else 0)),
             "samples": self._status.get("samples", 0),
             "throughput_samples_per_s": throughput,
             "fraction_of_aggregate": self._fraction_of_aggregate,
+            "checkpoint": self._checkpoint,
+            "num_checkpoints": self._num_checkpoints,
+            "num_checkpoints_failed": self._num_failed,
+            "resumed_from": self._resumed.path if self._resumed is not None else None,
             "workers": [self._workers[slot] for slot in sorted(self._workers)],
         }
 
@@ -86,8 +99,18 @@ class Monitor:
                 self._handle = None
             except ValueError:
                 self._handle = None  # no such actor: not yet, or no longer
-            except Exception:
-                logger.warning("The display of the run failed; the run goes on.", exc_info=True)
+            except Exception as error:
+                self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        """Once for each kind of error, and where it is the disk's, in a line."""
+        if type(error) in self._complained:
+            return
+        self._complained.add(type(error))
+        if isinstance(error, OSError):
+            logger.warning("What is shown of the run could not be written (%s); the run goes on.", error)
+        else:
+            logger.warning("The display of the run failed; the run goes on.", exc_info=error)
 
     def _poll(self) -> None:
         if self._handle is None:
@@ -115,11 +138,17 @@ class Monitor:
         self._reports_seen = max([self._reports_seen, *(r["seq"] + 1 for r in reports)])
         self._folder.add_events(events)
         self._folder.add_reports(reports)
-        if reports:
-            self._last_report = reports[-1]
+        for report in reports:
+            self._last_report = report
+            stored, failed = report.get("checkpoint"), report.get("checkpoint_error")
+            self._checkpoint = stored or self._checkpoint
+            self._num_checkpoints += bool(stored or failed)
+            self._num_failed += bool(failed)
         if status:
             samples = int(status.get("samples", 0))
-            if self._started is None or self._started[1] == samples:
+            # What a resumed run had done before comes with the first word of a worker.
+            first = None if self._started is None else self._started[1]
+            if first is None or first == samples or (first == 0 and self._resumed is not None):
                 self._started = (time.monotonic(), samples)  # the first step has not been done yet
             if samples > self._status.get("samples", 0):
                 self._ended = (time.monotonic(), samples)
@@ -134,5 +163,9 @@ class Monitor:
                 }
             if status.get("fraction_of_aggregate") is not None:
                 self._fraction_of_aggregate = status["fraction_of_aggregate"]
+        log_update(events, reports)
         if self._on_update is not None:
-            self._on_update(status, events, reports)
+            try:
+                self._on_update(status, events, reports)
+            except Exception as error:
+                self._complain(error)

@@ -1,4 +1,4 @@
-"""The run's folder: the resolved configuration, and what happened, line by line."""
+"""The run's folder: the resolved configuration, what happened, line by line, and where a run of this name goes on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import numbers
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,60 @@ from raytrain_het.config import HetConfig
 from raytrain_het.ray_train.scaling import HetScalingConfig
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastCheckpoint:
+    """The checkpoint that a run of this name goes on from."""
+
+    path: str
+    epoch: int
+    """Epochs that are complete."""
+    step: int
+    offset: int
+    """Samples of the next epoch that are used up."""
+    metrics: dict[str, Any]
+    """Of its report."""
+
+    def __str__(self) -> str:
+        return f"{Path(self.path).name} (step {self.step}, epoch {self.epoch})"
+
+
+def last_checkpoint(context: StorageContext) -> LastCheckpoint | None:
+    """The last checkpoint that Ray Train has registered for this run; None where there is none that can be read."""
+    files = context.storage_filesystem
+    try:
+        with files.open_input_stream(context.checkpoint_manager_snapshot_path) as stream:
+            latest = json.loads(stream.read())["latest_checkpoint_result"]
+        path = context.build_checkpoint_path_from_name(latest["checkpoint_dir_name"])
+        with files.open_input_stream(f"{path}/het.json") as stream:
+            cursor = json.loads(stream.read())["cursor"]
+        epoch, step, offset = (int(cursor[name]) for name in ("epoch", "step", "offset"))
+        return LastCheckpoint(path=path, epoch=epoch, step=step, offset=offset, metrics=latest["metrics"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def last_checkpoint_of(storage: str, name: str) -> LastCheckpoint | None:
+    """The same for a run that is not under way; nothing is written."""
+    try:
+        return last_checkpoint(StorageContext(storage, name, read_only=True))
+    except Exception:  # A URI without its library, or out of reach: what writes there says so.
+        return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file as a whole: on a full disk the old one stays, and no empty one is left.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -50,11 +106,15 @@ class RunFolder:
             ],
             "train_loop_config": train_loop_config,
         }
-        self._write("config.json", "w", json.dumps(content, indent=2, default=str) + "\n")
+        if self._path is not None:
+            try:
+                write_whole(self._path / "config.json", json.dumps(content, indent=2, default=str) + "\n")
+            except OSError as error:
+                self._give_up(error)
 
     def add_reports(self, reports: list[dict[str, Any]]) -> None:
         """One line per report, and its numbers as TensorBoard scalars."""
-        self._write("metrics.jsonl", "a", "".join(json.dumps(r, default=_plain) + "\n" for r in reports))
+        self._append("metrics.jsonl", "".join(json.dumps(r, default=_plain) + "\n" for r in reports))
         for report in reports:
             for name, value in report.get("metrics", {}).items():
                 if not isinstance(value, bool) and isinstance(value, numbers.Real):
@@ -62,7 +122,7 @@ class RunFolder:
 
     def add_events(self, events: list[dict[str, Any]]) -> None:
         """One line per membership event."""
-        self._write("events.jsonl", "a", "".join(json.dumps(e, default=_plain) + "\n" for e in events))
+        self._append("events.jsonl", "".join(json.dumps(e, default=_plain) + "\n" for e in events))
 
     def close(self) -> None:
         """Flush what is buffered."""
@@ -70,11 +130,11 @@ class RunFolder:
             self._tensorboard.close()
             self._tensorboard = None
 
-    def _write(self, name: str, mode: str, text: str) -> None:
+    def _append(self, name: str, text: str) -> None:
         if self._path is None or not text:
             return
         try:
-            with open(self._path / name, mode, encoding="utf-8") as file:
+            with open(self._path / name, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             self._give_up(error)

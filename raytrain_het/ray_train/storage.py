@@ -66,8 +66,8 @@ class RayStorage:
             self._delete(target)
             raise CheckpointError(
                 f"Checkpoint {name} could not be written to {self._root!r}: {_first_line(error)} Checkpoints written "
-                "before are unharmed. Free space there, or write RunConfig(storage_path=...) with a place that every "
-                "node can write to, and run the same name again to go on from the last one."
+                "before are unharmed. Free space there, or take a storage (RunConfig(storage_path=...), --storage) "
+                "that every node can write to, and run the same name again to go on from the last one."
             ) from error
         return final
 
@@ -130,13 +130,30 @@ def check_writable(run_config: RunConfig) -> StorageContext:
         CheckpointError: It names the path and the fix.
     """
     try:
-        return run_config.storage_context
+        context = run_config.storage_context
+        if context.storage_filesystem.type_name == "local":
+            write_some(Path(context.experiment_fs_path))
+        return context
     except Exception as error:
         raise CheckpointError(
             f"RunConfig(storage_path={run_config.storage_path!r}, name={run_config.name!r}): the run's folder cannot "
             f"be written: {_first_line(error)} Write RunConfig(storage_path=...) with a folder that exists and is "
             "writable on every node, or a URI such as 's3://bucket/runs'."
         ) from error
+
+
+def write_some(folder: Path) -> None:
+    """Write some KiB into a folder and remove them: on a full disk an empty file can still be made.
+
+    Raises:
+        OSError: They could not be written.
+    """
+    path = folder / f".check.{uuid.uuid4().hex[:8]}"
+    try:
+        path.write_bytes(bytes(65536))
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_atomically(context: StorageContext, path: str, content: bytes) -> None:

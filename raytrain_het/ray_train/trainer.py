@@ -33,13 +33,12 @@ from raytrain_het.ray_train.controller import HetController, RunPlan
 from raytrain_het.ray_train.failures import to_raise
 from raytrain_het.ray_train.hub import Parts
 from raytrain_het.ray_train.monitor import Monitor, OnUpdate
+from raytrain_het.ray_train.narration import logger, number, show_log
 from raytrain_het.ray_train.resources import SlotSpec
-from raytrain_het.ray_train.run_folder import RunFolder
+from raytrain_het.ray_train.run_folder import LastCheckpoint, RunFolder, last_checkpoint
 from raytrain_het.ray_train.scaling import HetScalingConfig
 from raytrain_het.ray_train.storage import check_writable
 from raytrain_het.ray_train.worker_entry import WorkerEntry
-
-logger = logging.getLogger(__name__)
 
 _ABORT_S = 15.0
 
@@ -56,10 +55,12 @@ class HetTrainer(TorchTrainer):
             a checkpoint there goes on from it.
         torch_config: Ray's. It shapes torch's default process group, which has one member here.
         on_update: Called about twice a second during ``fit``, from a thread of the driver, with
-            (status, new membership events, new reports).
+            (status, new membership events, new reports). Without it the run is told in INFO lines of the logger
+            ``raytrain_het``, on stderr where the program has not set up logging.
 
     Attributes:
-        summary: After ``fit``: metrics, steps, samples, throughput_samples_per_s and workers.
+        summary: After ``fit``: metrics, steps, samples, throughput_samples_per_s, checkpoint (the last one's path) and
+            workers.
 
     Raises:
         ConfigError: An argument is wrong; the message says what to write.
@@ -142,9 +143,15 @@ class HetTrainer(TorchTrainer):
             dataset_config=self.data_config,
         )
         self.train_run_context = context
+        resumed = last_checkpoint(storage)
+        if self.on_update is None:
+            show_log()
+        logger.info("run folder: %s", storage.experiment_fs_path)
+        if resumed is not None:
+            logger.info("resumed from %s", resumed)
         folder = RunFolder(storage)
         folder.write_config(self.het_config, scaling, self.train_loop_config)
-        monitor = Monitor(context.run_id, folder, self.on_update)
+        monitor = Monitor(context.run_id, folder, self.on_update, resumed)
         entry = WorkerEntry(
             train_fn=self._get_train_func(), config=self.het_config, parts=parts, num_slots=len(scaling.slots)
         )
@@ -173,7 +180,30 @@ class HetTrainer(TorchTrainer):
             raise to_raise(result.error, last_word.get("errors", {})) from None
         self.summary = monitor.summary(result.metrics)
         result.het_summary = self.summary
+        if self.on_update is None:
+            self._tell_end(resumed)
         return result
+
+    def _tell_end(self, resumed: LastCheckpoint | None) -> None:
+        summary = self.summary
+        if resumed is not None and summary["steps_now"] == 0:
+            logger.warning(
+                "the run %r was complete before, with %s: nothing was left to do. For more epochs, write a larger "
+                "number in loader.epochs(); to start afresh, another RunConfig(name=...).",
+                self.run_config.name,
+                resumed,
+            )
+            return
+        if summary["num_checkpoints_failed"]:
+            logger.warning(
+                "%d of %d checkpoints could not be written",
+                summary["num_checkpoints_failed"],
+                summary["num_checkpoints"],
+            )
+        logger.info(
+            "the run is complete: %d steps, %s samples/s, last checkpoint: %s", summary["steps"],
+            number(summary["throughput_samples_per_s"]), summary["checkpoint"] or "none",
+        )  # fmt: skip
 
     def _start_controller(self, **arguments: Any) -> Any:
         node_id = ray.get_runtime_context().get_node_id()
@@ -242,8 +272,9 @@ def _check_shares(config: HetConfig, num_slots: int) -> None:
     shares = config.given_shares
     if shares is not None and len(shares) != num_slots:
         raise ConfigError(
-            f"HetConfig.shares={shares!r} has {len(shares)} numbers, the run has {num_slots} workers: "
-            f"one per worker is needed. Write shares={[1] * num_slots}, or leave it out: shares then follow speeds."
+            f"HetConfig.shares={list(shares)} has {len(shares)} number{'s' * (len(shares) != 1)}, the run has "
+            f"{num_slots} worker{'s' * (num_slots != 1)}: one per worker is needed. Write "
+            f"shares={[1] * num_slots}, or leave it out: shares then follow speeds."
         )
 
 

@@ -17,6 +17,7 @@ from ray.train import TrainingFailedError
 import raytrain_het as het
 from raytrain_het.cli import main
 from raytrain_het.jobs import runner
+from raytrain_het.jobs.summary import RUN_KEYS
 
 SUMMARY = {"metrics": {"accuracy": 0.99}, "steps": 1, "samples": 64, "throughput_samples_per_s": 1.0, "workers": []}
 
@@ -84,7 +85,10 @@ def test_train_prints_the_folder_and_leaves_a_job_file_that_runs_again(
 def test_json_leaves_stdout_to_the_result(stub: type[StubTrainer], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out) == SUMMARY | {"fraction_of_aggregate": None}
+    result = json.loads(out)
+    assert tuple(result) == RUN_KEYS
+    assert {key: result[key] for key in SUMMARY} == SUMMARY
+    assert result["run_folder"].endswith(f"/runs/{result['name']}")
     assert "run folder:" in err
 
 
@@ -111,7 +115,7 @@ def test_a_read_only_storage_is_refused(
 ) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     assert main(["train", "--storage", str(tmp_path / "locked" / "runs")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "nothing can be written" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(

@@ -56,7 +56,7 @@ def test_the_verdict_is_the_slowest_score_over_the_mean() -> None:
     workers = [worker(0, 1.7, 37), worker(1, 0.9, 18), worker(2, 0.4, 9)]
     text = verdict({"workers": workers, "fraction_of_aggregate": 0.8}, [0.91, 0.46, 0.23])
     assert "computed from the scores, not run" in text
-    assert "the pace of worker 2, about 40% of what" in text
+    assert "the pace of worker 2, about 40% of the sum" in text
     assert text.endswith("2.0 times as fast")
 
 
@@ -64,7 +64,7 @@ def test_scores_that_are_not_known_or_not_as_simulated_are_no_verdict() -> None:
     assert "not known" in verdict({"workers": [worker(0, 1.0, 2), worker(1, None, 1)]}, [1, 0.5])
     odd = {"workers": [worker(0, 1.9, 60), worker(1, 0.1, 4)], "fraction_of_aggregate": 0.5}
     text = verdict(odd, [1, 0.5])
-    assert "about 10% of what" in text
+    assert "about 10% of the sum" in text
     assert "the simulated speeds say 67%" in text
     assert "times as fast" not in text
 

@@ -101,9 +101,15 @@ GOOD = "a,b,c\n" + "1,2,3\n" * 20
         ("a,b\n", "0 rows of 2 columns", {}),
         ("a\n1\n", "of 1 columns", {}),
         ("a,b\n1,2\n1,2,3\n", "neither CSV nor Parquet, or damaged.*Expected 2 columns, got 3", {}),
-        ("a,b\n" + "1,x\n" * 20, "1 of the columns are not numeric \\('b' is string\\)", {}),
+        ("a,b\n" + "1,x\n" * 20, "the target 'b' is text: write --set task=classification", {}),
         ("a,b,c\n" + "1,nan,2\n" * 3 + "1,,2\n" * 20 + "1,2,2\n" * 9, "'b': 23; the table has 32 rows", {}),
         ("a,b\n" + ",2\n" * 20, "'a': 20; the table has 20 rows", {}),
+        (
+            "area,age,colour,shape,price\n" + "1,2,red,round,3\n" * 20,
+            """2 columns are not numeric .*--set features='\\["area", "age"\\]'""",
+            {},
+        ),
+        ("a,colour,b\n" + "1,red,3\n" * 20, "1 column is not numeric \\('colour' is string\\)", {}),
         (GOOD, "no column 'z': there are 'a', 'b', 'c'", {"target": "z"}),
         (GOOD, "no column 'y', 'z'", {"features": ("a", "y", "z")}),
         (GOOD, "'c' has 1 different values", {"task": "classification"}),
@@ -143,7 +149,7 @@ def test_a_bad_table_is_found_before_any_worker_is_started(tmp_path: Path) -> No
     path = tmp_path / "t.csv"
     path.write_text("a,b\n" + "1,x\n" * 20)
     job = load_job(_tabular(), [f"data={path}"])
-    with pytest.raises(ConfigError, match="not numeric"):
+    with pytest.raises(ConfigError, match="is text"):
         check_data(job)
 
 
@@ -165,6 +171,14 @@ def test_settings_that_contradict_each_other_are_refused(overrides: list[str], m
 
 def _tabular() -> Path:
     return Path(__file__).parents[2] / "experiments" / "jobs" / "tabular.yaml"
+
+
+def test_a_batch_larger_than_the_table_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    frame().to_csv(path, index=False)
+    (note,) = check_data(load_job(_tabular(), [f"data={path}"]))
+    assert "more than the 160 rows" in note and "--set global_batch_size=16" in note
+    assert check_data(load_job(_tabular(), [f"data={path}", "global_batch_size=160"])) == []
 
 
 def fit(table_source: Source, **changes: object) -> tuple[torch.nn.Module, tabular.TableData]:

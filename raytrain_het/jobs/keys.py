@@ -1,0 +1,60 @@
+"""``raytrain-het train --keys``: every key of a job, its default and its meaning, from the dataclasses."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from raytrain_het.config import HetConfig
+from raytrain_het.jobs.config import JobConfig, Workers
+from raytrain_het.jobs.validation import shown
+
+_BELOW: dict[str, tuple[str, type]] = {"workers": ("workers.0", Workers), "het": ("het", HetConfig)}
+
+
+def key_lines(cls: type[JobConfig]) -> Iterator[str]:
+    """Text for reading: ``key = default``, and below it what it means."""
+    yield from _lines(cls, "")
+
+
+def _lines(cls: Any, prefix: str) -> Iterator[str]:
+    meanings = _meanings(cls)
+    for field in dataclasses.fields(cls):
+        below = _BELOW.get(field.name) if not prefix else None
+        if field.name != "het":
+            value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            yield f"{prefix}{field.name} = {_default(value)}"
+            yield textwrap.indent(textwrap.fill(" ".join(meanings.get(field.name, "").split()), 100), "    ")
+        if below is not None:
+            yield from _lines(below[1], f"{below[0]}.")
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return shown([dataclasses.asdict(item) for item in value])
+    return shown(value)
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """The texts below the fields of a class and of those it inherits from."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(node, ast.ClassDef)
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+            ):  # fmt: skip
+                found[field.target.id] = (
+                    inspect.cleandoc(str(text.value.value)).replace("``", "").replace("None", "null")
+                )
+    return found

@@ -1,0 +1,84 @@
+"""A run in sentences: what the log says of events and reports, and what the command line shows of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+logger = logging.getLogger("raytrain_het")
+
+
+def number(value: Any) -> str:
+    """A metric for reading: four digits, thousands written out, or as it is when it is no number."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def report_line(report: Mapping[str, Any]) -> str:
+    """``step 23  epoch 0  accuracy 0.9``."""
+    metrics = "  ".join(f"{name} {number(value)}" for name, value in report["metrics"].items())
+    return f"step {report['step']}  epoch {report['epoch']}  {metrics}"
+
+
+def _without_class(error: str) -> str:
+    """``CheckpointError: text`` as ``text``."""
+    name, _, text = error.partition(": ")
+    return text if text and name.isidentifier() else error
+
+
+_SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "joined": lambda e: f"worker {e['slot']} is there ({e['device']} on {e['host']})",
+    "lost": lambda e: f"worker {e['slot']} is lost: {e['reason']}",
+    "evicted": lambda e: f"worker {e['slot']} is dropped: {e['reason']}",
+    "left": lambda e: f"worker {e['slot']} has left after step {e['step']}",
+    "finished": lambda e: f"worker {e['slot']} has finished at step {e['step']}",
+    "healed": lambda e: f"worker {e['slot']} has caught up at step {e['step']} by {e['by']}",
+    "vacant": lambda e: f"worker {e['slot']} is not there, and nobody comes for its place yet: {e['reason']}",
+    "given_up": lambda e: f"worker {e['slot']} is given up: {e['reason']}",
+    "checkpoint_failed": lambda e: f"the checkpoint of step {e['step']} is lost: {_without_class(e['error'])}",
+    "table": lambda e: (
+        f"table {e['version']}: shares {', '.join(str(b) for _, b in sorted(e['shares'].items()))} ({e['reason']})"
+    ),
+    "formed": lambda e: (
+        f"generation {e['number']} from step {e['base']}: workers {', '.join(map(str, e['slots']))}"
+        + (f", of which {', '.join(map(str, e['unhealed']))} catch up" if e["unhealed"] else "")
+        + f" ({e['reason']})"
+    ),
+}
+_SILENT = ("void", "wanted")
+"""What a formed generation tells as well."""
+
+
+def event_line(event: Mapping[str, Any]) -> str | None:
+    """A membership event as a sentence; None for what is told by another."""
+    if event["kind"] in _SILENT:
+        return None
+    try:
+        return _SENTENCES[event["kind"]](event)
+    except KeyError:
+        rest = {k: v for k, v in event.items() if k not in ("seq", "time", "kind", "generation", "uid")}
+        if "slot" in rest:
+            rest = {"worker": rest.pop("slot"), **rest}
+        return f"{event['kind']}: " + ", ".join(f"{name} {value}" for name, value in rest.items())
+
+
+def log_update(events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]]) -> None:
+    """The same through the logger ``raytrain_het``, at INFO: where a display shows them, nobody has asked for these."""
+    for line in (*map(event_line, events), *map(report_line, reports)):
+        if line is not None:
+            logger.info(line)
+
+
+def show_log() -> None:
+    """Let the logger's INFO lines reach stderr, unless the program has set up logging itself."""
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)

@@ -1,0 +1,209 @@
+"""What a run says of itself: names, resuming, checkpoints, disks and addresses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.train.v2._internal.execution.storage import StorageContext
+
+from raytrain_het.cli import main
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs import runner
+from raytrain_het.jobs.display import waiting_line
+from raytrain_het.jobs.ray_session import check_address
+from raytrain_het.jobs.runner import check_reuse, check_writable, resolve
+from raytrain_het.jobs.summary import checkpoint_line
+from raytrain_het.jobs.table import load_job
+from raytrain_het.ray_train import monitor, run_folder
+from raytrain_het.ray_train.monitor import Monitor
+from raytrain_het.ray_train.narration import event_line, number
+from raytrain_het.ray_train.run_folder import LastCheckpoint, RunFolder, last_checkpoint_of, write_whole
+
+ROOT = Path(__file__).parents[2]
+JOBS = ROOT / "experiments" / "jobs"
+
+
+def make_checkpoint(storage: Path, name: str, *, epoch: int, step: int = 92) -> Path:
+    """As Ray Train and this package leave one behind."""
+    path = storage / name / f"checkpoint_{step:09d}_0"
+    path.mkdir(parents=True)
+    (path / "het.json").write_text(json.dumps({"cursor": {"epoch": epoch, "offset": 0, "step": step}}))
+    latest = {"checkpoint_dir_name": path.name, "metrics": {"accuracy": 0.9}}
+    snapshot = StorageContext(str(storage), name, read_only=True).checkpoint_manager_snapshot_path
+    Path(snapshot).write_text(json.dumps({"latest_checkpoint_result": latest}))
+    return path
+
+
+def leave_run(storage: Path, file: str, *overrides: str, epoch: int = 4) -> None:
+    make_checkpoint(storage, "mine", epoch=epoch)
+    job = load_job(JOBS / file, ["name=mine", f"storage={storage}", *overrides])
+    (storage / "mine" / "job.yaml").write_text(job.to_yaml())
+
+
+def test_another_kind_of_job_under_a_used_name_is_refused_and_nothing_is_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_run(tmp_path, "digits.yaml")
+    before = (tmp_path / "mine" / "job.yaml").read_text()
+    assert main(["train", str(JOBS / "char_lm.yaml"), "--name", "mine", "--storage", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mine is a 'digits' run" in line and "Write another --name" in line
+    assert (tmp_path / "mine" / "job.yaml").read_text() == before
+
+
+def test_another_model_under_a_used_name_is_refused_and_other_epochs_are_not(tmp_path: Path) -> None:
+    leave_run(tmp_path, "char_lm.yaml")
+    mine = ["name=mine", f"storage={tmp_path}"]
+    check_reuse(resolve(load_job(JOBS / "char_lm.yaml", [*mine, "epochs=9", "workers=[{count: 1}]"])))
+    with pytest.raises(ConfigError, match="width=64, this job has width=32.*another --name"):
+        check_reuse(resolve(load_job(JOBS / "char_lm.yaml", [*mine, "width=32"])))
+    with pytest.raises(ConfigError, match="het.seed=0, this job has het.seed=1"):
+        check_reuse(resolve(load_job(JOBS / "char_lm.yaml", [*mine, "het.seed=1"])))
+
+
+def test_a_complete_run_says_so_without_starting_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "ray_session", None)
+    leave_run(tmp_path, "digits.yaml", epoch=20)
+    arguments = ["train", "--name", "mine", "--storage", str(tmp_path)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "mine is complete (20 of 20 epochs" in out and "nothing left to do" in out and "--set epochs=40" in out
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["checkpoint"] == result["resumed_from"] == str(tmp_path / "mine" / "checkpoint_000000092_0")
+    assert (result["name"], result["metrics"]) == ("mine", {"accuracy": 0.9})
+
+
+def test_the_last_checkpoint_is_named_with_its_step_and_epoch(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "mine", epoch=4)
+    assert str(last_checkpoint_of(str(tmp_path), "mine")) == "checkpoint_000000092_0 (step 92, epoch 4)"
+    assert last_checkpoint_of(str(tmp_path), "other") is None
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("start", "expected"), [(0, 100.0), (5000, 100.0)])
+def test_throughput_counts_what_this_process_has_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, expected: float
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
+    resumed = LastCheckpoint(path="c", epoch=1, step=50, offset=0, metrics={}) if start else None
+    folder = RunFolder(StorageContext(str(tmp_path), "run"))
+    watch = Monitor("id", folder, None, resumed)
+    for second, samples in enumerate([0, start, start + 100, start + 200]):
+        now[0] = float(second)
+        watch._take({"samples": samples, "step": 60, "members": []}, [], [])
+    assert watch.summary(None)["throughput_samples_per_s"] == pytest.approx(expected)
+    assert watch.summary(None)["steps_now"] == (10 if start else 60)
+
+
+def test_lost_checkpoints_are_counted_and_the_last_stored_one_is_named(tmp_path: Path) -> None:
+    watch = Monitor("id", RunFolder(StorageContext(str(tmp_path), "run")))
+    reports = [{"checkpoint": "a/c1", "checkpoint_error": None}, {"checkpoint": None, "checkpoint_error": "full"}]
+    watch._take({}, [], [{"seq": i, "step": i, "epoch": 0, "metrics": {}, **r} for i, r in enumerate(reports)])
+    summary = watch.summary(None)
+    assert (summary["checkpoint"], summary["num_checkpoints_failed"]) == ("a/c1", 1)
+    assert checkpoint_line(summary) == "1 of 2 checkpoints could not be written; the last one stored is a/c1"
+    assert checkpoint_line(summary | {"checkpoint": None}).endswith("; the run has none")
+
+
+def test_a_display_on_a_full_disk_is_told_of_once_in_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    watch = Monitor("id", RunFolder(StorageContext(str(tmp_path), "run")), full)
+    for _ in range(3):
+        watch._take({}, [], [])
+    (record,) = caplog.records
+    assert "No space left" in record.getMessage() and record.exc_info is None
+
+
+def test_a_full_disk_is_refused_and_leaves_no_empty_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("old")
+
+    def full(self: Path, *_: Any, **__: Any) -> None:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, "new")
+    with pytest.raises(ConfigError, match="the disk is full"):
+        check_writable(tmp_path / "runs")
+    assert [p.name for p in tmp_path.iterdir()] == ["job.yaml"] and path.read_text() == "old"
+    assert run_folder.write_whole is write_whole
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]  # bound, and not listening
+        start = time.monotonic()
+        with pytest.raises(ConfigError, match=f"no Ray cluster at 127.0.0.1:{port}"):
+            check_address(f"127.0.0.1:{port}")
+        assert time.monotonic() - start < 6
+    for address in ("local2", "host:", ":6379", "host:99999"):
+        with pytest.raises(ConfigError, match="allowed is HOST:PORT, auto or local"):
+            check_address(address)
+
+
+def test_an_error_with_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--json", "--set", "epohcs=3"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"].startswith("--set epohcs=3")
+    assert err.startswith("raytrain-het: --set epohcs=3")
+
+
+def test_a_forgotten_equals_sign_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--set", "epochs", "3"]) == 2
+    assert "did you mean --set epochs=3?" in capsys.readouterr().err
+
+
+def test_keys_are_listed_with_defaults_and_meanings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--keys", str(JOBS / "char_lm.yaml")]) == 0
+    out = capsys.readouterr().out
+    for part in ("width = 64", "Size of the embeddings.", "het.codec = none", "workers.0.count = 1"):
+        assert part in out
+    assert "    \n" not in out  # a key without a meaning
+
+
+def test_waiting_names_how_many_are_there() -> None:
+    status = {"generation": 0, "vacant": list(range(3, 16)), "members": [{"slot": i} for i in range(3)]}
+    assert waiting_line(status) == "3 of 16 workers are there"
+    assert waiting_line(status | {"generation": 1}) is None
+
+
+def test_large_numbers_are_written_out_and_a_failed_checkpoint_is_a_sentence() -> None:
+    assert [number(x) for x in (17568.4, 0.91234, 5)] == ["17568", "0.9123", "5"]
+    event = {"seq": 1, "kind": "checkpoint_failed", "slot": 0, "step": 46, "error": "CheckpointError: No space left"}
+    assert event_line(event) == "the checkpoint of step 46 is lost: No space left"
+
+
+def test_a_trainer_without_a_display_logs_what_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "raytrain_het")
+    watch = Monitor("id", RunFolder(StorageContext(str(tmp_path), "run")))
+    event = {"seq": 0, "kind": "lost", "slot": 1, "reason": "its connection closed"}
+    watch._take({}, [event], [{"seq": 0, "step": 5, "epoch": 0, "metrics": {"loss": 1.0}}])
+    assert caplog.messages == ["worker 1 is lost: its connection closed", "step 5  epoch 0  loss 1"]
+
+
+def test_the_readmes_script_is_complete() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(block, "README.md", "exec"), names)  # imports resolve; training needs Ray
+    function = names["train_fn"].__code__
+    assert {name for name in function.co_names if name in ("torch", "F", "het", "DataLoader", "TensorDataset")} <= set(
+        names
+    )
