@@ -67,10 +67,10 @@ def test_a_process_with_two_threads_gets_no_more_than_it_may(kind, cores, spinni
         slow.add(spinning)
         clock = (~spinning << 3) | 2
         used, began = time.clock_gettime(clock), time.monotonic()
-        time.sleep(1.0)
+        time.sleep(3.0)
         used, passed = time.clock_gettime(clock) - used, time.monotonic() - began
-    # With what it had saved up, and what it may owe if the one that stops it comes late. Busy machines give no more.
-    assert 0 < used <= cores * (passed + SAVED_S) + 0.15
+    # With what it had saved up, and what it owes if the one that stops it comes late on a busy machine.
+    assert 0 < used <= cores * (passed + SAVED_S) + 0.6
 
 
 def test_a_new_speed_holds_at_once(spinning):

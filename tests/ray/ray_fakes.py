@@ -9,37 +9,19 @@ import json
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from raytrain_het.membership.settings import HubSettings
+
 current: FakeSession | None = None
-
-
-@dataclass
-class FakeSettings:
-    run_id: str
-    num_slots: int
-    shares: Any
-    balance: bool
-    warm_spares: bool
-    alpha: float
-    lr_scale_normalisation: str
-    host: str
-    silence_s: float
-    hang_limit_s: float
-    start_timeout_s: float
-    checkpoint: str | None
-    checkpoint_cursor: dict[str, int] | None
-    codec: str
-    backend: str
 
 
 class FakeMembership:
     """Does what it is told by the workers and by the test."""
 
-    def __init__(self, settings: FakeSettings) -> None:
+    def __init__(self, settings: HubSettings) -> None:
         self.settings = settings
         self.members: dict[int, dict[str, Any]] = {}
         self.joins: list[dict[str, Any]] = []
