@@ -135,6 +135,12 @@ class Scoreboard:
         """What all do together: the global batch over the median of the last steps' durations."""
         return self.global_batch_size / statistics.median(self._cycles) if self._cycles else None
 
+    @property
+    def predicted_samples_per_s(self) -> float | None:
+        """What the table in force has promised."""
+        predicted = self.table.predicted_step_s if self.table is not None else None
+        return self.global_batch_size / predicted if predicted else None
+
     def better(self, slots: Iterable[int], shares: dict[int, int]) -> Table | None:
         """A table that is worth a change; None if there is none.
 

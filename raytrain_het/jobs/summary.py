@@ -24,6 +24,8 @@ RUN_KEYS = (
     "samples",
     "throughput_samples_per_s",
     "fraction_of_aggregate",
+    "samples_per_s",
+    "predicted_samples_per_s",
     "workers",
 )
 MEASURED_STEPS = 30
@@ -86,6 +88,9 @@ def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
     fraction = summary.get("fraction_of_aggregate")
     if fraction is not None and len(summary["workers"]) > 1 and summary.get("steps_now", 0) >= MEASURED_STEPS:
         totals += f"; together {100 * fraction:.0f} % of the sum of their solo speeds"
+        together, predicted = summary.get("samples_per_s"), summary.get("predicted_samples_per_s")
+        if together and predicted:
+            totals += f", at last {number(together)} samples/s ({number(predicted)} were predicted)"
     return Group(worker_table(summary["workers"]), metrics, totals, checkpoint_line(summary), f"run folder: {folder}")
 
 

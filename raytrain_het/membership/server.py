@@ -408,6 +408,8 @@ class Hub:
             "table": record.table if record else 0,
             "effective_batch_size": effective_batch_size(list(samples.values()), record.lr_scales) if record else None,
             "fraction_of_aggregate": self._fraction_of_aggregate(solo),
+            "samples_per_s": board.samples_per_s,
+            "predicted_samples_per_s": board.predicted_samples_per_s,
             "step": max((m.get("step", 0) for m in members), default=0),
             "epoch": max((m.get("epoch", 0) for m in members), default=0),
             "samples": max((m.get("global_samples", 0) for m in members), default=0),

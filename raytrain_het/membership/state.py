@@ -855,6 +855,6 @@ def _table_of(record: Record) -> Table | None:
         scores={slot: record.speeds[rank] for slot, rank in slots.items()},
         lr_scales={slot: record.lr_scales[rank] for slot, rank in slots.items()},
         shares={m.slot: round(record.shares[slots[m.slot]]) for m in record.members if m.uid not in record.unhealed},
-        predicted_step_s=0.0,
+        predicted_step_s=None,
         reason="the membership actor was restarted",
     )

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 OnUpdate = Callable[[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]], None]
 _INTERVAL_S = 0.5
 _WORKER_KEYS = ("device", "node_ip", "batch_share", "compute_s", "wait_s", "bytes_sent", "bytes_received")
+_RUN_SPEEDS = ("fraction_of_aggregate", "samples_per_s", "predicted_samples_per_s")
 _SPEED_KEYS = ("score", "lr_scale", "solo_samples_per_s")
 
 
@@ -47,7 +48,7 @@ class Monitor:
         self._workers: dict[int, dict[str, Any]] = {}
         self._status: dict[str, Any] = {}
         self._last_report: dict[str, Any] = {}
-        self._fraction_of_aggregate: float | None = None
+        self._speeds: dict[str, float | None] = dict.fromkeys(_RUN_SPEEDS)
         self._started: tuple[float, int] | None = None
         self._ended: tuple[float, int] | None = None
         self._thread = threading.Thread(target=self._run, name="het-monitor", daemon=True)
@@ -83,7 +84,7 @@ class Monitor:
             "steps_now": max(0, steps - (self._resumed.step if self._resumed is not None else 0)),
             "samples": self._status.get("samples", 0),
             "throughput_samples_per_s": throughput,
-            "fraction_of_aggregate": self._fraction_of_aggregate,
+            **self._speeds,
             "checkpoint": self._checkpoint,
             "num_checkpoints": self._num_checkpoints,
             "num_checkpoints_failed": self._num_failed,
@@ -161,8 +162,8 @@ class Monitor:
                 self._workers[slot] |= {
                     k: v if (v := member.get(k)) is not None else before.get(k) for k in _SPEED_KEYS
                 }
-            if status.get("fraction_of_aggregate") is not None:
-                self._fraction_of_aggregate = status["fraction_of_aggregate"]
+            # Not known any more at the end, when workers go: what was last known stays.
+            self._speeds |= {k: status[k] for k in _RUN_SPEEDS if status.get(k) is not None}
         log_update(events, reports)
         if self._on_update is not None:
             try:

@@ -119,7 +119,7 @@ def read_meta(directory: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {directory}: het.json can't be read ({error}). It was not written by raytrain_het, or is "
-            "damaged: remove it, or run under another name."
+            "damaged: remove it, or start anew with another name: RunConfig(name=...), or --name."
         ) from error
     if meta.get("format") != FORMAT:
         raise CheckpointError(
@@ -147,7 +147,8 @@ def check_same_model(meta: dict[str, Any], parameters: dict[str, list[int]], pat
         extra = next((n for n in theirs if n not in parameters), None)
         what = f"it has a parameter {extra!r} that the model lacks" if extra else "the parameters' order differs"
     raise CheckpointError(
-        f"checkpoint {path} is from another model: {what}. Build the same model, or run under another name."
+        f"checkpoint {path} is from another model: {what}. Build the same model, or "
+        "start anew with another name: RunConfig(name=...), or --name."
     )
 
 
@@ -163,7 +164,7 @@ def check_same_data(meta: dict[str, Any], data: dict[str, Any], path: str) -> No
             raise CheckpointError(
                 f"checkpoint {path} is from a run with {field}={theirs[field]!r}, here it is {data[field]!r}: going on "
                 "in the middle of another order of samples would repeat some and leave out others. "
-                f"{fix.format(theirs[field])}, or run under another name to start anew."
+                f"{fix.format(theirs[field])}, or start anew with another name: RunConfig(name=...), or --name."
             )
 
 

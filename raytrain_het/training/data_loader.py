@@ -48,11 +48,13 @@ class HetDataLoader:
             raise ConfigError(
                 f"global_batch_size={batch} is smaller than the number of workers ({session.num_slots}), so that some "
                 f"would never train: allowed is {session.num_slots} or more. Write "
-                f"global_batch_size={session.num_slots * 32}, or take fewer workers."
+                f"global_batch_size={session.num_slots * 32} (for a job: --set global_batch_size=...), or take fewer "
+                "workers."
             )
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ConfigError(
-                f"micro_batch_size={micro_batch_size} is not valid: allowed is a whole number from 1, or None."
+                f"micro_batch_size={micro_batch_size} is not valid: allowed is a whole number from 1, or None "
+                "(null in a job)."
             )
         if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
             raise ConfigError(

@@ -111,7 +111,7 @@ class Replica:
             raise CheckpointError(
                 f"the saved state has registered objects {sorted(theirs)}, here they are {sorted(mine)}: "
                 f"{sorted(theirs ^ mine)} would not be restored. Register the same names with register_state() before "
-                "loader.epochs(), or run under another name to start anew."
+                "loader.epochs(), or start anew with another name: RunConfig(name=...), or --name."
             )
         self.model.load_state_dict(snapshot["model"])
         self.optimizer.load_state_dict(snapshot["optimizer"])
