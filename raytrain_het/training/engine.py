@@ -132,7 +132,8 @@ class Engine:
         self._memory.step_begins()
         if before is not None and before.record is record and before.cursor.epoch == epoch:
             waited_s = before.job.waited_s - before.cpu.own_part_s(before.job.waited_s, opened.started - before.started)
-            self.timings.step_done(len(before.own), waited_s, opened.started - before.started)
+            samples, cycle_s = sum(map(len, before.micro)), opened.started - before.started
+            self.timings.step_done(samples, waited_s, cycle_s, stand_in=not before.own)
         self.opened = opened
         self.comm.submit(opened.job)
         points.reach("opened", opened.job.step)

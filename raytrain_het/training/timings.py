@@ -63,13 +63,17 @@ class Timings:
         self._num_seen = 0
         self._last_sent = 0.0
 
-    def step_done(self, samples: int, waited_s: float, cycle_s: float) -> None:
-        """From one opening to the next a step took ``cycle_s``, of which this worker waited ``waited_s`` for peers."""
+    def step_done(self, samples: int, waited_s: float, cycle_s: float, *, stand_in: bool = False) -> None:
+        """From one opening to the next a step took ``cycle_s``, of which this worker waited ``waited_s`` for peers.
+
+        With a share of 0 these are its stand-in's samples, so that a spare that is fast again is seen. They say little
+        of a whole share, and are not kept for another run.
+        """
         self._num_seen += 1
         if self._num_seen <= NUM_FIRST:
             return
         own_s = max(cycle_s - waited_s, 1e-9)
-        if samples:
+        if not stand_in:
             self._latest.append((samples, own_s))
         self._steps.append((samples, own_s, cycle_s))
         now = time.monotonic()

@@ -43,7 +43,9 @@ class Uneven:
             if scripted is not session.engine.timings:
                 scripted = session.engine.timings
                 tell = scripted.step_done
-                scripted.step_done = lambda samples, _, cycle_s: tell(samples, cycle_s - self.own_s(samples), cycle_s)
+                scripted.step_done = lambda samples, _, cycle_s, **more: tell(
+                    samples, cycle_s - self.own_s(samples), cycle_s, **more
+                )
             self.step = step
             time.sleep(0.02)
 
@@ -79,6 +81,25 @@ def test_a_worker_that_slows_down_in_mid_run_gets_less(tmp_path):
     shares = shares_by_step(tmp_path)
     assert shares[18][1] == 48
     assert 17 <= shares[task.num_steps - 1][1] <= 21
+
+
+class Spare(Uneven):
+    """Worker 2 has something to do in each step that takes longer than the others' whole step; from a step on, not."""
+
+    def own_s(self, samples):
+        fixed_s = 0.06 if current().slot == 2 and self.step <= self.at_step else 0.0
+        return super().own_s(samples) + fixed_s
+
+
+def test_a_warm_spare_is_timed_too_and_gets_samples_when_it_is_fast_again(tmp_path):
+    task = dataclasses.replace(TASK, epochs=8)
+    config = dataclasses.replace(AUTO, warm_spares=True)
+    slow = (0.25, 0.25, 5.0)
+    done = run(Spare(task, *slow, then=(0.25, 0.25, 0.25), at_step=40), tmp_path, config=config)
+    done.check(task)
+    shares = shares_by_step(tmp_path)
+    assert shares[38][2] == 0
+    assert shares[task.num_steps - 1][2] >= 20
 
 
 def test_shares_survive_lost_workers_and_count_every_sample_once(tmp_path):
