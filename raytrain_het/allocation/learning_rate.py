@@ -30,19 +30,41 @@ def lr_scales(scores: Mapping[int, float], alpha: float) -> dict[int, float]:
     """``r_i = p_i^-alpha`` by worker, with scores of mean 1. ``alpha`` 0 gives 1 for all.
 
     Raises:
-        ValueError: ``alpha`` is not finite, or a score is no finite number above 0.
+        ValueError: ``alpha`` is not finite, or a score is no finite number above 0, or a scale would not be one.
     """
     if not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha!r} is not valid: allowed is a finite number. Write alpha=0.0 for the mean.")
-    return {worker: score**-alpha for worker, score in normalised_scores(scores).items()}
+    return {worker: _scale(worker, score, alpha) for worker, score in normalised_scores(scores).items()}
 
 
-def effective_batch_size(batch_shares: Sequence[float], scales: Sequence[float]) -> float:
-    """``B_eff = (sum w)^2 / sum(w^2 / b)`` with ``w_i = b_i r_i``: the samples that would give the same variance.
+def _scale(worker: int, score: float, alpha: float) -> float:
+    try:
+        scale = score**-alpha
+    except OverflowError:
+        scale = math.inf
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"alpha={alpha!r} is not valid for worker {worker}: with its score of {score:.4g} its learning-rate scale "
+            f"score^-alpha is {scale!r}, and allowed is a finite number above 0. Write an alpha nearer to 0; 1.0 "
+            "counts every worker the same."
+        )
+    return scale
 
-    Equal to ``sum b`` if and only if all scales of workers with samples are the same. Workers without samples do not
-    count.
+
+def effective_batch_size(batch_shares: Sequence[float], scales: Sequence[float], *, normalised: bool = True) -> float:
+    """``B_eff = (sum w)^2 / sum(w^2 / b)``: the samples that, equally weighted, would give the same variance.
+
+    With ``w_i = b_i r_i`` it is equal to ``sum b`` if and only if all scales of workers with samples are the same.
+    Workers without samples do not count.
+
+    Args:
+        batch_shares: ``b_i``.
+        scales: ``r_i``.
+        normalised: false for the literal sum of the workers' means, where ``w_i = r_i``.
     """
-    weights = [(b * r, b) for b, r in zip(batch_shares, scales, strict=True) if b > 0]
-    squares = sum(w * w / b for w, b in weights)
-    return sum(w for w, _ in weights) ** 2 / squares if squares > 0 else 0.0
+    weights = [(b * r if normalised else r, b) for b, r in zip(batch_shares, scales, strict=True) if b > 0]
+    most = max((w for w, _ in weights), default=0.0)
+    if most == 0:
+        return 0.0
+    # A common factor cancels: with it, no square overflows.
+    return sum(w / most for w, _ in weights) ** 2 / sum((w / most) ** 2 / b for w, b in weights)

@@ -27,7 +27,7 @@ def scores(
         global_batch_size: needed by ``train_step`` alone.
 
     Raises:
-        ConfigError: no such policy, or it needs what was not measured of some worker.
+        ConfigError: no such policy, or it needs what was not measured of some worker, or it raises an error.
         ValueError: a score is zero, negative or not finite; the message names the worker.
     """
     if policy == "train_step":
@@ -43,7 +43,7 @@ def scores(
     elif policy == "memory_bandwidth":
         raw = {w: _measured(w, p.memory_bandwidth, "memory_bandwidth").median for w, p in profiles.items()}
     elif callable(policy):
-        raw = {w: _number(w, policy(p)) for w, p in profiles.items()}
+        raw = {w: _number(w, _called(policy, w, p)) for w, p in profiles.items()}
     else:
         raise ConfigError(
             f"policy={policy!r} is not valid: allowed is {', '.join(map(repr, POLICIES))}, or a function from a "
@@ -68,6 +68,17 @@ def _measured(worker: int, value: _T | None, policy: str) -> _T:
             "another policy."
         )
     return value
+
+
+def _called(policy: Policy, worker: int, profile: Profile) -> object:
+    try:
+        return policy(profile)
+    except Exception as error:
+        raise ConfigError(
+            f"the policy {getattr(policy, '__name__', repr(policy))!r} failed on worker {worker} ({profile.hardware}, "
+            f"{profile.device}) with {type(error).__name__}: {error}. What was not measured is None in a profile (a "
+            "CPU has no host_to_device): let the function return a number above 0 all the same."
+        ) from error
 
 
 def _number(worker: int, value: object) -> float:

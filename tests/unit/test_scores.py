@@ -40,6 +40,11 @@ def test_each_policy_reads_its_own_measurement() -> None:
         ("flops", Profile(hardware="", device="cpu", cores=1, num_threads=1), ["worker 7", "matrix products"]),
         ("memory_bandwidth", Profile(hardware="", device="cpu", cores=1, num_threads=1), ["worker 7", "memory"]),
         (lambda p: "fast" if p is FAST else 1.0, FAST, ["worker", "'fast'", "finite number"]),
+        (
+            lambda p: p.host_to_device.median,
+            SLOW,
+            ["'<lambda>'", "worker 3 (box, cpu)", "AttributeError", "host_to_device"],
+        ),
         ("speed", SLOW, ["policy='speed'", "'train_step'", "'flops'", "'memory_bandwidth'", "function"]),
         (None, SLOW, ["policy=None"]),
     ],
