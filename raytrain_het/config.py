@@ -34,7 +34,8 @@ class HetConfig:
     """
 
     shares: Literal["auto"] | tuple[float, ...] | None = "auto"
-    """Batch shares. ``"auto"``: equal at first, then as fast as each worker turns out to be.
+    """Batch shares. ``"auto"``: from kept step times or the hardware at first, then as fast as each
+    worker turns out to be.
 
     Or relative shares by world rank (any non-negative numbers, they are normalised); a worker
     with share 0 takes part but trains on nothing. ``None`` is equal shares."""
@@ -43,7 +44,8 @@ class HetConfig:
     """How a worker's measurements become its score. ``train_step``: samples per second of the real
     model, learnt from the run's own steps, which start from kept step times or the hardware. With
     another one, or a function from a ``raytrain_het.fleet.profile.Profile`` to a number above 0,
-    scores come from the hardware alone, and ``shares="auto"`` is in proportion to them."""
+    scores come from the hardware alone, and ``shares="auto"`` is in proportion to them; given
+    shares stay, and scores are shown beside them."""
 
     warm_spares: bool = False
     """Whether ``shares="auto"`` may hold a worker that costs more than it gives at a share of 0. It
@@ -146,12 +148,12 @@ class HetConfig:
 
     @property
     def follows_speeds(self) -> bool:
-        """Whether anything depends on how fast workers are."""
-        return self.shares == "auto" or self.alpha != 0
+        """Whether anything depends on how fast workers' hardware is."""
+        return self.shares == "auto" or self.alpha != 0 or self.score_policy != "train_step"
 
     @property
     def given_shares(self) -> tuple[float, ...] | None:
-        """The shares that were given; None where they are equal (at first)."""
+        """The shares that were given; None where they are equal, or follow speeds."""
         return None if self.shares == "auto" else self.shares
 
 

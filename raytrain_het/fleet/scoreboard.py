@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_het.allocation.batch_shares import StepCost, apportion, balanced_shares, slowest_s
+from raytrain_het.allocation.batch_shares import StepCost, apportion, balanced_shares
 from raytrain_het.allocation.learning_rate import lr_scales, normalised_scores
 from raytrain_het.fleet.profile import Profile
 from raytrain_het.fleet.scores import Policy
 from raytrain_het.fleet.scores import scores as scores_by
-from raytrain_het.fleet.step_time import StepTimeModel
+from raytrain_het.fleet.speeds import Speeds, slowest
 
 MIN_GAIN = 0.02
 """A new table has to promise a step that is shorter by this part, and by as much as the estimates may be off."""
@@ -42,106 +40,67 @@ class Table:
 
 
 class Scoreboard:
-    """Pure bookkeeping: observations in, tables out.
+    """Observations in, tables out: a first one, one that fits who has come, and one that is better.
 
     Args:
         alpha: exponent of the learning-rate scale ``p_i^-alpha``.
         balance: whether shares follow the measured speeds; else only scores come from here.
+        shares: the relative shares by slot that are followed instead; None is equal ones.
         spares: whether a worker that costs more than it gives may be held at a share of 0.
         policy: how a profile becomes a score (:mod:`raytrain_het.fleet.scores`). With ``train_step`` shares balance the
             step times; with any other they are in proportion to the scores.
     """
 
     def __init__(
-        self, *, alpha: float = 0.0, balance: bool = True, spares: bool = False, policy: str | Policy = "train_step"
-    ) -> None:
-        self.alpha, self.balance, self.spares, self.policy = alpha, balance, spares, policy
+        self, *, alpha: float = 0.0, balance: bool = True, shares: Sequence[float] | None = None, spares: bool = False,
+        policy: str | Policy = "train_step",
+    ) -> None:  # fmt: skip
+        self.alpha, self.balance, self.given, self.spares, self.policy = alpha, balance, shares, spares, policy
         self.table: Table | None = None
         self.global_batch_size = 0
-        self._profiles: dict[int, Profile] = {}
-        self._models: dict[int, StepTimeModel] = {}
-        self._fresh: dict[int, int] = {}
-        """Observations by slot since the table in force."""
-        self._cycles: deque[float] = deque(maxlen=20)
+        self._speeds = Speeds()
+        self._besides_s = 0.0
+        """What the table in force reckons with besides its slowest worker."""
 
     def introduce(self, slot: int, profile: Profile) -> None:
-        """A worker has come, with what is known of its hardware, and perhaps of this model's step on it.
-
-        What was learnt in its slot stays, if it runs on the same hardware as its predecessor.
-        """
-        before = self._profiles.get(slot)
-        self._profiles[slot] = profile
-        if before is not None and (before.hardware, before.cores) == (profile.hardware, profile.cores):
-            return
-        self._models.pop(slot, None)
-        if profile.step is not None:
-            self._models[slot] = StepTimeModel(profile.step)
-
-    def first(self, slots: Iterable[int]) -> Table | None:
-        """What the run starts with: from kept step times if there are any of all workers, else from the hardware.
-
-        Raises:
-            ConfigError, ValueError: the policy needs what was not measured, or its scores are none.
-        """
-        slots = sorted(slots)
-        if not (self.balance or self.alpha) or any(s not in self._profiles for s in slots) or self._too_small(slots):
-            return None
-        costs = [self.cost(slot) for slot in slots]
-        known = [c for c in costs if c is not None]
-        predicted = None
-        if self.policy != "train_step":
-            scores, reason = scores_by({s: self._profiles[s] for s in slots}, self.policy), "from the score policy"
-        elif len(known) == len(costs):
-            scores, reason = self.scores(slots), "from step times of earlier runs"
-        else:
-            scores, reason = scores_by({s: self._profiles[s] for s in slots}, "flops"), "from the hardware"
-        if not self.balance:
-            shares = apportion(self.global_batch_size, [1.0] * len(slots))
-        elif self.policy == "train_step" and len(known) == len(costs):
-            shares = balanced_shares(known, self.global_batch_size)
-            predicted = slowest_s(known, shares)
-        else:
-            shares = _in_proportion([scores[slot] for slot in slots], self.global_batch_size)
-        self.table = Table(
-            version=self.table.version + 1 if self.table is not None else 1, scores=scores,
-            lr_scales=lr_scales(scores, self.alpha), shares=dict(zip(slots, shares, strict=True)),
-            predicted_step_s=predicted, reason=reason,
-        )  # fmt: skip
-        return self.table
-
-    def _too_small(self, slots: list[int]) -> bool:
-        return self.global_batch_size < len(slots)
+        """See :meth:`Speeds.introduce`."""
+        self._speeds.introduce(slot, profile)
 
     def observe(self, slot: int, samples: int, seconds: float, cycle_s: float | None = None) -> None:
-        """A worker's step: its samples, its time without what it waited for others, and with that."""
-        if cycle_s is not None:
-            self._cycles.append(cycle_s)
-        if samples > 0 and seconds > 0:
-            self._models.setdefault(slot, StepTimeModel()).observe(samples, seconds)
-            self._fresh[slot] = self._fresh.get(slot, 0) + 1
+        """See :meth:`Speeds.observe`."""
+        self._speeds.observe(slot, samples, seconds, cycle_s)
 
-    def cost(self, slot: int) -> StepCost | None:
-        """What is known of a worker's step time."""
-        model = self._models.get(slot)
-        return model.cost if model is not None else None
+    # ---------------------------------------------------------------- tables
 
-    def solo_samples_per_s(self, slot: int, samples: int) -> float | None:
-        """What a worker would do by itself with such a batch, ``b / t(b)``."""
-        cost = self.cost(slot)
-        return samples / cost.step_s(samples) if cost is not None and samples > 0 else None
+    def fitting(self, slots: Iterable[int]) -> Table | None:
+        """A table for these workers, where there is none yet or the one in force is about others, or other hardware.
 
-    @property
-    def samples_per_s(self) -> float | None:
-        """What all do together: the global batch over the median of the last steps' durations."""
-        return self.global_batch_size / statistics.median(self._cycles) if self._cycles else None
+        The first one is from kept step times if there are any of all workers, else from the hardware. Later, who has
+        done no step yet is taken to be as much faster than the others as its hardware is. None where the table in
+        force fits, or too little is known.
 
-    @property
-    def predicted_samples_per_s(self) -> float | None:
-        """What the table in force has promised."""
-        predicted = self.table.predicted_step_s if self.table is not None else None
-        return self.global_batch_size / predicted if predicted else None
+        Raises:
+            ConfigError, ValueError: the policy fails or needs what was not measured, or its scores or scales are none.
+        """
+        slots = sorted(slots)
+        came = [s for s in slots if self.table is None or s not in self.table.shares or s in self._speeds.changed]
+        wanted = self.balance or self.alpha != 0 or self.policy != "train_step"
+        if not came or not wanted or self.global_batch_size < len(slots):
+            return None
+        if self.policy != "train_step":
+            return self._from_profiles(slots, self.policy, "from the score policy")
+        costs = self._speeds.costs(slots)
+        if self.table is None:
+            if len(costs) < len(slots):
+                return self._from_profiles(slots, "flops", "from the hardware")
+            return self._from_costs(costs, "from step times of earlier runs")
+        costs |= {s: cost for s in came if s not in costs and (cost := self._speeds.guess(s)) is not None}
+        if len(costs) < len(slots):
+            return None
+        reason = f"worker {', '.join(map(str, came))} has come"
+        return self._from_costs({s: costs[s] for s in slots}, reason, spares=self.spares)
 
-    def better(self, slots: Iterable[int], shares: dict[int, int]) -> Table | None:
+    def better(self, slots: Iterable[int], shares: Mapping[int, int]) -> Table | None:
         """A table that is worth a change; None if there is none.
 
         Args:
@@ -149,57 +108,113 @@ class Scoreboard:
             shares: samples of a full global batch that each has now.
         """
         slots = sorted(slots)
-        if self.policy != "train_step":
-            known_as = set(self.table.scores) if self.table is not None else set()
-            return self.first(slots) if not known_as >= set(slots) else None
-        costs = [self.cost(slot) for slot in slots]
-        known = [c for c in costs if c is not None]
-        # A spare does no steps: what is known of it is from before.
-        seen = min((self._fresh.get(slot, 0) for slot in slots if shares.get(slot, 0) > 0), default=0)
-        if len(known) < len(costs) or seen < NUM_NEEDED or self._too_small(slots):
+        if self.policy != "train_step" or not self._speeds.any_news(slots):
             return None
-        now = [shares.get(slot, 0) for slot in slots]
-        best = balanced_shares(known, self.global_batch_size, minimum=int(not self.spares)) if self.balance else now
-        before, after = slowest_s(known, now), slowest_s(known, best)
-        # What a step takes besides its slowest worker (the way of the messages, chance) stays whatever the shares.
-        besides = max(0.0, statistics.median(self._cycles) - before) if self._cycles else 0.0
-        before, after = before + besides, after + besides
-        scores = self.scores(slots)
-        first = self.alpha != 0 and (self.table is None or self._scores_moved(scores))
-        unsure = max(self._models[slot].uncertainty for slot in slots)
-        worth_it = after < (1 - MIN_GAIN - unsure) * before
-        if not worth_it and not first:
+        costs = self._speeds.costs(slots)
+        seen = self._speeds.num_observed(slots)
+        if len(costs) < len(slots) or seen < NUM_NEEDED or self.global_batch_size < len(slots):
             return None
-        if not worth_it:
-            best, reason = now, "scores are known now" if self.table is None else "scores have changed"
-        else:
+        now = {slot: shares.get(slot, 0) for slot in slots}
+        best = self._balanced(costs, spares=self.spares) if self.balance else now
+        besides_s = self._speeds.besides_s(costs, now)  # It stays, whatever the shares.
+        before, after = slowest(costs, now) + besides_s, slowest(costs, best) + besides_s
+        scores = self._scores_of(costs)
+        if after < (1 - MIN_GAIN - self._speeds.uncertainty(slots)) * before:
             reason = f"a step of {1000 * before:.4g} ms becomes one of {1000 * after:.4g} ms"
-            spares = [str(slot) for slot, b in zip(slots, best, strict=True) if b == 0]
-            if spares:
-                reason += f"; worker {', '.join(spares)} costs more than it gives, and is a warm spare"
-        version = self.table.version + 1 if self.table is not None else 1
-        self._fresh.clear()
+            return self._issue(scores, best, reason + _spares(best), step_s=after, besides_s=besides_s)
+        if self.alpha != 0 and (self.table is None or self._moved(scores, self.table.scores)):
+            reason = "scores are known now" if self.table is None else "scores have changed"
+            return self._issue(scores, now, reason, step_s=before, besides_s=besides_s)
+        return None
+
+    def _from_profiles(self, slots: list[int], policy: str | Policy, reason: str) -> Table | None:
+        profiles = {slot: self._speeds.profiles[slot] for slot in slots if slot in self._speeds.profiles}
+        if len(profiles) < len(slots):
+            return None
+        scores = scores_by(profiles, policy)
+        shares = self._in_proportion(scores) if self.balance else self._given(slots)
+        return self._issue(scores, shares, reason)
+
+    def _from_costs(self, costs: Mapping[int, StepCost], reason: str, *, spares: bool = False) -> Table:
+        shares = self._balanced(costs, spares=spares) if self.balance else self._given(list(costs))
+        step_s = slowest(costs, shares) + self._besides_s
+        reason = reason + _spares(shares) if self.balance else reason
+        return self._issue(self._scores_of(costs), shares, reason, step_s=step_s, besides_s=self._besides_s)
+
+    def _issue(
+        self, scores: dict[int, float], shares: dict[int, int], reason: str, *, step_s: float | None = None,
+        besides_s: float = 0.0,
+    ) -> Table:  # fmt: skip
         self.table = Table(
-            version=version, scores=scores, lr_scales=lr_scales(scores, self.alpha),
-            shares=dict(zip(slots, best, strict=True)), predicted_step_s=min(before, after), reason=reason,
+            version=self.table.version + 1 if self.table is not None else 1, scores=scores,
+            lr_scales=lr_scales(scores, self.alpha), shares=shares, predicted_step_s=step_s, reason=reason,
         )  # fmt: skip
+        self._besides_s = besides_s
+        self._speeds.table_issued()
         return self.table
+
+    # ---------------------------------------------------------------- shares
+
+    def _balanced(self, costs: Mapping[int, StepCost], *, spares: bool) -> dict[int, int]:
+        shares = balanced_shares(list(costs.values()), self.global_batch_size, minimum=int(not spares))
+        return dict(zip(costs, shares, strict=True))
+
+    def _in_proportion(self, scores: Mapping[int, float]) -> dict[int, int]:
+        """Shares that go with the scores, and one sample at least."""
+        shares = apportion(self.global_batch_size - len(scores), list(scores.values()))
+        return {slot: share + 1 for slot, share in zip(scores, shares, strict=True)}
+
+    def _given(self, slots: list[int]) -> dict[int, int]:
+        given = self.given or (1.0,)
+        mean = sum(given) / len(given)
+        weights = [given[slot] if slot < len(given) else mean for slot in slots]
+        equal = [1.0] * len(slots)
+        return dict(zip(slots, apportion(self.global_batch_size, weights if sum(weights) > 0 else equal), strict=True))
+
+    # ---------------------------------------------------------------- scores and what is shown
 
     def scores(self, slots: Collection[int]) -> dict[int, float]:
         """``p_i`` of those that have been seen, with mean 1."""
         if self.policy != "train_step":
             return {slot: p for slot, p in self.table.scores.items() if slot in slots} if self.table else {}
-        costs = {slot: cost for slot in slots if (cost := self.cost(slot)) is not None}
+        return self._scores_of(self._speeds.costs(slots))
+
+    def _scores_of(self, costs: Mapping[int, StepCost]) -> dict[int, float]:
         equal = self.global_batch_size / max(len(costs), 1)
         return normalised_scores({slot: equal / cost.step_s(equal) for slot, cost in costs.items()})
 
-    def _scores_moved(self, scores: dict[int, float]) -> bool:
-        assert self.table is not None
-        old = self.table.scores
+    @staticmethod
+    def _moved(scores: Mapping[int, float], old: Mapping[int, float]) -> bool:
         return scores.keys() != old.keys() or any(abs(scores[s] / old[s] - 1) > 0.1 for s in scores)
 
+    def solo_samples_per_s(self, slot: int, samples: int) -> float | None:
+        """What a worker would do by itself with such a batch, ``b / t(b)``."""
+        cost = self._speeds.cost(slot)
+        return samples / cost.step_s(samples) if cost is not None and samples > 0 else None
 
-def _in_proportion(scores: list[float], total: int) -> list[int]:
-    """Shares that go with the scores, and one sample at least."""
-    shares = apportion(total - len(scores), scores)
-    return [share + 1 for share in shares]
+    @property
+    def samples_per_s(self) -> float | None:
+        """What all do together: the global batch over the median of the last steps' durations."""
+        return self.global_batch_size / self._speeds.cycle_s if self._speeds.cycle_s is not None else None
+
+    def predicted_samples_per_s(self, samples: Mapping[int, int]) -> float | None:
+        """What the table in force has promised, if these are its shares.
+
+        Of other ones, as after a loss, it is what the same reckoning gives for them; None where somebody's step time
+        is not known.
+        """
+        table = self.table
+        if table is None or table.predicted_step_s is None:
+            return None
+        now, promised = ({slot: b for slot, b in shares.items() if b > 0} for shares in (samples, table.shares))
+        if now == promised:
+            return self.global_batch_size / table.predicted_step_s
+        costs = self._speeds.costs(now)
+        if not now or len(costs) < len(now):
+            return None
+        return self.global_batch_size / (slowest(costs, now) + self._besides_s)
+
+
+def _spares(shares: Mapping[int, int]) -> str:
+    spares = [str(slot) for slot, b in shares.items() if b == 0]
+    return f"; worker {', '.join(spares)} costs more than it gives, and is a warm spare" if spares else ""

@@ -22,7 +22,7 @@ from typing import Any
 from raytrain_het.allocation.batch_shares import apportion
 from raytrain_het.allocation.learning_rate import effective_batch_size
 from raytrain_het.fleet.profile import Profile
-from raytrain_het.fleet.scoreboard import Scoreboard
+from raytrain_het.fleet.scoreboard import Scoreboard, Table
 from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.reports import EvaluationBook, ReportBook
@@ -59,13 +59,14 @@ class Hub:
         self.settings = settings
         self.token = token or secrets.token_hex(16)
         self._core = Membership(settings, incarnation=time.time_ns())
-        self._core.first_table = lambda slots: self._scoreboard.first(slots)
+        self._core.table_for = self._table_for
         self._clock = FairClock()
         self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
         self._evaluations = EvaluationBook()
         self._scoreboard = Scoreboard(
-            alpha=settings.alpha, balance=settings.balance, spares=settings.warm_spares, policy=settings.score_policy
-        )
+            alpha=settings.alpha, balance=settings.balance, shares=settings.shares, spares=settings.warm_spares,
+            policy=settings.score_policy,
+        )  # fmt: skip
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
         self._joined: set[str] = set()
@@ -216,8 +217,6 @@ class Hub:
             self._note_checkpoint(hello["checkpoint"], hello["checkpoint_cursor"])
         if self._core.checkpoint is not None:
             self._send(member.uid, self._newest_checkpoint())
-        if self._scoreboard.table is None:
-            self._scoreboard.table = self._core.table  # That of this actor's predecessor.
         for _, _, said in self._meetings:
             self._send(member.uid, said)
 
@@ -317,9 +316,23 @@ class Hub:
         if not steady or not (self.settings.balance or self.settings.alpha):
             return
         assert record is not None
-        table = board.better([m.slot for m in record.members], self._samples(record, global_batch_size))
+        self._adopt_table()
+        try:
+            table = board.better([m.slot for m in record.members], self._samples(record, global_batch_size))
+        except ValueError as error:  # A run that is under way goes on as it is.
+            core.keep_table(str(error), self._clock.now())
+            return
         if table is not None:
             core.follow(table, self._clock.now())
+
+    def _table_for(self, slots: list[int]) -> Table | None:
+        self._adopt_table()
+        return self._scoreboard.fitting(slots)
+
+    def _adopt_table(self) -> None:
+        """After a restart, that of this actor's predecessor."""
+        if self._scoreboard.table is None:
+            self._scoreboard.table = self._core.table
 
     @staticmethod
     def _samples(record: Record, global_batch_size: int) -> dict[int, int]:
@@ -344,10 +357,12 @@ class Hub:
         if free:
             self._flush()
 
-    def _fraction_of_aggregate(self, solo: dict[int, float | None]) -> float | None:
-        """What all do together over the sum of what each would do by itself."""
-        together, known = self._scoreboard.samples_per_s, [s for s in solo.values() if s is not None]
-        return together / sum(known) if together is not None and known and len(known) == len(solo) else None
+    def _fraction_of_aggregate(self, samples: dict[int, int]) -> float | None:
+        """What all do together over the sum of what each would do by itself; who has no samples does not count."""
+        board = self._scoreboard
+        together, alone = board.samples_per_s, [board.solo_samples_per_s(s, b) for s, b in samples.items() if b > 0]
+        known = [speed for speed in alone if speed is not None]
+        return together / sum(known) if together is not None and known and len(known) == len(alone) else None
 
     def _note_checkpoint(self, path: str, cursor: dict[str, int]) -> None:
         """The newest counts, in whatever order word of them comes."""
@@ -406,10 +421,14 @@ class Hub:
             "dead_slots": sorted(core.dead_slots),
             "num_joined": dict(core.num_joined),
             "table": record.table if record else 0,
-            "effective_batch_size": effective_batch_size(list(samples.values()), record.lr_scales) if record else None,
-            "fraction_of_aggregate": self._fraction_of_aggregate(solo),
+            "effective_batch_size": (
+                effective_batch_size(list(samples.values()), record.lr_scales, normalised=record.normalised)
+                if record
+                else None
+            ),
+            "fraction_of_aggregate": self._fraction_of_aggregate(samples),
             "samples_per_s": board.samples_per_s,
-            "predicted_samples_per_s": board.predicted_samples_per_s,
+            "predicted_samples_per_s": board.predicted_samples_per_s(samples),
             "step": max((m.get("step", 0) for m in members), default=0),
             "epoch": max((m.get("epoch", 0) for m in members), default=0),
             "samples": max((m.get("global_samples", 0) for m in members), default=0),

@@ -90,8 +90,8 @@ class Membership:
     def __init__(self, settings: HubSettings, *, incarnation: int) -> None:
         self.settings = settings
         self.incarnation = incarnation
-        self.first_table: Callable[[list[int]], Table | None] = lambda slots: None
-        """What is known of the speeds in these slots before the first step."""
+        self.table_for: Callable[[list[int]], Table | None] = lambda slots: None
+        """A table for these slots; None where that in force fits them, or too little is known."""
         self.peers: dict[str, Peer] = {}
         self.record: Record | None = None
         self.number = 0
@@ -118,6 +118,7 @@ class Membership:
         self._inquiry: Inquiry | None = None
         self._suspected_since: tuple[int, int, float] | None = None
         self._told_of_waiting: tuple[int, int] | None = None
+        self._table_kept: str | None = None
         self._forming_since = 0.0
         self._want_answered = False
         self._first_hello: float | None = None
@@ -323,6 +324,12 @@ class Membership:
         if not self.forming:
             self._start_forming(void=False, reason=f"table {table.version}", now=now)
 
+    def keep_table(self, reason: str, now: float) -> None:
+        """No other table could be made: that in force stays. Told once."""
+        if reason != self._table_kept:
+            self._table_kept = reason
+            self._log("table_kept", now, reason=reason)
+
     def leave(self, uid: str, now: float) -> None:
         """A member wants to go, in good order."""
         peer = self._heard(uid, now)
@@ -501,6 +508,7 @@ class Membership:
         self._count_deaths(died_after, peers, now)
         if self.failure is not None:
             return
+        self._fit_table(peers, now)
         members = tuple(p.member for p in peers)
         same = previous is not None and not self.voided and not reset and previous.members == members
         group = previous.group if same and previous is not None else f"{self.incarnation}.{self.number}"
@@ -556,6 +564,19 @@ class Membership:
             shares = [1.0 if p.healed else 0.0 for p in peers]
         return tuple(shares)
 
+    def _fit_table(self, peers: list[Peer], now: float) -> None:
+        """Who has come, perhaps with other hardware than its predecessor, gets a share of its own."""
+        if self.table is None:
+            return
+        try:
+            table = self.table_for([p.member.slot for p in peers if p.healed])
+        except (ConfigError, ValueError) as error:
+            self.keep_table(str(error), now)
+            return
+        if table is not None:
+            self.table = table
+            self._log("table", now, **table.to_json())
+
     def _speeds(self, peers: list[Peer]) -> tuple[float, ...]:
         return tuple(self._by_slot(self.table.scores if self.table else {}, peers))
 
@@ -573,7 +594,7 @@ class Membership:
     def _issue_first(self, now: float, reason: str) -> None:
         if self.table is None:
             try:
-                self.table = self.first_table(sorted(p.member.slot for p in self.peers.values()))
+                self.table = self.table_for(sorted(p.member.slot for p in self.peers.values()))
             except (ConfigError, ValueError) as error:
                 self._fail(str(error), now)
                 return

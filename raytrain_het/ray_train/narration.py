@@ -44,6 +44,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "table": lambda e: (
         f"table {e['version']}: shares {', '.join(str(b) for _, b in sorted(e['shares'].items()))} ({e['reason']})"
     ),
+    "table_kept": lambda e: f"shares and scores stay as they are: {e['reason']}",
     "formed": lambda e: (
         f"generation {e['number']} from step {e['base']}: workers {', '.join(map(str, e['slots']))}"
         + (f", of which {', '.join(map(str, e['unhealed']))} catch up" if e["unhealed"] else "")

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.membership.server import Hub
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.wire import Connection
@@ -148,6 +149,84 @@ def test_a_torn_message_costs_its_connection_and_nothing_else(make_hub: Any, lin
     second.connection.close()
     assert first.until("void")
     assert hub.status()["failure"] is None
+
+
+def hardware(name: str, gflops: float, *, bandwidth: float | None = 1e9) -> dict[str, Any]:
+    """What a member's hello says of it."""
+    profile = Profile(
+        hardware=name, device="cpu", cores=1, num_threads=1, flops={"fp32": Measurement(gflops * 1e9, 0.0, 5)},
+        memory_bandwidth=Measurement(bandwidth, 0.0, 5) if bandwidth else None,
+    )  # fmt: skip
+    return {"profile": profile.to_json(), "global_batch_size": 100}
+
+
+def test_a_policy_that_fails_at_the_start_ends_the_run_with_the_worker_and_its_error(make_hub: Any) -> None:
+    hub = make_hub(balance=True, score_policy=lambda p: p.host_to_device.median)
+    members = [Client(hub, slot, known=hardware("x", 1)) for slot in range(2)]
+    message = members[0].until("fail")["message"]
+    assert "worker 0 (x, cpu) with AttributeError" in message
+    assert "membership actor" not in message
+
+
+def test_a_policy_that_fails_on_a_newcomer_leaves_the_run_and_its_table_as_they_are(make_hub: Any) -> None:
+    hub = make_hub(balance=True, score_policy=lambda p: p.memory_bandwidth.median)
+    first, second = [Client(hub, slot, known=hardware("x", 1)) for slot in range(2)]
+    assert first.until("record")["record"]["table"] == 1
+    second.connection.close()
+    first.answer(first.until("void")["number"], step=5)
+    second = Client(hub, 1, "b", known=hardware("y", 9, bandwidth=None))
+    for said in ("", "healed"):
+        if said:
+            second.until("record")
+            second.tell(said)
+        for number in [first.until("want")["number"]]:
+            first.answer(number, step=5)
+            if said:
+                second.tell("answer", number=number, cursor=ZERO | {"step": 5}, healed=True, fresh=True, batch=None)
+    record = second.until("record")["record"]
+    assert (record["table"], record["shares"]) == (1, [50.0, 50.0])
+    (kept,) = [e for e in hub.events(0) if e["kind"] == "table_kept"]
+    assert "worker 1 (y, cpu)" in kept["reason"]
+    assert hub.status()["failure"] is None
+
+
+def tell_of_steps(
+    hub: Hub, members: list[Client], own_s: tuple[float, ...], samples: tuple[int, ...], *, step: int = 5
+) -> None:
+    """Some steps of each, and until the hub has heard of them."""
+    for member, seconds, b in zip(members, own_s, samples, strict=True):
+        member.tell("timing", global_batch_size=100, steps=[[b, seconds, max(own_s)]] * 5)
+        member.tell("stats", step=step)
+    while sum(m.get("step", 0) == step for m in hub.status()["members"]) < len(members):
+        pass
+
+
+def test_a_scale_that_no_number_holds_leaves_the_run_as_it_is_and_is_told_once(make_hub: Any) -> None:
+    hub = make_hub(alpha=500.0, shares=(1.0, 1.0))
+    members, _ = started(hub)
+    for step in (5, 10, 15):
+        tell_of_steps(hub, members, (0.05, 1.0), (50, 50), step=step)
+    kept = [e for e in hub.events(0) if e["kind"] == "table_kept"]
+    assert len(kept) == 1
+    assert "alpha=500.0" in kept[0]["reason"]
+    assert hub.status()["failure"] is None
+
+
+def test_a_warm_spare_does_not_count_in_the_fraction_of_the_aggregate(make_hub: Any) -> None:
+    hub = make_hub(num_slots=3, shares=(1.0, 1.0, 0.0))
+    members, _ = started(hub)
+    tell_of_steps(hub, members, (0.05, 0.05, 0.03), (50, 50, 2))
+    assert hub.status()["fraction_of_aggregate"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("normalisation", "expected"), [("mean", 100), ("none", 64)])
+def test_the_effective_batch_size_is_that_of_the_sum_that_is_taken(
+    make_hub: Any, normalisation: str, expected: int
+) -> None:
+    hub = make_hub(shares=(4.0, 1.0), lr_scale_normalisation=normalisation)
+    members, _ = started(hub)
+    tell_of_steps(hub, members, (0.05, 0.05), (80, 20))
+    assert hub.status()["effective_batch_size"] == pytest.approx(expected)
 
 
 def test_the_controller_remembers_the_last_acknowledged_reports_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,6 +374,25 @@ TABLE = Table(
 )  # fmt: skip
 
 
+def test_a_healed_worker_gets_the_share_that_fits_its_hardware() -> None:
+    run = started()
+    tables = [Table(version, {}, {}, {0: 40, 1: 40, 2: b}, None, "") for version, b in ((1, 40), (2, 10))]
+    run.core.follow(tables[0], 1.0)
+    run.answer("0-a", "1-a", "2-a")
+    run.core.slot_lost(2, "gone", 2.0)
+    run.core.table_for = lambda slots: tables[1] if 2 in slots else None
+    run.answer("0-a", "1-a")
+    assert run.record.shares == (40.0, 40.0)
+    run.hello(2, "b", now=3.0)
+    run.answer("0-a", "1-a")
+    assert run.record.shares == (40.0, 40.0, 0.0), "it has still to heal"
+    assert run.record.table == 1
+    run.core.healed("2-b", 4.0)
+    run.answer("0-a", "1-a", "2-b", fresh=False)
+    assert run.record.shares == (40.0, 40.0, 10.0)
+    assert run.record.table == 2
+
+
 def test_a_restarted_actor_goes_on_with_the_table_in_force() -> None:
     run = started()
     run.core.follow(TABLE, 0.0)

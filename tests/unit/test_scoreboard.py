@@ -13,6 +13,7 @@ import pytest
 
 from raytrain_het.allocation.batch_shares import StepCost, balanced_shares, slowest_s
 from raytrain_het.allocation.learning_rate import effective_batch_size, lr_scales, normalised_scores
+from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.fleet.scoreboard import Scoreboard
@@ -32,7 +33,8 @@ class Fleet:
     def step(self) -> None:
         for slot, cost in enumerate(self.costs):
             factor = math.exp(self.random.gauss(0, self.noise))
-            self.board.observe(slot, self.shares[slot], cost.step_s(self.shares[slot]) * factor)
+            samples = self.shares[slot] or 2  # Without a share it is its stand-in that is timed.
+            self.board.observe(slot, samples, cost.step_s(samples) * factor)
         table = self.board.better(range(len(self.costs)), self.shares)
         if table is not None:
             self.shares, self.changes = table.shares, self.changes + 1
@@ -151,6 +153,34 @@ def test_a_worker_that_costs_more_than_it_gives_is_a_warm_spare_and_comes_back_w
     assert fleet.shares[2] > 50
 
 
+def test_a_spare_that_is_fast_again_gets_samples_again() -> None:
+    usual = StepCost(0.004, 0.001)
+    fleet = Fleet([StepCost(0, 0.001), StepCost(0, 0.001), StepCost(20 * usual.fixed_s, 20 * usual.per_sample_s)], 100)
+    fleet.board.spares = True
+    for _ in range(30):
+        fleet.step()
+    assert fleet.shares[2] == 0
+    fleet.costs[2] = usual
+    for _ in range(20):
+        fleet.step()
+    assert abs(fleet.shares[2] - 30) <= 3
+
+
+def test_a_spare_whose_slot_is_taken_by_unknown_hardware_does_not_stop_the_others_tables() -> None:
+    fleet = Fleet([StepCost(0, 0.001), StepCost(0, 0.001), StepCost(0.2, 0.001)], 100)
+    fleet.board.spares = True
+    for slot in range(3):
+        fleet.board.introduce(slot, Profile(hardware="x", device="cpu", cores=1.0, num_threads=1))
+    for _ in range(30):
+        fleet.step()
+    assert fleet.shares[2] == 0
+    fleet.board.introduce(2, Profile(hardware="y", device="cpu", cores=1.0, num_threads=1))
+    fleet.costs[0] = StepCost(0, 0.004)
+    for _ in range(20):
+        fleet.step()
+    assert fleet.shares[0] < 30
+
+
 def test_no_worker_is_a_spare_unless_that_is_allowed() -> None:
     fleet = Fleet([StepCost(0.01, 0.001), StepCost(0.5, 0.001)], 200)
     for _ in range(30):
@@ -169,9 +199,47 @@ def test_neighbouring_steps_that_are_slow_together_make_an_estimate_less_certain
     assert uncertainty(sorted(times)) > 1.3 * uncertainty(times)
 
 
-def profile(gflops: float, step: StepCost | None = None, gbytes: float = 10.0) -> Profile:
+def test_a_table_that_keeps_the_shares_promises_what_these_take() -> None:
+    board = Scoreboard(alpha=1.0)
+    board.global_batch_size = 100
+    for _ in range(6):
+        for slot, samples in ((0, 51), (1, 49)):
+            board.observe(slot, samples, 0.001 * samples)
+    table = board.better([0, 1], {0: 51, 1: 49})
+    assert table is not None
+    assert table.shares == {0: 51, 1: 49}
+    assert table.predicted_step_s == pytest.approx(0.051)
+
+
+def test_after_a_loss_the_prediction_is_that_of_those_who_are_left() -> None:
+    fleet = Fleet([StepCost(0, 0.001 / s) for s in (4, 2, 2)], 80)
+    for _ in range(20):
+        fleet.step()
+    board = fleet.board
+    assert fleet.shares == {0: 40, 1: 20, 2: 20}
+    assert board.predicted_samples_per_s(fleet.shares) == pytest.approx(8000)
+    assert board.predicted_samples_per_s({1: 40, 2: 40}) == pytest.approx(4000)
+    assert board.predicted_samples_per_s({1: 40, 2: 40, 0: 0}) == pytest.approx(4000), "one that heals has no share yet"
+    assert board.predicted_samples_per_s({1: 40, 7: 40}) is None
+    assert board.predicted_samples_per_s({}) is None
+
+
+def test_a_table_is_looked_for_once_in_a_round_of_observations(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[int] = []
+    balanced = Scoreboard._balanced
+    monkeypatch.setattr(Scoreboard, "_balanced", lambda *args, **more: judged.append(1) or balanced(*args, **more))
+    board = Scoreboard()
+    board.global_batch_size = 80
+    for _ in range(10):
+        for slot in range(8):
+            board.observe(slot, 10, 1.0)
+            assert board.better(range(8), dict.fromkeys(range(8), 10)) is None
+    assert 7 <= len(judged) <= 10
+
+
+def profile(gflops: float, step: StepCost | None = None, gbytes: float = 10.0, hardware: str = "x") -> Profile:
     return Profile(
-        hardware="x", device="cpu", cores=1.0, num_threads=1, flops={"fp32": Measurement(gflops * 1e9, 0.01, 5)},
+        hardware=hardware, device="cpu", cores=1.0, num_threads=1, flops={"fp32": Measurement(gflops * 1e9, 0.01, 5)},
         memory_bandwidth=Measurement(gbytes * 1e9, 0.01, 5), step=step,
     )  # fmt: skip
 
@@ -186,7 +254,7 @@ def board_of(*profiles: Profile, total: int = 100, **settings: Any) -> Scoreboar
 
 def test_a_run_starts_from_the_hardware_and_goes_on_from_its_own_steps() -> None:
     board = board_of(profile(90.0), profile(10.0))
-    table = board.first([0, 1])
+    table = board.fitting([0, 1])
     assert table is not None
     assert table.shares == {0: 89, 1: 11}
     assert table.scores == pytest.approx({0: 1.8, 1: 0.2})
@@ -201,18 +269,18 @@ def test_a_run_starts_from_the_hardware_and_goes_on_from_its_own_steps() -> None
 
 def test_a_run_starts_from_the_step_times_of_earlier_runs_if_all_are_known() -> None:
     costs = [StepCost(0.01, 0.001), StepCost(0.01, 0.003)]
-    table = board_of(profile(1, costs[0]), profile(1, costs[1])).first([0, 1])
+    table = board_of(profile(1, costs[0]), profile(1, costs[1])).fitting([0, 1])
     assert table is not None
     assert table.shares == dict(enumerate(balanced_shares(costs, 100)))
     assert table.predicted_step_s == pytest.approx(0.01 + 0.001 * table.shares[0])
-    table = board_of(profile(1, costs[0]), profile(1)).first([0, 1])
+    table = board_of(profile(1, costs[0]), profile(1)).fitting([0, 1])
     assert table is not None
     assert table.shares == {0: 50, 1: 50}
 
 
 def test_a_policy_of_the_users_own_sets_scores_and_shares_and_they_stay() -> None:
     board = board_of(profile(1, gbytes=30), profile(1, gbytes=10), policy=lambda p: p.memory_bandwidth.median)
-    table = board.first([0, 1])
+    table = board.fitting([0, 1])
     assert table is not None
     assert table.shares == {0: 75, 1: 25} or table.shares == {0: 74, 1: 26}
     for _ in range(9):
@@ -220,25 +288,92 @@ def test_a_policy_of_the_users_own_sets_scores_and_shares_and_they_stay() -> Non
         board.observe(1, 25, 0.1)
     assert board.better([0, 1], table.shares) is None
     board.introduce(2, profile(1, gbytes=40))
-    table = board.better([0, 1, 2], table.shares)
+    table = board.fitting([0, 1, 2])
     assert table is not None
     assert table.scores == pytest.approx({0: 9 / 8, 1: 3 / 8, 2: 12 / 8})
+
+
+def test_other_hardware_in_a_slot_is_scored_anew_and_the_same_is_not() -> None:
+    board = board_of(profile(30), profile(10), policy="flops")
+    table = board.fitting([0, 1])
+    assert table is not None
+    assert table.scores == pytest.approx({0: 1.5, 1: 0.5})
+    board.introduce(1, profile(10))
+    assert board.fitting([0, 1]) is None
+    board.introduce(1, profile(90, hardware="y"))
+    table = board.fitting([0, 1])
+    assert table is not None
+    assert table.scores == pytest.approx({0: 0.5, 1: 1.5})
+    assert table.version == 2
+    assert board.fitting([0, 1]) is None
+
+
+@pytest.mark.parametrize("slot", [1, 2])
+def test_who_comes_to_a_run_starts_with_the_share_that_its_hardware_is_worth(slot: int) -> None:
+    board = board_of(profile(10), profile(10))
+    board.fitting([0, 1])
+    for _ in range(5):
+        board.observe(0, 50, 0.5)
+        board.observe(1, 50, 0.5)
+    board.introduce(slot, profile(30, hardware="y"))
+    table = board.fitting([0, slot])
+    assert table is not None
+    assert table.shares == {0: 25, slot: 75}
+    assert table.scores == pytest.approx({0: 0.5, slot: 1.5})
+    assert table.reason == f"worker {slot} has come"
+
+
+def test_who_comes_to_a_run_with_a_kept_step_time_starts_from_that() -> None:
+    board = board_of(profile(10), profile(10))
+    board.fitting([0, 1])
+    for _ in range(5):
+        board.observe(0, 50, 0.5)
+        board.observe(1, 50, 0.5)
+    board.introduce(1, profile(10, StepCost(0, 0.04), hardware="y"))
+    table = board.fitting([0, 1])
+    assert table is not None
+    assert table.shares == {0: 80, 1: 20}
+
+
+def test_who_comes_and_is_not_known_at_all_leaves_the_table_as_it_is() -> None:
+    board = board_of(profile(10), profile(10))
+    table = board.fitting([0, 1])
+    assert board.fitting([0, 1, 2]) is None
+    board.introduce(2, profile(10))
+    assert board.fitting([0, 1, 2]) is None, "nobody's steps are known to compare with"
+    assert board.table is table
 
 
 def test_a_policy_that_needs_what_was_not_measured_names_the_worker() -> None:
     board = board_of(profile(1), dataclasses.replace(profile(1), memory_bandwidth=None), policy="memory_bandwidth")
     with pytest.raises(ConfigError, match="memory_bandwidth.*worker 1"):
-        board.first([0, 1])
+        board.fitting([0, 1])
     with pytest.raises(ValueError, match="worker 0 is 0.0"):
-        board_of(profile(1), profile(1), policy=lambda p: 0.0).first([0, 1])
+        board_of(profile(1), profile(1), policy=lambda p: 0.0).fitting([0, 1])
 
 
 def test_given_shares_and_no_alpha_need_no_first_table() -> None:
-    assert board_of(profile(1), profile(9), balance=False).first([0, 1]) is None
-    table = board_of(profile(1), profile(3), balance=False, alpha=1.0).first([0, 1])
+    assert board_of(profile(1), profile(9), balance=False).fitting([0, 1]) is None
+    table = board_of(profile(1), profile(3), balance=False, alpha=1.0).fitting([0, 1])
     assert table is not None
     assert table.shares == {0: 50, 1: 50}
     assert table.lr_scales[0] / table.lr_scales[1] == pytest.approx(3.0)
+
+
+def test_a_first_table_tells_of_the_shares_that_were_given() -> None:
+    table = board_of(profile(1), profile(3), balance=False, shares=(3, 1), alpha=1.0).fitting([0, 1])
+    assert table is not None
+    assert table.shares == {0: 75, 1: 25}
+
+
+def test_a_policy_gives_scores_beside_given_shares_and_without_alpha() -> None:
+    assert HetConfig(shares=(3, 1), score_policy="flops").follows_speeds, "else no hardware is measured"
+    board = board_of(profile(1), profile(3), balance=False, shares=(3, 1), policy="flops")
+    table = board.fitting([0, 1])
+    assert table is not None
+    assert table.shares == {0: 75, 1: 25}
+    assert table.lr_scales == {0: 1.0, 1: 1.0}
+    assert board.scores([0, 1]) == pytest.approx({0: 0.5, 1: 1.5})
 
 
 def test_alpha_makes_a_table_where_shares_stay() -> None:
@@ -269,3 +404,17 @@ def test_a_score_that_is_none_names_its_worker(score: float) -> None:
         lr_scales({1: 1.0, 7: score}, 0.5)
     with pytest.raises(ValueError, match="alpha=nan"):
         lr_scales({1: 1.0}, math.nan)
+
+
+def test_an_alpha_beyond_what_a_number_holds_is_refused_with_the_worker() -> None:
+    with pytest.raises(ValueError, match=r"alpha=500.*worker 0"):
+        lr_scales({0: 0.1, 1: 1.9}, 500)
+    with pytest.raises(ValueError, match=r"alpha=-2000.*worker 0"):
+        lr_scales({0: 0.1, 1: 1.9}, -2000)
+    assert effective_batch_size([50, 50], [1e200, 1e-200]) == pytest.approx(50)
+
+
+def test_the_effective_batch_size_of_a_literal_sum_counts_workers_means() -> None:
+    assert effective_batch_size([80, 20], [1.0, 1.0]) == pytest.approx(100)
+    assert effective_batch_size([80, 20], [1.0, 1.0], normalised=False) == pytest.approx(64)
+    assert effective_batch_size([80, 0], [1.0, 1.0], normalised=False) == pytest.approx(80)

@@ -1,0 +1,107 @@
+"""What is known of the workers' speeds: their hardware, and what their steps have taken."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+
+from raytrain_het.allocation.batch_shares import StepCost, slowest_s
+from raytrain_het.fleet.profile import Profile
+from raytrain_het.fleet.step_time import StepTimeModel
+
+
+class Speeds:
+    """Pure bookkeeping, by slot."""
+
+    def __init__(self) -> None:
+        self.profiles: dict[int, Profile] = {}
+        self.changed: set[int] = set()
+        """Slots that have come to run on other hardware since the table in force."""
+        self._models: dict[int, StepTimeModel] = {}
+        self._num_observed: dict[int, int] = {}
+        """Since the table in force."""
+        self._heard: set[int] = set()
+        """Of whom there is news since the last judgement."""
+        self._cycles: deque[float] = deque(maxlen=20)
+
+    def introduce(self, slot: int, profile: Profile) -> None:
+        """A worker has come, with what is known of its hardware, and perhaps of this model's step on it.
+
+        What was learnt in its slot stays, if it runs on the same hardware as its predecessor.
+        """
+        before = self.profiles.get(slot)
+        self.profiles[slot] = profile
+        if before is not None:
+            if (before.hardware, before.cores) == (profile.hardware, profile.cores):
+                return
+            self.changed.add(slot)
+        self._models.pop(slot, None)
+        if profile.step is not None:
+            self._models[slot] = StepTimeModel(profile.step)
+
+    def observe(self, slot: int, samples: int, seconds: float, cycle_s: float | None = None) -> None:
+        """A worker's step: its samples, its time without what it waited for others, and with that."""
+        if cycle_s is not None:
+            self._cycles.append(cycle_s)
+        if samples > 0 and seconds > 0:
+            self._models.setdefault(slot, StepTimeModel()).observe(samples, seconds)
+            self._num_observed[slot] = self._num_observed.get(slot, 0) + 1
+            self._heard.add(slot)
+
+    def any_news(self, slots: Iterable[int]) -> bool:
+        """Whether each of these has told of a step since this was last true: judging costs more than listening."""
+        if not self._heard.issuperset(slots):
+            return False
+        self._heard.clear()
+        return True
+
+    def num_observed(self, slots: Iterable[int]) -> int:
+        """Observations since the table in force, of whoever has the fewest."""
+        return min((self._num_observed.get(slot, 0) for slot in slots), default=0)
+
+    def table_issued(self) -> None:
+        """What follows is about another table."""
+        self._num_observed.clear()
+        self.changed.clear()
+
+    def cost(self, slot: int) -> StepCost | None:
+        """What is known of a worker's step time."""
+        model = self._models.get(slot)
+        return model.cost if model is not None else None
+
+    def costs(self, slots: Collection[int]) -> dict[int, StepCost]:
+        """Of those that are known."""
+        return {slot: cost for slot in slots if (cost := self.cost(slot)) is not None}
+
+    def guess(self, slot: int) -> StepCost | None:
+        """The step time of a worker that has done no step here, from its hardware.
+
+        That of the known worker whose speed in fp32 matrix products is nearest, times the ratio of these speeds.
+        """
+        flops = {s: p.flops["fp32"].median for s, p in self.profiles.items() if "fp32" in p.flops}
+        known = self.costs(flops)
+        if slot not in flops or not known:
+            return None
+        nearest = min(known, key=lambda s: abs(math.log(flops[s] / flops[slot])))
+        ratio = flops[nearest] / flops[slot]
+        return StepCost(ratio * known[nearest].fixed_s, ratio * known[nearest].per_sample_s)
+
+    def uncertainty(self, slots: Iterable[int]) -> float:
+        """Relative standard error of the least certain of these estimates."""
+        return max(self._models[slot].uncertainty for slot in slots)
+
+    def besides_s(self, costs: Mapping[int, StepCost], samples: Mapping[int, int]) -> float:
+        """What a step takes besides its slowest worker: the way of the messages, and chance."""
+        return max(0.0, statistics.median(self._cycles) - slowest(costs, samples)) if self._cycles else 0.0
+
+    @property
+    def cycle_s(self) -> float | None:
+        """The median of the last steps' durations."""
+        return statistics.median(self._cycles) if self._cycles else None
+
+
+def slowest(costs: Mapping[int, StepCost], samples: Mapping[int, int]) -> float:
+    """The time of the slowest worker that has samples, seconds."""
+    return slowest_s([costs[slot] for slot in samples], list(samples.values()))
