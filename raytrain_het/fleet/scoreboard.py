@@ -108,7 +108,7 @@ class Scoreboard:
             shares: samples of a full global batch that each has now.
         """
         slots = sorted(slots)
-        if self.policy != "train_step" or not self._speeds.any_news(slots):
+        if self.policy != "train_step" or not self._speeds.round_is_over(slots):
             return None
         costs = self._speeds.costs(slots)
         seen = self._speeds.num_observed(slots)

@@ -23,7 +23,7 @@ class Speeds:
         self._num_observed: dict[int, int] = {}
         """Since the table in force."""
         self._heard: set[int] = set()
-        """Of whom there is news since the last judgement."""
+        """Who has told of a step in this round."""
         self._cycles: deque[float] = deque(maxlen=20)
 
     def introduce(self, slot: int, profile: Profile) -> None:
@@ -50,7 +50,7 @@ class Speeds:
             self._num_observed[slot] = self._num_observed.get(slot, 0) + 1
             self._heard.add(slot)
 
-    def any_news(self, slots: Iterable[int]) -> bool:
+    def round_is_over(self, slots: Iterable[int]) -> bool:
         """Whether each of these has told of a step since this was last true: judging costs more than listening."""
         if not self._heard.issuperset(slots):
             return False

@@ -168,22 +168,44 @@ def test_a_policy_that_fails_at_the_start_ends_the_run_with_the_worker_and_its_e
     assert "membership actor" not in message
 
 
+def healed(first: Client, joined: Client) -> dict[str, Any]:
+    """The record in which a newcomer has its share, after it has healed."""
+    first.answer(first.until("want")["number"], step=5)
+    joined.until("record")
+    joined.tell("healed")
+    number = first.until("want")["number"]
+    first.answer(number, step=5)
+    joined.tell("answer", number=number, cursor=ZERO | {"step": 5}, healed=True, fresh=True, batch=None)
+    return joined.until("record")["record"]
+
+
+def test_other_hardware_in_a_slot_has_its_own_share_once_it_is_healed(make_hub: Any) -> None:
+    hub = make_hub(balance=True, score_policy="flops")
+    first, second = [Client(hub, slot, known=hardware("x", 1)) for slot in range(2)]
+    first.until("record")
+    second.connection.close()
+    first.answer(first.until("void")["number"], step=5)
+    record = healed(first, Client(hub, 1, "b", known=hardware("y", 3)))
+    assert (record["table"], record["speeds"], record["shares"]) == (2, [0.5, 1.5], [26.0, 74.0])
+
+
+def test_a_restarted_hub_goes_on_counting_tables_when_somebody_comes(make_hub: Any) -> None:
+    hub = make_hub(num_slots=1, balance=True, score_policy="flops")
+    first = Client(hub, 0, known=hardware("x", 1))
+    record = first.until("record")["record"]
+    new = make_hub(num_slots=2, balance=True, score_policy="flops")
+    first = Client(new, 0, record=record, cursor=ZERO | {"step": 5}, healed=True, known=hardware("x", 1))
+    record = healed(first, Client(new, 1, known=hardware("y", 3)))
+    assert (record["table"], record["speeds"]) == (2, [0.5, 1.5])
+
+
 def test_a_policy_that_fails_on_a_newcomer_leaves_the_run_and_its_table_as_they_are(make_hub: Any) -> None:
     hub = make_hub(balance=True, score_policy=lambda p: p.memory_bandwidth.median)
     first, second = [Client(hub, slot, known=hardware("x", 1)) for slot in range(2)]
     assert first.until("record")["record"]["table"] == 1
     second.connection.close()
     first.answer(first.until("void")["number"], step=5)
-    second = Client(hub, 1, "b", known=hardware("y", 9, bandwidth=None))
-    for said in ("", "healed"):
-        if said:
-            second.until("record")
-            second.tell(said)
-        for number in [first.until("want")["number"]]:
-            first.answer(number, step=5)
-            if said:
-                second.tell("answer", number=number, cursor=ZERO | {"step": 5}, healed=True, fresh=True, batch=None)
-    record = second.until("record")["record"]
+    record = healed(first, Client(hub, 1, "b", known=hardware("y", 9, bandwidth=None)))
     assert (record["table"], record["shares"]) == (1, [50.0, 50.0])
     (kept,) = [e for e in hub.events(0) if e["kind"] == "table_kept"]
     assert "worker 1 (y, cpu)" in kept["reason"]
