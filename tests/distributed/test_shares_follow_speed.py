@@ -13,7 +13,7 @@ from labs import run
 
 from raytrain_het.collectives import points
 from raytrain_het.testing.cgroups import CpuQuota, available
-from raytrain_het.testing.faults import Fault
+from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, flat, relative_error
 from raytrain_het.training.session import current
@@ -87,6 +87,31 @@ def test_shares_survive_lost_workers_and_count_every_sample_once(tmp_path):
     done = run(Uneven(task, 0.25, 0.5, 1.0), tmp_path, config=AUTO, faults=faults)
     done.check(task)
     assert len(done.kinds("lost")) == 2
+
+
+class SlowOnceRefilled(Uneven):
+    """Slot 0 becomes slower twelve steps after slot 1 has been refilled and has healed."""
+
+    def __call__(self, directory):
+        session = current()
+
+        def note(point, step):
+            record = session.agent.record
+            back = record is not None and any(m.slot == 1 and m.uid not in record.unhealed for m in record.members)
+            if point == "opened" and back and happened(directory) and self.at_step > step + 12:
+                self.at_step = step + 12
+
+        points.listeners.append(note)
+        return super().__call__(directory)
+
+
+def test_shares_still_follow_speeds_after_a_slot_was_refilled(tmp_path):
+    task = dataclasses.replace(TASK, epochs=10, patience_s=0.05)
+    fault = Fault(slot=1, step=5, point="backward")
+    done = run(SlowOnceRefilled(task, 0.3, 0.3, then=(1.2, 0.3)), tmp_path, num_slots=2, config=AUTO, faults=[fault])
+    done.check(task)
+    assert len(done.kinds("healed")) == 1
+    assert 17 <= shares_by_step(tmp_path)[task.num_steps - 1][0] <= 21
 
 
 @pytest.mark.parametrize("normalisation", ["mean", "none"])
