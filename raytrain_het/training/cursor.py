@@ -92,6 +92,11 @@ class DataPlan:
         full, rest = divmod(self.dataset_size, self.global_batch_size)
         return full if self.drop_last or rest == 0 else full + 1
 
+    @property
+    def full_batch(self) -> int:
+        """``min(B, N)``, samples of every step but perhaps an epoch's last."""
+        return min(self.global_batch_size, self.dataset_size)
+
     def batch_at(self, cursor: Cursor) -> range:
         """The global batch that the cursor stands before, as offsets in the epoch's permutation.
 

@@ -54,6 +54,10 @@ class Opened:
     submitted: float = 0.0
     cpu: CpuSplit = field(default_factory=CpuSplit)
     inputs: Any = None
+    left_at: float | None = None
+    """When the loop over its epoch was left after it."""
+    away_s: float = 0.0
+    """How long the loop was left: for the epoch's confirmation, evaluation, reports."""
 
 
 @dataclass
@@ -78,7 +82,7 @@ class Engine:
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
         self.counters = Counters()
-        self.timings = Timings(agent, plan.global_batch_size)
+        self.timings = Timings(agent, plan.full_batch)
         self.opened: Opened | None = None
         self.confirmed = 0
         """Steps up to this one are committed on every member."""
@@ -107,11 +111,18 @@ class Engine:
     def open(self, epoch: int) -> Opened | None:
         """Open the next step; None at the end of the epoch, confirmed by all."""
         self._settle_last()
+        before = self.opened if self.opened is not None and self.opened.sums is not None else None
+        asked = time.monotonic()
+        if before is not None:
+            self._loop_goes_on(before, asked)
         while True:
             self._wait_for_confirmation()
             record = self._enter()
             if self.cursor.epoch != epoch:
                 if self._confirm is None and self.agent.is_current(record.number):
+                    if before is not None:
+                        before.left_at = asked
+                        before.cpu.pauses()
                     return None
                 continue
             points.reach("slice", self.cursor.step + 1)
@@ -125,18 +136,26 @@ class Engine:
             self._light = self.replica.light()
         self._redo = False
         self.healing.offer(record, cursor, self._light, self._parameters_digest)
-        before = self.opened if self.opened is not None and self.opened.sums is not None else None
-        if before is not None and before.own:
-            self._memory.step_done(max(map(len, before.micro)))
         opened = self._slice(record, cursor)
         self._memory.step_begins()
-        if before is not None and before.record is record and before.cursor.epoch == epoch:
-            waited_s = before.job.waited_s - before.cpu.own_part_s(before.job.waited_s, opened.started - before.started)
-            self.timings.step_done(len(before.own), waited_s, opened.started - before.started)
+        # An epoch's last batch may be a small one: speeds are told of full ones.
+        if before is not None and before.record is record and len(before.batch) == self.plan.full_batch:
+            cycle_s, waited_s = opened.started - before.started - before.away_s, before.job.waited_s
+            waited_s -= before.cpu.own_part_s(waited_s, cycle_s)
+            self.timings.step_done(len(before.own), waited_s, cycle_s)
         self.opened = opened
         self.comm.submit(opened.job)
         points.reach("opened", opened.job.step)
         return opened
+
+    def _loop_goes_on(self, before: Opened, now: float) -> None:
+        """The loop asks for what comes after a step that is done; at an epoch's end it does so twice."""
+        if before.left_at is not None:
+            before.away_s += now - before.left_at
+            before.cpu.goes_on()
+            before.left_at = None
+        elif before.own:
+            self._memory.step_done(max(map(len, before.micro)))
 
     def _slice(self, record: Record, cursor: Cursor) -> Opened:
         rank = record.rank_of(self.agent.uid)

@@ -35,6 +35,7 @@ class CpuSplit:
         self._began = time.process_time()
         self._waiting = 0.0
         self._since = 0.0
+        self._paused = 0.0
 
     def waiting_begins(self) -> None:
         """From here on the training thread waits."""
@@ -43,6 +44,14 @@ class CpuSplit:
     def waiting_ends(self) -> None:
         """Until here."""
         self._waiting += time.process_time() - self._since
+
+    def pauses(self) -> None:
+        """What follows belongs to no step."""
+        self._paused = time.process_time()
+
+    def goes_on(self) -> None:
+        """From here on it does again."""
+        self._began += time.process_time() - self._paused
 
     def own_part_s(self, waited_s: float, cycle_s: float) -> float:
         """At the end of the step: so much of ``waited_s`` was spent on this worker's own work."""
@@ -64,7 +73,10 @@ class Timings:
         self._last_sent = 0.0
 
     def step_done(self, samples: int, waited_s: float, cycle_s: float) -> None:
-        """From one opening to the next a step took ``cycle_s``, of which this worker waited ``waited_s`` for peers."""
+        """From one opening to the next a step took ``cycle_s``, of which this worker waited ``waited_s`` for peers.
+
+        What lies between two epochs' loops is in neither.
+        """
         self._num_seen += 1
         if self._num_seen <= NUM_FIRST:
             return

@@ -9,8 +9,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from labs import run
+from labs import alone, run
+from torch.utils.data import DataLoader, TensorDataset
 
+import raytrain_het as het
 from raytrain_het.collectives import points
 from raytrain_het.testing.cgroups import CpuQuota, available
 from raytrain_het.testing.faults import Fault, happened
@@ -87,6 +89,42 @@ def test_shares_survive_lost_workers_and_count_every_sample_once(tmp_path):
     done = run(Uneven(task, 0.25, 0.5, 1.0), tmp_path, config=AUTO, faults=faults)
     done.check(task)
     assert len(done.kinds("lost")) == 2
+
+
+def told_of(directory, *, num_samples, global_batch_size):
+    """What a lone worker tells of its steps, as (samples, seconds), over six epochs with a pause after each loop."""
+    told = []
+
+    def train():
+        model = het.prepare_model(torch.nn.Linear(3, 1))
+        optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        data = DataLoader(TensorDataset(torch.randn(num_samples, 3)))
+        loader = het.prepare_data_loader(data, global_batch_size=global_batch_size)
+        for _ in loader.epochs(6):
+            current().engine.timings.step_done = lambda samples, _, cycle_s: told.append((samples, cycle_s))
+            for (x,) in loader:
+                optimizer.zero_grad()
+                model(x).sum().backward()
+                optimizer.step()
+            time.sleep(PAUSE_S)
+
+    alone(train, directory)
+    return told
+
+
+PAUSE_S = 0.2
+
+
+def test_epochs_of_one_step_are_observed_without_what_lies_between_them(tmp_path):
+    told = told_of(tmp_path, num_samples=8, global_batch_size=12)
+    assert [samples for samples, _ in told] == [8] * 5
+    assert min(seconds for _, seconds in told) > 0
+    assert sorted(seconds for _, seconds in told)[2] < PAUSE_S
+
+
+def test_speeds_are_told_of_full_batches_only(tmp_path):
+    told = told_of(tmp_path, num_samples=10, global_batch_size=4)
+    assert [samples for samples, _ in told] == [4] * 12
 
 
 class SlowOnceRefilled(Uneven):
