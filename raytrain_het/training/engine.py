@@ -27,7 +27,7 @@ from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
-from raytrain_het.training.memory import MemoryLimit
+from raytrain_het.training.memory import FIRST, MemoryLimit
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.timings import CpuSplit, Timings
 
@@ -136,8 +136,8 @@ class Engine:
             self._light = self.replica.light()
         self._redo = False
         self.healing.offer(record, cursor, self._light, self._parameters_digest)
-        opened = self._slice(record, cursor)
         self._memory.step_begins()
+        opened = self._slice(record, cursor)
         # An epoch's last batch may be a small one: speeds are told of full ones.
         if before is not None and before.record is record and len(before.batch) == self.plan.full_batch:
             cycle_s, waited_s = opened.started - before.started - before.away_s, before.job.waited_s
@@ -155,7 +155,7 @@ class Engine:
             before.cpu.goes_on()
             before.left_at = None
         elif before.own:
-            self._memory.step_done(max(map(len, before.micro)))
+            self._memory.passed(max(map(len, before.micro)))
 
     def _slice(self, record: Record, cursor: Cursor) -> Opened:
         rank = record.rank_of(self.agent.uid)
@@ -163,7 +163,7 @@ class Engine:
         batch = self.plan.batch_at(cursor)
         own = slice_of(batch, record.shares, rank)
         # A share of 0 still runs the loop's body, so that user code behaves alike; the gradient is dropped.
-        micro = micro_batches(own, self._pass_size(len(own))) if len(own) else [self._stand_in(batch)]
+        micro = self._passes(own) if len(own) else [self._stand_in(batch)]
         step = cursor.step + 1
         job = StepJob(record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step))
         opened = Opened(record, cursor, batch, own, micro, job, time.monotonic())
@@ -180,10 +180,19 @@ class Engine:
         start = max(0, min(batch.start, self.plan.dataset_size - 2))
         return range(start, min(start + 2, self.plan.dataset_size))
 
-    def _pass_size(self, share: int) -> int | None:
-        """Most samples in one forward pass: what the user allows, and what fits into memory."""
-        limits = [size for size in (self._micro_batch_size, self._memory.samples(share)) if size is not None]
-        return min(limits, default=None)
+    def _passes(self, samples: range) -> list[range]:
+        """Cut what one forward pass can't hold, by what the user allows, and by what fits into memory."""
+        allowed, fits = self._micro_batch_size, self._memory.samples
+        if fits is None or allowed is not None and allowed <= fits:
+            return micro_batches(samples, allowed)
+        return micro_batches(samples, fits, least=FIRST)
+
+    def _cut_rest_anew(self, opened: Opened) -> None:
+        """Passes grow within a step too, as soon as it is known that larger ones fit."""
+        done = len(opened.weights)
+        if opened.own and done < len(opened.micro) and self._memory.samples is not None:
+            self._memory.passed(max(map(len, opened.micro[:done])))
+            opened.micro[done:] = self._passes(range(opened.micro[done].start, opened.own.stop))
 
     def _digest_if_due(self, step: int) -> int:
         every = self.config.replica_check_steps
@@ -253,6 +262,7 @@ class Engine:
                 "prepared loader needs one backward() and one optimizer.step(). To skip samples, filter the dataset; "
                 "to evaluate, use raytrain_het.evaluate()."
             )
+        self._cut_rest_anew(opened)
 
     @property
     def stale(self) -> bool:
