@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_het.allocation.batch_shares import StepCost, apportion, balanced_shares, slowest_s
+from raytrain_het.allocation.batch_shares import StepCost, apportion, balanced_shares, proportional_shares, slowest_s
 from raytrain_het.allocation.learning_rate import lr_scales, normalised_scores
 from raytrain_het.fleet.profile import Profile
 from raytrain_het.fleet.scores import Policy
@@ -101,7 +101,7 @@ class Scoreboard:
             shares = balanced_shares(known, self.global_batch_size)
             predicted = slowest_s(known, shares)
         else:
-            shares = _in_proportion([scores[slot] for slot in slots], self.global_batch_size)
+            shares = proportional_shares([scores[slot] for slot in slots], self.global_batch_size)
         self.table = Table(
             version=self.table.version + 1 if self.table is not None else 1, scores=scores,
             lr_scales=lr_scales(scores, self.alpha), shares=dict(zip(slots, shares, strict=True)),
@@ -159,7 +159,9 @@ class Scoreboard:
         if len(known) < len(costs) or seen < NUM_NEEDED or self._too_small(slots):
             return None
         now = [shares.get(slot, 0) for slot in slots]
-        best = balanced_shares(known, self.global_batch_size, minimum=int(not self.spares)) if self.balance else now
+        best = (
+            balanced_shares(known, self.global_batch_size, minimum=0 if self.spares else None) if self.balance else now
+        )
         before, after = slowest_s(known, now), slowest_s(known, best)
         # What a step takes besides its slowest worker (the way of the messages, chance) stays whatever the shares.
         besides = max(0.0, statistics.median(self._cycles) - before) if self._cycles else 0.0
@@ -197,9 +199,3 @@ class Scoreboard:
         assert self.table is not None
         old = self.table.scores
         return scores.keys() != old.keys() or any(abs(scores[s] / old[s] - 1) > 0.1 for s in scores)
-
-
-def _in_proportion(scores: list[float], total: int) -> list[int]:
-    """Shares that go with the scores, and one sample at least."""
-    shares = apportion(total - len(scores), scores)
-    return [share + 1 for share in shares]
