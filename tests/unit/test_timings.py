@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from raytrain_het.allocation.batch_shares import StepCost
 from raytrain_het.collectives import communicator
 from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.jobs import StepJob
 from raytrain_het.collectives.layout import Layout
+from raytrain_het.fleet.profile import Profile
+from raytrain_het.training import timings
+from raytrain_het.training.timings import NUM_FIRST, NUM_WORTH_KEEPING, CpuSplit, KnownSpeed, Timings
 
 TWO_BUCKETS = Layout([("a", torch.zeros(4)), ("b", torch.zeros(4))], [], 16)
 
@@ -82,3 +87,135 @@ def test_a_wait_that_is_over_before_the_last_bucket_is_ready_is_none(comm: Commu
     comm.bucket_ready(job, 1)
     comm._finish_of_step(Scripted(clock, comm._wake, [(103.0, lambda: None)]), job)  # type: ignore[arg-type]
     assert job.waited_s == 0.0
+
+
+# ---------------------------------------------------------------- the part of the waiting that is own work
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Cpu:
+    cpu = Cpu()
+    monkeypatch.setattr(timings, "time", cpu)
+    return cpu
+
+
+class Cpu(Clock):
+    """The process's CPU time passes only when told."""
+
+    def process_time(self) -> float:
+        return self.now
+
+
+def split_of(cpu: Cpu, *, busy_s: float, waiting_s: float) -> CpuSplit:
+    """A step with so much CPU time before the wait and in it."""
+    split = CpuSplit()
+    cpu.now += busy_s
+    split.waiting_begins()
+    cpu.now += waiting_s
+    split.waiting_ends()
+    return split
+
+
+def test_cpu_time_spent_on_messages_while_waiting_is_own_work(cpu: Cpu) -> None:
+    split = split_of(cpu, busy_s=3.0, waiting_s=0.5)
+    assert split.own_part_s(waited_s=2.0, cycle_s=5.0) == pytest.approx(0.5)
+
+
+def test_a_process_that_gets_a_part_of_a_core_needs_longer_for_its_messages(cpu: Cpu) -> None:
+    """One CPU second in four of being busy: a quarter of a core, on which half a second takes two."""
+    split = split_of(cpu, busy_s=1.0, waiting_s=0.5)
+    assert split.own_part_s(waited_s=3.0, cycle_s=7.0) == pytest.approx(2.0)
+
+
+def test_own_work_is_never_more_than_the_wait_nor_made_faster_by_several_cores(cpu: Cpu) -> None:
+    assert split_of(cpu, busy_s=1.0, waiting_s=0.5).own_part_s(waited_s=1.0, cycle_s=5.0) == 1.0
+    assert split_of(cpu, busy_s=8.0, waiting_s=0.5).own_part_s(waited_s=1.0, cycle_s=3.0) == pytest.approx(0.5)
+
+
+def test_without_any_busy_time_there_is_nothing_to_go_by(cpu: Cpu) -> None:
+    assert split_of(cpu, busy_s=0.0, waiting_s=0.5).own_part_s(waited_s=1.0, cycle_s=3.0) == 0.0
+    assert split_of(cpu, busy_s=1.0, waiting_s=0.5).own_part_s(waited_s=3.0, cycle_s=3.0) == 0.0
+
+
+def test_what_a_process_does_between_two_epochs_is_not_its_steps_work(cpu: Cpu) -> None:
+    split = split_of(cpu, busy_s=1.0, waiting_s=0.5)
+    split.pauses()
+    cpu.now += 3.0
+    split.goes_on()
+    assert split.own_part_s(waited_s=3.0, cycle_s=7.0) == pytest.approx(2.0)
+
+
+# ---------------------------------------------------------------- what is told, and what is kept
+
+
+class Agent:
+    """Keeps what it is to tell."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+
+    def tell(self, kind: str, **values: Any) -> None:
+        assert kind == "timing"
+        self.told.append(values)
+
+
+def timings_of(agent: Agent) -> Timings:
+    return Timings(agent, 64)  # type: ignore[arg-type]
+
+
+def test_short_steps_are_told_of_together_and_none_twice(cpu: Cpu) -> None:
+    agent = Agent()
+    told = timings_of(agent)
+    for step in range(10):
+        cpu.now += 0.02
+        told.step_done(step, 0.005, 0.02)
+    sent = [samples for message in agent.told for samples, _, _ in message["steps"]]
+    assert sent == list(range(NUM_FIRST, 9)), "the first ones load and compile, the last ones wait for their company"
+    assert len(agent.told) == 3
+    assert {message["global_batch_size"] for message in agent.told} == {64}
+
+
+def test_own_seconds_are_those_of_the_whole_step_without_the_waiting(cpu: Cpu) -> None:
+    agent = Agent()
+    told = timings_of(agent)
+    for waited_s in (0.0, 0.0, 0.25, 2.0):
+        cpu.now += 1.0
+        told.step_done(8, waited_s, 1.0)
+    (_, own_s, cycle_s), (_, least, _) = (step for message in agent.told for step in message["steps"])
+    assert (own_s, cycle_s) == (0.75, 1.0)
+    assert 0 < least < 1e-6, "above 0, since it is a time"
+
+
+def test_what_is_learnt_needs_some_steps_with_samples(cpu: Cpu) -> None:
+    told = timings_of(Agent())
+    for _ in range(NUM_FIRST + NUM_WORTH_KEEPING - 1):
+        told.step_done(10, 0.1, 0.6)
+    for _ in range(50):
+        told.step_done(0, 0.1, 0.6)
+    assert told.learnt(None) is None
+    told.step_done(10, 0.1, 0.6)
+    assert told.learnt(None) == StepCost(0.0, pytest.approx(0.05))
+    start = StepCost(0.25, 0.05)
+    learnt = told.learnt(start)
+    assert learnt is not None
+    assert learnt.fixed_s == pytest.approx(0.5 / 3), "the fixed part of five samples' worth stays in proportion"
+    assert learnt.step_s(10) == pytest.approx(0.5)
+
+
+def test_a_models_step_time_is_known_to_the_next_run_on_such_hardware_and_to_no_other_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu: Cpu
+) -> None:
+    profile = Profile(hardware="a CPU", device="cpu", cores=2.0, num_threads=2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(timings, "known_or_probed", lambda device, *, store: profile)
+    known = KnownSpeed(torch.device("cpu"), "a model")
+    assert known.told(64) == {"profile": profile.to_json(), "global_batch_size": 64}
+    told = timings_of(Agent())
+    known.keep(told)
+    assert KnownSpeed(torch.device("cpu"), "a model").told(64)["profile"]["step"] is None, "too few steps"
+    for _ in range(NUM_FIRST + NUM_WORTH_KEEPING):
+        told.step_done(10, 0.1, 0.6)
+    known.keep(told)
+    again = Profile.from_json(KnownSpeed(torch.device("cpu"), "a model").told(64)["profile"])
+    assert again.step == StepCost(0.0, pytest.approx(0.05))
+    assert KnownSpeed(torch.device("cpu"), "another").told(64)["profile"]["step"] is None
