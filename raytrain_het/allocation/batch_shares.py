@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -69,7 +69,16 @@ class StepCost:
         return self.fixed_s + self.per_sample_s * samples
 
 
-def balanced_shares(costs: Sequence[StepCost], total: int, *, minimum: int = 1) -> list[int]:
+LEAST = 2
+"""Least share that is given by itself: a batch norm over a single sample raises."""
+
+
+def least_share(total: int, count: int) -> int:
+    """The least share of each of ``count`` workers: :data:`LEAST` if ``total`` has as many for all, else 1."""
+    return LEAST if total >= LEAST * count else 1
+
+
+def balanced_shares(costs: Sequence[StepCost], total: int, *, minimum: int | None = None) -> list[int]:
     """Whole shares that sum to ``total``, with the least time of the slowest worker.
 
     Solves ``sum_i max(minimum, (T - c_i) / k_i) = total`` for ``T`` by bisection, rounds down, and gives each sample
@@ -78,26 +87,51 @@ def balanced_shares(costs: Sequence[StepCost], total: int, *, minimum: int = 1) 
     Args:
         costs: one per worker, ``per_sample_s`` above 0.
         total: samples of the global batch.
-        minimum: the least a worker gets; 0 where there are more workers than samples, or spares are wanted.
+        minimum: the least a worker gets; default is :func:`least_share`. 0 where spares are wanted: each then gets none
+            or two at least, whichever makes the slowest faster.
 
     Raises:
         ValueError: ``total`` is less than ``minimum`` for each worker, or a cost is negative, zero or not finite.
     """
-    if total < minimum * len(costs) or not costs:
-        raise ValueError(f"total={total} cannot give {len(costs)} workers {minimum} each: lower minimum.")
+    least = least_share(total, len(costs)) if minimum is None else minimum
+    if total < least * len(costs) or not costs:
+        raise ValueError(f"total={total} cannot give {len(costs)} workers {least} each: lower minimum.")
     for index, cost in enumerate(costs):
         if not (math.isfinite(cost.fixed_s) and cost.fixed_s >= 0 and 0 < cost.per_sample_s < math.inf):
             raise ValueError(f"costs[{index}]={cost!r} is not valid: fixed_s from 0 and per_sample_s above 0, finite.")
+    bounds = dict.fromkeys(range(len(costs)), least)
+    shares = _balanced(costs, total, bounds)
+    while least == 0 and total >= LEAST and 1 in shares:
+        index = shares.index(1)
+        without, with_two = {i: low for i, low in bounds.items() if i != index}, bounds | {index: LEAST}
+        ways = [(low, _balanced(costs, total, low)) for low in (without, with_two) if sum(low.values()) <= total]
+        bounds, shares = min(ways, key=lambda way: slowest_s(costs, way[1]))
+    return shares
 
-    def samples_within(limit_s: float) -> list[float]:
-        return [max(float(minimum), (limit_s - c.fixed_s) / c.per_sample_s) for c in costs]
 
-    low, high = 0.0, max(c.step_s(total) for c in costs)
+def proportional_shares(weights: Sequence[float], total: int) -> list[int]:
+    """Whole shares that sum to ``total``, in proportion to ``weights`` (above 0), but :func:`least_share` at least.
+
+    Raises:
+        ValueError: ``total`` is less than one for each, or a weight is not a number above 0.
+    """
+    return balanced_shares([StepCost(0.0, 1 / w if w > 0 else 0.0) for w in weights], total)
+
+
+def _balanced(costs: Sequence[StepCost], total: int, least: Mapping[int, int]) -> list[int]:
+    """The same for those workers that are in ``least``, with a least share for each; the others get nothing."""
+
+    def samples_within(limit_s: float) -> dict[int, float]:
+        return {i: max(float(low), (limit_s - costs[i].fixed_s) / costs[i].per_sample_s) for i, low in least.items()}
+
+    low, high = 0.0, max(costs[i].step_s(total) for i in least)
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (low, middle) if sum(samples_within(middle)) > total else (middle, high)
-    shares = [max(minimum, math.floor(x)) for x in samples_within(low)]
-    ahead = [(cost.step_s(shares[i] + 1), i) for i, cost in enumerate(costs)]
+        low, high = (low, middle) if sum(samples_within(middle).values()) > total else (middle, high)
+    shares = [0] * len(costs)
+    for i, samples in samples_within(low).items():
+        shares[i] = max(least[i], math.floor(samples))
+    ahead = [(costs[i].step_s(shares[i] + 1), i) for i in least]
     heapq.heapify(ahead)
     for _ in range(total - sum(shares)):
         _, i = heapq.heappop(ahead)

@@ -91,6 +91,8 @@ class Communicator:
 
     def bucket_ready(self, job: StepJob, count: int) -> None:
         """The first ``count`` buckets of the job are filled."""
+        if count == len(self.layout.buckets):
+            job.ready_at = time.monotonic()
         job.ready = count
         self._wake.set()
 
@@ -235,7 +237,7 @@ class Communicator:
         began = time.monotonic()
         self._finish(operation, job.generation, job.step)
         if job.ready == len(self.layout.buckets):  # Until then the training thread was at work.
-            job.waited_s += time.monotonic() - began
+            job.waited_s += max(0.0, time.monotonic() - max(began, job.ready_at))
 
     # ---------------------------------------------------------------- generations
 

@@ -36,6 +36,8 @@ class StepJob(Job):
     """Where the decoded means go, by bucket (n,)."""
     ready: int = 0
     """So many buckets, from the first on, may be sent."""
+    ready_at: float = 0.0
+    """When the last bucket was, by the monotonic clock."""
     weight: float = 0.0
     contributes: bool = False
     finite: list[bool] = field(default_factory=list)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_het.allocation.batch_shares import StepCost, apportion, balanced_shares
+from raytrain_het.allocation.batch_shares import StepCost, apportion, balanced_shares, proportional_shares
 from raytrain_het.allocation.learning_rate import lr_scales, normalised_scores
 from raytrain_het.fleet.profile import Profile
 from raytrain_het.fleet.scores import Policy
@@ -156,13 +156,12 @@ class Scoreboard:
     # ---------------------------------------------------------------- shares
 
     def _balanced(self, costs: Mapping[int, StepCost], *, spares: bool) -> dict[int, int]:
-        shares = balanced_shares(list(costs.values()), self.global_batch_size, minimum=int(not spares))
+        shares = balanced_shares(list(costs.values()), self.global_batch_size, minimum=0 if spares else None)
         return dict(zip(costs, shares, strict=True))
 
     def _in_proportion(self, scores: Mapping[int, float]) -> dict[int, int]:
-        """Shares that go with the scores, and one sample at least."""
-        shares = apportion(self.global_batch_size - len(scores), list(scores.values()))
-        return {slot: share + 1 for slot, share in zip(scores, shares, strict=True)}
+        shares = proportional_shares(list(scores.values()), self.global_batch_size)
+        return dict(zip(scores, shares, strict=True))
 
     def _given(self, slots: list[int]) -> dict[int, int]:
         given = self.given or (1.0,)

@@ -304,10 +304,15 @@ class Membership:
                 self._start_forming(void=False, reason=f"slot {peer.member.slot} is healed", now=now)
 
     def verified(self, uid: str, now: float) -> None:
-        """A healed member has compared itself with the others: it holds what they hold."""
+        """A healed member has compared itself with the others: it holds what they hold.
+
+        Once all have, a generation follows that calls nobody fresh: by the record members see who may hold checkpoints,
+        whether the source must serve those that heal, and the caller, whether shares may follow speeds again.
+        """
         peer = self._heard(uid, now)
         if peer is not None:
             peer.fresh = False
+            self._form_if_all_have_verified(now)
 
     def progress(self, uid: str, step: int, now: float) -> None:
         """A member has committed a step; told from time to time only."""
@@ -439,6 +444,15 @@ class Membership:
         self._log("void" if void else "wanted", now, number=self.number, reason=reason)
         self._announce("void" if void else "want")
         self._form_if_answered(now)
+
+    def _form_if_all_have_verified(self, now: float) -> None:
+        record = self.record
+        if record is None or not record.fresh or self.forming:
+            return
+        # A new generation would make those that heal ask for another snapshot, and one follows anyway when they have.
+        if not record.unhealed and not any(self.peers[u].fresh for u in record.fresh if u in self.peers):
+            slots = ", ".join(str(record.member(uid).slot) for uid in record.fresh)
+            self._start_forming(void=False, reason=f"slot {slots} is as the others", now=now)
 
     def _announce(self, kind: str) -> None:
         for peer in self._required():
@@ -813,6 +827,7 @@ class Membership:
             self._start_forming(void=True, reason=reason, now=now, number=highest + 1)
         elif any(p.phase is Phase.JOINING or p.fresh and u in record.unhealed for u, p in self.peers.items()):
             self._start_forming(void=False, reason="workers have joined or healed", now=now, number=highest + 1)
+        self._form_if_all_have_verified(now)
         self._release_the_finished(now)
 
     # ---------------------------------------------------------------- small things

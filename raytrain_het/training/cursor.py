@@ -92,6 +92,11 @@ class DataPlan:
         full, rest = divmod(self.dataset_size, self.global_batch_size)
         return full if self.drop_last or rest == 0 else full + 1
 
+    @property
+    def full_batch(self) -> int:
+        """``min(B, N)``, samples of every step but perhaps an epoch's last."""
+        return min(self.global_batch_size, self.dataset_size)
+
     def batch_at(self, cursor: Cursor) -> range:
         """The global batch that the cursor stands before, as offsets in the epoch's permutation.
 
@@ -183,12 +188,13 @@ def slice_of(batch: range, shares: Sequence[float], member: int) -> range:
     return range(start, start + counts[member])
 
 
-def micro_batches(slice: range, size: int | None) -> list[range]:
+def micro_batches(slice: range, size: int | None, *, least: int = 1) -> list[range]:
     """Cut a slice into the fewest contiguous parts of at most ``size`` samples, the parts differing by at most one.
 
     Args:
         slice: offsets from `slice_of`.
         size: most samples in a part; ``None`` is no limit.
+        least: no part has fewer, unless the slice has: there may be fewer parts for that, larger than ``size``.
 
     Returns:
         The parts in order, the longer ones first. None at all for an empty slice.
@@ -200,7 +206,7 @@ def micro_batches(slice: range, size: int | None) -> list[range]:
         raise ValueError(f"size={size!r} is not valid: a micro-batch has at least 1 sample.")
     if not slice:
         return []
-    num_parts = 1 if size is None else -(-len(slice) // size)
+    num_parts = 1 if size is None else max(1, min(-(-len(slice) // size), len(slice) // least))
     short, num_longer = divmod(len(slice), num_parts)
     parts, start = [], slice.start
     for index in range(num_parts):

@@ -27,7 +27,7 @@ from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
-from raytrain_het.training.memory import MemoryLimit
+from raytrain_het.training.memory import FIRST, MemoryLimit
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.timings import CpuSplit, Timings
 
@@ -54,6 +54,10 @@ class Opened:
     submitted: float = 0.0
     cpu: CpuSplit = field(default_factory=CpuSplit)
     inputs: Any = None
+    left_at: float | None = None
+    """When the loop over its epoch was left after it."""
+    away_s: float = 0.0
+    """How long the loop was left: for the epoch's confirmation, evaluation, reports."""
 
 
 @dataclass
@@ -78,7 +82,7 @@ class Engine:
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
         self.counters = Counters()
-        self.timings = Timings(agent, plan.global_batch_size)
+        self.timings = Timings(agent, plan.full_batch)
         self.opened: Opened | None = None
         self.confirmed = 0
         """Steps up to this one are committed on every member."""
@@ -107,11 +111,18 @@ class Engine:
     def open(self, epoch: int) -> Opened | None:
         """Open the next step; None at the end of the epoch, confirmed by all."""
         self._settle_last()
+        before = self.opened if self.opened is not None and self.opened.sums is not None else None
+        asked = time.monotonic()
+        if before is not None:
+            self._loop_goes_on(before, asked)
         while True:
             self._wait_for_confirmation()
             record = self._enter()
             if self.cursor.epoch != epoch:
                 if self._confirm is None and self.agent.is_current(record.number):
+                    if before is not None:
+                        before.left_at = asked
+                        before.cpu.pauses()
                     return None
                 continue
             points.reach("slice", self.cursor.step + 1)
@@ -125,19 +136,26 @@ class Engine:
             self._light = self.replica.light()
         self._redo = False
         self.healing.offer(record, cursor, self._light, self._parameters_digest)
-        before = self.opened if self.opened is not None and self.opened.sums is not None else None
-        if before is not None and before.own:
-            self._memory.step_done(max(map(len, before.micro)))
-        opened = self._slice(record, cursor)
         self._memory.step_begins()
-        if before is not None and before.record is record and before.cursor.epoch == epoch:
-            waited_s = before.job.waited_s - before.cpu.own_part_s(before.job.waited_s, opened.started - before.started)
-            samples, cycle_s = sum(map(len, before.micro)), opened.started - before.started
-            self.timings.step_done(samples, waited_s, cycle_s, stand_in=not before.own)
+        opened = self._slice(record, cursor)
+        # An epoch's last batch may be a small one: speeds are told of full ones.
+        if before is not None and before.record is record and len(before.batch) == self.plan.full_batch:
+            cycle_s, waited_s = opened.started - before.started - before.away_s, before.job.waited_s
+            waited_s -= before.cpu.own_part_s(waited_s, cycle_s)
+            self.timings.step_done(sum(map(len, before.micro)), waited_s, cycle_s, stand_in=not before.own)
         self.opened = opened
         self.comm.submit(opened.job)
         points.reach("opened", opened.job.step)
         return opened
+
+    def _loop_goes_on(self, before: Opened, now: float) -> None:
+        """The loop asks for what comes after a step that is done; at an epoch's end it does so twice."""
+        if before.left_at is not None:
+            before.away_s += now - before.left_at
+            before.cpu.goes_on()
+            before.left_at = None
+        elif before.own:
+            self._memory.passed(max(map(len, before.micro)))
 
     def _slice(self, record: Record, cursor: Cursor) -> Opened:
         rank = record.rank_of(self.agent.uid)
@@ -145,7 +163,7 @@ class Engine:
         batch = self.plan.batch_at(cursor)
         own = slice_of(batch, record.shares, rank)
         # A share of 0 still runs the loop's body, so that user code behaves alike; the gradient is dropped.
-        micro = micro_batches(own, self._pass_size(len(own))) if len(own) else [self._stand_in(batch)]
+        micro = self._passes(own) if len(own) else [self._stand_in(batch)]
         step = cursor.step + 1
         job = StepJob(record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step))
         opened = Opened(record, cursor, batch, own, micro, job, time.monotonic())
@@ -162,10 +180,19 @@ class Engine:
         start = max(0, min(batch.start, self.plan.dataset_size - 2))
         return range(start, min(start + 2, self.plan.dataset_size))
 
-    def _pass_size(self, share: int) -> int | None:
-        """Most samples in one forward pass: what the user allows, and what fits into memory."""
-        limits = [size for size in (self._micro_batch_size, self._memory.samples(share)) if size is not None]
-        return min(limits, default=None)
+    def _passes(self, samples: range) -> list[range]:
+        """Cut what one forward pass can't hold, by what the user allows, and by what fits into memory."""
+        allowed, fits = self._micro_batch_size, self._memory.samples
+        if fits is None or allowed is not None and allowed <= fits:
+            return micro_batches(samples, allowed)
+        return micro_batches(samples, fits, least=FIRST)
+
+    def _cut_rest_anew(self, opened: Opened) -> None:
+        """Passes grow within a step too, as soon as it is known that larger ones fit."""
+        done = len(opened.weights)
+        if opened.own and done < len(opened.micro) and self._memory.samples is not None:
+            self._memory.passed(max(map(len, opened.micro[:done])))
+            opened.micro[done:] = self._passes(range(opened.micro[done].start, opened.own.stop))
 
     def _digest_if_due(self, step: int) -> int:
         every = self.config.replica_check_steps
@@ -235,6 +262,7 @@ class Engine:
                 "prepared loader needs one backward() and one optimizer.step(). To skip samples, filter the dataset; "
                 "to evaluate, use raytrain_het.evaluate()."
             )
+        self._cut_rest_anew(opened)
 
     @property
     def stale(self) -> bool:

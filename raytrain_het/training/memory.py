@@ -1,18 +1,20 @@
-"""How many samples fit into a GPU's memory at once: found by trying, without ever running out of it."""
+"""How many samples fit into a GPU's memory at once: found by trying, from below.
+
+A bound on one pass is all there is: a share that does not fit is cut into passes that do, so shares need no bound.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 import torch
 
 PART = 0.9
 """So much of what is free may be used: allocators and kernels need room of their own."""
-FIRST_PARTS = 8
-"""The first step is cut into so many parts, so that even a batch far too large is measured and not fatal."""
+FIRST = 2
+"""Samples of the very first pass, and of the smallest: a batch norm of one sample raises."""
 MOST_GROWTH = 4
-"""The next part is at most so many times as large as the largest that was measured."""
+"""The next pass is at most so many times as large as the largest that was measured."""
 
 
 class Meter(Protocol):
@@ -49,10 +51,11 @@ class CudaMeter:
 class MemoryLimit:
     """Most samples for one forward and backward pass.
 
-    A pass over ``b`` samples needs ``m(b) = m_0 + m_1 b`` bytes, of which ``a <= m_0`` are in use before it
-    (parameters, the optimizer's state). So what comes on top grows at most in proportion: a pass measured at ``m``
-    bytes says that ``b (M - a) / (m - a)`` samples fit into ``M``. The first pass is a small one, each next one at most
-    ``MOST_GROWTH`` times as large, until the share is done in one.
+    A pass over ``b`` samples needs ``m(b) = m_0 + m_1 b`` bytes, of which ``a <= m_0`` are in use before its step
+    (parameters, the optimizer's state). So what comes on top grows at most in proportion: a pass that took ``m - a``
+    says that ``b (M - a) / (m - a)`` samples fit into ``M``, with the ``a`` of the step at hand: the first one has no
+    optimizer state yet. The first pass is of ``FIRST`` samples, each next one, also within a step, of at most
+    ``MOST_GROWTH`` times as many as were measured.
 
     Args:
         meter: the device's; None where memory is not watched (CPU).
@@ -60,34 +63,40 @@ class MemoryLimit:
 
     def __init__(self, meter: Meter | None) -> None:
         self._meter = meter
-        self._safe: int | None = None
         self._in_use = 0
+        self._measured: tuple[int, int] | None = None
+        """Samples of a pass, and the bytes that it took."""
 
     @classmethod
     def of(cls, device: torch.device) -> MemoryLimit:
         """The limit of a device."""
         return cls(CudaMeter(device) if device.type == "cuda" else None)
 
-    def samples(self, share: int) -> int | None:
-        """Most samples for one pass over a share of so many; None is no limit."""
+    @property
+    def samples(self) -> int | None:
+        """Most samples for the next pass; None is no limit."""
         if self._meter is None:
             return None
-        if self._safe is None:
-            # No pass of a single sample: a batch norm of one raises.
-            return max(1, math.ceil(share / min(FIRST_PARTS, max(1, share // 2))))
-        return max(2, self._safe)
+        if self._measured is None:
+            return FIRST
+        samples, taken = self._measured
+        return max(FIRST, int(samples * min(self._room(taken), MOST_GROWTH)))
 
     def step_begins(self) -> None:
         """What is measured from here on belongs to the next step."""
         if self._meter is not None:
             self._in_use = self._meter.reset()
 
-    def step_done(self, samples: int) -> None:
-        """A whole step went through, in passes of at most so many samples."""
+    def passed(self, samples: int) -> None:
+        """The step's passes so far went through, or the whole step; the largest was of so many samples."""
         if self._meter is None:
             return
         taken = max(self._meter.peak_bytes() - self._in_use, 1)
-        room = (PART * self._meter.total_bytes() - self._in_use) / taken
-        fits = max(1, int(samples * min(room, MOST_GROWTH)))
         # A small last batch of an epoch says little; one that took too much says all.
-        self._safe = fits if room < 1 or self._safe is None else max(self._safe, fits)
+        if self._measured is None or samples >= self._measured[0] or self._room(taken) < 1:
+            self._measured = samples, taken
+
+    def _room(self, taken: int) -> float:
+        """How many times as much would fit."""
+        assert self._meter is not None
+        return (PART * self._meter.total_bytes() - self._in_use) / taken

@@ -151,7 +151,7 @@ class Session:
         self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
         if self.config.follows_speeds:
             self._speed = KnownSpeed(self.device, f"{self.gradients.layout.fingerprint}/{plan.dataset_size}")
-            self.agent.known = self._speed.told(plan.global_batch_size)
+            self.agent.known = self._speed.told(plan.full_batch)
         self._communicator = Communicator(
             self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
             resync_bytes=self.replica.parameter_bytes(), hang_limit_s=self.config.hang_limit_s,
@@ -235,7 +235,7 @@ class Session:
         """Samples of a full global batch that are this worker's, under the record in force."""
         record, plan = self._agent().record, self._plan()
         rank = record.rank_of(self._agent().uid) if record else None
-        return len(slice_of(range(plan.global_batch_size), record.shares, rank)) if record and rank is not None else 0
+        return len(slice_of(range(plan.full_batch), record.shares, rank)) if record and rank is not None else 0
 
     def report(self, metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, checkpoint: bool = True) -> None:
         """See :func:`raytrain_het.report`."""

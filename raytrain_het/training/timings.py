@@ -35,6 +35,7 @@ class CpuSplit:
         self._began = time.process_time()
         self._waiting = 0.0
         self._since = 0.0
+        self._paused = 0.0
 
     def waiting_begins(self) -> None:
         """From here on the training thread waits."""
@@ -43,6 +44,14 @@ class CpuSplit:
     def waiting_ends(self) -> None:
         """Until here."""
         self._waiting += time.process_time() - self._since
+
+    def pauses(self) -> None:
+        """What follows belongs to no step."""
+        self._paused = time.process_time()
+
+    def goes_on(self) -> None:
+        """From here on it does again."""
+        self._began += time.process_time() - self._paused
 
     def own_part_s(self, waited_s: float, cycle_s: float) -> float:
         """At the end of the step: so much of ``waited_s`` was spent on this worker's own work."""
@@ -66,14 +75,14 @@ class Timings:
     def step_done(self, samples: int, waited_s: float, cycle_s: float, *, stand_in: bool = False) -> None:
         """From one opening to the next a step took ``cycle_s``, of which this worker waited ``waited_s`` for peers.
 
-        With a share of 0 these are its stand-in's samples, so that a spare that is fast again is seen. They say little
-        of a whole share, and are not kept for another run.
+        What lies between two epochs' loops is in neither. With a share of 0 these are its stand-in's samples, so that
+        a spare that is fast again is seen. They say little of a whole share, and are not kept for another run.
         """
         self._num_seen += 1
         if self._num_seen <= NUM_FIRST:
             return
         own_s = max(cycle_s - waited_s, 1e-9)
-        if not stand_in:
+        if samples and not stand_in:
             self._latest.append((samples, own_s))
         self._steps.append((samples, own_s, cycle_s))
         now = time.monotonic()

@@ -9,11 +9,13 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from labs import run
+from labs import alone, run
+from torch.utils.data import DataLoader, TensorDataset
 
+import raytrain_het as het
 from raytrain_het.collectives import points
 from raytrain_het.testing.cgroups import CpuQuota, available
-from raytrain_het.testing.faults import Fault
+from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, flat, relative_error
 from raytrain_het.training.session import current
@@ -108,6 +110,67 @@ def test_shares_survive_lost_workers_and_count_every_sample_once(tmp_path):
     done = run(Uneven(task, 0.25, 0.5, 1.0), tmp_path, config=AUTO, faults=faults)
     done.check(task)
     assert len(done.kinds("lost")) == 2
+
+
+def told_of(directory, *, num_samples, global_batch_size):
+    """What a lone worker tells of its steps, as (samples, seconds), over six epochs with a pause after each loop."""
+    told = []
+
+    def train():
+        model = het.prepare_model(torch.nn.Linear(3, 1))
+        optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        data = DataLoader(TensorDataset(torch.randn(num_samples, 3)))
+        loader = het.prepare_data_loader(data, global_batch_size=global_batch_size)
+        for _ in loader.epochs(6):
+            current().engine.timings.step_done = lambda samples, _, cycle_s: told.append((samples, cycle_s))
+            for (x,) in loader:
+                optimizer.zero_grad()
+                model(x).sum().backward()
+                optimizer.step()
+            time.sleep(PAUSE_S)
+
+    alone(train, directory)
+    return told
+
+
+PAUSE_S = 0.2
+
+
+def test_epochs_of_one_step_are_observed_without_what_lies_between_them(tmp_path):
+    told = told_of(tmp_path, num_samples=8, global_batch_size=12)
+    assert [samples for samples, _ in told] == [8] * 5
+    assert min(seconds for _, seconds in told) > 0
+    assert sorted(seconds for _, seconds in told)[2] < PAUSE_S
+
+
+def test_speeds_are_told_of_full_batches_only(tmp_path):
+    told = told_of(tmp_path, num_samples=10, global_batch_size=4)
+    assert [samples for samples, _ in told] == [4] * 12
+
+
+class SlowOnceRefilled(Uneven):
+    """Slot 0 becomes slower twelve steps after slot 1 has been refilled and has healed."""
+
+    def __call__(self, directory):
+        session = current()
+
+        def note(point, step):
+            record = session.agent.record
+            back = record is not None and any(m.slot == 1 and m.uid not in record.unhealed for m in record.members)
+            if point == "opened" and back and happened(directory) and self.at_step > step + 12:
+                self.at_step = step + 12
+
+        points.listeners.append(note)
+        return super().__call__(directory)
+
+
+def test_shares_still_follow_speeds_after_a_slot_was_refilled(tmp_path):
+    task = dataclasses.replace(TASK, epochs=10, patience_s=0.05)
+    fault = Fault(slot=1, step=5, point="backward")
+    done = run(SlowOnceRefilled(task, 0.3, 0.3, then=(1.2, 0.3)), tmp_path, num_slots=2, config=AUTO, faults=[fault])
+    done.check(task)
+    assert len(done.kinds("healed")) == 1
+    assert 17 <= shares_by_step(tmp_path)[task.num_steps - 1][0] <= 21
 
 
 @pytest.mark.parametrize("normalisation", ["mean", "none"])

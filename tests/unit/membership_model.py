@@ -768,6 +768,10 @@ class World:
         joining = [u for u, p in core.peers.items() if p.phase is Phase.JOINING]
         if joining and not core.forming:
             raise Violation(f"nobody lets {joining} in")
+        fresh = [u for u in core.record.fresh if u in core.peers and not self.workers[u].outbox]
+        settled = not core.forming and not core.record.unhealed and len(fresh) == len(core.record.fresh)
+        if fresh and settled and not any(core.peers[u].fresh for u in fresh):
+            raise Violation(f"{fresh} have compared themselves and are called fresh for good")
 
     def check_end(self) -> str:
         """Nothing goes on by itself any more: was everybody let go, in the way that befits it? Returns how it ended."""

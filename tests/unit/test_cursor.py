@@ -137,6 +137,15 @@ def test_micro_batches_are_few_near_equal_and_within_the_limit(start, length, si
         assert parts == []
 
 
+@given(st.integers(1, 300), st.integers(1, 50), st.integers(1, 4))
+def test_no_micro_batch_has_fewer_than_the_least_unless_there_are_no_more(length, size, least):
+    parts = micro_batches(range(length), size, least=least)
+    assert [i for part in parts for i in part] == list(range(length))
+    lengths = [len(part) for part in parts]
+    assert min(lengths) >= min(least, length)
+    assert max(lengths) <= max(size, 2 * least - 1)
+
+
 def test_a_micro_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="size=0"):
         micro_batches(range(3), 0)

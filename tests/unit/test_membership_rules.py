@@ -351,6 +351,66 @@ def test_a_standstill_of_the_hub_itself_is_nobodys_silence(monkeypatch: pytest.M
     assert clock.now() == pytest.approx(0.2 + server.STANDSTILL_S)
 
 
+# ---------------------------------------------------------------- who comes in late
+
+
+def with_two_refilled() -> Run:
+    """Slots 1 and 2 were refilled, and both have healed by replay."""
+    run = started()
+    for slot in (2, 1):
+        run.core.closed(f"{slot}-a", 0.0)
+    run.answer("0-a", step=5)
+    for slot in (1, 2):
+        run.hello(slot, "b")
+    run.answer("0-a", step=6)
+    for slot in (1, 2):
+        run.core.healed(f"{slot}-b", 0.0)
+    run.answer("0-a", step=7)
+    run.answer("1-b", "2-b", step=7, fresh=True)
+    assert run.record.fresh == ("1-b", "2-b")
+    run.messages()
+    return run
+
+
+def test_once_all_have_compared_themselves_a_generation_calls_nobody_fresh() -> None:
+    run = with_two_refilled()
+    group = run.record.group
+    run.core.verified("1-b", 0.0)
+    assert run.messages() == []
+    run.core.verified("2-b", 0.0)
+    assert run.messages() == ["want"] * 3
+    run.answer("0-a", "1-b", "2-b", step=8)
+    assert (run.record.fresh, run.record.unhealed, run.record.group) == ((), (), group)
+    run.core.verified("2-b", 0.0)
+    assert run.messages("0-a") == ["record"]
+
+
+def test_the_generation_after_a_comparison_waits_for_those_that_still_heal() -> None:
+    """They would have to ask for their snapshot again; their own generation follows."""
+    run = with_two_refilled()
+    run.core.closed("1-b", 0.0)
+    run.answer("0-a", step=8)
+    run.answer("2-b", step=8, fresh=True)
+    run.hello(1, "c")
+    run.answer("0-a", step=8)
+    run.core.healed("2-b", 0.0)
+    run.answer("0-a", step=9)
+    run.answer("2-b", step=9, fresh=True)
+    run.core.answer("1-c", run.core.number, cursor=cursor(9), healed=False, now=0.0)
+    assert (run.record.fresh, run.record.unhealed) == (("2-b",), ("1-c",))
+    run.messages()
+    run.core.verified("2-b", 0.0)
+    assert run.messages() == []
+
+
+def test_a_comparison_made_while_the_actor_was_down_counts() -> None:
+    before = with_two_refilled()
+    run, record = restarted(before)
+    for slot, life in enumerate("abb"):
+        run.hello(slot, life, step=8, healed=True, record=record, answered=record.number)
+    assert run.messages() == ["want"] * 3
+
+
 # ---------------------------------------------------------------- a restart of the actor
 
 

@@ -42,6 +42,7 @@ def brute_force_s(machines: list[Machine], batch: int, num_bytes: float) -> floa
     slowest = min(
         max(m.cost.fixed_s + m.cost.per_sample_s * b for m, b in zip(machines, shares, strict=True))
         for shares in all_shares(n, batch)
+        if min(shares) >= (2 if batch >= 2 * n else 1)
     )
     exchange = 0.0
     if n > 1:
