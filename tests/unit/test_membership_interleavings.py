@@ -13,7 +13,7 @@ generation follows a failure. In every last world (nothing goes on by itself) no
 with "bye" if, and only if, they had finished or asked to leave.
 
 ``EXHAUSTIVE`` states how many worlds each scenario has at least, so that the enumeration can't shrink unseen;
-together about 89,000 worlds. ``RANDOM`` scenarios (two or three members, several faults at once)
+together about 92,000 worlds. ``RANDOM`` scenarios (two or three members, several faults at once)
 are walked along 150 seeded random paths each.
 """
 
