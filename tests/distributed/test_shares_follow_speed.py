@@ -122,7 +122,7 @@ def told_of(directory, *, num_samples, global_batch_size):
         data = DataLoader(TensorDataset(torch.randn(num_samples, 3)))
         loader = het.prepare_data_loader(data, global_batch_size=global_batch_size)
         for _ in loader.epochs(6):
-            current().engine.timings.step_done = lambda samples, _, cycle_s: told.append((samples, cycle_s))
+            current().engine.timings.step_done = lambda samples, _, cycle_s, **more: told.append((samples, cycle_s))
             for (x,) in loader:
                 optimizer.zero_grad()
                 model(x).sum().backward()
