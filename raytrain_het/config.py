@@ -63,10 +63,10 @@ class HetConfig:
     codec: Literal["none", "bf16"] = "none"
     """How gradients travel: ``none`` is fp32, ``bf16`` halves the bytes."""
 
-    backend: Literal["gloo", "nccl"] = "gloo"
+    backend: Literal["tcp", "nccl"] = "tcp"
     """What carries the messages.
 
-    ``gloo`` works for any mix of CPU and GPU workers, from the CPU. ``nccl`` keeps them on
+    ``tcp`` works for any mix of CPU and GPU workers, from the CPU. ``nccl`` keeps them on
     the GPUs, where every worker has one of its own; it is untested for want of a machine with several."""
 
     bucket_mib: float = 4.0
@@ -115,7 +115,7 @@ class HetConfig:
             "Write lr_scale_normalisation='mean'.",
         )
         _require(self.codec in ("none", "bf16"), "codec", self.codec, "'none' or 'bf16'", "Write codec='none'.")
-        _require(self.backend in ("gloo", "nccl"), "backend", self.backend, "'gloo' or 'nccl'", "Write backend='gloo'.")
+        _require(self.backend in ("tcp", "nccl"), "backend", self.backend, "'tcp' or 'nccl'", "Write backend='tcp'.")
         _require(
             self.micro_batch_size is None or _is_whole(self.micro_batch_size, 1),
             "micro_batch_size",

@@ -1,6 +1,6 @@
 """A thousand kills and refills of one member of a process group, in one run: do the others, or the hub, leak anything?
 
-Three processes, gloo, no Ray, a tiny model. The third worker kills itself (``kill -9``) two committed steps after it
+Three processes, no Ray, a tiny model. The third worker kills itself (``kill -9``) two committed steps after it
 has healed, at the protocol's points in turn, and is refilled at once. The two survivors train throughout; every tenth
 of a second they write down their threads, open file descriptors and resident memory (/proc), and so does the process
 that hosts the hub.

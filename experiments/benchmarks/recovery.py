@@ -1,6 +1,6 @@
 """How long the others stand still when one of four workers is killed (``kill -9``) or stopped (SIGSTOP).
 
-Four processes, gloo, no Ray, the model with 1.3 million parameters. For each protocol point one run, in which workers
+Four processes, no Ray, the model with 1.3 million parameters. For each protocol point one run, in which workers
 in turn meet a scripted fault there, many steps apart; each is refilled and heals before the next fault. Every worker
 writes down (wall clock) when it opened a step, under which generation, and when it arrived at the end of its backward
 pass.

@@ -1,6 +1,6 @@
 """A worker slowed down in mid-run: steps until all shares are where they will stay.
 
-Plain processes under CPU quotas of the kernel (Linux, as root), one torch thread each, gloo, no Ray; the conv net of
+Plain processes under CPU quotas of the kernel (Linux, as root), one torch thread each, no Ray; the conv net of
 ``mixed_fleet``. After ``--settle`` steps one worker's quota is set to a part of what it was, and the run goes on for
 ``--after`` steps. The new steady state is the median of the shares of the last third of those; what counts is the first
 step after the change from which on every share is within 10 % of it for three steps.

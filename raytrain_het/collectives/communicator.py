@@ -17,11 +17,13 @@ from collections.abc import Callable
 import torch
 
 from raytrain_het.collectives import points, replay
+from raytrain_het.collectives.building import GroupBuilder
 from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, Wire, one_to_all
-from raytrain_het.collectives.group import Group, GroupBuilder, GroupError, Operation, Reaper
+from raytrain_het.collectives.group import Group, GroupError, Operation
 from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.jobs import ConfirmJob, Job, ResyncJob, StepJob
 from raytrain_het.collectives.layout import Bucket, Layout
+from raytrain_het.collectives.poller import Poller
 from raytrain_het.errors import ProtocolError, RunFailedError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.meeting import MeetingPlace
@@ -66,7 +68,7 @@ class Communicator:
         """Typical duration of a step, from which the deadline follows."""
         self._outs = [torch.zeros(b.numel, dtype=b.dtype) for b in layout.buckets]
         self._advance, self._resync_bytes, self._hang_limit_s = advance, resync_bytes, hang_limit_s
-        self._wake = threading.Event()
+        self._poller = Poller()
         self._jobs: collections.deque[Job] = collections.deque()
         self._group: Group | None = None
         self._exchange: Exchange | None = None
@@ -75,10 +77,9 @@ class Communicator:
         self._position = 0
         self._broken = 0
         self._closed = False
-        self.reaper = Reaper()
         self._meetings = MeetingPlace(agent)
         agent.position = lambda: self._position
-        agent.on_change = self._wake.set
+        agent.on_change = self._poller.wake
         self._thread = threading.Thread(target=self._run, name="het-communication", daemon=True)
         self._thread.start()
 
@@ -87,14 +88,14 @@ class Communicator:
     def submit(self, job: Job) -> None:
         """Queue a job of the generation in force. A job of another one is aborted."""
         self._jobs.append(job)
-        self._wake.set()
+        self._poller.wake()
 
     def bucket_ready(self, job: StepJob, count: int) -> None:
         """The first ``count`` buckets of the job are filled."""
         if count == len(self.layout.buckets):
             job.ready_at = time.monotonic()
         job.ready = count
-        self._wake.set()
+        self._poller.wake()
 
     def wires(self, record: Record) -> list[list[Wire] | None] | None:
         """Where gradients of a step of this generation can be gathered, by bucket."""
@@ -102,12 +103,13 @@ class Communicator:
         return exchange.wires if exchange is not None and exchange.record is record else None
 
     def close(self) -> None:
-        """Stop the thread; its group is left to the reaper."""
+        """Stop the thread, and leave the group."""
         self._closed = True
-        self._wake.set()
+        self._poller.wake()
         self._thread.join(timeout=2)
-        self._leave_group()
-        self.reaper.close()
+        if not self._thread.is_alive():
+            self._leave_group()
+            self._poller.close()
 
     # ---------------------------------------------------------------- the thread
 
@@ -116,8 +118,7 @@ class Communicator:
         try:
             while not self._closed:
                 if not self._turn():
-                    self._wake.wait(1.0)
-                    self._wake.clear()
+                    self._poller.wait(1.0)
         except BaseException as error:
             # Not a peer's fault, and nobody would see it: pings are answered by another thread.
             logger.exception("the communication thread of worker %d has failed", self.agent.member.slot)
@@ -224,10 +225,9 @@ class Communicator:
                 self.agent.suspect(generation, now - started, step)
                 deadline = min(2 * deadline, self._hang_limit_s / 4)
                 suspect_at = now + deadline
-            self._wake.wait(
+            self._poller.wait(
                 self._group.poll_s if self._group and self._group.poll_s else min(max(suspect_at - now, 0.001), 1.0)
             )
-            self._wake.clear()
 
     def _finish(self, operation: Operation, generation: int, step: int) -> None:
         self._await(lambda: operation.done, generation, step, peers=True)
@@ -244,7 +244,7 @@ class Communicator:
     def _leave_group(self) -> None:
         group, self._group, self._exchange = self._group, None, None
         if group is not None:
-            self.reaper.take(group)
+            group.leave()
 
     def _enter(self, record: Record) -> None:
         rank = record.rank_of(self.agent.uid)
@@ -272,14 +272,13 @@ class Communicator:
 
     def _build(self, record: Record, rank: int) -> Group:
         builder = GroupBuilder(
-            self.reaper,
             record.group,
             self._meetings.meeting(record.group),
             rank,
             len(record.members),
             self.agent.member.host,
             self._wire_device(record),
-            self._wake.set,
+            self._poller.wake,
         )
         try:
             self._await(lambda: builder.done, record.number, record.base, peers=True)
@@ -288,6 +287,7 @@ class Communicator:
             raise
         if builder.error is not None or builder.group is None:
             raise GroupError(f"no group for generation {record.number}: {builder.error}")
+        builder.group.join(self._poller)
         return builder.group
 
     def _replay(self, record: Record, rank: int) -> tuple[Sums, list[torch.Tensor]] | None:
@@ -320,6 +320,7 @@ class Communicator:
         sums = Sums(step=job.step)
         scatters: list[Operation] = []
         gathers: list[Operation] = []
+        exchange.expect()
         for k in range(len(buckets) + 1):
             if k < len(buckets):
                 self._await(functools.partial(_is_ready, job, k), generation, job.step, peers=False)

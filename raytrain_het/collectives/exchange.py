@@ -10,8 +10,8 @@ For every bucket, two uneven all-to-alls of bytes:
 What a member sends to itself stays where it is, but for the header.
 
 So replicas are identical to the bit whatever the codec, and a gradient is quantised twice, whatever the number of
-members. Sizes of all messages are pure functions of (record, bucket): gloo aborts a process that gets more bytes than
-it expects.
+members. Sizes of all messages are pure functions of (record, bucket): a message of another
+length is an error.
 
 Shapes: ``N`` members, ``n`` elements of a bucket, ``n_j`` those of owner ``j``'s shard.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -107,13 +108,14 @@ class Exchange:
         # Not zeroed: 20 MB for a million parameters, and peers wait for a new generation.
         self._scatter_in = [torch.empty(sum(p.scatter_in), dtype=torch.uint8, device=device) for p in self._plans]
         self._scatter_out = [torch.empty(sum(p.scatter_out), dtype=torch.uint8, device=device) for p in self._plans]
-        self._gather_in = [torch.empty(max(size - 1, 1) * p.own, dtype=torch.uint8, device=device) for p in self._plans]
+        self._gather_in = [torch.empty(p.own, dtype=torch.uint8, device=device) for p in self._plans]
         self._gathered = [torch.empty(sum(p.gather_out), dtype=torch.uint8, device=device) for p in self._plans]
         # What the owners sent, this one included (the first copy of what it sends), are the kept sums of the last step,
         # until the next step's headers confirm it.
         self._own: list[torch.Tensor | None] = [None] * len(self._plans)
         """By bucket: this member's payload for its own shard, wherever it is."""
         self._own_wires = self._own.copy()
+        self._expected: list[Any] = [None] * len(self._plans)
         most = dict.fromkeys({b.dtype for b in layout.buckets}, 0)
         for bucket, plan in zip(layout.buckets, self._plans, strict=True):
             start, stop = plan.bounds[rank]
@@ -175,6 +177,12 @@ class Exchange:
 
     # ---------------------------------------------------------------- the two halves
 
+    def expect(self) -> None:
+        """A step is opened: what others send is taken from now on, whenever this member is ready itself."""
+        self._expected = [
+            self.group.expect(out, plan.scatter_out) for out, plan in zip(self._scatter_out, self._plans, strict=True)
+        ]
+
     def scatter(self, bucket: Bucket, header: Header, local: torch.Tensor | None) -> Operation:
         """Send the header to all and, unless this member sends nothing, each owner its shard of ``local`` (n,).
 
@@ -192,7 +200,11 @@ class Exchange:
             if local is not None and self._sends[self.rank]:
                 self._encode_shard(bucket, owner, local, message[place + plan.header : place + length])
             place += length
-        return self._launch(self._scatter_out[bucket.index], message, plan.scatter_out, plan.scatter_in)
+        self._count(plan.scatter_out, plan.scatter_in)
+        expected, self._expected[bucket.index] = self._expected[bucket.index], None
+        return self.group.all_to_all(
+            self._scatter_out[bucket.index], message, plan.scatter_out, plan.scatter_in, expected, flush=False
+        )
 
     def _encode_shard(self, bucket: Bucket, owner: int, local: torch.Tensor, body: torch.Tensor) -> None:
         codec, (start, stop) = self._codec(self.rank, bucket), self._plans[bucket.index].bounds[owner]
@@ -223,9 +235,11 @@ class Exchange:
         if own is not None:
             bodies[self.rank] = own
         self._sum_shard(headers, bodies, bucket, sums.total_weight)
-        out = self._gather_in[bucket.index]
-        message = out[: sum(plan.gather_in)]
-        return self._launch(self._gathered[bucket.index], message, plan.gather_out, plan.gather_in)
+        self._count(plan.gather_out, plan.gather_in)
+        receivers = [rank for rank, length in enumerate(plan.gather_in) if length]
+        return self.group.all_gather(
+            self._gathered[bucket.index], self._gather_in[bucket.index], plan.gather_out, receivers
+        )
 
     def decode(self, bucket: Bucket, out: torch.Tensor) -> None:
         """Decode what the owners sent into ``out`` (n,). May be called again while the step is kept."""
@@ -244,7 +258,7 @@ class Exchange:
     def _sum_shard(
         self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total_weight: float
     ) -> None:
-        """The owned shard's mean, encoded, once for each member that it goes to."""
+        """The owned shard's mean, encoded."""
         plan, out = self._plans[bucket.index], self._gather_in[bucket.index]
         start, stop = plan.bounds[self.rank]
         if stop == start:
@@ -258,8 +272,6 @@ class Exchange:
             total.div_(total_weight)
         if in_place is None:
             codec.encode(total, payload, {}, {})
-        for copy in range(1, len(plan.gather_in) - 1):
-            out[copy * plan.own : (copy + 1) * plan.own] = out[: plan.own]
 
     def _add_up(self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total: torch.Tensor) -> None:
         sent: list[tuple[int, torch.Tensor]] = [
@@ -311,10 +323,9 @@ class Exchange:
                 "same loop."
             )
 
-    def _launch(self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], ins: list[int]) -> Operation:
+    def _count(self, outs: list[int], ins: list[int]) -> None:
         self.traffic.sent += sum(ins) - ins[self.rank]
         self.traffic.received += sum(outs) - outs[self.rank]
-        return self.group.all_to_all(out, inp, outs, ins)
 
 
 def one_to_all(

@@ -16,8 +16,7 @@ class Codec(abc.ABC):
     """Encodes a one-dimensional shard into a payload and back.
 
     The payload's *capacity* is a pure function of the element count and dtype, known to both sides without running:
-    gloo aborts the process on a message that is longer than expected. What varies is packed inside with its true
-    length.
+    a message of another length than expected is an error. What varies is packed inside with its true length.
 
     State (error feedback and the like) is explicit: ``encode`` reads ``state`` and writes ``new_state``; the caller
     keeps the old one until the step is confirmed, and goes back to it if the step is done again.

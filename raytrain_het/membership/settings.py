@@ -25,7 +25,7 @@ class HubSettings:
     """Exponent of the learning-rate scales."""
     lr_scale_normalisation: str = "mean"
     codec: str = "none"
-    backend: str = "gloo"
+    backend: str = "tcp"
     host: str = "127.0.0.1"
     """Address of the machine the actor runs on, as the workers reach it."""
     silence_s: float = 0.5

@@ -283,5 +283,5 @@ def _check_backend(config: HetConfig, slots: Sequence[SlotSpec]) -> None:
     if config.backend == "nccl" and without:
         raise ConfigError(
             f"HetConfig.backend='nccl' needs a whole GPU for every worker; workers {without} have none. Write "
-            "backend='gloo', which carries GPU and CPU workers in one run."
+            "backend='tcp', which carries GPU and CPU workers in one run."
         )

@@ -235,7 +235,7 @@ def _work(slot: int, payload: bytes) -> None:
     part = Path(directory) / f".outcome_{slot}_{os.getpid()}"
     part.write_bytes(pickle.dumps((kind, value)))
     part.rename(Path(directory) / f"outcome_{slot}_{os.getpid()}")
-    # Threads of abandoned groups may be stuck in gloo: a normal exit would wait for them.
+    # Whatever threads the function has left behind are not waited for.
     os._exit(0)
 
 

@@ -113,7 +113,7 @@ class _Unpickler(pickle.Unpickler):
 class SamplePool:
     """``num_workers`` processes that hold a copy of the dataset each.
 
-    They are not forked from this process: it has threads (gloo's, Ray's) whose locks a fork would copy in whatever
+    They are not forked from this process: it has threads (torch's, Ray's) whose locks a fork would copy in whatever
     state they are. They end when this process dies, however it dies.
 
     Raises:

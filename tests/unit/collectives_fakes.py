@@ -21,7 +21,7 @@ def record_of(shares: list[float], owners: list[float] | None = None, codec: str
             "lr_scales": (1.0,) * len(shares), "normalised": True, "table": 0,
             "owners": tuple(owners or [1.0] * len(shares)), "codecs": (codec,) * len(shares),
             "cursor": {"epoch": 0, "offset": 0, "step": 4}, "source": "0-a", "behind": (), "unhealed": (), "fresh": (),
-            "reset": False, "checkpoint": None, "backend": "gloo", "reason": "a test",
+            "reset": False, "checkpoint": None, "backend": "tcp", "reason": "a test",
         }
         | values
     )  # fmt: skip
@@ -33,14 +33,24 @@ class FakeGroup:
     def __init__(self, wire: Wire, rank: int, size: int) -> None:
         self.wire, self.rank, self.size, self.device = wire, rank, size, torch.device("cpu")
 
-    def all_to_all(self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], ins: list[int]) -> None:
+    def expect(self, out: torch.Tensor, splits: list[int]) -> None:
+        pass
+
+    def all_gather(self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], receivers: list[int]) -> None:
+        ins = [inp.numel() if rank in receivers else 0 for rank in range(self.size)]
+        self.all_to_all(out, inp.repeat(len(receivers)), outs, ins)
+
+    def all_to_all(
+        self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], ins: list[int], expected: None = None,
+        *, flush: bool = True,
+    ) -> None:  # fmt: skip
         assert out.numel() == sum(outs)
         assert inp.numel() == sum(ins)
         self.wire.launched[self.rank] = (out, inp, outs, ins)
 
 
 class Wire:
-    """What connects them. Like gloo, it accepts no message of another length than expected."""
+    """What connects them. Like TCP groups, it accepts no message of another length than expected."""
 
     def __init__(self, size: int) -> None:
         self.groups = [FakeGroup(self, rank, size) for rank in range(size)]
@@ -56,7 +66,7 @@ class Wire:
                 _, inp, _, ins = self.launched[sender]
                 start = sum(ins[:receiver])
                 parts.append(inp[start : start + ins[receiver]])
-                assert parts[-1].numel() == outs[sender], "a message of an unexpected length aborts the process"
+                assert parts[-1].numel() == outs[sender], "a message of an unexpected length is an error"
             out.copy_(torch.cat(parts))
         self.launched.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ class Clock:
 class Scripted:
     """An operation that ends after some events, each at its time."""
 
-    def __init__(self, clock: Clock, wake: threading.Event, events: list[tuple[float, Any]]) -> None:
+    def __init__(self, clock: Clock, wake: Callable[[], None], events: list[tuple[float, Any]]) -> None:
         self.clock, self.wake, self.events = clock, wake, events
 
     @property
@@ -45,7 +46,7 @@ class Scripted:
         at, action = self.events.pop(0)
         self.clock.now = at
         action()
-        self.wake.set()
+        self.wake()
         return False
 
     def result(self) -> None:
@@ -60,8 +61,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def comm(clock: Clock) -> Any:
-    """Its thread stands still, for there is no record: operations are awaited by the test."""
+def comm(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Without its thread: operations are awaited by the test."""
+    monkeypatch.setattr(Communicator, "_run", lambda self: None)
     agent = SimpleNamespace(
         record=None, void=0, answered=0, gone=None, condition=threading.Condition(), on_message={}, on_reconnect=[],
         suspect=lambda *_: None,
@@ -76,16 +78,16 @@ def test_waiting_is_counted_from_when_the_last_bucket_was_ready(comm: Communicat
     job = StepJob(0, 1)
     comm.bucket_ready(job, 1)
     ends = [(103.0, lambda: comm.bucket_ready(job, 2)), (104.0, lambda: None)]
-    comm._finish_of_step(Scripted(clock, comm._wake, ends), job)  # type: ignore[arg-type]
+    comm._finish_of_step(Scripted(clock, comm._poller.wake, ends), job)  # type: ignore[arg-type]
     assert job.waited_s == pytest.approx(1.0)
-    comm._finish_of_step(Scripted(clock, comm._wake, [(104.5, lambda: None)]), job)  # type: ignore[arg-type]
+    comm._finish_of_step(Scripted(clock, comm._poller.wake, [(104.5, lambda: None)]), job)  # type: ignore[arg-type]
     assert job.waited_s == pytest.approx(1.5)
 
 
 def test_a_wait_that_is_over_before_the_last_bucket_is_ready_is_none(comm: Communicator, clock: Clock) -> None:
     job = StepJob(0, 1)
     comm.bucket_ready(job, 1)
-    comm._finish_of_step(Scripted(clock, comm._wake, [(103.0, lambda: None)]), job)  # type: ignore[arg-type]
+    comm._finish_of_step(Scripted(clock, comm._poller.wake, [(103.0, lambda: None)]), job)  # type: ignore[arg-type]
     assert job.waited_s == 0.0
 
 

@@ -1,0 +1,324 @@
+"""Groups over TCP: what arrives where and when, and what becomes of it when a peer does not play along."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain_het.collectives import building, tcp
+from raytrain_het.collectives.building import GroupBuilder, connect
+from raytrain_het.collectives.group import GroupError
+from raytrain_het.collectives.poller import Poller
+from raytrain_het.collectives.tcp import TcpGroup
+
+LONG = 6_000_000
+"""More than two sockets hold."""
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        return one, listener.accept()[0]
+
+
+class Mesh:
+    """All members of a group in one thread, each with a poller of its own."""
+
+    def __init__(self, size: int) -> None:
+        sockets: list[dict[int, socket.socket]] = [{} for _ in range(size)]
+        for a in range(size):
+            for b in range(a):
+                sockets[a][b], sockets[b][a] = connected()
+        self.pollers = [Poller() for _ in range(size)]
+        self.groups = [TcpGroup("g", rank, mine) for rank, mine in enumerate(sockets)]
+        for group, poller in zip(self.groups, self.pollers, strict=True):
+            group.join(poller)
+
+    def drive(self, until: Callable[[], bool], *, ranks: list[int] | None = None) -> None:
+        deadline = time.monotonic() + 20
+        while not until():
+            assert time.monotonic() < deadline
+            for rank in ranks if ranks is not None else range(len(self.pollers)):
+                self.pollers[rank].wait(0.001)
+
+    def close(self) -> None:
+        for group, poller in zip(self.groups, self.pollers, strict=True):
+            group.leave()
+            poller.close()
+
+
+@pytest.fixture
+def mesh() -> Iterator[Callable[[int], Mesh]]:
+    made: list[Mesh] = []
+
+    def make(size: int) -> Mesh:
+        made.append(Mesh(size))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def filled(length: int, value: int) -> torch.Tensor:
+    return torch.full((length,), value, dtype=torch.uint8)
+
+
+def empty(length: int) -> torch.Tensor:
+    return torch.zeros(length, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_every_part_of_whatever_length_lands_in_its_place(mesh: Any, size: int) -> None:
+    lengths = [[(7 * i + 3 * j) % 5 * 400_000 + (i + j) % 3 for j in range(size)] for i in range(size)]
+    whole = mesh(size)
+    operations, outs = [], []
+    for i, group in enumerate(whole.groups):
+        inp = torch.cat([filled(lengths[i][j], 10 * i + j) for j in range(size)])
+        outs.append(empty(sum(lengths[j][i] for j in range(size))))
+        operations.append(group.all_to_all(outs[i], inp, [lengths[j][i] for j in range(size)], lengths[i]))
+    whole.drive(lambda: all(op.done for op in operations))
+    for i in range(size):
+        operations[i].result()
+        assert torch.equal(outs[i], torch.cat([filled(lengths[j][i], 10 * j + i) for j in range(size)]))
+
+
+def test_a_sum_goes_to_all_others_from_one_place(mesh: Any) -> None:
+    whole = mesh(3)
+    outs = [empty(10 if rank else 0) for rank in range(3)]
+    operations = [
+        group.all_gather(
+            outs[rank], filled(10 if rank == 0 else 0, 5), [10 if rank else 0, 0, 0], [1, 2] if rank == 0 else []
+        )
+        for rank, group in enumerate(whole.groups)
+    ]
+    whole.drive(lambda: all(op.done for op in operations))
+    assert [out.tolist() for out in outs] == [[], [5] * 10, [5] * 10]
+
+
+def test_what_is_expected_is_taken_in_before_this_member_sends(mesh: Any) -> None:
+    whole = mesh(2)
+    late, early = whole.groups
+    out = empty(LONG)
+    expected = late.expect(out, [0, LONG])
+    sent = early.all_to_all(empty(0), filled(LONG, 3), [0, 0], [LONG, 0])
+    whole.drive(lambda: sent.done and expected.done)
+    assert out.min() == 3
+    assert late.all_to_all(out, empty(0), [0, LONG], [0, 0], expected) is expected
+
+
+def test_messages_that_come_too_early_wait_their_turn(mesh: Any) -> None:
+    whole = mesh(2)
+    late, early = whole.groups
+    for value in (1, 2, 3):
+        early.all_to_all(empty(0), filled(50, value), [0, 0], [50, 0])
+    for _ in range(20):
+        whole.pollers[0].wait(0.001)
+    outs = [empty(50) for _ in range(3)]
+    operations = [late.expect(out, [0, 50]) for out in outs]
+    whole.drive(lambda: all(op.done for op in operations))
+    assert [int(out[0]) for out in outs] == [1, 2, 3]
+
+
+def test_a_length_that_was_not_expected_fails_the_operation_and_harms_nothing(mesh: Any) -> None:
+    for early in (False, True):
+        whole = mesh(2)
+        out = empty(100)
+        launch = [
+            lambda whole=whole: whole.groups[1].all_to_all(empty(0), filled(101, 9), [0, 0], [101, 0]),
+            lambda whole=whole, out=out: whole.groups[0].expect(out, [0, 100]),
+        ]
+        first, second = launch if early else launch[::-1]
+        operations = [first()]
+        for _ in range(20):
+            whole.pollers[0].wait(0.001)
+        operations.append(second())
+        expecting = operations[early]
+        whole.drive(lambda expecting=expecting: expecting.done)
+        with pytest.raises(GroupError, match="rank 1 sends 101 bytes where 100 are expected"):
+            expecting.result()
+        assert out.sum() == 0
+
+
+def test_a_lost_peer_fails_what_needs_it_and_nothing_else(mesh: Any) -> None:
+    whole = mesh(3)
+    first, second, third = whole.groups
+    outs = [empty(20) for _ in range(3)]
+    from_second, from_third = first.expect(outs[0], [0, 20, 0]), first.expect(outs[1], [0, 0, 20])
+    second.all_to_all(empty(0), filled(20, 4), [0, 0, 0], [20, 0, 0])
+    third.leave()
+    whole.drive(lambda: from_third.done and from_second.done, ranks=[0, 1])
+    from_second.result()
+    assert outs[0].min() == 4
+    with pytest.raises(GroupError, match="rank 2 is lost"):
+        from_third.result()
+    later = [first.expect(outs[2], [0, 0, 20]), first.all_to_all(empty(0), filled(20, 1), [0] * 3, [0, 0, 20])]
+    for operation in later:
+        assert operation.done
+        with pytest.raises(GroupError, match="rank 2 is lost"):
+            operation.result()
+
+
+def test_what_was_sent_before_its_end_still_arrives(mesh: Any) -> None:
+    whole = mesh(2)
+    whole.groups[1].all_to_all(empty(0), filled(1000, 6), [0, 0], [1000, 0])
+    whole.groups[1].leave()
+    out = empty(1000)
+    operation = whole.groups[0].expect(out, [0, 1000])
+    whole.drive(lambda: operation.done, ranks=[0])
+    operation.result()
+    assert out.min() == 6
+
+
+def test_who_has_received_all_goes_on_unless_told_to_flush(mesh: Any) -> None:
+    whole = mesh(2)
+    sender = whole.groups[0]
+    hasty = sender.all_to_all(empty(0), filled(LONG, 1), [0, 0], [0, LONG], flush=False)
+    patient = sender.all_to_all(empty(0), filled(LONG, 2), [0, 0], [0, LONG])
+    assert hasty.done
+    assert not patient.done
+    outs = [empty(LONG) for _ in range(2)]
+    received = [whole.groups[1].expect(out, [LONG, 0]) for out in outs]
+    whole.drive(lambda: patient.done and all(op.done for op in received))
+    assert [(int(out.min()), int(out.max())) for out in outs] == [(1, 1), (2, 2)]
+
+
+def test_the_place_of_a_short_message_may_be_used_again_at_once(mesh: Any) -> None:
+    whole = mesh(2)
+    sender = whole.groups[0]
+    sender.all_to_all(empty(0), filled(LONG, 1), [0, 0], [0, LONG], flush=False)
+    short = filled(100, 2)
+    sender.all_to_all(empty(0), short, [0, 0], [0, 100], flush=False)
+    short.fill_(77)
+    outs = [empty(LONG), empty(100)]
+    received = [whole.groups[1].expect(out, [len(out), 0]) for out in outs]
+    whole.drive(lambda: all(op.done for op in received))
+    assert outs[1].unique().tolist() == [2]
+
+
+def test_nothing_is_written_after_a_group_was_left(mesh: Any) -> None:
+    whole = mesh(2)
+    out = empty(100)
+    whole.groups[0].expect(out, [0, 100])
+    whole.groups[0].leave()
+    whole.groups[1].all_to_all(empty(0), filled(100, 5), [0, 0], [100, 0], flush=False)
+    for _ in range(10):
+        whole.pollers[0].wait(0.001)
+    assert out.sum() == 0
+
+
+def test_a_wake_from_another_thread_ends_a_wait() -> None:
+    poller = Poller()
+    for _ in range(100):
+        began = time.monotonic()
+        waker = threading.Thread(target=poller.wake)
+        waker.start()
+        poller.wait(20)
+        assert time.monotonic() - began < 10
+        waker.join()
+    poller.wake()
+    poller.wake()
+    poller.wait(20)
+    poller.close()
+    poller.wake()
+
+
+# ---------------------------------------------------------------- how members connect
+
+
+class Meeting:
+    """What members say, in one process."""
+
+    def __init__(self, said: dict[str, bytes], condition: threading.Condition) -> None:
+        self.said, self.condition, self.abandoned = said, condition, False
+
+    def set(self, key: str, value: Any) -> None:
+        with self.condition:
+            self.said[key] = value.encode() if isinstance(value, str) else value
+            self.condition.notify_all()
+
+    def get(self, key: str) -> bytes:
+        with self.condition:
+            self.condition.wait_for(lambda: self.abandoned or key in self.said)
+        if self.abandoned:
+            raise RuntimeError("not wanted")
+        return self.said[key]
+
+    def abandon(self) -> None:
+        with self.condition:
+            self.abandoned = True
+            self.condition.notify_all()
+
+
+def meetings(size: int) -> list[Meeting]:
+    said: dict[str, bytes] = {}
+    condition = threading.Condition()
+    return [Meeting(said, condition) for _ in range(size)]
+
+
+def test_members_connect_each_with_each_and_strangers_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "_HELLO_S", 0.2)
+    places = meetings(3)
+    found: dict[int, dict[int, socket.socket]] = {}
+
+    def run(rank: int) -> None:
+        found[rank] = connect(places[rank], rank, 3, "127.0.0.1", lambda: True)  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    address, port = places[2].get("0").decode().split()
+    strangers = [socket.create_connection((address, int(port))) for _ in range(2)]
+    strangers[0].sendall(b"\0" * 16 + b"\2\0\0\0")
+    threads.append(threading.Thread(target=run, args=(2,)))
+    threads[-1].start()
+    for thread in threads:
+        thread.join(20)
+    assert {rank: sorted(sockets) for rank, sockets in found.items()} == {0: [1, 2], 1: [0, 2], 2: [0, 1]}
+    found[2][0].sendall(b"x")
+    found[0][2].settimeout(5)
+    assert found[0][2].recv(1) == b"x"
+    for sock in [*strangers, *(s for sockets in found.values() for s in sockets.values())]:
+        sock.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_group_that_is_not_wanted_any_more_is_not_waited_for(rank: int) -> None:
+    place = meetings(2)[0]
+    builder = GroupBuilder("g", place, rank, 2, "127.0.0.1", torch.device("cpu"), lambda: None)  # type: ignore[arg-type]
+    place.get("0") if rank == 0 else None
+    builder.abandon()
+    deadline = time.monotonic() + 10
+    while not builder.done:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert builder.group is None
+
+
+def test_a_member_that_is_gone_ends_the_making_of_a_group() -> None:
+    first, second = meetings(2)
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    first.set("secret", b"s" * 16)
+    first.set("0", f"127.0.0.1 {port}")
+    with pytest.raises(GroupError, match="cannot connect"):
+        connect(second, 1, 2, "127.0.0.1", lambda: True)  # type: ignore[arg-type]
+
+
+def test_long_messages_do_not_wake_the_thread_for_every_packet(mesh: Any) -> None:
+    whole = mesh(2)
+    reader = whole.groups[0]
+    out = empty(LONG)
+    operation = reader.expect(out, [0, LONG])
+    calls = []
+    read = reader._read
+    reader._read = lambda peer: (calls.append(1), read(peer))
+    whole.groups[1].all_to_all(empty(0), filled(LONG, 1), [0, 0], [LONG, 0], flush=False)
+    whole.drive(lambda: operation.done)
+    assert len(calls) <= 2 * LONG / tcp._LOW_WATER
