@@ -19,7 +19,7 @@ from raytrain_het.fleet.profile import Profile
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.probe_places import Handle, Say, call_all, counted, local_workers, ray_workers, this_node
 from raytrain_het.jobs.probe_worker import ProbeWorker
-from raytrain_het.jobs.table import check_data
+from raytrain_het.jobs.table import check_data, with_absolute_paths
 
 SECONDS_EACH = 0.1
 STEP_SECONDS = 2.0
@@ -77,6 +77,7 @@ def run_probe(
         ResourceError: the cluster cannot hold its workers.
     """
     if job is not None:
+        job = with_absolute_paths(job)
         _global_batch_size(job)
         check_data(job)
     if address or os.environ.get("RAY_ADDRESS"):

@@ -21,7 +21,7 @@ from raytrain_het.errors import CheckpointError, ConfigError
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.display import Display
 from raytrain_het.jobs.ray_session import is_local, ray_session
-from raytrain_het.jobs.table import KINDS, check_data, train_function
+from raytrain_het.jobs.table import KINDS, check_data, train_function, with_absolute_paths
 from raytrain_het.jobs.validation import plural, shown
 from raytrain_het.jobs.yaml_file import read_yaml
 from raytrain_het.ray_train.run_folder import LastCheckpoint, last_checkpoint_of, write_whole
@@ -133,7 +133,7 @@ def _crowded(job: JobConfig, address: str | None) -> list[str]:
 
 
 def resolve(job: JobConfig) -> JobConfig:
-    """The job with its name and its storage settled.
+    """The job with its name, its storage and its files settled.
 
     Raises:
         ConfigError: The storage is a local path that cannot be written.
@@ -142,6 +142,7 @@ def resolve(job: JobConfig) -> JobConfig:
     if "://" not in storage:
         storage = str(Path(storage).expanduser().resolve())
         check_writable(Path(storage))
+    job = with_absolute_paths(job)
     return dataclasses.replace(job, name=job.name or _free_name(job.kind, storage), storage=storage)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import tabular
+from raytrain_het.jobs.runner import resolve
 from raytrain_het.jobs.table import check_data, load_job
 from raytrain_het.jobs.tabular_data import Source, open_table
 
@@ -151,6 +152,22 @@ def test_a_bad_table_is_found_before_any_worker_is_started(tmp_path: Path) -> No
     job = load_job(_tabular(), [f"data={path}"])
     with pytest.raises(ConfigError, match="is text"):
         check_data(job)
+
+
+def test_a_table_named_by_a_relative_path_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers run in a folder of the run's, and a run may be gone on with from anywhere."""
+    frame().to_csv(tmp_path / "my.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+    job = resolve(load_job(_tabular(), ["data=my.csv", "storage=runs"]))
+    assert job.train_loop_config()["data"] == str(tmp_path / "my.csv")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    check_data(job)
+    (tmp_path / "job.yaml").write_text(job.to_yaml())
+    check_data(resolve(load_job(tmp_path / "job.yaml")))
+    assert resolve(load_job(_tabular(), ["data=s3://b/my.csv"])).train_loop_config()["data"] == "s3://b/my.csv"
 
 
 @pytest.mark.parametrize(
