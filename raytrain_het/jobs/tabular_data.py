@@ -29,6 +29,7 @@ HELD_OUT = 0.2
 """This part of the rows is held out."""
 MAX_CLASSES = 1000
 """More values than this in a column to be classified are a mistake."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 65536
 _NAMED = 5
 
@@ -83,7 +84,7 @@ def open_table(source: Source) -> TableData:
                 shutil.rmtree(folder, ignore_errors=True)
                 part.rename(folder)
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                if error.errno not in _NO_SPACE:
                     raise
                 raise ConfigError(
                     f"data={source.data!r}: no space left in {folder.parent} for the table as arrays. Free some, or "
@@ -297,7 +298,12 @@ def _standardise(x: np.ndarray, num_train: int) -> None:
 
 
 def _new_x(folder: Path, rows: int, columns: int) -> Any:
-    return np.lib.format.open_memmap(folder / "x.npy", mode="w+", dtype=np.float32, shape=(rows, columns))
+    path = folder / "x.npy"
+    x = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, columns))
+    # A file without blocks of its own would be filled through the mapping, where a full disk is a signal that kills.
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return x
 
 
 def _made_up(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str, Any]]:

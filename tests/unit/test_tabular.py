@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs import tabular
+from raytrain_het.jobs import tabular, tabular_data
 from raytrain_het.jobs.runner import resolve
 from raytrain_het.jobs.table import check_data, load_job
 from raytrain_het.jobs.tabular_data import Source, open_table
@@ -234,6 +235,23 @@ def test_penalties_reach_the_minimum_of_ridge_and_of_lasso_with_exact_zeros() ->
     assert torch.allclose(ridge, free * 2 / 3, atol=0.03)
     assert torch.allclose(lasso, torch.nn.functional.softshrink(free, 0.5), atol=0.03)
     assert 0 < (lasso == 0).sum() < 3
+
+
+def test_the_space_for_a_table_is_taken_before_it_is_written_to(tmp_path: Path) -> None:
+    """What is mapped and not there when the disk is full is a SIGBUS, which no one can catch."""
+    x = tabular_data._new_x(tmp_path, 100_000, 10)
+    assert (tmp_path / "x.npy").stat().st_blocks * 512 >= x.nbytes
+
+
+def test_a_table_that_is_larger_than_a_file_may_be_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(ConfigError, match="no space left"):
+            open_table(GENERATED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
