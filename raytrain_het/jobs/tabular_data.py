@@ -274,27 +274,36 @@ def _complete(source: Source, table: pa.Table, names: list[str]) -> None:
 def _convert(source: Source, folder: Path) -> None:
     made_up = source.data is None
     x, y, about = _made_up(source, folder) if made_up else _from_file(source, folder)
-    num_train = about["num_train"]
-    deviation = 1.0
-    if about["classes"] is None:
-        mean, deviation = float(y[:num_train].mean(dtype=np.float64)), float(y[:num_train].std(dtype=np.float64)) or 1.0
-        y[:] = (y - mean) / deviation
-    _standardise(x, num_train)
     x.flush()
     np.save(folder / "y.npy", y)
-    (folder / "table.json").write_text(json.dumps(about | {"target_deviation": deviation}))
+    (folder / "table.json").write_text(json.dumps(about))
 
 
 def _num_train(rows: int) -> int:
     return rows - max(1, round(HELD_OUT * rows))
 
 
-def _standardise(x: np.ndarray, num_train: int) -> None:
-    mean = x[:num_train].mean(axis=0, dtype=np.float64)
-    deviation = x[:num_train].std(axis=0, dtype=np.float64)
-    deviation[deviation == 0] = 1.0  # A constant column says nothing, and becomes 0.
-    for start in range(0, len(x), _BLOCK):
-        x[start : start + _BLOCK] = (x[start : start + _BLOCK] - mean) / deviation
+def _standardised(source: Source, name: str, column: np.ndarray) -> tuple[np.ndarray, float]:
+    """A column of float64 as fp32 with mean 0 and deviation 1 over the training part, and what its deviation was.
+
+    Only the result is rounded: of times in seconds since 1970 fp32 would leave steps of two minutes.
+
+    Raises:
+        ConfigError: Its numbers are too large, or the held-out ones too far away.
+    """
+    train = column[: _num_train(len(column))]
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, deviation = train.mean(), train.std()
+        if train.min() == train.max():  # A constant column says nothing, and becomes 0.
+            mean, deviation = train[0], 1.0
+        result = ((column - mean) / deviation).astype(np.float32)
+    if not (np.isfinite(deviation) and np.isfinite(result).all()):
+        raise ConfigError(
+            f"data={source.data!r}: the column {name!r}, from {column.min():.3g} to {column.max():.3g}, cannot be "
+            "standardised: allowed are numbers whose squares float64 holds, and that do not lie 1e38 deviations "
+            "apart. Scale it, or leave it out with features."
+        )
+    return result, float(deviation)
 
 
 def _new_x(folder: Path, rows: int, columns: int) -> Any:
@@ -310,13 +319,24 @@ def _made_up(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str, A
     """``y = x w + 1 + 0.1 noise`` with normal x, w and noise: no fit has a squared error below 0.01."""
     random = np.random.default_rng(source.seed)
     weights = random.standard_normal(source.columns)
-    x, y = _new_x(folder, source.rows, source.columns), np.empty(source.rows, dtype=np.float32)
+    x = _new_x(folder, source.rows, source.columns)
+    target = np.empty(source.rows)
     for start in range(0, source.rows, _BLOCK):
         block = random.standard_normal((min(_BLOCK, source.rows - start), source.columns))
         x[start : start + len(block)] = block
-        y[start : start + len(block)] = block @ weights + 1 + 0.1 * random.standard_normal(len(block))
+        target[start : start + len(block)] = block @ weights + 1 + 0.1 * random.standard_normal(len(block))
     names = [f"x{i}" for i in range(source.columns)]
-    return x, y, {"num_train": _num_train(source.rows), "features": names, "target": "y", "classes": None}
+    for i, name in enumerate(names):
+        x[:, i], _ = _standardised(source, name, x[:, i].astype(np.float64))
+    y, deviation = _standardised(source, "y", target)
+    return x, y, _about(source.rows, names, "y", None, deviation)
+
+
+def _about(rows: int, features: list[str], target: str, classes: list[str] | None, deviation: float) -> dict[str, Any]:
+    return {
+        "num_train": _num_train(rows), "features": features, "target": target, "classes": classes,
+        "target_deviation": deviation,
+    }  # fmt: skip
 
 
 def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str, Any]]:
@@ -333,8 +353,8 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
     order = np.random.default_rng(source.seed).permutation(table.num_rows)
     x = _new_x(folder, table.num_rows, len(features))
     for i, name in enumerate(features):
-        x[:, i] = _column(table, name)[order]
-    classes = None
+        x[:, i], _ = _standardised(source, name, _column(table, name)[order])
+    classes, deviation = None, 1.0
     if classify:
         values, codes = np.unique(table.column(target).to_numpy(), return_inverse=True)
         if not 2 <= len(values) <= MAX_CLASSES:
@@ -344,10 +364,8 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
             )
         classes, y = [str(v) for v in values], codes.astype(np.int64)[order]
     else:
-        y = _column(table, target)[order].astype(np.float32)
-    return x, y, {
-        "num_train": _num_train(table.num_rows), "features": features, "target": target, "classes": classes,
-    }  # fmt: skip
+        y, deviation = _standardised(source, target, _column(table, target)[order])
+    return x, y, _about(table.num_rows, features, target, classes, deviation)
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:

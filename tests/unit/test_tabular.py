@@ -52,6 +52,27 @@ def test_csv_and_parquet_hold_the_same_table_split_by_seed_and_standardised(tmp_
     assert not np.array_equal(table.y[160:], other.y[160:])
 
 
+def test_large_numbers_that_differ_little_stay_different(tmp_path: Path) -> None:
+    """Times in seconds since 1970, and what fp32 cannot hold."""
+    path = tmp_path / "t.csv"
+    i = np.arange(100)
+    pd.DataFrame({"time": 1_700_000_000 + i, "huge": 1e39 * i, "same": 0.1, "y": 1_700_000_000 + i}).to_csv(
+        path, index=False
+    )
+    table = open_table(source(path))
+    back = np.sort(table.x[:, 0] * table.target_deviation)
+    assert np.allclose(back - back[0], i, atol=1e-3)
+    assert np.allclose(table.x[:, 1], table.x[:, 0], atol=1e-5) and np.allclose(table.y, table.x[:, 0], atol=1e-5)
+    assert not table.x[:, 2].any()
+
+
+def test_a_column_that_no_float_can_standardise_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    pd.DataFrame({"a": 1e300 * np.arange(100), "y": range(100)}).to_csv(path, index=False)
+    with pytest.raises(ConfigError, match="the column 'a', from 0 to 9.9e\\+301, cannot be standardised"):
+        open_table(source(path))
+
+
 def test_a_uri_is_read_like_a_path(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     frame().to_csv(path, index=False)
