@@ -213,6 +213,14 @@ def _choose(source: Source, names: list[str]) -> tuple[list[str], str]:
             f"data={source.data!r} has no column {_some(missing)}: there are {_some(names)}. Look at target and "
             "features."
         )
+    twice = sorted({name for name in features if features.count(name) > 1})
+    if target in features or twice:
+        what = f"the target {target!r} is one of the features" if target in features else f"twice: {_some(twice)}"
+        others = json.dumps([n for n in dict.fromkeys(features) if n != target], ensure_ascii=False)
+        raise ConfigError(
+            f"features={features!r} is not valid: {what}: allowed are columns other than the target (target=null is "
+            f"the last one), each once. Write --set features={shlex.quote(others)}, or another target"
+        )
     return features, target
 
 

@@ -135,6 +135,8 @@ GOOD = "a,b,c\n" + "1,2,3\n" * 20
         ("a,colour,b\n" + "1,red,3\n" * 20, "1 column is not numeric \\('colour' is string\\)", {}),
         (GOOD, "no column 'z': there are 'a', 'b', 'c'", {"target": "z"}),
         (GOOD, "no column 'y', 'z'", {"features": ("a", "y", "z")}),
+        (GOOD, """the target 'c' is one of the features.*features='\\["a"\\]'""", {"features": ("a", "c")}),
+        (GOOD, """twice: 'a'.*--set features='\\["a", "b"\\]'""", {"features": ("a", "b", "a")}),
         (GOOD, "'c' has 1 different values", {"task": "classification"}),
         ("a,a,b\n" + "1,2,3\n" * 20, "columns of the same name: 'a'", {}),
         ("a,b\n" + "1,2\n" * 5, "has 5 rows", {}),
