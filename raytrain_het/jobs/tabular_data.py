@@ -176,7 +176,8 @@ def read_table(data: str) -> pa.Table:
                 table = parquet.read_table(file)
             else:
                 file.seek(0)
-                table = csv.read_csv(file)
+                # An empty label is missing, and no class of its own.
+                table = csv.read_csv(file, convert_options=csv.ConvertOptions(strings_can_be_null=True))
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data={data!r} is neither CSV nor Parquet, or damaged: {_first_line(error)}. Allowed is CSV with a header "

@@ -137,6 +137,11 @@ GOOD = "a,b,c\n" + "1,2,3\n" * 20
         (GOOD, "no column 'y', 'z'", {"features": ("a", "y", "z")}),
         (GOOD, """the target 'c' is one of the features.*features='\\["a"\\]'""", {"features": ("a", "c")}),
         (GOOD, """twice: 'a'.*--set features='\\["a", "b"\\]'""", {"features": ("a", "b", "a")}),
+        (
+            "a,kind\n" + "1,red\n2,blue\n" * 9 + "3,\n4,NA\n5,nan\n",
+            "missing, NaN or infinite \\('kind': 3; the table has 21",
+            {"task": "classification"},
+        ),
         (GOOD, "'c' has 1 different values", {"task": "classification"}),
         ("a,a,b\n" + "1,2,3\n" * 20, "columns of the same name: 'a'", {}),
         ("a,b\n" + "1,2\n" * 5, "has 5 rows", {}),
