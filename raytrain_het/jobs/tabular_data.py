@@ -178,7 +178,13 @@ def read_table(data: str) -> pa.Table:
                 file.seek(0)
                 # An empty label is missing, and no class of its own.
                 table = csv.read_csv(file, convert_options=csv.ConvertOptions(strings_can_be_null=True))
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        names = table.column_names
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"data={data!r}: the names of its columns are not UTF-8. If the file is Latin-1, write: iconv -f latin1 "
+            "-t utf-8"
+        ) from None
+    except (pa.ArrowInvalid, OSError) as error:
         raise ConfigError(
             f"data={data!r} is neither CSV nor Parquet, or damaged: {_first_line(error)}. Allowed is CSV with a header "
             "line and the same number of values in every line, or Parquet."
@@ -188,10 +194,14 @@ def read_table(data: str) -> pa.Table:
             f"data={data!r} has {table.num_rows} rows of {table.num_columns} columns: allowed are rows, and two "
             "columns or more. For CSV the first line has the columns' names."
         )
-    names = table.column_names
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"data={data!r} has columns of the same name: {_some(twice)}. Name each column once.")
+    for i, field in enumerate(table.schema):
+        if pa.types.is_decimal(field.type):
+            table = table.set_column(i, field.name, table.column(i).cast(pa.float64()))
+        elif pa.types.is_dictionary(field.type):
+            table = table.set_column(i, field.name, table.column(i).cast(field.type.value_type))
     return table
 
 
@@ -217,7 +227,7 @@ def _choose(source: Source, names: list[str]) -> tuple[list[str], str]:
     twice = sorted({name for name in features if features.count(name) > 1})
     if target in features or twice:
         what = f"the target {target!r} is one of the features" if target in features else f"twice: {_some(twice)}"
-        others = json.dumps([n for n in dict.fromkeys(features) if n != target], ensure_ascii=False)
+        others = json.dumps([n for n in dict.fromkeys(features) if n != target] or ["COLUMN"], ensure_ascii=False)
         raise ConfigError(
             f"features={features!r} is not valid: {what}: allowed are columns other than the target (target=null is "
             f"the last one), each once. Write --set features={shlex.quote(others)}, or another target"
@@ -229,23 +239,34 @@ def _numbers(source: Source, table: pa.Table, names: list[str]) -> None:
     """Refuse columns that are no numbers."""
     text = [n for n in names if not _is_number(table.schema.field(n).type)]
     if text:
-        kinds = ", ".join(f"{n!r} is {table.schema.field(n).type}" for n in text[:_NAMED])
-        rest = [n for n in names if n not in text] or ["COLUMN"]
+        kinds = ", ".join(f"{n!r} is {_kind(table, n)}" for n in text[:_NAMED])
+        rest = json.dumps([n for n in names if n not in text], ensure_ascii=False)
+        leave_out = f", or leave out: --set features={shlex.quote(rest)}" if rest != "[]" else ": no other is left"
         count = "1 column is" if len(text) == 1 else f"{len(text)} columns are"
         raise ConfigError(
             f"data={source.data!r}: {count} not numeric ({kinds}): allowed are numbers and true/false. Encode as "
-            f"numbers, or leave out: --set features={shlex.quote(json.dumps(rest, ensure_ascii=False))}"
+            f"numbers{leave_out}"
         )
 
 
-def _number_target(source: Source, table: pa.Table, target: str) -> None:
-    kind = table.schema.field(target).type
-    if not _is_number(kind):
-        what = "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else str(kind)
-        raise ConfigError(
-            f"data={source.data!r}: the target {target!r} is {what}: write --set task=classification, or another "
-            "target: --set target=COLUMN"
-        )
+def _check_target(source: Source, table: pa.Table, target: str) -> None:
+    """Refuse a target that is neither a number nor, for a classification, text."""
+    what = _kind(table, target)
+    if _is_number(table.schema.field(target).type) or (what == "text" and source.task == "classification"):
+        return
+    allowed = "numbers and true/false" + (" and text" if source.task == "classification" else "")
+    other = "write --set task=classification, or another target" if what == "text" else "write another target"
+    raise ConfigError(
+        f"data={source.data!r}: the target {target!r} is {what}: allowed are {allowed}: {other}: --set target=COLUMN"
+    )
+
+
+def _kind(table: pa.Table, name: str) -> str:
+    kind = table.schema.field(name).type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return "text"
+    # As which Arrow reads a CSV file's text in Latin-1.
+    return "binary, or text that is not UTF-8" if pa.types.is_binary(kind) else str(kind)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -353,8 +374,7 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
     table = read_table(source.data)
     features, target = _choose(source, table.column_names)
     classify = source.task == "classification"
-    if not classify:
-        _number_target(source, table, target)
+    _check_target(source, table, target)
     _numbers(source, table, features)
     _complete(source, table, [*features, target])
     if table.num_rows < 10:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import resource
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ GOOD = "a,b,c\n" + "1,2,3\n" * 20
         ("a,b\n", "0 rows of 2 columns", {}),
         ("a\n1\n", "of 1 columns", {}),
         ("a,b\n1,2\n1,2,3\n", "neither CSV nor Parquet, or damaged.*Expected 2 columns, got 3", {}),
-        ("a,b\n" + "1,x\n" * 20, "the target 'b' is text: write --set task=classification", {}),
+        ("a,b\n" + "1,x\n" * 20, "the target 'b' is text: .*write --set task=classification", {}),
         ("a,b,c\n" + "1,nan,2\n" * 3 + "1,,2\n" * 20 + "1,2,2\n" * 9, "'b': 23; the table has 32 rows", {}),
         ("a,b\n" + ",2\n" * 20, "'a': 20; the table has 20 rows", {}),
         (
@@ -132,7 +133,8 @@ GOOD = "a,b,c\n" + "1,2,3\n" * 20
             """2 columns are not numeric .*--set features='\\["area", "age"\\]'""",
             {},
         ),
-        ("a,colour,b\n" + "1,red,3\n" * 20, "1 column is not numeric \\('colour' is string\\)", {}),
+        ("a,colour,b\n" + "1,red,3\n" * 20, "1 column is not numeric \\('colour' is text\\)", {}),
+        ("colour,b\n" + "red,3\n" * 20, "Encode as numbers: no other is left", {}),
         (GOOD, "no column 'z': there are 'a', 'b', 'c'", {"target": "z"}),
         (GOOD, "no column 'y', 'z'", {"features": ("a", "y", "z")}),
         (GOOD, """the target 'c' is one of the features.*features='\\["a"\\]'""", {"features": ("a", "c")}),
@@ -151,6 +153,52 @@ def test_a_bad_table_is_refused_with_the_column_and_the_fix(
     tmp_path: Path, text: str, match: str, changes: dict
 ) -> None:
     bad(tmp_path, text, match, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a,caf\xe9\n" + "1,2\n" * 20, "names of its columns are not UTF-8.*iconv"),
+        ("a,b\n" + "\xe9,2\n" * 20, "'a' is binary, or text that is not UTF-8"),
+        ("a,b\n" + "1,\xe9\n" * 20, "the target 'b' is binary, or text that is not UTF-8"),
+    ],
+)
+def test_text_in_latin_1_is_called_by_its_name(tmp_path: Path, text: str, match: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text, "latin-1")
+    with pytest.raises(ConfigError, match=match):
+        open_table(source(path))
+
+
+@pytest.mark.parametrize("value", [{"u": 1}, [1, 2], pd.Timestamp(0)])
+@pytest.mark.parametrize("task", ["regression", "classification"])
+def test_a_target_that_is_neither_text_nor_a_number_is_refused(tmp_path: Path, value: object, task: str) -> None:
+    path = tmp_path / "t.parquet"
+    pd.DataFrame({"a": range(20), "b": [value] * 20}).to_parquet(path)
+    with pytest.raises(ConfigError, match="the target 'b' is (struct|list|timestamp).*write another target"):
+        open_table(source(path, task=task))
+
+
+def test_decimals_are_numbers_and_categories_are_their_values(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    cents = [Decimal(i) / 100 for i in range(20)]
+    kind = pd.Categorical(["red", "blue"] * 10)
+    pd.DataFrame({"a": cents, "kind": kind, "b": cents}).to_parquet(path)
+    table = open_table(source(path, features=("a",)))
+    assert np.allclose(table.x[:, 0], table.y) and table.target_deviation == pytest.approx(0.058, abs=0.02)
+    assert open_table(source(path, task="classification", target="kind")).classes == ("blue", "red")
+
+
+def test_a_class_that_only_the_held_out_part_has_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    held_out = np.random.default_rng(0).permutation(200)[160:]
+    kinds = np.where(np.arange(200) % 2, "red", "blue").astype(object)
+    kinds[held_out[0]] = "green"
+    frame().assign(kind=kinds).to_csv(path, index=False)
+    (note,) = check_data(
+        load_job(_tabular(), [f"data={path}", "task=classification", "target=kind", "global_batch_size=16"])
+    )
+    assert "only the held-out part has 1 value of the target 'kind' ('green')" in note
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
