@@ -29,6 +29,9 @@ HELD_OUT = 0.2
 """This part of the rows is held out."""
 MAX_CLASSES = 1000
 """More values than this in a column to be classified are a mistake."""
+GS_RETRY_S = 20.0
+"""For so long Google's storage may be unreachable, unless the URI says otherwise."""
+_GS_LIMIT = "retry_limit_seconds"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 65536
 _NAMED = 5
@@ -132,6 +135,9 @@ def _file_system(data: str) -> tuple[Any, str]:
 
     if "://" not in data:
         return fs.LocalFileSystem(), str(Path(data).expanduser().resolve())
+    if data.startswith("gs://") and _GS_LIMIT not in data:
+        # Else it tries again for a quarter of an hour, without a word.
+        data += f"{'&' if '?' in data else '?'}{_GS_LIMIT}={GS_RETRY_S:g}"
     try:
         return fs.FileSystem.from_uri(data)
     except (pa.ArrowInvalid, OSError, ImportError, NotImplementedError) as error:

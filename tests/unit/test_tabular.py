@@ -6,6 +6,7 @@ import dataclasses
 import os
 import resource
 import tempfile
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -221,6 +222,17 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_read_is_named(data: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         open_table(dataclasses.replace(GENERATED, data=data))
+
+
+def test_a_storage_of_google_that_cannot_be_reached_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tabular_data, "GS_RETRY_S", 0.1)
+    nowhere = "gs://anonymous@bucket/t.csv?scheme=http&endpoint_override=127.0.0.1:1"
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        open_table(dataclasses.replace(GENERATED, data=nowhere))
+    assert time.monotonic() - began < 10
+    _, path = tabular_data._file_system(f"{nowhere}&retry_limit_seconds=1")
+    assert path == "bucket/t.csv"
 
 
 def test_a_bad_table_is_found_before_any_worker_is_started(tmp_path: Path) -> None:
