@@ -60,7 +60,7 @@ KINDS: dict[str, JobKind] = {
         config="raytrain_het.jobs.tabular_config:TabularJob",
         train_fn="raytrain_het.jobs.tabular:train_tabular",
         make_step="raytrain_het.jobs.tabular:make_step",
-        model_keys=("task", "model", "hidden", "target", "features", "columns", "rows"),
+        model_keys=("task", "model", "hidden", "data", "target", "features", "columns", "rows"),
         path_keys=("data",),
         check="raytrain_het.jobs.tabular:check",
     ),
@@ -110,7 +110,9 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
 def with_absolute_paths(job: JobConfig) -> JobConfig:
     """The job with the files that it names found from any working directory. URIs stay as they are."""
     named = {key: getattr(job, key) for key in KINDS[job.kind].path_keys}
-    paths = {key: str(Path(p).expanduser().resolve()) for key, p in named.items() if p is not None and "://" not in p}
+    paths: dict[str, Any] = {
+        key: str(Path(p).expanduser().resolve()) for key, p in named.items() if p is not None and "://" not in p
+    }
     return dataclasses.replace(job, **paths) if paths else job
 
 

@@ -142,4 +142,7 @@ def train_tabular(config: dict[str, Any]) -> None:
 
 def _data_sets(table: TableData) -> tuple[TensorDataset, TensorDataset]:
     x, y, n = torch.from_numpy(table.x), torch.from_numpy(table.y), table.num_train
-    return TensorDataset(x[:n], y[:n]), TensorDataset(x[n:], y[n:])
+    train_set = TensorDataset(x[:n], y[:n])
+    # Of its own type, a subclass's samples would be fetched one by one.
+    train_set.fingerprint = table.fingerprint  # type: ignore[attr-defined]
+    return train_set, TensorDataset(x[n:], y[n:])

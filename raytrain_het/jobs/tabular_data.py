@@ -67,6 +67,8 @@ class TableData:
     classes: tuple[str, ...] | None
     target_deviation: float
     """A squared error of standardised values, times this squared, is one in the target's own unit."""
+    fingerprint: str
+    """Of what was read: a run that goes on, and all its workers, have the same."""
 
 
 def open_table(source: Source) -> TableData:
@@ -101,7 +103,7 @@ def open_table(source: Source) -> TableData:
     return TableData(
         x=x, y=y, num_train=about["num_train"], features=tuple(about["features"]), target=about["target"],
         classes=tuple(about["classes"]) if about["classes"] is not None else None,
-        target_deviation=about["target_deviation"],
+        target_deviation=about["target_deviation"], fingerprint=about["fingerprint"],
     )  # fmt: skip
 
 
@@ -365,13 +367,18 @@ def _made_up(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str, A
     for i, name in enumerate(names):
         x[:, i], _ = _standardised(source, name, x[:, i].astype(np.float64))
     y, deviation = _standardised(source, "y", target)
-    return x, y, _about(source.rows, names, "y", None, deviation)
+    digest = hashlib.sha256(repr((source.rows, source.columns, source.seed)).encode())
+    return x, y, _about(source.rows, names, "y", None, deviation, digest)
 
 
-def _about(rows: int, features: list[str], target: str, classes: list[str] | None, deviation: float) -> dict[str, Any]:
+def _about(
+    rows: int, features: list[str], target: str, classes: list[str] | None, deviation: float, digest: Any
+) -> dict[str, Any]:
+    # Of what was read, not of what became of it: that may differ in the last bits between unlike machines.
+    digest.update(repr((features, target, classes)).encode())
     return {
         "num_train": _num_train(rows), "features": features, "target": target, "classes": classes,
-        "target_deviation": deviation,
+        "target_deviation": deviation, "fingerprint": digest.hexdigest()[:16],
     }  # fmt: skip
 
 
@@ -387,8 +394,11 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
         raise ConfigError(f"data={source.data!r} has {table.num_rows} rows: allowed are 10 or more.")
     order = np.random.default_rng(source.seed).permutation(table.num_rows)
     x = _new_x(folder, table.num_rows, len(features))
+    digest = hashlib.sha256()
     for i, name in enumerate(features):
-        x[:, i], _ = _standardised(source, name, _column(table, name)[order])
+        column = _column(table, name)
+        digest.update(column.data)
+        x[:, i], _ = _standardised(source, name, column[order])
     classes, deviation = None, 1.0
     if classify:
         values, codes = np.unique(table.column(target).to_numpy(), return_inverse=True)
@@ -397,10 +407,14 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
                 f"target={target!r} has {len(values)} different values: allowed for a classification are 2 to "
                 f"{MAX_CLASSES}. Write task: regression, or another target."
             )
-        classes, y = [str(v) for v in values], codes.astype(np.int64)[order]
+        classes, y = [str(v) for v in values], codes.astype(np.int64)
+        digest.update(y.data)
+        y = y[order]
     else:
-        y, deviation = _standardised(source, target, _column(table, target)[order])
-    return x, y, _about(table.num_rows, features, target, classes, deviation)
+        column = _column(table, target)
+        digest.update(column.data)
+        y, deviation = _standardised(source, target, column[order])
+    return x, y, _about(table.num_rows, features, target, classes, deviation, digest)
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:

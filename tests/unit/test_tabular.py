@@ -18,8 +18,9 @@ import torch
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import tabular, tabular_data
 from raytrain_het.jobs.runner import resolve
-from raytrain_het.jobs.table import check_data, load_job
+from raytrain_het.jobs.table import KINDS, check_data, load_job
 from raytrain_het.jobs.tabular_data import Source, open_table
+from raytrain_het.training.fetch import SampleFetcher
 
 GENERATED = Source(data=None, rows=1000, columns=3, target=None, features=None, task="regression", seed=0)
 
@@ -98,6 +99,22 @@ def test_a_changed_file_is_another_table(tmp_path: Path) -> None:
     open_table(source(path))
     frame().head(100).to_csv(path, index=False)
     assert len(open_table(source(path)).x) == 100
+
+
+def test_a_run_goes_on_with_its_own_table_only(tmp_path: Path) -> None:
+    """Its length would not tell: workers compare fingerprints, and so does a checkpoint."""
+    paths = [tmp_path / name for name in ("t.csv", "copy.csv", "other.csv")]
+    for path in paths:
+        (frame().assign(a=1.0 * frame().b[::-1].to_numpy()) if path.stem == "other" else frame()).to_csv(
+            path, index=False
+        )
+    sets = [tabular._data_sets(open_table(source(path)))[0] for path in paths]
+    one, copy, other = (s.fingerprint for s in sets)
+    assert one == copy != other
+    assert one != open_table(source(paths[0], target="a")).fingerprint
+    assert open_table(GENERATED).fingerprint != open_table(dataclasses.replace(GENERATED, seed=1)).fingerprint
+    assert SampleFetcher(sets[0])._tensors is not None, "its samples would be fetched one by one"
+    assert "data" in KINDS["tabular"].model_keys
 
 
 def test_classes_are_the_targets_values(tmp_path: Path) -> None:
