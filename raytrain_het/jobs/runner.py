@@ -181,7 +181,7 @@ def check_reuse(job: JobConfig) -> None:
     """Refuse the name of a run that this job cannot go on with, before anything of it is overwritten.
 
     Raises:
-        ConfigError: It is a run of another kind, of another model, or of a script.
+        ConfigError: It is a run of another kind, of another model or optimizer, or of a script.
     """
     assert job.name is not None
     folder = Path(job.storage) / job.name
@@ -204,11 +204,14 @@ def check_reuse(job: JobConfig) -> None:
     now = yaml.safe_load(job.to_yaml())
     for data in (before, now):
         data["het.seed"] = (data.get("het") or {}).get("seed", 0)  # The order of samples follows from it.
-    for key in (*KINDS[job.kind].model_keys, "het.seed") if has_checkpoint else ():
+    kind = KINDS[job.kind]
+    reasons = {key: "its checkpoints do not fit" for key in (*kind.model_keys, "het.seed")}
+    reasons |= {key: "its checkpoints hold the old one and would bring it back" for key in kind.optimizer_keys}
+    for key, reason in reasons.items() if has_checkpoint else ():
         if key in before and before[key] != now[key]:
             raise ConfigError(
-                f"{folder} is a run with {key}={shown(before[key])}, this job has {key}={shown(now[key])}: its "
-                f"checkpoints do not fit. Write another --name, or {key} as it was"
+                f"{folder} is a run with {key}={shown(before[key])}, this job has {key}={shown(now[key])}: {reason}. "
+                f"Write another --name, or {key} as it was"
             )
 
 

@@ -41,6 +41,9 @@ class JobKind:
     model_keys: tuple[str, ...] = ()
     """Fields that change the model or the samples: a run of the same name cannot go on with others."""
 
+    optimizer_keys: tuple[str, ...] = ()
+    """Fields that are part of the optimizer's state, which a run that goes on takes from its checkpoint."""
+
     path_keys: tuple[str, ...] = ()
     """Fields that name a file, or a URI. Workers have other working directories: a path is made absolute."""
 
@@ -55,12 +58,14 @@ KINDS: dict[str, JobKind] = {
         train_fn="raytrain_het.jobs.digits:train_digits",
         make_step="raytrain_het.jobs.digits:make_step",
         requires=("sklearn",),
+        optimizer_keys=("lr", "momentum", "weight_decay"),
     ),
     "tabular": JobKind(
         config="raytrain_het.jobs.tabular_config:TabularJob",
         train_fn="raytrain_het.jobs.tabular:train_tabular",
         make_step="raytrain_het.jobs.tabular:make_step",
         model_keys=("task", "model", "hidden", "data", "target", "features", "columns", "rows"),
+        optimizer_keys=("lr", "l1", "l2"),
         path_keys=("data",),
         check="raytrain_het.jobs.tabular:check",
     ),
@@ -69,6 +74,7 @@ KINDS: dict[str, JobKind] = {
         train_fn="raytrain_het.jobs.char_lm:train_char_lm",
         make_step="raytrain_het.jobs.char_lm:make_step",
         model_keys=("context", "layers", "heads", "width", "max_characters"),
+        optimizer_keys=("lr",),
     ),
 }
 
