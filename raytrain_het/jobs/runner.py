@@ -205,8 +205,8 @@ def check_reuse(job: JobConfig) -> None:
     for data in (before, now):
         data["het.seed"] = (data.get("het") or {}).get("seed", 0)  # The order of samples follows from it.
     kind = KINDS[job.kind]
-    reasons = {key: "its checkpoints do not fit" for key in (*kind.model_keys, "het.seed")}
-    reasons |= {key: "its checkpoints hold the old one and would bring it back" for key in kind.optimizer_keys}
+    reasons = dict.fromkeys((*kind.model_keys, "het.seed"), "its checkpoints do not fit")
+    reasons |= dict.fromkeys(kind.optimizer_keys, "its checkpoints hold the old one and would bring it back")
     for key, reason in reasons.items() if has_checkpoint else ():
         if key in before and before[key] != now[key]:
             raise ConfigError(
