@@ -13,7 +13,7 @@ import pytest
 import ray
 
 import raytrain_het as het
-from raytrain_het.testing import cluster
+from raytrain_het.testing import cluster, plugin
 from raytrain_het.testing.cgroups import CpuQuota, LabError, leftovers
 from raytrain_het.testing.cluster import Node, RayLab
 
@@ -155,6 +155,48 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         RayLab([Node()]),
     ):
         pass
+
+
+def test_without_ip_the_lab_says_so_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(LabError, match="missing: .*ip and tc"), RayLab([Node()]):
+        pass
+    with pytest.raises(LabError, match="`ip netns list` cannot be run"):
+        cluster._run("ip netns list")
+
+
+def test_a_lab_that_breaks_while_it_is_built_fails_the_test_and_a_lack_skips_it(
+    ray_lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise LabError("node0 ended at once")
+
+    monkeypatch.setattr(plugin, "check", lambda: None)
+    monkeypatch.setattr(RayLab, "__enter__", broken)
+    with pytest.raises(LabError, match="ended at once"):
+        ray_lab([Node()])
+    monkeypatch.setattr(plugin, "check", broken)
+    with pytest.raises(pytest.skip.Exception, match="ended at once"):
+        ray_lab([Node()])
+
+
+def test_a_node_that_ends_at_once_is_not_said_to_be_slow(tmp_path: Path) -> None:
+    lab = RayLab([Node()])
+    lab._folder = tmp_path
+    (tmp_path / "head.log").write_text("no such option")
+    lab._processes.append(subprocess.Popen(["false"]))
+    lab._processes[0].wait()
+    with pytest.raises(LabError, match="head ended at once, with status 1: no such option"):
+        lab._await_start(0)
+
+
+def test_a_network_that_there_is_only_a_route_to_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        "ip -o -4 addr": "2: eth0    inet 10.213.0.7/24 brd 10.213.0.255",
+        "ip -4 route": "10.213.1.0/24 dev eth1\n",
+    }
+    monkeypatch.setattr(cluster, "_run", said.__getitem__)
+    assert cluster._free_network() == "10.213.2"
 
 
 def test_a_plain_lab_says_that_its_nodes_are_not_slow() -> None:
