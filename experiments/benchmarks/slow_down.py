@@ -4,7 +4,8 @@ Plain processes under CPU quotas of the kernel (Linux, as root), one torch threa
 ``mixed_fleet``. After ``--settle`` steps one worker's quota is set to a part of what it was, and the run goes on for
 ``--after`` steps. The new steady state is the median of the shares of the last third of those. What counts is the first
 step after the change from which on, up to the end, every share is within 10 % of it. A run whose slowed worker has not
-lost at least half of what its quota demands has not settled at all, and counts as one that never does.
+lost at least half of what its quota demands has not settled at all, and counts as one that never does. Beside it stands
+the first of three steps in a row that are near, after which noise may still carry a share away.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from raytrain_het.testing.processes import ProcessLab
 from raytrain_het.training.session import StepRecord, current
 
 WITHIN = 0.1
+IN_A_ROW = 3
 HALF = 0.5
 """Of the change that the quotas demand of the slowed worker's share: less, and nothing has followed."""
 
@@ -57,12 +59,22 @@ def steady(shares: Sequence[Sequence[int]]) -> list[float]:
     return [statistics.median(worker) for worker in zip(*last, strict=True)]
 
 
+def near(shares: Sequence[Sequence[int]], within: float = WITHIN) -> list[bool]:
+    """By step: whether all shares are near those of the last third."""
+    target = steady(shares)
+    return [all(abs(b - t) <= within * t for b, t in zip(s, target, strict=True)) for s in shares]
+
+
 def steps_to_settle(shares: Sequence[Sequence[int]], within: float = WITHIN) -> int | None:
     """Index of the first step from which on, up to the end, all shares are near those of the last third."""
-    target = steady(shares)
-    far = [any(abs(b - t) > within * t for b, t in zip(s, target, strict=True)) for s in shares]
-    first = max((i + 1 for i, is_far in enumerate(far) if is_far), default=0)
+    first = max((i + 1 for i, is_near in enumerate(near(shares, within)) if not is_near), default=0)
     return first if first < len(shares) else None
+
+
+def steps_to_reach(shares: Sequence[Sequence[int]], within: float = WITHIN) -> int | None:
+    """Index of the first of ``IN_A_ROW`` steps that have all shares near those of the last third, whatever follows."""
+    flags = near(shares, within)
+    return next((i for i in range(len(flags) - IN_A_ROW + 1) if all(flags[i : i + IN_A_ROW])), None)
 
 
 def has_followed(
@@ -103,7 +115,8 @@ def once(args: Any) -> dict[str, Any]:
     before = [shares for at, shares in seen if at <= changed[0]]
     settled = has_followed(steady(before), steady(after), args.cores, args.worker, args.part)
     return {
-        "steps": steps_to_settle(after) if settled else None, "followed": settled, "before": steady(before),
+        "steps": steps_to_settle(after) if settled else None, "reached": steps_to_reach(after) if settled else None,
+        "followed": settled, "before": steady(before),
         "after": steady(after), "num_after": len(after),
     }  # fmt: skip
 
@@ -124,6 +137,8 @@ def main() -> None:
         f"Worker {args.worker} of cores {args.cores} slowed to {args.part:g}; global batch {args.global_batch}", runs
     )
     median = median_steps([r["steps"] for r in runs])
+    reached = median_steps([r["reached"] for r in runs])
+    print(f"steps until all shares are for the first time within {WITHIN:.0%} of their new values: median {reached:g}")
     never = sum(r["steps"] is None for r in runs)
     print(
         f"steps until all shares stay within {WITHIN:.0%} of their new values: median {median:g}; never: {never} runs"

@@ -23,6 +23,7 @@ def test_shares_that_are_near_and_leave_again_have_not_settled_yet() -> None:
     assert slow_down.steps_to_settle([AFTER] * 3 + [BEFORE] * 57 + [AFTER] * 30) == 60
     assert slow_down.steps_to_settle([BEFORE] * 7 + [AFTER] * 83) == 7
     assert slow_down.steps_to_settle([AFTER] * 89 + [BEFORE]) is None
+    assert slow_down.steps_to_reach([BEFORE] * 7 + [AFTER] * 53 + [BEFORE] * 2 + [AFTER] * 28) == 7
 
 
 def test_runs_that_never_settle_count() -> None:
