@@ -75,6 +75,7 @@ KINDS: dict[str, JobKind] = {
         make_step="raytrain_het.jobs.char_lm:make_step",
         model_keys=("context", "layers", "heads", "width", "max_characters"),
         optimizer_keys=("lr",),
+        check="raytrain_het.jobs.char_lm:check",
     ),
 }
 
