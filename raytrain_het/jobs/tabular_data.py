@@ -33,6 +33,8 @@ GS_RETRY_S = 20.0
 """For so long Google's storage may be unreachable, unless the URI says otherwise."""
 _GS_LIMIT = "retry_limit_seconds"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORMAT = 2
+"""Another one where the files in a table's folder are others."""
 _BLOCK = 65536
 _NAMED = 5
 
@@ -126,7 +128,7 @@ def _key(source: Source) -> str:
     if source.data is not None:
         info = _file_info(source.data)
         version = (info.size, info.mtime_ns)
-    return hashlib.sha256(repr((source, version)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((_FORMAT, source, version)).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- reading
