@@ -1,7 +1,8 @@
 """A table as arrays that all workers of a machine share: read once, checked, and mapped into memory.
 
 The first worker that needs a table converts it into a folder of its own below the machine's temporary folder; it and
-all others map the arrays, so that the machine holds one copy in its page cache, whatever the number of workers.
+all others map the arrays, so that the machine holds one copy in its page cache, whatever the number of workers. Another
+split, version or choice of columns of the same file is another copy; the next conversion removes those that nobody uses.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +85,7 @@ def open_table(source: Source) -> TableData:
     folder = _home() / f"table-{_key(source)}"
     with _one_at_a_time(folder.with_suffix(".lock")):
         if not (folder / "table.json").exists():
+            _remove_unused(source)
             part = folder.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -99,9 +102,12 @@ def open_table(source: Source) -> TableData:
                 ) from None
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-    about = json.loads((folder / "table.json").read_text())
-    # Copy on write: torch wants arrays it may write to, and nobody does.
-    x, y = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("x", "y"))
+        about = json.loads((folder / "table.json").read_text())
+        # Copy on write: torch wants arrays it may write to, and nobody does.
+        x, y = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("x", "y"))
+        used = os.open(folder, os.O_RDONLY)
+        fcntl.flock(used, fcntl.LOCK_SH)
+        weakref.finalize(x, os.close, used)  # The model's tensors share its memory, and keep it.
     return TableData(
         x=x, y=y, num_train=about["num_train"], features=tuple(about["features"]), target=about["target"],
         classes=tuple(about["classes"]) if about["classes"] is not None else None,
@@ -116,10 +122,36 @@ def _home() -> Path:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
+def _one_at_a_time(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Raises BlockingIOError where somebody else has the lock, and is not to be waited for."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+
+def _remove_unused(source: Source) -> None:
+    """Remove what was made of the same file and is mapped by no process, and what a killed one left half-made."""
+    for path in _home().glob("table-*"):
+        if path.suffix == ".lock":
+            continue
+        with contextlib.suppress(OSError, ValueError), _one_at_a_time(path.with_suffix(".lock"), wait=False):
+            if (
+                path.suffix == ".part"
+                or json.loads((path / "table.json").read_text()).get("data") == source.data
+                and not _is_used(path)
+            ):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_used(folder: Path) -> bool:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _key(source: Source) -> str:
@@ -316,7 +348,7 @@ def _convert(source: Source, folder: Path) -> None:
     x, y, about = _made_up(source, folder) if made_up else _from_file(source, folder)
     x.flush()
     np.save(folder / "y.npy", y)
-    (folder / "table.json").write_text(json.dumps(about))
+    (folder / "table.json").write_text(json.dumps(about | {"data": source.data}))
 
 
 def _num_train(rows: int) -> int:

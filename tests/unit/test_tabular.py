@@ -101,6 +101,29 @@ def test_a_changed_file_is_another_table(tmp_path: Path) -> None:
     assert len(open_table(source(path)).x) == 100
 
 
+def test_tables_of_one_file_that_nobody_uses_are_removed(tmp_path: Path) -> None:
+    """Each seed, version and choice of columns is a copy of its own."""
+    paths = [tmp_path / name for name in ("t.csv", "other.csv")]
+    for path in paths:
+        frame().to_csv(path, index=False)
+
+    def kept() -> int:
+        return len(list(tmp_path.rglob("x.npy")))
+
+    used = torch.from_numpy(open_table(source(paths[0])).x)[:10]
+    open_table(source(paths[1]))
+    open_table(source(paths[0], seed=1))
+    assert kept() == 3
+    open_table(source(paths[0], seed=2))
+    assert kept() == 3, "that of seed 1 has gone"
+    assert torch.equal(used, torch.from_numpy(open_table(source(paths[0])).x)[:10])
+    del used
+    (tmp_path / f"raytrain_het-{os.getuid()}" / "table-0123.part").mkdir()
+    open_table(source(paths[0], features=("a",)))
+    assert kept() == 2 and not list(tmp_path.rglob("*.part"))
+    assert len(open_table(source(paths[1])).x) == 200
+
+
 def test_a_run_goes_on_with_its_own_table_only(tmp_path: Path) -> None:
     """Its length would not tell: workers compare fingerprints, and so does a checkpoint."""
     paths = [tmp_path / name for name in ("t.csv", "copy.csv", "other.csv")]
