@@ -2,7 +2,7 @@
 
 The first worker that needs a table converts it into a folder of its own below the machine's temporary folder; it and
 all others map the arrays, so that the machine holds one copy in its page cache, whatever the number of workers. Another
-split, version or choice of columns of the same file is another copy; the next conversion removes those that nobody uses.
+split, version or choice of columns of a file is another copy; the next conversion removes those that nobody uses.
 """
 
 from __future__ import annotations
@@ -135,12 +135,11 @@ def _remove_unused(source: Source) -> None:
         if path.suffix == ".lock":
             continue
         with contextlib.suppress(OSError, ValueError), _one_at_a_time(path.with_suffix(".lock"), wait=False):
-            if (
-                path.suffix == ".part"
-                or json.loads((path / "table.json").read_text()).get("data") == source.data
-                and not _is_used(path)
-            ):
-                shutil.rmtree(path, ignore_errors=True)
+            if path.suffix != ".part":
+                about = json.loads((path / "table.json").read_text())
+                if about.get("data") != source.data or _is_used(path):
+                    continue
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_used(folder: Path) -> bool:
