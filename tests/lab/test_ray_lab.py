@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import ray
 
 import raytrain_het as het
-from raytrain_het.testing import cluster, plugin
+from raytrain_het.testing import cluster
 from raytrain_het.testing.cgroups import CpuQuota, LabError, leftovers
 from raytrain_het.testing.cluster import Node, RayLab
 
@@ -110,18 +109,17 @@ def test_links_have_their_rate_and_nodes_an_address_each() -> None:
         # 4 MB through 100 Mbit/s, 12.5 MB/s: never in less time, and nothing like what memory would take.
         receive = "import socket; s = socket.create_server(('', 5000)); print(1, flush=True); c = s.accept()[0]\n"
         receive += "while c.recv(1 << 16): pass\nc.send(b'.')"
-        send = f"import socket; s = socket.create_connection(('{subnet}.3', 5000)); s.sendall(bytes(4_000_000))\n"
-        send += "s.shutdown(socket.SHUT_WR); s.recv(1)"
+        send = f"import socket, time; s = socket.create_connection(('{subnet}.3', 5000)); t = time.monotonic()\n"
+        send += "s.sendall(bytes(4_000_000)); s.shutdown(socket.SHUT_WR); s.recv(1); print(time.monotonic() - t)"
         inside = [["ip", "netns", "exec", f"{lab._name}{i}", "python3", "-c"] for i in range(2)]
         receiver = subprocess.Popen([*inside[1], receive], stdout=subprocess.PIPE, text=True)
         receiver.stdout.readline()
-        began = time.monotonic()
-        subprocess.run([*inside[0], send], check=True)
-        taken_s = time.monotonic() - began
+        taken_s = float(subprocess.run([*inside[0], send], check=True, capture_output=True, text=True).stdout)
         receiver.communicate()
     finally:
         lab.close()
-    assert taken_s > 0.9 * 4 / 12.5
+    # At a tenth of the rate, as with a bucket that is too small for a packet, it would take 3.2 s.
+    assert 0.9 * 4 / 12.5 < taken_s < 2.5
     assert lab._name not in network()
 
 
@@ -171,11 +169,11 @@ def test_a_lab_that_breaks_while_it_is_built_fails_the_test_and_a_lack_skips_it(
     def broken(*_: object) -> None:
         raise LabError("node0 ended at once")
 
-    monkeypatch.setattr(plugin, "check", lambda: None)
+    monkeypatch.setattr("raytrain_het.testing.plugin.check", lambda: None)
     monkeypatch.setattr(RayLab, "__enter__", broken)
     with pytest.raises(LabError, match="ended at once"):
         ray_lab([Node()])
-    monkeypatch.setattr(plugin, "check", broken)
+    monkeypatch.setattr("raytrain_het.testing.plugin.check", broken)
     with pytest.raises(pytest.skip.Exception, match="ended at once"):
         ray_lab([Node()])
 

@@ -40,7 +40,7 @@ def frame() -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_csv_and_parquet_hold_the_same_table_split_by_seed_and_standardised(tmp_path: Path, suffix: str) -> None:
+def test_a_table_is_split_by_seed_and_standardised(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"t.{suffix}"
     frame().to_csv(path, index=False) if suffix == "csv" else frame().to_parquet(path)
     table = open_table(source(path))
@@ -53,6 +53,23 @@ def test_csv_and_parquet_hold_the_same_table_split_by_seed_and_standardised(tmp_
     assert np.allclose(back, np.arange(200), atol=1e-4)
     other = open_table(source(path, seed=1))
     assert not np.array_equal(table.y[160:], other.y[160:])
+
+
+def test_csv_and_parquet_give_the_same_pairs_of_one_row(tmp_path: Path) -> None:
+    """The target is a function of the columns, so that a row torn apart would show."""
+    data = frame().assign(price=lambda t: 2 * t.a - 3 * t.b + 7)
+    data.to_csv(tmp_path / "t.csv", index=False)
+    data.to_parquet(tmp_path / "t.parquet")
+    one, other = (open_table(source(tmp_path / name)) for name in ("t.csv", "t.parquet"))
+    assert np.array_equal(one.x, other.x) and np.array_equal(one.y, other.y)
+    assert one.fingerprint == other.fingerprint
+    order = np.random.default_rng(0).permutation(200)
+    train = data.iloc[order[:160]]
+    rows = one.x * train[["a", "b"]].std(ddof=0).to_numpy() + train[["a", "b"]].mean().to_numpy()
+    assert np.allclose(rows, data[["a", "b"]].iloc[order], atol=1e-4)
+    assert np.allclose(
+        one.y * one.target_deviation + train.price.mean(), 2 * rows[:, 0] - 3 * rows[:, 1] + 7, atol=1e-3
+    )
 
 
 def test_large_numbers_that_differ_little_stay_different(tmp_path: Path) -> None:
