@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from raytrain_het.errors import CheckpointError, ConfigError
+from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.display import Display
 from raytrain_het.jobs.ray_session import is_local, ray_session
@@ -126,10 +127,10 @@ def _of_complete_run(last: LastCheckpoint) -> dict[str, Any]:
 
 
 def _crowded(job: JobConfig, address: str | None) -> list[str]:
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_limit().cores
     if job.num_workers is None or not is_local(address) or _num_cpus(job) <= cores:
         return []
-    return [f"{plural(job.num_workers, 'worker')} on {plural(cores, 'core')}: they share them"]
+    return [f"{plural(job.num_workers, 'worker')} on {cores:.3g} core{'' if cores == 1 else 's'}: they share them"]
 
 
 def resolve(job: JobConfig) -> JobConfig:
