@@ -95,7 +95,9 @@ def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
         together, predicted = summary.get("samples_per_s"), summary.get("predicted_samples_per_s")
         if together and predicted:
             totals += f", at last {number(together)} samples/s ({number(predicted)} were predicted)"
-    return Group(worker_table(summary["workers"]), metrics, totals, checkpoint_line(summary), f"run folder: {folder}")
+    return Group(
+        worker_table(summary["workers"]), "", metrics, totals, checkpoint_line(summary), f"run folder: {folder}"
+    )
 
 
 def checkpoint_line(summary: Mapping[str, Any]) -> str:
