@@ -163,6 +163,7 @@ def _version() -> str:
 
 
 def _simulate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from raytrain_het.fleet.cores import cpu_limit
     from raytrain_het.jobs import simulation
     from raytrain_het.jobs.display import make_display
     from raytrain_het.jobs.runner import run_job
@@ -170,7 +171,7 @@ def _simulate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from raytrain_het.testing.throttle import slow_workers
 
     speeds = simulation.parse_speeds(arguments.simulate)
-    cores = simulation.fitting_cores(speeds, len(os.sched_getaffinity(0)))
+    cores = simulation.fitting_cores(speeds, cpu_limit().cores)
     simulation.check_alone(workers=read_job(arguments.job, overrides).get("workers"), address=arguments.address)
     overrides = simulation.with_simulated_workers(overrides, len(speeds), default_job=arguments.job is None)
     job = load_job(arguments.job, overrides)

@@ -1,13 +1,16 @@
 """Unequal workers: what a fleet does together, as a fraction of the sum of what each worker does by itself.
 
 Plain processes under CPU quotas of the kernel (Linux, as root), one torch thread each, gloo, no Ray. Every process
-holds three copies of a conv net of 1.1 million parameters: one for itself (*solo*), one in torch's
-``DistributedDataParallel``, one prepared by raytrain_het. They take turns in blocks, round after round:
+holds four copies of a conv net of 1.1 million parameters: one for itself (*solo*), two in torch's
+``DistributedDataParallel``, one prepared by raytrain_het. All of them take random samples of the same data by index.
+They take turns in blocks, round after round, in an order that moves on by one each round; a block begins with a step
+that is not counted, and all blocks but *solo* have the same number of steps:
 
 - *solo*: all workers at once, each by itself, without any communication, with the batch that it has in *het*;
 - *ddp*: DDP with equal batches, what stock Ray Train does;
-- *static*: DDP with batches in proportion to the solo speeds at equal batches, measured before (an oracle: nobody has
-  that at hand), each loss weighted so that the mean gradient is right;
+- *static*: DDP with the best batches that solo speeds can tell (an oracle: nobody has those at hand), each loss
+  weighted so that the mean gradient is right. They are in proportion to speeds at these very batches: measured at equal
+  batches, at what follows from that, and in each round again, of which the median counts;
 - *het*: ``HetConfig(shares="auto")``, which starts with equal shares and learns the rest from its own steps.
 
 The first ``--settle`` steps of *het* are not counted, but the number of tables that it took is shown. What counts: the
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,15 +38,16 @@ from raytrain_het.testing.processes import ProcessLab
 from raytrain_het.training.session import current
 
 SAMPLES = 16384
+ORACLE_WINDOW = 5
 
 
 def make_net() -> nn.Module:
-    """Two convolutions and two linear layers: 1.06 million parameters, for images of 16 x 16."""
+    """Two convolutions and two linear layers: 1.10 million parameters, for images of 16 x 16."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(512, 1984), nn.ReLU(), nn.Linear(1984, 10),
+        nn.Flatten(), nn.Linear(512, 2096), nn.ReLU(), nn.Linear(2096, 10),
     )  # fmt: skip
 
 
@@ -60,22 +64,68 @@ class Side:
     def __init__(self, data: TensorDataset, model: nn.Module) -> None:
         self.model, (self.x, self.y) = model, data.tensors
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        self.place = 0
+        self.order, self.place = torch.randperm(len(self.x)), 0
 
     def step(self, batch: int, factor: float = 1.0) -> None:
-        """One step; the loss is the mean over the batch, times ``factor``."""
-        if self.place + batch > len(self.x):
+        """One step on random samples; the loss is the mean over the batch, times ``factor``."""
+        if self.place + batch > len(self.order):
             self.place = 0
-        part = slice(self.place, self.place + batch)
+        part = self.order[self.place : self.place + batch]
         self.place += batch
-        loss = F.cross_entropy(self.model(self.x[part]), self.y[part]) * factor
+        x, y = self.x.index_select(0, part), self.y.index_select(0, part)
+        loss = F.cross_entropy(self.model(x), y) * factor
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
 
+class HetSide:
+    """The copy that raytrain_het trains: its loop, a step at a time."""
+
+    def __init__(self, data: TensorDataset, total: int) -> None:
+        self.model = het.prepare_model(make_net())
+        self.optimizer = het.prepare_optimizer(torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9))
+        loader = DataLoader(data, shuffle=True, drop_last=True)
+        self.loader = het.prepare_data_loader(loader, global_batch_size=total)
+        self._steps = self._loop()
+
+    def step(self) -> None:
+        """One step."""
+        next(self._steps)
+
+    def _loop(self) -> Iterator[None]:
+        for _ in self.loader.epochs(10**6):
+            for x, y in self.loader:
+                loss = F.cross_entropy(self.model(x), y)
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                yield
+
+
+class Oracle:
+    """Shares in proportion to the workers' solo speeds at these very shares.
+
+    From equal ones on: where a step takes ``c + k b``, whose times at proportional shares are not yet equal, each
+    measurement at the shares of the last one leaves ``c / (c + k b)`` of the error.
+    """
+
+    def __init__(self, total: int, size: int) -> None:
+        self.shares = apportion(total, [1.0] * size)
+        self._total = total
+        self._seen: list[Sequence[float]] = []
+
+    def learn(self, speeds: Sequence[float]) -> None:
+        """The workers' speeds at the present shares. The first two are far from the end; of later ones the median of
+        the last ``ORACLE_WINDOW`` counts."""
+        self._seen.append(speeds)
+        counted = self._seen[max(2, len(self._seen) - ORACLE_WINDOW) :] or [speeds]
+        self.shares = apportion(self._total, [statistics.median(worker) for worker in zip(*counted, strict=True)])
+
+
 def timed(steps: int, run: Callable[[], None]) -> float:
-    """Seconds per step of a block that starts and ends at a barrier."""
+    """Seconds per step of a block that starts and ends at a barrier, after a step that is not counted."""
+    run()
     dist.barrier()
     began = time.perf_counter()
     for _ in range(steps):
@@ -110,39 +160,43 @@ def train(directory: str, *, size: int, total: int, rounds: int, steps: int, set
     rank = session.slot
     dist.init_process_group("gloo", init_method=f"file://{directory}/ddp", rank=rank, world_size=size)
     data = make_data()
-    solo, ddp = Side(data, make_net()), Side(data, DistributedDataParallel(make_net()))
-    equal = total // size
-    static = apportion(total, gathered(solo_speed(solo, equal, solo_s), size))
-    model = het.prepare_model(make_net())
-    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
-    loader = het.prepare_data_loader(DataLoader(data, shuffle=True, drop_last=True), global_batch_size=total)
+    torch.manual_seed(rank)
+    solo, ours = Side(data, make_net()), HetSide(data, total)
+    ddp, static = (Side(data, DistributedDataParallel(make_net())) for _ in range(2))
+    oracle = Oracle(total, size)
+    figures: dict[str, Any] = {}
+
+    def learn() -> None:
+        figures["static_solo"] = gathered(solo_speed(solo, oracle.shares[rank], solo_s), size)
+        oracle.learn(figures["static_solo"])
+
+    def solo_block() -> None:
+        share = session._batch_share()
+        figures["shares"] = [int(b) for b in gathered(share, size)]
+        figures["solo"] = gathered(solo_speed(solo, share, solo_s), size)
+
+    def ddp_block() -> None:
+        figures["ddp_s"] = timed(steps, lambda: ddp.step(total // size))
+
+    def static_block() -> None:
+        learn()
+        share = oracle.shares[rank]
+        figures["static_shares"] = oracle.shares
+        figures["static_s"] = timed(steps, lambda: static.step(share, share * size / total))
+
+    def het_block() -> None:
+        figures["het_s"] = timed(steps, ours.step)
+
+    for _ in range(settle):
+        ours.step()
+    for _ in range(2):
+        learn()
     results: list[dict[str, Any]] = []
-    count, began, settled = 0, 0.0, False
-    for _ in loader.epochs(10**6):
-        for x, y in loader:
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            count += 1
-            if count < (steps if settled else settle):
-                continue
-            dist.barrier()
-            taken = (time.perf_counter() - began) / count
-            if settled:
-                share = session._batch_share()
-                results.append({
-                    "het_s": taken, "shares": [int(b) for b in gathered(share, size)], "static_shares": static,
-                    "solo": gathered(solo_speed(solo, share, solo_s), size),
-                    "ddp_s": timed(steps, lambda: ddp.step(equal)),
-                    "static_s": timed(steps, lambda: ddp.step(static[rank], static[rank] * size / total)),
-                    "table": session._agent().record.table,
-                })  # fmt: skip
-            settled = True
-            if len(results) == rounds:
-                return results
-            dist.barrier()
-            count, began = 0, time.perf_counter()
+    blocks = [het_block, solo_block, ddp_block, static_block]
+    for i in range(rounds):
+        for k in range(len(blocks)):
+            blocks[(i + k) % len(blocks)]()
+        results.append({**figures, "table": session._agent().record.table})
     return results
 
 
@@ -164,7 +218,8 @@ def measure(args: Any) -> dict[str, Any]:
     with common.scratch() as directory:
         lab = ProcessLab(run, directory, num_slots=size, config=het.HetConfig(), ledger=False, cores=args.cores)
         rounds = lab.run(timeout_s=3600)[0]
-    figures: dict[str, Any] = {"cores": args.cores, "global_batch": total}
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    figures: dict[str, Any] = {"cores": args.cores, "global_batch": total, "settings": settings}
     for side in ("ddp", "static", "het"):
         fractions = [total / r[f"{side}_s"] / sum(r["solo"]) for r in rounds]
         low, high = common.bootstrap_interval(fractions)
@@ -181,7 +236,7 @@ def main() -> None:
         parser.add_argument("--cores", type=float, nargs="+", default=[0.8, 0.4, 0.2, 0.2])
         parser.add_argument("--global-batch", type=int, default=1024)
         parser.add_argument("--rounds", type=int, default=7)
-        parser.add_argument("--steps", type=int, default=8, help="steps in a block")
+        parser.add_argument("--steps", type=int, default=8, help="counted steps in a block")
         parser.add_argument("--settle", type=int, default=40, help="first steps of het, not counted")
         parser.add_argument("--solo-s", type=float, default=10.0, help="seconds of a solo block")
 

@@ -2,14 +2,18 @@
 
 Plain processes under CPU quotas of the kernel (Linux, as root), one torch thread each, no Ray; the conv net of
 ``mixed_fleet``. After ``--settle`` steps one worker's quota is set to a part of what it was, and the run goes on for
-``--after`` steps. The new steady state is the median of the shares of the last third of those; what counts is the first
-step after the change from which on every share is within 10 % of it for three steps.
+``--after`` steps. The new steady state is the median of the shares of the last third of those. What counts is the first
+step after the change from which on, up to the end, every share is within 10 % of it. A run whose slowed worker has not
+lost at least half of what its quota demands has not settled at all, and counts as one that never does. Beside it stands
+the first of three steps in a row that are near, after which noise may still carry a share away.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -24,6 +28,8 @@ from raytrain_het.training.session import StepRecord, current
 
 WITHIN = 0.1
 IN_A_ROW = 3
+HALF = 0.5
+"""Of the change that the quotas demand of the slowed worker's share: less, and nothing has followed."""
 
 
 def train(directory: str, *, total: int, steps: int) -> list[tuple[float, list[int]]]:
@@ -47,12 +53,45 @@ def train(directory: str, *, total: int, steps: int) -> list[tuple[float, list[i
     return seen
 
 
-def steps_to_settle(shares: list[list[int]], within: float = WITHIN) -> int | None:
-    """Index of the first step from which on ``IN_A_ROW`` steps have all shares near those of the last third."""
-    last = shares[-(len(shares) // 3) :]
-    target = [statistics.median(s[i] for s in last) for i in range(len(last[0]))]
-    near = [all(abs(b - t) <= within * t for b, t in zip(s, target, strict=True)) for s in shares]
-    return next((i for i in range(len(near) - IN_A_ROW + 1) if all(near[i : i + IN_A_ROW])), None)
+def steady(shares: Sequence[Sequence[int]]) -> list[float]:
+    """Medians of the last third, by worker."""
+    last = shares[-max(1, len(shares) // 3) :]
+    return [statistics.median(worker) for worker in zip(*last, strict=True)]
+
+
+def near(shares: Sequence[Sequence[int]], within: float = WITHIN) -> list[bool]:
+    """By step: whether all shares are near those of the last third."""
+    target = steady(shares)
+    return [all(abs(b - t) <= within * t for b, t in zip(s, target, strict=True)) for s in shares]
+
+
+def steps_to_settle(shares: Sequence[Sequence[int]], within: float = WITHIN) -> int | None:
+    """Index of the first step from which on, up to the end, all shares are near those of the last third."""
+    first = max((i + 1 for i, is_near in enumerate(near(shares, within)) if not is_near), default=0)
+    return first if first < len(shares) else None
+
+
+def steps_to_reach(shares: Sequence[Sequence[int]], within: float = WITHIN) -> int | None:
+    """Index of the first of ``IN_A_ROW`` steps that have all shares near those of the last third, whatever follows."""
+    flags = near(shares, within)
+    return next((i for i in range(len(flags) - IN_A_ROW + 1) if all(flags[i : i + IN_A_ROW])), None)
+
+
+def has_followed(
+    before: Sequence[float], after: Sequence[float], cores: Sequence[float], worker: int, part: float
+) -> bool:
+    """Whether a worker's share has changed by half or more of what its quota demands.
+
+    In proportion to cores it would go from ``c / sum c`` of the batch to ``part c / (sum c - (1 - part) c)``.
+    """
+    c, whole = cores[worker], sum(cores)
+    demanded = part * c / (whole - (1 - part) * c) / (c / whole) - 1
+    return (after[worker] / before[worker] - 1) / demanded >= HALF
+
+
+def median_steps(steps: Sequence[int | None]) -> float:
+    """Over all runs; one that never settled counts as infinity."""
+    return statistics.median(math.inf if s is None else s for s in steps)
 
 
 def once(args: Any) -> dict[str, Any]:
@@ -74,7 +113,12 @@ def once(args: Any) -> dict[str, Any]:
         seen = lab.run(timeout_s=1800, on_poll=slow_down)[0]
     after = [shares for at, shares in seen if at > changed[0]]
     before = [shares for at, shares in seen if at <= changed[0]]
-    return {"steps": steps_to_settle(after), "before": before[-1], "after": after[-1], "num_after": len(after)}
+    settled = has_followed(steady(before), steady(after), args.cores, args.worker, args.part)
+    return {
+        "steps": steps_to_settle(after) if settled else None, "reached": steps_to_reach(after) if settled else None,
+        "followed": settled, "before": steady(before),
+        "after": steady(after), "num_after": len(after),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -92,9 +136,15 @@ def main() -> None:
     common.show(
         f"Worker {args.worker} of cores {args.cores} slowed to {args.part:g}; global batch {args.global_batch}", runs
     )
-    steps = [r["steps"] for r in runs if r["steps"] is not None]
-    print(f"steps until all shares are within {WITHIN:.0%} of their new values: median {statistics.median(steps):g}")
-    common.keep(args.json, {"benchmark": "slow_down", "cores": args.cores, "part": args.part, "runs": runs})
+    median = median_steps([r["steps"] for r in runs])
+    reached = median_steps([r["reached"] for r in runs])
+    print(f"steps until all shares are for the first time within {WITHIN:.0%} of their new values: median {reached:g}")
+    never = sum(r["steps"] is None for r in runs)
+    print(
+        f"steps until all shares stay within {WITHIN:.0%} of their new values: median {median:g}; never: {never} runs"
+    )
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    common.keep(args.json, {"benchmark": "slow_down", **settings, "results": runs})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -13,6 +14,18 @@ from typing import Any
 
 from raytrain_het.allocation.batch_shares import StepCost
 from raytrain_het.fleet.profile import Profile
+
+_keeps_nothing = False
+
+
+def keep_nothing() -> None:
+    """From now on stores in this process neither keep nor know anything, unless a folder is named.
+
+    For a process that is slowed down in a way that the key of its hardware does not show: what it measures is not
+    true of the machine.
+    """
+    global _keeps_nothing
+    _keeps_nothing = True
 
 
 class ProfileStore:
@@ -22,17 +35,20 @@ class ProfileStore:
     error. Files are replaced as a whole, so that several processes may use it at once.
 
     Args:
-        folder: default is ``raytrain_het/profiles`` in ``$XDG_CACHE_HOME``, or else in ``~/.cache``.
+        folder: default is ``raytrain_het/profiles`` in ``$XDG_CACHE_HOME``, or else in ``~/.cache``; nowhere after
+            :func:`keep_nothing`.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or _default_folder()
+        self._keeps = folder is not None or not _keeps_nothing
 
     def profile(self, hardware: str) -> Profile | None:
         """What is known of a hardware, by its key (``probes.hardware_key``)."""
         with contextlib.suppress(KeyError, TypeError, AttributeError):
             data = self._read(hardware)
-            return Profile.from_json(data) if data is not None else None
+            profile = Profile.from_json(data) if data is not None else None
+            return profile if profile is not None and _is_sound(profile) else None
         return None
 
     def keep_profile(self, hardware: str, profile: Profile) -> None:
@@ -43,7 +59,9 @@ class ProfileStore:
         """What is known of a model's training step on a hardware, by the model's fingerprint."""
         with contextlib.suppress(TypeError):
             data = self._read(f"{hardware}, model {model}")
-            return StepCost(**data) if data is not None else None
+            cost = StepCost(**data) if data is not None else None
+            if cost is not None and _is_number(cost.fixed_s, or_zero=True) and _is_number(cost.per_sample_s):
+                return cost
         return None
 
     def keep_step(self, hardware: str, model: str, cost: StepCost) -> None:
@@ -54,6 +72,8 @@ class ProfileStore:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     def _read(self, key: str) -> dict[str, Any] | None:
+        if not self._keeps:
+            return None
         try:
             kept = json.loads(self._path(key).read_text("utf-8"))
         except (OSError, ValueError):
@@ -64,6 +84,8 @@ class ProfileStore:
         return value
 
     def _write(self, key: str, value: dict[str, Any]) -> None:
+        if not self._keeps:
+            return
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
@@ -74,6 +96,25 @@ class ProfileStore:
             except OSError:
                 os.unlink(part)
                 raise
+
+
+def _is_number(value: Any, *, or_zero: bool = False) -> bool:
+    """A finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    return value > 0 or (or_zero and value == 0)
+
+
+def _is_sound(profile: Profile) -> bool:
+    """Whether it is made of what measurements can be."""
+    measured = [*profile.flops.values(), profile.memory_bandwidth, profile.host_to_device]
+    texts = (profile.hardware, profile.device)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and _is_number(profile.cores)
+        and _is_number(profile.num_threads)
+        and all(_is_number(m.median) and _is_number(m.spread, or_zero=True) for m in measured if m is not None)
+    )
 
 
 def _default_folder() -> Path:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import raytrain_het as het
 from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.char_lm_config import CharLMJob
 from raytrain_het.jobs.training_step import TrainingStep
 
 VOCABULARY = 128
@@ -33,6 +34,8 @@ def library_text(max_characters: int | None) -> bytes:
     files = sorted(path for path in folder.glob("*.py") if path.is_file())
     if max_characters is None:
         files += sorted(path for path in folder.glob("*/*.py") if path.parent.name != "site-packages")
+    # What was found when this Python was built differs between builds of the same version.
+    files = [p for p in files if not p.name.startswith("_sysconfigdata") and not p.parent.name.startswith("config-")]
     text = b"".join(path.read_text("utf-8", "replace").encode("ascii", "replace") for path in files)
     if not text:
         raise ConfigError(
@@ -66,7 +69,29 @@ def windows(config: dict[str, Any]) -> tuple[Windows, Windows]:
     starts = np.arange(0, len(text) - context - 1, context)
     order = np.random.default_rng(config["seed"]).permutation(starts)
     num_train = len(order) - max(1, len(order) // 5)
+    if num_train < 1:
+        raise ConfigError(
+            f"context={context} leaves {len(order)} windows of {len(text)} characters: allowed are two or more, one "
+            f"to train on and one held out. Write --set context={max(2, (len(text) - 2) // 10)}, or more "
+            "max_characters"
+        )
     return Windows(text, order[:num_train], context), Windows(text, order[num_train:], context)
+
+
+def check(job: CharLMJob) -> list[str]:
+    """Read the text before any worker is started, for the sake of early errors; returns what there is to warn of.
+
+    Raises:
+        ConfigError: the text is not there, or too short for the windows.
+    """
+    train_set, _ = windows(job.train_loop_config())
+    rows = len(train_set)
+    if job.global_batch_size <= rows:
+        return []
+    return [
+        f"global_batch_size={job.global_batch_size} is more than the {rows} windows to train on: an epoch is one "
+        f"step. Perhaps --set global_batch_size={max(job.num_workers or 1, rows // 10)}"
+    ]
 
 
 class Block(nn.Module):
@@ -153,4 +178,4 @@ def train_char_lm(config: dict[str, Any]) -> None:
             optimizer.step()
             losses.append(loss.detach())
         train_loss = torch.stack(losses).mean().item() if losses else 0.0
-        het.report({"train_loss": train_loss, **het.evaluate(held_out, test_set)})
+        het.report({"train_bits_per_character": train_loss / math.log(2), **het.evaluate(held_out, test_set)})

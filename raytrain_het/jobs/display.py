@@ -139,7 +139,7 @@ class LiveDisplay:
         rate = self.rate.of(status.get("samples", 0))
         heading = waiting_line(status) or (
             f"{status.get('state', 'starting')}: step {status.get('step', 0)}, epoch {status.get('epoch', 0)}, "
-            f"{number(round(rate))} samples/s, generation {status.get('generation', 0)}"
+            f"{number(round(rate))} samples/s{_together(status)}, generation {status.get('generation', 0)}"
         )
         members = [{**member, "world_rank": member["slot"]} for member in status.get("members", ())]
         vacant = [f"worker {slot} is not there" for slot in status.get("vacant", ())]
@@ -161,6 +161,11 @@ def waiting_line(status: Status) -> str | None:
         return None
     there = sum(bool(member.get("alive", True)) for member in status.get("members", ()))
     return f"{there} of {there + missing} workers are there"
+
+
+def _together(status: Status) -> str:
+    fraction = status.get("fraction_of_aggregate")
+    return "" if fraction is None else f", {fraction:.0%} of solo speeds"
 
 
 class Rate:

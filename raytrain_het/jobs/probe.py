@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections import Counter
@@ -19,7 +17,7 @@ from raytrain_het.fleet.profile import Profile
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.probe_places import Handle, Say, call_all, counted, local_workers, ray_workers, this_node
 from raytrain_het.jobs.probe_worker import ProbeWorker
-from raytrain_het.jobs.table import check_data
+from raytrain_het.jobs.table import check_data, with_absolute_paths
 
 SECONDS_EACH = 0.1
 STEP_SECONDS = 2.0
@@ -77,6 +75,7 @@ def run_probe(
         ResourceError: the cluster cannot hold its workers.
     """
     if job is not None:
+        job = with_absolute_paths(job)
         _global_batch_size(job)
         check_data(job)
     if address or os.environ.get("RAY_ADDRESS"):
@@ -144,11 +143,11 @@ def _model(job: JobConfig, workers: Sequence[Handle], links: Links, seconds: flo
         )
     say(f"preparing the job {job.kind!r} on {counted(count, 'worker')}")
     config = job.train_loop_config()
-    gradient_bytes = max(call_all(workers, "prepare", job.kind, config, job.het.codec))
+    gradient_bytes = max(call_all(workers, "prepare", job.kind, config, job.het))
     equal = batch // count
     sizes = sorted({max(1, equal // 4), equal, min(batch, 2 * equal), batch})
     say(f"measuring its training step on all workers at once, with {', '.join(map(str, sizes))} samples")
-    profiles: list[Profile] = call_all(workers, "step", sizes, seconds, fingerprint(job))
+    profiles: list[Profile] = call_all(workers, "step", sizes, seconds)
     sharing = Counter(worker.node for worker in workers)
     machines = []
     for worker, profile in zip(workers, profiles, strict=True):
@@ -165,12 +164,6 @@ def _model(job: JobConfig, workers: Sequence[Handle], links: Links, seconds: flo
             machines, global_batch_size=batch, gradient_bytes=gradient_bytes, max_batch_size=BATCH_BOUND * batch
         ),
     )
-
-
-def fingerprint(job: JobConfig) -> str:
-    """Tells apart models whose steps may differ: the kind of job and all its own settings."""
-    settings = json.dumps(job.train_loop_config(), sort_keys=True, default=str)
-    return f"{job.kind}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
 
 
 def _global_batch_size(job: JobConfig) -> int:

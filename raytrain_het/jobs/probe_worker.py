@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from raytrain_het.config import HetConfig
 from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.fleet.links import Address, Link, LinkServer, probe_link
 from raytrain_het.fleet.probes import BLOCKS, hardware_key, hardware_name, one_at_a_time, probe_hardware, probe_step
@@ -40,18 +41,19 @@ class ProbeWorker:
             ProfileStore().keep_profile(hardware_key(device), profile)
         return profiles
 
-    def prepare(self, kind: str, config: dict[str, Any], codec: str) -> int:
+    def prepare(self, kind: str, config: dict[str, Any], settings: HetConfig) -> int:
         """Make a job's training step; returns the bytes of its gradient on the wire."""
         with one_at_a_time("prepare"):  # Not all of a machine's workers read the same data at once.
             self._step = make_step(kind, config, self.device)
+            self._step.micro_batch_size = settings.micro_batch_size
             self._step(1)
-        return self._step.gradient_bytes(codec)
+        return self._step.gradient_bytes(settings.codec)
 
-    def step(self, sizes: Sequence[int], seconds: float, model: str) -> Profile:
-        """Measure the step that was prepared, and keep its cost for this model's fingerprint."""
+    def step(self, sizes: Sequence[int], seconds: float) -> Profile:
+        """Measure the step that was prepared, and keep its cost for the runs of this model."""
         assert self._step is not None
         cost, _ = probe_step(self._step, _feasible(self._step, sizes, seconds), seconds=seconds)
-        ProfileStore().keep_step(hardware_key(self.device), model, cost)
+        ProfileStore().keep_step(hardware_key(self.device), self._step.key, cost)
         return Profile(
             hardware=hardware_name(self.device), device=str(self.device), cores=cpu_limit().cores,
             num_threads=torch.get_num_threads(), step=cost,

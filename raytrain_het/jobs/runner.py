@@ -18,10 +18,11 @@ from typing import Any
 import yaml
 
 from raytrain_het.errors import CheckpointError, ConfigError
+from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.display import Display
 from raytrain_het.jobs.ray_session import is_local, ray_session
-from raytrain_het.jobs.table import KINDS, check_data, train_function
+from raytrain_het.jobs.table import KINDS, check_data, train_function, with_absolute_paths
 from raytrain_het.jobs.validation import plural, shown
 from raytrain_het.jobs.yaml_file import read_yaml
 from raytrain_het.ray_train.run_folder import LastCheckpoint, last_checkpoint_of, write_whole
@@ -126,14 +127,14 @@ def _of_complete_run(last: LastCheckpoint) -> dict[str, Any]:
 
 
 def _crowded(job: JobConfig, address: str | None) -> list[str]:
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_limit().cores
     if job.num_workers is None or not is_local(address) or _num_cpus(job) <= cores:
         return []
-    return [f"{plural(job.num_workers, 'worker')} on {plural(cores, 'core')}: they share them"]
+    return [f"{plural(job.num_workers, 'worker')} on {cores:.3g} core{'' if cores == 1 else 's'}: they share them"]
 
 
 def resolve(job: JobConfig) -> JobConfig:
-    """The job with its name and its storage settled.
+    """The job with its name, its storage and its files settled.
 
     Raises:
         ConfigError: The storage is a local path that cannot be written.
@@ -142,6 +143,7 @@ def resolve(job: JobConfig) -> JobConfig:
     if "://" not in storage:
         storage = str(Path(storage).expanduser().resolve())
         check_writable(Path(storage))
+    job = with_absolute_paths(job)
     return dataclasses.replace(job, name=job.name or _free_name(job.kind, storage), storage=storage)
 
 
@@ -180,7 +182,7 @@ def check_reuse(job: JobConfig) -> None:
     """Refuse the name of a run that this job cannot go on with, before anything of it is overwritten.
 
     Raises:
-        ConfigError: It is a run of another kind, of another model, or of a script.
+        ConfigError: It is a run of another kind, of another model or optimizer, or of a script.
     """
     assert job.name is not None
     folder = Path(job.storage) / job.name
@@ -203,11 +205,14 @@ def check_reuse(job: JobConfig) -> None:
     now = yaml.safe_load(job.to_yaml())
     for data in (before, now):
         data["het.seed"] = (data.get("het") or {}).get("seed", 0)  # The order of samples follows from it.
-    for key in (*KINDS[job.kind].model_keys, "het.seed") if has_checkpoint else ():
+    kind = KINDS[job.kind]
+    reasons = dict.fromkeys((*kind.model_keys, "het.seed"), "its checkpoints do not fit")
+    reasons |= dict.fromkeys(kind.optimizer_keys, "its checkpoints hold the old one and would bring it back")
+    for key, reason in reasons.items() if has_checkpoint else ():
         if key in before and before[key] != now[key]:
             raise ConfigError(
-                f"{folder} is a run with {key}={shown(before[key])}, this job has {key}={shown(now[key])}: its "
-                f"checkpoints do not fit. Write another --name, or {key} as it was"
+                f"{folder} is a run with {key}={shown(before[key])}, this job has {key}={shown(now[key])}: {reason}. "
+                f"Write another --name, or {key} as it was"
             )
 
 

@@ -46,7 +46,7 @@ def _speed(part: str, text: str, allowed: str) -> float:
     return speed
 
 
-def fitting_cores(speeds: Sequence[float], num_cores: int) -> tuple[float, ...]:
+def fitting_cores(speeds: Sequence[float], num_cores: float) -> tuple[float, ...]:
     """Each worker's part of a core: ``s_i min(1 / max s, (num_cores - 0.4) / sum s)``.
 
     Raises:
@@ -56,7 +56,7 @@ def fitting_cores(speeds: Sequence[float], num_cores: int) -> tuple[float, ...]:
     cores = tuple(speed * unit for speed in speeds)
     if min(cores) < MIN_CORES:
         raise ConfigError(
-            f"--simulate: the speed {min(speeds):g} would be {min(cores):.2g} of a core, as there are {num_cores}: "
+            f"--simulate: the speed {min(speeds):g} would be {min(cores):.2g} of a core, as there are {num_cores:.3g}: "
             f"allowed is {MIN_CORES} or more. Write speeds that differ less, or fewer of them: "
             "--simulate 1,0.5,0.25"
         )

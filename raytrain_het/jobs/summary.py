@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -23,6 +23,7 @@ RUN_KEYS = (
     "steps",
     "samples",
     "throughput_samples_per_s",
+    "effective_batch_size",
     "fraction_of_aggregate",
     "samples_per_s",
     "predicted_samples_per_s",
@@ -85,13 +86,18 @@ def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
         f"{summary['steps']} steps, {summary['samples']} samples, "
         f"{number(summary['throughput_samples_per_s'])} samples/s"
     )
+    effective = summary.get("effective_batch_size")
+    if effective is not None:
+        totals += f"; effective batch size {number(round(effective))}"
     fraction = summary.get("fraction_of_aggregate")
     if fraction is not None and len(summary["workers"]) > 1 and summary.get("steps_now", 0) >= MEASURED_STEPS:
         totals += f"; together {100 * fraction:.0f} % of the sum of their solo speeds"
         together, predicted = summary.get("samples_per_s"), summary.get("predicted_samples_per_s")
         if together and predicted:
             totals += f", at last {number(together)} samples/s ({number(predicted)} were predicted)"
-    return Group(worker_table(summary["workers"]), metrics, totals, checkpoint_line(summary), f"run folder: {folder}")
+    return Group(
+        worker_table(summary["workers"]), "", metrics, totals, checkpoint_line(summary), f"run folder: {folder}"
+    )
 
 
 def checkpoint_line(summary: Mapping[str, Any]) -> str:
@@ -105,16 +111,19 @@ def checkpoint_line(summary: Mapping[str, Any]) -> str:
 
 def worker_table(workers: Iterable[Mapping[str, Any]]) -> Table:
     """A row per worker, by world rank."""
-    # Fits in 80 columns, since a live table cannot be scrolled sideways.
-    table = Table(title="Workers", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for name in ("worker", "device", "node", "score", "share", "compute s", "wait s", "sent", "received"):
-        table.add_column(name, justify="left" if name in ("device", "node") else "right", no_wrap=True)
+    # Fits in 80 columns, since a live table cannot be scrolled sideways; a long address gives way if it must.
+    table = Table(title="Workers", title_justify="left", box=box.SIMPLE, show_edge=False, padding=0)
+    names = ("worker", "device", "node", "score", "share", "lr\nscale", "compute\ns", "wait\ns", "sent", "received")
+    for name in names:
+        side: Literal["left", "right"] = "left" if name in ("device", "node") else "right"
+        table.add_column(name, justify=side, no_wrap=name != "node", overflow="fold")
     for worker in sorted(workers, key=lambda w: w["world_rank"]):
         table.add_row(
             str(worker["world_rank"]),
             *(_known(worker.get(key)) for key in ("device", "node_ip")),
             _known(worker.get("score"), "{:.2f}".format),
             _known(worker.get("batch_share")),
+            _known(worker.get("lr_scale"), "{:.2f}".format),
             *(_known(worker.get(key), "{:.1f}".format) for key in ("compute_s", "wait_s")),
             *(_known(worker.get(key), size) for key in ("bytes_sent", "bytes_received")),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
@@ -40,6 +41,12 @@ class JobKind:
     model_keys: tuple[str, ...] = ()
     """Fields that change the model or the samples: a run of the same name cannot go on with others."""
 
+    optimizer_keys: tuple[str, ...] = ()
+    """Fields that are part of the optimizer's state, which a run that goes on takes from its checkpoint."""
+
+    path_keys: tuple[str, ...] = ()
+    """Fields that name a file, or a URI. Workers have other working directories: a path is made absolute."""
+
     check: str | None = None
     """A function that takes the job and looks at its data before any worker is started. It returns what there is to
     warn of, a line each."""
@@ -51,12 +58,15 @@ KINDS: dict[str, JobKind] = {
         train_fn="raytrain_het.jobs.digits:train_digits",
         make_step="raytrain_het.jobs.digits:make_step",
         requires=("sklearn",),
+        optimizer_keys=("lr", "momentum", "weight_decay"),
     ),
     "tabular": JobKind(
         config="raytrain_het.jobs.tabular_config:TabularJob",
         train_fn="raytrain_het.jobs.tabular:train_tabular",
         make_step="raytrain_het.jobs.tabular:make_step",
-        model_keys=("task", "model", "hidden", "target", "features", "columns", "rows"),
+        model_keys=("task", "model", "hidden", "data", "target", "features", "columns", "rows"),
+        optimizer_keys=("lr", "l1", "l2"),
+        path_keys=("data",),
         check="raytrain_het.jobs.tabular:check",
     ),
     "char_lm": JobKind(
@@ -64,6 +74,8 @@ KINDS: dict[str, JobKind] = {
         train_fn="raytrain_het.jobs.char_lm:train_char_lm",
         make_step="raytrain_het.jobs.char_lm:make_step",
         model_keys=("context", "layers", "heads", "width", "max_characters"),
+        optimizer_keys=("lr",),
+        check="raytrain_het.jobs.char_lm:check",
     ),
 }
 
@@ -100,6 +112,15 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
             "Write: python -m pip install 'raytrain-het[jobs]'"
         )
     return validation.build(config_class(kind), data, source=lambda where: _source(file, overrides, where))
+
+
+def with_absolute_paths(job: JobConfig) -> JobConfig:
+    """The job with the files that it names found from any working directory. URIs stay as they are."""
+    named = {key: getattr(job, key) for key in KINDS[job.kind].path_keys}
+    paths: dict[str, Any] = {
+        key: str(Path(p).expanduser().resolve()) for key, p in named.items() if p is not None and "://" not in p
+    }
+    return dataclasses.replace(job, **paths) if paths else job
 
 
 def read_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import ray.train.torch
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ import raytrain_het as het
 from raytrain_het.jobs.tabular_config import TabularJob
 from raytrain_het.jobs.tabular_data import Source, TableData, open_table
 from raytrain_het.jobs.training_step import TrainingStep
+from raytrain_het.jobs.validation import plural
 
 
 def source_of(config: dict[str, Any]) -> Source:
@@ -32,14 +34,23 @@ def check(job: TabularJob) -> list[str]:
     Raises:
         ConfigError: see :func:`raytrain_het.jobs.tabular_data.open_table`.
     """
-    rows = open_table(source_of(job.train_loop_config())).num_train
-    if job.global_batch_size <= rows:
-        return []
-    smaller = max(job.num_workers or 1, rows // 10)
-    return [
-        f"global_batch_size={job.global_batch_size} is more than the {rows} rows to train on: an epoch is one step. "
-        f"Perhaps --set global_batch_size={smaller}"
-    ]
+    table = open_table(source_of(job.train_loop_config()))
+    rows, notes = table.num_train, []
+    if job.global_batch_size > rows:
+        smaller = max(job.num_workers or 1, rows // 10)
+        notes.append(
+            f"global_batch_size={job.global_batch_size} is more than the {rows} rows to train on: an epoch is one "
+            f"step. Perhaps --set global_batch_size={smaller}"
+        )
+    if table.classes is not None:
+        seen = np.bincount(table.y[:rows], minlength=len(table.classes))
+        unseen = [name for name, count in zip(table.classes, seen, strict=True) if not count]
+        if unseen:
+            notes.append(
+                f"only the held-out part has {plural(len(unseen), 'value')} of the target {table.target!r} "
+                f"({', '.join(map(repr, unseen[:5]))}), which cannot be learnt: merge rare values, or drop their rows"
+            )
+    return notes
 
 
 def build_model(config: dict[str, Any], table: TableData) -> nn.Module:
@@ -131,4 +142,7 @@ def train_tabular(config: dict[str, Any]) -> None:
 
 def _data_sets(table: TableData) -> tuple[TensorDataset, TensorDataset]:
     x, y, n = torch.from_numpy(table.x), torch.from_numpy(table.y), table.num_train
-    return TensorDataset(x[:n], y[:n]), TensorDataset(x[n:], y[n:])
+    train_set = TensorDataset(x[:n], y[:n])
+    # Of its own type, a subclass's samples would be fetched one by one.
+    train_set.fingerprint = table.fingerprint  # type: ignore[attr-defined]
+    return train_set, TensorDataset(x[n:], y[n:])

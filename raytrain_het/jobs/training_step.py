@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from raytrain_het.compression import CODECS
+from raytrain_het.training.cursor import micro_batches
 from raytrain_het.training.data_loader import to_device
 from raytrain_het.training.fetch import SampleFetcher
+from raytrain_het.training.step_key import step_key
 
 
 class TrainingStep:
@@ -29,19 +31,27 @@ class TrainingStep:
         loss_of: Callable[[Tensor, Tensor], Tensor], device: torch.device,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.loss_of, self.device = model, optimizer, loss_of, device
+        self.micro_batch_size: int | None = None
+        """Most samples in one pass; ``None`` is no limit."""
         self._fetcher = SampleFetcher(dataset)
         self._order, self._place = torch.randperm(len(dataset)), 0
 
     def __call__(self, samples: int) -> None:
         places = torch.arange(self._place, self._place + samples) % len(self._order)
         self._place = (self._place + samples) % len(self._order)
-        x, y = to_device(self._fetcher.fetch(0, self._order[places].tolist()), self.device)
-        loss = self.loss_of(self.model(x), y)
         self.optimizer.zero_grad()
-        loss.backward()
+        for part in micro_batches(range(samples), self.micro_batch_size):
+            indices = self._order[places[part.start : part.stop]].tolist()
+            x, y = to_device(self._fetcher.fetch(0, indices), self.device)
+            (self.loss_of(self.model(x), y) * (len(part) / samples)).backward()
         self.optimizer.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    @property
+    def key(self) -> str:
+        """Under which a run of this model looks for what its steps take."""
+        return step_key(self.model, len(self._order), self.micro_batch_size)
 
     def gradient_bytes(self, codec: str) -> int:
         """What a whole gradient takes on the wire."""

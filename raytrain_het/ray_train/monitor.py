@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 OnUpdate = Callable[[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]], None]
 _INTERVAL_S = 0.5
 _WORKER_KEYS = ("device", "node_ip", "batch_share", "compute_s", "wait_s", "bytes_sent", "bytes_received")
-_RUN_SPEEDS = ("fraction_of_aggregate", "samples_per_s", "predicted_samples_per_s")
+_RUN_SPEEDS = ("effective_batch_size", "fraction_of_aggregate", "samples_per_s", "predicted_samples_per_s")
 _SPEED_KEYS = ("score", "lr_scale", "solo_samples_per_s")
 
 

@@ -34,6 +34,7 @@ from raytrain_het.testing.cgroups import CpuQuota, LabError, available, leftover
 
 _PREFIX = "rhl"
 _GROUP = "node"
+_NETWORK = re.compile(r"\b(\d+\.\d+\.\d+)\.\d+\b")
 _NO_LIMIT = 1000.0
 """Cores: as if there were no quota."""
 _START_S = 120.0
@@ -95,11 +96,12 @@ class RayLab:
         self._plain_nodes: list[Any] = []
 
     def __enter__(self) -> RayLab:
+        if not self.plain:
+            check()  # What is missing here is also what closing would need.
         try:
             if self.plain:
                 self._start_plain()
             else:
-                check()
                 remove_leftovers()
                 self._start()
         except BaseException:
@@ -219,8 +221,10 @@ class RayLab:
         what = "head" if index == 0 else f"node{index - 1}"
         log, deadline = self._folder / f"{what}.log", time.monotonic() + _START_S
         while b"Ray runtime started" not in (said := log.read_bytes()):
-            if self._processes[index].poll() is not None or time.monotonic() > deadline:
-                raise LabError(f"{what} did not start in {_START_S:g} s: {said.decode(errors='replace')[-2000:]}")
+            status = self._processes[index].poll()
+            if status is not None or time.monotonic() > deadline:
+                how = f"did not start in {_START_S:g} s" if status is None else f"ended at once, with status {status}"
+                raise LabError(f"{what} {how}: {said.decode(errors='replace')[-2000:]}")
             time.sleep(0.05)
 
     def _start_plain(self) -> None:
@@ -305,9 +309,9 @@ def _kill(group: Path) -> None:
 
 def _free_network() -> str:
     """The first three numbers of a /24 that this machine does not use."""
-    used = _run("ip -o -4 addr") + _run("ip -4 route")
+    used = {match for text in (_run("ip -o -4 addr"), _run("ip -4 route")) for match in re.findall(_NETWORK, text)}
     candidates = (f"10.{213 + i // 256}.{i % 256}" for i in range(42 * 256))
-    return next(network for network in candidates if f" {network}." not in used)
+    return next(network for network in candidates if network not in used)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -319,7 +323,10 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _run(command: str) -> str:
-    done = subprocess.run(command.split(), capture_output=True, text=True)
+    try:
+        done = subprocess.run(command.split(), capture_output=True, text=True)
+    except OSError as error:
+        raise LabError(f"no lab of Ray nodes here: `{command}` cannot be run ({error.strerror})") from None
     if done.returncode != 0:
         raise LabError(f"no lab of Ray nodes here: `{command}` says {done.stderr.strip()!r}")
     return done.stdout

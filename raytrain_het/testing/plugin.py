@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from raytrain_het.testing.cgroups import CpuQuota, LabError
-from raytrain_het.testing.cluster import Node, RayLab
+from raytrain_het.testing.cluster import Node, RayLab, check
 from raytrain_het.testing.throttle import StopAndGo, throttle
 
 
@@ -45,9 +45,10 @@ def ray_lab() -> Iterator[Callable[[Sequence[Node]], RayLab]]:
 
         def build(nodes: Sequence[Node]) -> RayLab:
             try:
-                lab = stack.enter_context(RayLab(nodes))
+                check()
             except LabError as error:
                 pytest.skip(str(error))
+            lab = stack.enter_context(RayLab(nodes))  # What fails from here on is no lack of anything.
             ray.init(address=lab.address, log_to_driver=False)
             return lab
 

@@ -61,6 +61,9 @@ class ProcessLab:
         storage: makes a worker's storage; by default a folder in the lab's directory.
         cores: by slot, how much of a core its workers get (Linux, as root); by default all there is.
 
+    Raises:
+        ValueError: ``cores`` has another number of entries than there are slots.
+
     Attributes:
         events: membership events of the whole run, of hubs that were restarted too; there once it is over.
         reports: all whole reports.
@@ -73,6 +76,8 @@ class ProcessLab:
         threads: int = 1, ledger: bool = True, settings: dict[str, Any] | None = None,
         storage: Callable[[], Storage] | None = None, cores: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
+        if cores is not None and len(cores) != num_slots:
+            raise ValueError(f"cores has {len(cores)} entries: allowed is one per slot, {num_slots}.")
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
@@ -84,13 +89,11 @@ class ProcessLab:
             silence_s=self.config.silence_s, hang_limit_s=self.config.hang_limit_s,
             start_timeout_s=self.config.start_timeout_s, **(settings or {}),
         )  # fmt: skip
-        self.hub = Hub(self.settings)
-        self._address_file = Path(self.directory) / "hub.pickle"
-        self.publish()
         where = storage or partial(LocalStorage, Path(self.directory) / "storage")
         payload = (train_fn, self.directory, self.config, faults or [], threads, ledger, num_slots, where, os.getpid())
         self._payload = cloudpickle.dumps(payload)
-        self.quotas = [CpuQuota(share) for share in cores or ()]
+        self._cores = tuple(cores or ())
+        self.quotas: list[CpuQuota] = []
         self.processes: dict[int, BaseProcess] = {}
         self.restarts = 0
         self._stillborn: Counter[int] = Counter()
@@ -99,6 +102,9 @@ class ProcessLab:
         self.events: list[dict[str, Any]] = []
         self.reports: list[dict[str, Any]] = []
         self.failure: str | None = None
+        self.hub = Hub(self.settings)
+        self._address_file = Path(self.directory) / "hub.pickle"
+        self.publish()
 
     def publish(self) -> None:
         """Write down where the hub is."""
@@ -116,10 +122,10 @@ class ProcessLab:
         """Start or refill a slot."""
         process = _context.Process(target=_work, args=(slot, self._payload), daemon=True)
         process.start()
+        self.processes[slot] = process
         if self.quotas:
             assert process.pid is not None
             self.quotas[slot].add(process.pid)
-        self.processes[slot] = process
         return process
 
     def kill(self, *slots: int) -> None:
@@ -132,11 +138,14 @@ class ProcessLab:
 
         Raises:
             WorkersFailedError: a training function raised, or time ran out.
+        LabError: there are cores given, and quotas cannot be set here.
         """
-        for slot in range(self.num_slots):
-            self.start(slot)
         deadline = time.monotonic() + timeout_s
         try:
+            for share in self._cores:
+                self.quotas.append(CpuQuota(share))
+            for slot in range(self.num_slots):
+                self.start(slot)
             while self.processes:
                 self.hub.acknowledge([r["key"] for r in self.hub.take_reports()])
                 sentinels = [p.sentinel for p in self.processes.values()]
@@ -164,6 +173,7 @@ class ProcessLab:
         self.processes.clear()
         for quota in self.quotas:
             quota.close()
+        self.quotas.clear()
         self._shut_down_hub()
 
     def _stacks(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from raytrain_het.fleet.profile_store import keep_nothing
 from raytrain_het.testing import stop_and_go
 from raytrain_het.testing.cgroups import CpuQuota, LabError, check_cores, join, quotas
 
@@ -96,6 +97,7 @@ class SlowWorkers:
         if self.groups is not None:
             join(self.groups[rank], os.getpid())
         else:
+            keep_nothing()  # Stopped now and again, it looks like a machine of full speed with long breaks.
             _own.append(StopAndGo(self.cores[rank]))
             _own[-1].add(os.getpid())
 

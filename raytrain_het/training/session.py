@@ -33,6 +33,7 @@ from raytrain_het.training.memory import MemoryLimit
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.reporter import Report, Reporter, check_metrics
 from raytrain_het.training.state_server import StateServer
+from raytrain_het.training.step_key import step_key
 from raytrain_het.training.timings import KnownSpeed
 
 logger = logging.getLogger("raytrain_het")
@@ -150,7 +151,9 @@ class Session:
         fingerprint = "/".join(map(str, (self.gradients.layout.fingerprint, *self._data().values())))
         self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
         if self.config.follows_speeds:
-            self._speed = KnownSpeed(self.device, f"{self.gradients.layout.fingerprint}/{plan.dataset_size}")
+            assert self.replica.model is not None
+            model_key = step_key(self.replica.model, plan.dataset_size, self._micro_batch_size)
+            self._speed = KnownSpeed(self.device, model_key)
             self.agent.known = self._speed.told(plan.full_batch)
         self._communicator = Communicator(
             self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +109,17 @@ def test_links_have_their_rate_and_nodes_an_address_each() -> None:
         # 4 MB through 100 Mbit/s, 12.5 MB/s: never in less time, and nothing like what memory would take.
         receive = "import socket; s = socket.create_server(('', 5000)); print(1, flush=True); c = s.accept()[0]\n"
         receive += "while c.recv(1 << 16): pass\nc.send(b'.')"
-        send = f"import socket; s = socket.create_connection(('{subnet}.3', 5000)); s.sendall(bytes(4_000_000))\n"
-        send += "s.shutdown(socket.SHUT_WR); s.recv(1)"
+        send = f"import socket, time; s = socket.create_connection(('{subnet}.3', 5000)); t = time.monotonic()\n"
+        send += "s.sendall(bytes(4_000_000)); s.shutdown(socket.SHUT_WR); s.recv(1); print(time.monotonic() - t)"
         inside = [["ip", "netns", "exec", f"{lab._name}{i}", "python3", "-c"] for i in range(2)]
         receiver = subprocess.Popen([*inside[1], receive], stdout=subprocess.PIPE, text=True)
         receiver.stdout.readline()
-        began = time.monotonic()
-        subprocess.run([*inside[0], send], check=True)
-        taken_s = time.monotonic() - began
+        taken_s = float(subprocess.run([*inside[0], send], check=True, capture_output=True, text=True).stdout)
         receiver.communicate()
     finally:
         lab.close()
-    assert taken_s > 0.9 * 4 / 12.5
+    # At a tenth of the rate, as with a bucket that is too small for a packet, it would take 3.2 s.
+    assert 0.9 * 4 / 12.5 < taken_s < 2.5
     assert lab._name not in network()
 
 
@@ -155,6 +153,48 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         RayLab([Node()]),
     ):
         pass
+
+
+def test_without_ip_the_lab_says_so_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(LabError, match="missing: .*ip and tc"), RayLab([Node()]):
+        pass
+    with pytest.raises(LabError, match="`ip netns list` cannot be run"):
+        cluster._run("ip netns list")
+
+
+def test_a_lab_that_breaks_while_it_is_built_fails_the_test_and_a_lack_skips_it(
+    ray_lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise LabError("node0 ended at once")
+
+    monkeypatch.setattr("raytrain_het.testing.plugin.check", lambda: None)
+    monkeypatch.setattr(RayLab, "__enter__", broken)
+    with pytest.raises(LabError, match="ended at once"):
+        ray_lab([Node()])
+    monkeypatch.setattr("raytrain_het.testing.plugin.check", broken)
+    with pytest.raises(pytest.skip.Exception, match="ended at once"):
+        ray_lab([Node()])
+
+
+def test_a_node_that_ends_at_once_is_not_said_to_be_slow(tmp_path: Path) -> None:
+    lab = RayLab([Node()])
+    lab._folder = tmp_path
+    (tmp_path / "head.log").write_text("no such option")
+    lab._processes.append(subprocess.Popen(["false"]))
+    lab._processes[0].wait()
+    with pytest.raises(LabError, match="head ended at once, with status 1: no such option"):
+        lab._await_start(0)
+
+
+def test_a_network_that_there_is_only_a_route_to_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        "ip -o -4 addr": "2: eth0    inet 10.213.0.7/24 brd 10.213.0.255",
+        "ip -4 route": "10.213.1.0/24 dev eth1\n",
+    }
+    monkeypatch.setattr(cluster, "_run", said.__getitem__)
+    assert cluster._free_network() == "10.213.2"
 
 
 def test_a_plain_lab_says_that_its_nodes_are_not_slow() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from raytrain_het.jobs.display import JsonDisplay, LiveDisplay, PlainDisplay, Rate, make_display
 from raytrain_het.jobs.summary import RUN_KEYS, WORKER_KEYS, size
@@ -86,6 +87,27 @@ def test_the_end_shows_every_worker_the_metrics_and_the_folder(kind: Any) -> Non
     text = stream.getvalue()
     for part in ("share", "received", "10.0.0.1", "2.0 KiB", "accuracy", "1472 samples", "run folder: runs/a"):
         assert part in text
+
+
+def test_scales_and_speeds_are_shown_while_it_runs_and_at_the_end_in_80_columns() -> None:
+    known = {
+        "node_ip": "255.255.255.255", "device": "cuda:0", "score": 12.34, "lr_scale": 0.71, "batch_share": 65536,
+        "compute_s": 12345.6, "wait_s": 1234.5, "bytes_sent": 1000 * 2**30, "bytes_received": 1000 * 2**30,
+    }  # fmt: skip
+    status = {
+        **STATUS, "step": 10**6, "samples": 10**9, "epoch": 99, "fraction_of_aggregate": 0.914,
+        "members": [{"slot": 15, **known}],
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=80)
+    console.print(LiveDisplay(io.StringIO()).picture(status))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("91% of solo speeds", "scale", "0.71", "65536", "12345.6", "1000.0 GiB 1000.0 GiB"):
+        assert part in text
+    assert "…" not in text
+    stream = io.StringIO()
+    end = {**summary(), "effective_batch_size": 471.2, "workers": [{"world_rank": 0, **known}]}
+    PlainDisplay(stream).finish(end, "runs/a")
+    assert "effective batch size 471" in stream.getvalue() and "0.71" in stream.getvalue()
 
 
 def test_a_terminal_gets_the_live_table_and_json_never_does() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from raytrain_het.allocation.batch_shares import StepCost
+from raytrain_het.fleet import profile_store
 from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.fleet.profile_store import ProfileStore
+from raytrain_het.testing import throttle
 
 PROFILE = Profile(
     hardware="AMD EPYC (2 cores)", device="cpu", cores=1.5, num_threads=2, flops={"fp32": Measurement(1e11, 0.01, 5)},
@@ -48,6 +54,51 @@ def test_a_damaged_file_is_the_same_as_none(tmp_path: Path, text: str) -> None:
     assert store.step("box", "net") is None
     store.keep_profile("box", PROFILE)
     assert store.profile("box") == PROFILE
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [("x", None), (0.1, 0.0), (0.1, -1.0), (-0.1, 0.2), (math.nan, 0.2), (0.1, math.inf), (True, 0.2), (0.1, [1])],
+)
+def test_a_kept_cost_that_none_can_be_is_the_same_as_none(tmp_path: Path, cost: tuple[Any, Any]) -> None:
+    store = ProfileStore(tmp_path)
+    store.keep_step("box", "net", StepCost(*cost))
+    assert store.step("box", "net") is None
+    store.keep_step("box", "net", StepCost(0.0, 0.2))
+    assert store.step("box", "net") == StepCost(0.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cores": "many"},
+        {"num_threads": 0},
+        {"hardware": None},
+        {"flops": {"fp32": Measurement(0.0, 0.1, 5)}},
+        {"memory_bandwidth": Measurement(math.nan, 0.1, 5)},
+    ],
+)
+def test_a_kept_profile_that_none_can_be_is_the_same_as_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    store = ProfileStore(tmp_path)
+    store.keep_profile("box", dataclasses.replace(PROFILE, **changes))
+    assert store.profile("box") is None
+
+
+def test_a_worker_that_is_stopped_and_continued_keeps_and_believes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key of its hardware does not show that it is slow."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(profile_store, "_keeps_nothing", False)
+    monkeypatch.setattr(throttle, "StopAndGo", MagicMock())
+    monkeypatch.setattr(throttle, "_own", [])
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    ProfileStore().keep_profile("box", PROFILE)
+    throttle.SlowWorkers((0.5,), None)(0)
+    assert ProfileStore().profile("box") is None
+    ProfileStore().keep_step("box", "net", StepCost(0.1, 0.2))
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    assert ProfileStore(tmp_path / "named").folder == tmp_path / "named"
 
 
 def test_a_store_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

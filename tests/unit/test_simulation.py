@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import raytrain_het as het
 from raytrain_het.cli import main
 from raytrain_het.errors import ConfigError
+from raytrain_het.fleet.cores import CpuLimit
 from raytrain_het.jobs import runner
 from raytrain_het.jobs.simulation import LEFT_CORES, fitting_cores, parse_speeds, verdict
 from raytrain_het.jobs.table import default_job
@@ -125,6 +126,18 @@ def test_simulated_workers_replace_the_jobs_and_shares_follow_speeds(
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first.startswith("simulating 3 workers with ")
     assert "equal shares" in last
+
+
+def test_what_a_quota_leaves_of_the_machine_is_what_is_shared_out(
+    stub: type[StubTrainer], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's cores are fewer than it sees."""
+    monkeypatch.setattr("raytrain_het.fleet.cores.cpu_limit", lambda: CpuLimit(1.4, 0.1))
+    monkeypatch.setattr(runner, "cpu_limit", lambda: CpuLimit(1.4, 0.1))
+    assert main(["train", "--simulate", "1,1"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("simulating 2 workers with 0.50, 0.50 of a core")
+    assert "2 workers on 1.4 cores: they share them" in lines
 
 
 def test_a_job_that_was_named_keeps_its_batches(stub: type[StubTrainer]) -> None:

@@ -21,6 +21,11 @@ def test_a_step_of_any_size_trains_the_model(kind: str) -> None:
         before = [p.detach().clone() for p in step.model.parameters()]
         step(samples)
         assert any(not torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+    step.micro_batch_size = 3
+    passes = []
+    step.model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    step(7)
+    assert passes == [3, 2, 2]
     num_parameters = sum(p.numel() for p in step.model.parameters())
     assert step.gradient_bytes("none") == 4 * num_parameters
     assert step.gradient_bytes("bf16") == 2 * num_parameters

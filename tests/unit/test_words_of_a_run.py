@@ -69,6 +69,22 @@ def test_another_model_under_a_used_name_is_refused_and_other_epochs_are_not(tmp
         check_reuse(resolve(load_job(JOBS / "char_lm.yaml", [*mine, "het.seed=1"])))
 
 
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("digits.yaml", ["lr", "momentum", "weight_decay"]),
+        ("tabular.yaml", ["lr", "l1", "l2"]),
+        ("char_lm.yaml", ["lr"]),
+    ],
+)
+def test_a_setting_that_a_checkpoint_would_bring_back_is_refused(tmp_path: Path, file: str, keys: list[str]) -> None:
+    leave_run(tmp_path, file)
+    for key in keys:
+        job = load_job(JOBS / file, ["name=mine", f"storage={tmp_path}", f"{key}=0.123"])
+        with pytest.raises(ConfigError, match=f"this job has {key}=0.123: .*bring it back.*another --name"):
+            check_reuse(resolve(job))
+
+
 def test_a_complete_run_says_so_without_starting_ray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
