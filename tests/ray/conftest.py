@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,13 @@ sys.path.insert(0, str(_HERE))
 ray = pytest.importorskip("ray")
 import ray_fakes  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
+from ray_waiting import eventually, free  # noqa: E402
 
 from raytrain_het.ray_train.hub import Parts, hub_name  # noqa: E402
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec  # noqa: E402
 from raytrain_het.ray_train.trainer import HetTrainer  # noqa: E402
 
 _GPU_AND_TWO_CPU = (WorkerSpec(resources={"GPU": 1, "CPU": 1}), WorkerSpec(count=2))
-
-
-def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
-    """Poll until the condition holds; returns what it gave."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"not within {timeout_s} s: {what}")
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +46,6 @@ def cluster() -> Iterator[Any]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
-
-
-def free() -> dict[str, float]:
-    """Free CPUs and GPUs of the cluster."""
-    now = ray.available_resources()
-    return {k: now.get(k, 0.0) for k in ("CPU", "GPU")}
 
 
 class FakeRun:

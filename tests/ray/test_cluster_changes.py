@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from conftest import eventually, free
 from ray.util.placement_group import placement_group_table
+from ray_waiting import eventually, free
 
 from raytrain_het.ray_train.scaling import WorkerSpec
 

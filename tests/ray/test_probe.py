@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import eventually, free
+from ray_waiting import eventually, free
 
 from raytrain_het.jobs.probe import run_probe
 from raytrain_het.jobs.probe_report import to_json

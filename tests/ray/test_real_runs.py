@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import ray
-from conftest import eventually
+from ray_waiting import eventually
 
 import raytrain_het as het
 from raytrain_het.ray_train.hub import hub_name

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import ray
 import ray_fakes
-from conftest import eventually
 from ray.util.placement_group import placement_group_table
+from ray_waiting import eventually
 
 from raytrain_het.ray_train.failures import TrainFunctionError
 from raytrain_het.ray_train.scaling import WorkerSpec
