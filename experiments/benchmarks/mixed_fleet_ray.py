@@ -17,7 +17,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,10 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from experiments.benchmarks import common, mixed_fleet
-from experiments.benchmarks.mixed_fleet import Side, gathered, make_data, make_net, solo_speed, timed
-from raytrain_het.allocation.batch_shares import apportion
+from experiments.benchmarks.mixed_fleet import HetSide, Oracle, Side, gathered, make_data, make_net, solo_speed, timed
 from raytrain_het.testing.cluster import Node, RayLab
 
 
@@ -41,21 +37,28 @@ def train_stock(config: dict[str, Any]) -> None:
     """*solo*, *ddp* and *static* in turns, under a stock TorchTrainer."""
     torch.set_num_threads(1)
     context = ray.train.get_context()
-    rank, size, total = context.get_world_rank(), context.get_world_size(), config["total"]
-    data, equal = make_data(), config["total"] // context.get_world_size()
-    solo, ddp = Side(data, make_net()), Side(data, ray.train.torch.prepare_model(make_net()))
-    static = apportion(total, gathered(solo_speed(solo, equal, config["solo_s"]), size))
-    for _ in range(2):  # A worker's speed depends on its batch.
-        static = apportion(total, gathered(solo_speed(solo, static[rank], config["solo_s"]), size))
+    rank, size, total, steps = context.get_world_rank(), context.get_world_size(), config["total"], config["steps"]
+    data, equal = make_data(), total // size
+    solo = Side(data, make_net())
+    ddp, static = (Side(data, ray.train.torch.prepare_model(make_net())) for _ in range(2))
+    oracle = Oracle(total, size)
+
+    def learn() -> list[float]:
+        speeds = gathered(solo_speed(solo, oracle.shares[rank], config["solo_s"]), size)
+        oracle.learn(speeds)
+        return speeds
+
+    for _ in range(2):
+        learn()
     rounds = []
     for _ in range(config["rounds"]):
-        rounds.append({
-            "static_shares": static,
-            "solo_equal": gathered(solo_speed(solo, equal, config["solo_s"]), size),
-            "ddp_s": timed(config["steps"], lambda: ddp.step(equal)),
-            "solo_static": gathered(solo_speed(solo, static[rank], config["solo_s"]), size),
-            "static_s": timed(config["steps"], lambda: ddp.step(static[rank], static[rank] * size / total)),
-        })  # fmt: skip
+        solo_equal = gathered(solo_speed(solo, equal, config["solo_s"]), size)
+        ddp_s = timed(steps, lambda: ddp.step(equal))
+        solo_static = learn()
+        share = oracle.shares[rank]
+        static_s = timed(steps, lambda share=share: static.step(share, share * size / total))
+        rounds.append({"solo_equal": solo_equal, "ddp_s": ddp_s, "solo_static": solo_static, "static_s": static_s,
+                       "static_shares": oracle.shares})  # fmt: skip
     if rank == 0:
         Path(config["results"]).write_text(json.dumps(rounds))
 
@@ -65,43 +68,23 @@ def train_het(config: dict[str, Any]) -> None:
     from raytrain_het.training.session import current
 
     torch.set_num_threads(1)
-    session = current()
-    size, total = config["size"], config["total"]
+    session, size = current(), config["size"]
     if dist.is_initialized():
         dist.destroy_process_group()  # A HetTrainer's default group has one member; here all meet between blocks.
     dist.init_process_group("gloo", init_method=f"file://{config['meet']}", rank=session.slot, world_size=size)
     data = make_data()
-    solo = Side(data, make_net())
-    model = het.prepare_model(make_net())
-    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
-    loader = het.prepare_data_loader(DataLoader(data, shuffle=True, drop_last=True), global_batch_size=total)
-
-    def step(x: torch.Tensor, y: torch.Tensor) -> None:
-        loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    rounds: list[dict[str, Any]] = []
-    block, done, began, num_rounds = config["settle"], 0, 0.0, config["rounds"]
-    for _ in loader.epochs(-(-(config["settle"] + num_rounds * config["steps"]) // len(loader))):
-        for x, y in loader:
-            step(x, y)
-            done += 1
-            if done < block or len(rounds) == num_rounds:
-                continue
-            dist.barrier()
-            taken = (time.perf_counter() - began) / done
-            if block == config["steps"]:
-                share = session._batch_share()
-                rounds.append({
-                    "het_s": taken, "shares": [int(b) for b in gathered(share, size)],
-                    "table": session._agent().record.table,
-                    "solo_het": gathered(solo_speed(solo, share, config["solo_s"]), size),
-                })  # fmt: skip
-            block, done = config["steps"], 0
-            dist.barrier()
-            began = time.perf_counter()
+    solo, ours = Side(data, make_net()), HetSide(data, config["total"])
+    for _ in range(config["settle"]):
+        ours.step()
+    rounds = []
+    for _ in range(config["rounds"]):
+        share = session._batch_share()
+        rounds.append({
+            "shares": [int(b) for b in gathered(share, size)],
+            "solo_het": gathered(solo_speed(solo, share, config["solo_s"]), size),
+            "het_s": timed(config["steps"], ours.step),
+            "table": session._agent().record.table,
+        })  # fmt: skip
     if session.slot == 0:
         Path(config["results"]).write_text(json.dumps(rounds))
 
@@ -140,7 +123,7 @@ def measure(args: Any) -> dict[str, Any]:
         low, high = common.bootstrap_interval(fractions)
         figures[side] = {"fraction": statistics.median(fractions), "low": low, "high": high,
                          "step_s": statistics.median(r[f"{side}_s"] for r in rounds)}  # fmt: skip
-    return figures
+    return figures | {"settings": {name: value for name, value in vars(args).items() if name != "json"}}
 
 
 def main() -> None:
@@ -160,7 +143,7 @@ def main() -> None:
     common.show(f"{title}; shares {last['shares']}, {last['table']} tables", rows)
     for side in ("ddp", "static"):
         print(f"het against {side}: {result['het']['fraction'] / result[side]['fraction']:.3f} times as fast")
-    common.keep(args.json, {"benchmark": "mixed_fleet_ray", "arguments": vars(args) | {"json": None}, **result})
+    common.keep(args.json, {"benchmark": "mixed_fleet_ray", **result})
 
 
 if __name__ == "__main__":
