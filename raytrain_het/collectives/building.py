@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hmac
 import secrets
+import selectors
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable
 
 import torch
@@ -22,8 +23,8 @@ _HELLO = struct.Struct("<16sI")
 """The group's secret, and the rank of who connects."""
 _LOOK_S = 0.05
 """How soon a wait notices that the group is not wanted any more."""
-_HELLO_S = 5.0
-"""Who connects and says nothing for so long is none of ours."""
+_CONNECT_S = 5.0
+"""A host that does not answer for so long is gone."""
 
 
 def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[[], bool]) -> dict[int, socket.socket]:
@@ -40,8 +41,8 @@ def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[
         GroupError: a member is not there any more, or the group is not wanted any more.
     """
     sockets: dict[int, socket.socket] = {}
-    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     try:
+        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
         with socket.create_server((host, 0), family=family, backlog=size) as listener:
             if rank == 0:
                 meeting.set("secret", secrets.token_bytes(16))
@@ -49,15 +50,13 @@ def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[
             secret = meeting.get("secret")
             for peer in range(rank):
                 address, port = meeting.get(f"{peer}").decode().split()
-                sockets[peer] = socket.create_connection((address, int(port)), timeout=_HELLO_S)
+                sockets[peer] = socket.create_connection((address, int(port)), timeout=_CONNECT_S)
                 sockets[peer].sendall(_HELLO.pack(secret, rank))
-            listener.settimeout(_LOOK_S)
-            while len(sockets) < size - 1:
-                if not wanted():
-                    raise GroupError("the group is not wanted any more")
-                accepted = _accepted(listener, secret, wanted)
-                if accepted is not None and rank < accepted[0] < size:
-                    sockets[accepted[0]] = accepted[1]
+            with contextlib.closing(_Callers(listener, secret)) as callers:
+                while len(sockets) < size - 1:
+                    if not wanted():
+                        raise GroupError("the group is not wanted any more")
+                    sockets.update(callers.heard(_LOOK_S))
     except BaseException as error:
         for sock in sockets.values():
             sock.close()
@@ -67,27 +66,53 @@ def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[
     return sockets
 
 
-def _accepted(listener: socket.socket, secret: bytes, wanted: Callable[[], bool]) -> tuple[int, socket.socket] | None:
-    try:
-        sock, _ = listener.accept()
-    except TimeoutError:
-        return None
-    sock.settimeout(_LOOK_S)
-    data, deadline = b"", time.monotonic() + _HELLO_S
-    while len(data) < _HELLO.size and wanted() and time.monotonic() < deadline:
+class _Callers:
+    """Who connects here. Who does not know the secret, or says nothing, holds up nobody else."""
+
+    def __init__(self, listener: socket.socket, secret: bytes) -> None:
+        self._listener, self._secret = listener, secret
+        self._said: dict[socket.socket, bytes] = {}
+        self._selector = selectors.DefaultSelector()
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def heard(self, timeout_s: float) -> dict[int, socket.socket]:
+        """Members that have said hello, by rank."""
+        members = {}
+        for key, _ in self._selector.select(timeout_s):
+            sock = key.fileobj
+            assert isinstance(sock, socket.socket)
+            with contextlib.suppress(BlockingIOError):
+                if sock is self._listener:
+                    caller, _ = sock.accept()
+                    caller.setblocking(False)
+                    self._said[caller] = b""
+                    self._selector.register(caller, selectors.EVENT_READ)
+                elif self._listen(sock):
+                    members[_HELLO.unpack(self._said.pop(sock))[1]] = sock
+        return members
+
+    def close(self) -> None:
+        """The others are none of ours."""
+        for sock in self._said:
+            sock.close()
+        self._selector.close()
+
+    def _listen(self, sock: socket.socket) -> bool:
+        """Whether it has said its hello. Who says something else is let go."""
         try:
-            part = sock.recv(_HELLO.size - len(data))
-        except TimeoutError:
-            continue
-        except OSError:
-            break
-        if not part:
-            break
-        data += part
-    if len(data) == _HELLO.size and hmac.compare_digest(data[:16], secret):
-        return _HELLO.unpack(data)[1], sock
-    sock.close()
-    return None
+            part = sock.recv(_HELLO.size - len(self._said[sock]))
+        except ConnectionError:
+            part = b""
+        self._said[sock] += part
+        if part and len(self._said[sock]) < _HELLO.size:
+            return False
+        self._selector.unregister(sock)
+        if part and hmac.compare_digest(self._said[sock][:16], self._secret):
+            return True
+        del self._said[sock]
+        sock.close()
+        return False
 
 
 class GroupBuilder:

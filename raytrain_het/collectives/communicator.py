@@ -103,13 +103,10 @@ class Communicator:
         return exchange.wires if exchange is not None and exchange.record is record else None
 
     def close(self) -> None:
-        """Stop the thread, and leave the group."""
+        """Stop the thread, which leaves the group."""
         self._closed = True
         self._poller.wake()
         self._thread.join(timeout=2)
-        if not self._thread.is_alive():
-            self._leave_group()
-            self._poller.close()
 
     # ---------------------------------------------------------------- the thread
 
@@ -129,6 +126,9 @@ class Communicator:
                     "traceback is in this worker's log."
                 )
                 self.agent.condition.notify_all()
+        finally:
+            self._leave_group()
+            self._poller.close()
 
     def _turn(self) -> bool:
         """Do the next thing there is to do; False if there is nothing."""
@@ -198,9 +198,10 @@ class Communicator:
             self.agent.condition.notify_all()
 
     def _abort_jobs(self, before: int) -> None:
-        for job in [j for j in self._jobs if j.generation < before]:
-            self._jobs.remove(job)
-            self._end(job, "aborted")
+        for job in self._jobs.copy():  # In one go: another thread appends.
+            if job.generation < before:
+                self._jobs.remove(job)
+                self._end(job, "aborted")
 
     def _interrupted(self, generation: int) -> bool:
         agent, record = self.agent, self.agent.record
@@ -225,9 +226,8 @@ class Communicator:
                 self.agent.suspect(generation, now - started, step)
                 deadline = min(2 * deadline, self._hang_limit_s / 4)
                 suspect_at = now + deadline
-            self._poller.wait(
-                self._group.poll_s if self._group and self._group.poll_s else min(max(suspect_at - now, 0.001), 1.0)
-            )
+            poll_s = self._group.poll_s if self._group is not None else None
+            self._poller.wait(poll_s or (min(max(suspect_at - now, 0.001), 1.0) if peers else 1.0))
 
     def _finish(self, operation: Operation, generation: int, step: int) -> None:
         self._await(lambda: operation.done, generation, step, peers=True)

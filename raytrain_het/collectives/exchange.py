@@ -335,8 +335,7 @@ def one_to_all(
     none, length = torch.zeros(0, dtype=torch.uint8, device=group.device), data.numel()
     ins, outs = [0] * group.size, [0] * group.size
     if group.rank == source:
-        ins = [length if rank in receivers else 0 for rank in range(group.size)]
-        launch(group.all_to_all(none, data.to(group.device).repeat(len(receivers)), outs, ins))
+        launch(group.all_gather(none, data.to(group.device), outs, receivers, flush=True))
     elif group.rank in receivers:
         outs[source] = length
         landed = data if data.device == group.device else data.to(group.device)

@@ -74,9 +74,15 @@ class Group(Protocol):
         """
 
     def all_gather(
-        self, out: torch.Tensor, inp: torch.Tensor, outs: Sequence[int], receivers: Sequence[int]
+        self,
+        out: torch.Tensor,
+        inp: torch.Tensor,
+        outs: Sequence[int],
+        receivers: Sequence[int],
+        *,
+        flush: bool = False,
     ) -> Operation:
         """``inp`` goes to all receivers (this rank is none); rank ``i``'s message lands in its part of ``out``.
 
-        As an all-to-all with ``flush=False``.
+        One of the order as an all-to-all is, and with the same arguments: some members may launch that instead.
         """

@@ -73,7 +73,13 @@ class NcclGroup:
         return operation
 
     def all_gather(
-        self, out: torch.Tensor, inp: torch.Tensor, outs: Sequence[int], receivers: Sequence[int]
+        self,
+        out: torch.Tensor,
+        inp: torch.Tensor,
+        outs: Sequence[int],
+        receivers: Sequence[int],
+        *,
+        flush: bool = False,
     ) -> NcclOperation:
         """See :class:`raytrain_het.collectives.group.Group`."""
         ins = [inp.numel() if rank in receivers else 0 for rank in range(self.size)]

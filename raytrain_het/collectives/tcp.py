@@ -15,6 +15,7 @@ A frame whose operation this member has not come to yet stays in the socket.
 from __future__ import annotations
 
 import collections
+import contextlib
 import selectors
 import socket
 import struct
@@ -37,33 +38,34 @@ _LOW_WATER = 1 << 18
 class TcpOperation:
     """An exchange. Done when all that is expected has come, and, with ``flush``, all that it sends has gone."""
 
-    def __init__(self, group: TcpGroup, tag: int, out: torch.Tensor, splits: Sequence[int]) -> None:
-        self._group, self.tag = group, tag
+    def __init__(self, rank: int, tag: int, out: torch.Tensor, splits: Sequence[int]) -> None:
+        self.tag = tag
         self.missing: dict[int, memoryview] = {}
         """By rank: where its part lands."""
         view, place = _bytes_of(out), 0
         self.own: memoryview | None = None
-        for rank, length in enumerate(splits):
+        for sender, length in enumerate(splits):
             part = view[place : place + length]
             place += length
-            if rank == group.rank:
+            if sender == rank:
                 self.own = part
             elif length:
-                self.missing[rank] = part
+                self.missing[sender] = part
         self.num_unsent = 0
-        self.error: Exception | None = None
+        self.error = ""
+        """Why it has failed. A text: an exception keeps the frames that it went through, and their buffers, alive."""
 
     @property
     def done(self) -> bool:
         """Whether it has ended, well or not."""
-        return self.error is not None or not (self.missing or self.num_unsent)
+        return bool(self.error) or not (self.missing or self.num_unsent)
 
     def result(self) -> None:
         """Raises:
         GroupError: it failed.
         """
-        if self.error is not None:
-            raise self.error
+        if self.error:
+            raise GroupError(self.error)
 
 
 class _Peer:
@@ -82,7 +84,8 @@ class _Peer:
         self.low_water = 1
         self.early: tuple[int, int] | None = None
         """(tag, length) of a frame that nobody expects yet."""
-        self.gone: GroupError | None = None
+        self.gone = ""
+        """Why it is no longer heard."""
 
 
 class TcpGroup:
@@ -117,21 +120,24 @@ class TcpGroup:
         """See :class:`raytrain_het.collectives.group.Group`."""
         for peer in self._peers.values():
             self._watch(peer, 0)
+            with contextlib.suppress(OSError):  # A forked child may hold it too, and would hold up its end.
+                peer.sock.shutdown(socket.SHUT_RDWR)
             peer.sock.close()
             peer.out.clear()
+            peer.operation = peer.rest = None
         self._open.clear()
 
     # ---------------------------------------------------------------- operations
 
     def expect(self, out: torch.Tensor, splits: Sequence[int]) -> TcpOperation:
         """See :class:`raytrain_het.collectives.group.Group`."""
-        operation = TcpOperation(self, self._tag, out, splits)
+        operation = TcpOperation(self.rank, self._tag, out, splits)
         self._tag += 1
         if operation.missing:
             self._open[operation.tag] = operation
         for rank in list(operation.missing):
             peer = self._peers[rank]
-            if peer.gone is not None:
+            if peer.gone:
                 operation.error = peer.gone
             elif peer.early is not None and peer.early[0] == operation.tag:
                 (_, length), peer.early = peer.early, None
@@ -156,12 +162,18 @@ class TcpGroup:
         return self._send(expected or self.expect(out, outs), parts, flush)
 
     def all_gather(
-        self, out: torch.Tensor, inp: torch.Tensor, outs: Sequence[int], receivers: Sequence[int]
+        self,
+        out: torch.Tensor,
+        inp: torch.Tensor,
+        outs: Sequence[int],
+        receivers: Sequence[int],
+        *,
+        flush: bool = False,
     ) -> TcpOperation:
         """See :class:`raytrain_het.collectives.group.Group`."""
         view = _bytes_of(inp)
         parts = [view if rank in receivers else view[:0] for rank in range(self.size)]
-        return self._send(self.expect(out, outs), parts, False)
+        return self._send(self.expect(out, outs), parts, flush)
 
     def _send(self, operation: TcpOperation, parts: list[memoryview], flush: bool) -> TcpOperation:
         if operation.own is not None and len(operation.own):
@@ -170,7 +182,7 @@ class TcpGroup:
             part = parts[peer.rank]
             if len(part):
                 self._give(peer, operation if flush else None, part, operation.tag)
-        if operation.error is not None:
+        if operation.error:
             self._open.pop(operation.tag, None)
         return operation
 
@@ -192,7 +204,7 @@ class TcpGroup:
 
     def _lost(self, peer: _Peer, error: OSError) -> None:
         """Whatever needs this peer has failed; what others send is still taken."""
-        peer.gone = GroupError(f"the connection to rank {peer.rank} is lost: {error}")
+        peer.gone = f"the connection to rank {peer.rank} is lost: {error}"
         self._watch(peer, 0)
         waiting = [operation for _, operation in peer.out if operation is not None]
         peer.out.clear()
@@ -201,7 +213,7 @@ class TcpGroup:
             self._open.pop(operation.tag, None)
 
     def _give(self, peer: _Peer, operation: TcpOperation | None, part: memoryview, tag: int) -> None:
-        if peer.gone is not None:
+        if peer.gone:
             if operation is not None:
                 operation.error = peer.gone
             return

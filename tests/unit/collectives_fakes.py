@@ -36,7 +36,9 @@ class FakeGroup:
     def expect(self, out: torch.Tensor, splits: list[int]) -> None:
         pass
 
-    def all_gather(self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], receivers: list[int]) -> None:
+    def all_gather(
+        self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], receivers: list[int], *, flush: bool = False
+    ) -> None:
         ins = [inp.numel() if rank in receivers else 0 for rank in range(self.size)]
         self.all_to_all(out, inp.repeat(len(receivers)), outs, ins)
 

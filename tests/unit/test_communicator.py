@@ -1,0 +1,89 @@
+"""The communication thread's odd corners, with the thread left out where a test takes its place."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain_het.collectives import communicator
+from raytrain_het.collectives.communicator import Communicator
+from raytrain_het.collectives.jobs import StepJob
+from raytrain_het.collectives.layout import Layout
+
+
+def new_communicator() -> Communicator:
+    agent = SimpleNamespace(
+        record=None, void=0, answered=0, gone=None, condition=threading.Condition(), on_message={}, on_reconnect=[],
+        suspect=lambda *_: None, member=SimpleNamespace(slot=3),
+    )  # fmt: skip
+    layout = Layout([("a", torch.zeros(4))], [], 16)
+    return Communicator(agent, layout, advance=None, resync_bytes=0, hang_limit_s=1e9)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def comm(monkeypatch: pytest.MonkeyPatch) -> Communicator:
+    monkeypatch.setattr(Communicator, "_run", lambda self: None)
+    return new_communicator()
+
+
+def test_a_long_wait_for_the_own_backward_pass_is_one_wait_and_not_a_thousand(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, waits = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(communicator, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def wait(timeout_s: float) -> None:
+        waits.append(timeout_s)
+        clock.now += 100.0
+
+    monkeypatch.setattr(comm, "_poller", SimpleNamespace(wait=wait))
+    comm._await(lambda: len(waits) == 3, 0, 1, peers=False)
+    assert waits == [1.0, 1.0, 1.0]
+    waits.clear()
+    comm._await(lambda: len(waits) == 2, 0, 1, peers=True)
+    assert 0 < waits[0] <= 1.0
+
+
+def test_a_job_may_be_submitted_while_others_are_given_up(comm: Communicator) -> None:
+    class Old(StepJob):
+        """The training thread submits the next one just when this one is looked at."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "generation" and not object.__getattribute__(self, "used"):
+                comm.submit(StepJob(7, 2))
+            return object.__getattribute__(self, name)
+
+    jobs = [Old(3, 1), Old(3, 2)]
+    comm._jobs.extend(jobs)
+    comm._abort_jobs(before=5)
+    assert [job.outcome for job in jobs] == ["aborted", "aborted"]
+    assert {job.generation for job in comm._jobs} == {7}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_thread_leaves_its_group_and_its_sockets_however_it_ends(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def turn(self: Communicator) -> bool:
+        go_on.wait(10)
+        if fails:
+            raise MemoryError("no more")
+        return False
+
+    monkeypatch.setattr(Communicator, "_turn", turn)
+    comm = new_communicator()
+    left = threading.Event()
+    comm._group = SimpleNamespace(leave=left.set)  # type: ignore[assignment]
+    go_on.set()
+    if not fails:
+        comm.close()
+    assert left.wait(10)
+    comm._thread.join(10)
+    assert comm._poller._inner.fileno() == -1
+    assert (comm.agent.gone is not None) == fails
