@@ -181,6 +181,7 @@ class Gradients:
                 raise ConfigError(f"parameter {self._name(index)!r} has a sparse gradient: build it with sparse=False.")
             if self._job.contributes and self._weight:
                 self._gather(index, grad)
+                p.grad = None
             elif self._last and not self._touched[index]:
                 self._zero(index)
             if self._last:
