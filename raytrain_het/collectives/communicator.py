@@ -92,6 +92,8 @@ class Communicator:
 
     def bucket_ready(self, job: StepJob, count: int) -> None:
         """The first ``count`` buckets of the job are filled."""
+        if count == job.ready:
+            return
         if count == len(self.layout.buckets):
             job.ready_at = time.monotonic()
         job.ready = count

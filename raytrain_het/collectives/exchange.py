@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from raytrain_het.collectives.group import Group, Operation
-from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
+from raytrain_het.collectives.header import Header, HeaderPlace, header_bytes, header_place, read_header, write_header
 from raytrain_het.collectives.layout import Bucket, Layout, aligned, shard_bounds
 from raytrain_het.compression import CODECS, Codec
 from raytrain_het.errors import ProtocolError
@@ -110,6 +110,16 @@ class Exchange:
         self._scatter_out = [torch.empty(sum(p.scatter_out), dtype=torch.uint8, device=device) for p in self._plans]
         self._gather_in = [torch.empty(p.own, dtype=torch.uint8, device=device) for p in self._plans]
         self._gathered = [torch.empty(sum(p.gather_out), dtype=torch.uint8, device=device) for p in self._plans]
+        self._outgoing = [
+            _parts(m, p.scatter_in, len(b.segments))
+            for b, m, p in zip(layout.buckets, self._scatter_in, self._plans, strict=True)
+        ]
+        """By bucket and owner: where the header of what this member sends is, and the payload."""
+        self._incoming = [
+            _parts(m, p.scatter_out, len(b.segments))
+            for b, m, p in zip(layout.buckets, self._scatter_out, self._plans, strict=True)
+        ]
+        """By bucket and sender: the same of what it receives."""
         # What the owners sent, this one included (the first copy of what it sends), are the kept sums of the last step,
         # until the next step's headers confirm it.
         self._own: list[torch.Tensor | None] = [None] * len(self._plans)
@@ -189,17 +199,13 @@ class Exchange:
         Without ``local`` what was gathered in :attr:`wires` is sent.
         """
         plan, message = self._plans[bucket.index], self._scatter_in[bucket.index]
-        place = 0
         if local is None:
             self._own[bucket.index] = self._own_wires[bucket.index]
-        for owner, length in enumerate(plan.scatter_in):
-            if place == 0:
-                write_header(header, len(bucket.segments), message[: plan.header])
-            else:
-                message[place : place + plan.header] = message[: plan.header]
-            if local is not None and self._sends[self.rank]:
-                self._encode_shard(bucket, owner, local, message[place + plan.header : place + length])
-            place += length
+        outgoing = self._outgoing[bucket.index]
+        write_header(header, len(bucket.segments), *(place for place, _ in outgoing))
+        if local is not None and self._sends[self.rank]:
+            for owner, (_, body) in enumerate(outgoing):
+                self._encode_shard(bucket, owner, local, body)
         self._count(plan.scatter_out, plan.scatter_in)
         expected, self._expected[bucket.index] = self._expected[bucket.index], None
         return self.group.all_to_all(
@@ -222,14 +228,13 @@ class Exchange:
 
     def reduce(self, bucket: Bucket, sums: Sums) -> Operation:
         """Read all headers, add up the owned shard, and send it to all."""
-        plan, message = self._plans[bucket.index], self._scatter_out[bucket.index]
-        headers, bodies, place = [], [], 0
-        for sender, length in enumerate(plan.scatter_out):
-            header = read_header(message[place : place + plan.header], len(bucket.segments))
+        plan = self._plans[bucket.index]
+        headers, bodies = [], []
+        for sender, (place, body) in enumerate(self._incoming[bucket.index]):
+            header = read_header(place, len(bucket.segments))
             self._check(header, bucket, sums.step, sender)
             headers.append(header)
-            bodies.append(message[place + plan.header : place + length])
-            place += length
+            bodies.append(body)
         self._note(headers, bucket, sums)
         own = self._own[bucket.index]
         if own is not None:
@@ -326,6 +331,12 @@ class Exchange:
     def _count(self, outs: list[int], ins: list[int]) -> None:
         self.traffic.sent += sum(ins) - ins[self.rank]
         self.traffic.received += sum(outs) - outs[self.rank]
+
+
+def _parts(message: torch.Tensor, lengths: list[int], num_segments: int) -> list[tuple[HeaderPlace, torch.Tensor]]:
+    """Header and payload of each part of a message."""
+    header = header_bytes(num_segments)
+    return [(header_place(part, num_segments), part[header:]) for part in message.split(lengths)]
 
 
 def one_to_all(

@@ -7,6 +7,7 @@ contiguous slice of that window, so when members come and go the next window is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -183,9 +184,15 @@ def slice_of(batch: range, shares: Sequence[float], member: int) -> range:
     """
     if not 0 <= member < len(shares):
         raise IndexError(f"member={member} is not one of {len(shares)} members.")
-    counts = apportion(len(batch), shares)
+    counts = _counts(len(batch), tuple(shares))
     start = batch.start + sum(counts[:member])
     return range(start, start + counts[member])
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(total: int, shares: tuple[float, ...]) -> list[int]:
+    # The same at nearly every step.
+    return apportion(total, shares)
 
 
 def micro_batches(slice: range, size: int | None, *, least: int = 1) -> list[range]:

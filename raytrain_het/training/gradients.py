@@ -278,6 +278,8 @@ class Gradients:
 
         ``b + sum_i w_i (b_i - b) / sum_i w_i``; whole numbers are rounded.
         """
+        if not self._buffers:
+            return
         place, live = 0, self._live_buffers()
         before, self._before = self._before or live, []
         with torch.no_grad():

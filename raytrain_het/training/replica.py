@@ -27,6 +27,7 @@ class Replica:
         self.model: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.registered: dict[str, Any] = {}
+        self._places: list[tuple[str, nn.Module, str]] | None = None
 
     def register(self, name: str, obj: Any) -> None:
         """Keep an object's ``state_dict`` in step with the model.
@@ -49,7 +50,7 @@ class Replica:
         """Buffers, registered objects and the optimizer's settings: what a step done again has to start from."""
         assert self.model is not None
         return {
-            "buffers": {name: b.detach().clone() for name, b in self.model.named_buffers()},
+            "buffers": {name: b.detach().clone() for name, b in self._buffers()},
             "registered": {name: _deepcopy(obj.state_dict(), _clone) for name, obj in self.registered.items()},
             "hyperparameters": self.hyperparameters(),
         }
@@ -66,8 +67,21 @@ class Replica:
         self.set_hyperparameters(light["hyperparameters"])
         if buffers:
             with torch.no_grad():
-                for name, buffer in self.model.named_buffers():
+                for name, buffer in self._buffers():
                     buffer.copy_(light["buffers"][name])
+
+    def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As the model's ``named_buffers()``, without a walk through the model at every step."""
+        assert self.model is not None
+        if self._places is None:
+            self._places = [
+                (name, self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+                for name, _ in self.model.named_buffers()
+            ]
+        for name, module, attribute in self._places:
+            buffer = getattr(module, attribute)
+            if buffer is not None:
+                yield name, buffer
 
     def hyperparameters(self) -> Hyperparameters:
         """The optimizer's settings by parameter group (rate, momentum, ...)."""
