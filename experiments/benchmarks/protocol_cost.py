@@ -5,7 +5,8 @@ one. CPU time does not count waiting. In every worker:
 
 - *main*: CPU time of the training thread in a step of ours, less that in the same step (same batch, same optimizer,
   without any hooks) of a second copy of the model, in blocks that take turns, and less the tensor work on gradients;
-- *communication*: CPU time of the communication thread, less the tensor work on messages;
+- *communication*: CPU time of the communication thread, less the tensor work on messages, and less the system call in
+  which it waits for peers (*waiting*: what falling asleep and waking up takes, ten times a step);
 - *reader*: CPU time of the thread that listens to the hub.
 
 Tensor work is weighting gradients into buckets, the check for finiteness, encoding, summing, decoding: what DDP does
@@ -17,6 +18,7 @@ sum of the three: 2 ms or less, at the median over workers.
 from __future__ import annotations
 
 import functools
+import selectors
 import statistics
 import threading
 import time
@@ -93,13 +95,14 @@ def thread_cpu_s() -> dict[str, float]:
 
 def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> dict[str, float]:
     """Runs in every worker; milliseconds per step by part."""
-    on_gradients, on_messages = Stopwatch(), Stopwatch()
+    on_gradients, on_messages, on_waiting = Stopwatch(), Stopwatch(), Stopwatch()
     on_gradients.wrap(gradients_module.Gradients, "_gather")
     on_gradients.wrap(gradients_module, "_is_finite")
     for name in ("_encode_shard", "_sum_shard", "decode"):
         on_messages.wrap(Exchange, name)
     for name in ("_serve", "_give"):
         on_messages.wrap(TcpGroup, name)
+    on_waiting.wrap(selectors.DefaultSelector, "select")
     data = common.make_data(4096)
     plain = common.make_model(size)
     plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
@@ -122,16 +125,12 @@ def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> 
         for _ in loader.epochs(10**9):
             yield from loader
 
-    results: dict[str, list[float]] = {"main": [], "communication": [], "reader": [], "transfer": []}
+    results: dict[str, list[float]] = {"main": [], "communication": [], "reader": [], "transfer": [], "waiting": []}
     batches = endless()
     for block in range(blocks + 1):
         plain_s = plain_block()
-        threads, tensors, messages, began = (
-            thread_cpu_s(),
-            on_gradients.total_s,
-            on_messages.total_s,
-            time.thread_time(),
-        )
+        tensors, messages, waiting = on_gradients.total_s, on_messages.total_s, on_waiting.total_s
+        threads, began = thread_cpu_s(), time.thread_time()
         for _ in range(steps):
             x, y = next(batches)
             loss = F.cross_entropy(model(x), y)
@@ -140,13 +139,15 @@ def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> 
             optimizer.step()
         main_s, after = time.thread_time() - began, thread_cpu_s()
         tensors, messages = on_gradients.total_s - tensors, on_messages.total_s - messages
+        waiting = on_waiting.total_s - waiting
         if block == 0:
             continue  # Joining the run is no step.
         for name, value in (
             ("main", main_s - plain_s - tensors),
-            ("communication", after["het-communication"] - threads["het-communication"] - messages),
+            ("communication", after["het-communication"] - threads["het-communication"] - messages - waiting),
             ("reader", after["het-member"] - threads["het-member"]),
             ("transfer", tensors + messages),
+            ("waiting", waiting),
         ):
             results[name].append(1000 * value / steps)
     return {name: statistics.median(values) for name, values in results.items()}
