@@ -258,6 +258,24 @@ def test_what_cannot_be_trained_is_refused_before_joining(tmp_path, kwargs, num_
         alone(lambda: prepare(**kwargs), tmp_path, num_slots=num_slots)
 
 
+def test_a_gradient_is_let_go_as_soon_as_it_is_gathered_and_its_mean_is_there_after_the_pass(tmp_path):
+    def train():
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+        model, optimizer, loader = prepare(model)
+        later, seen = list(model[1].parameters()), []
+        model[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append([q.grad for q in later]))
+        for _ in loader.epochs(1):
+            for (x,) in loader:
+                optimizer.zero_grad()
+                model(x).mean().backward()
+                seen.append([q.grad.shape for q in later])
+                optimizer.step()
+        return seen
+
+    during, after = [None, None], [torch.Size([1, 4]), torch.Size([1])]
+    assert alone(train, tmp_path) == [during, after] * 4
+
+
 def test_a_checkpoint_of_another_model_is_refused_and_the_difference_named(tmp_path):
     def write():
         model, optimizer, loader = prepare(torch.nn.Linear(3, 2))
