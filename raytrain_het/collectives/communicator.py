@@ -34,6 +34,7 @@ logger = logging.getLogger("raytrain_het")
 Cursor = dict[str, int]
 FIRST_DEADLINE_S = 2.0
 DEADLINE_MARGIN_S = 0.15
+LOOK_AT_PATHS_S = 0.5
 _CONFIRM = Bucket(0xFFFF, torch.uint8, ())
 
 
@@ -64,6 +65,8 @@ class Communicator:
         self.follow_starts = 0
         """Grows whenever following starts anew."""
         self.traffic = Traffic()
+        self.paths_s: list[tuple[int, float]] = []
+        """What was last seen of the ways to the peers: (slot, seconds for this member's whole gradient)."""
         self.step_s = 0.0
         """Typical duration of a step, from which the deadline follows."""
         self._outs = [torch.zeros(b.numel, dtype=b.dtype) for b in layout.buckets]
@@ -75,6 +78,7 @@ class Communicator:
         self._kept: tuple[int, Callable[[], torch.Tensor]] = (-1, lambda: torch.zeros(0))
         """The last step that this member has the sums of, and how to pack them for one that has not."""
         self._position = 0
+        self._looked_at_paths = 0.0
         self._broken = 0
         self._closed = False
         self._meetings = MeetingPlace(agent)
@@ -103,6 +107,11 @@ class Communicator:
         """Where gradients of a step of this generation can be gathered, by bucket."""
         exchange = self._exchange
         return exchange.wires if exchange is not None and exchange.record is record else None
+
+    def take_paths(self) -> list[tuple[int, float]]:
+        """What was seen of the ways to the peers since the last call."""
+        paths, self.paths_s = self.paths_s, []
+        return paths
 
     def close(self) -> None:
         """Stop the thread, which leaves the group."""
@@ -338,8 +347,16 @@ class Communicator:
         self._decode(exchange, gathers[-1], buckets[-1], job)
         self._kept = (job.step, lambda: replay.pack(sums, exchange, self.layout))
         self._collect_traffic()
+        self._look_at_paths(exchange)
         points.reach("decoded", job.step)
         job.sums = sums
+
+    def _look_at_paths(self, exchange: Exchange) -> None:
+        now = time.monotonic()
+        if now - self._looked_at_paths >= LOOK_AT_PATHS_S:
+            self._looked_at_paths, members = now, exchange.record.members
+            rates = exchange.group.rates()
+            self.paths_s = [(members[rank].slot, exchange.gradient_bytes / rate) for rank, rate in rates.items()]
 
     def _decode(self, exchange: Exchange, gather: Operation, bucket: Bucket, job: StepJob) -> None:
         self._finish_of_step(gather, job)

@@ -133,6 +133,11 @@ class Exchange:
         self._sum = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in most.items()}
         self._scratch = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in most.items()}
 
+    @cached_property
+    def gradient_bytes(self) -> int:
+        """Of this member's whole gradient on the wire."""
+        return sum(self._codec(self.rank, b).capacity_bytes(b.numel, b.dtype) for b in self.layout.buckets)
+
     def _codec(self, rank: int, bucket: Bucket) -> Codec:
         return self._dense if bucket.is_state else self._codecs[rank]
 

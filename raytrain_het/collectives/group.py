@@ -73,6 +73,9 @@ class Group(Protocol):
             GroupError: a peer is gone.
         """
 
+    def rates(self) -> dict[int, float]:
+        """By rank: bytes per second that it has lately taken of what was sent to it; empty where that is not known."""
+
     def all_gather(
         self,
         out: torch.Tensor,

@@ -58,6 +58,10 @@ class NcclGroup:
     def expect(self, out: torch.Tensor, splits: Sequence[int]) -> None:
         """Nothing comes in before both sides have launched."""
 
+    def rates(self) -> dict[int, float]:
+        """Not known."""
+        return {}
+
     def all_to_all(
         self, out: torch.Tensor, inp: torch.Tensor, outs: Sequence[int], ins: Sequence[int], expected: Any = None,
         *, flush: bool = True,

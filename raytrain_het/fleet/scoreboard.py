@@ -9,6 +9,8 @@ from typing import Any
 
 from raytrain_het.allocation.batch_shares import StepCost, apportion, balanced_shares, proportional_shares
 from raytrain_het.allocation.learning_rate import lr_scales, normalised_scores
+from raytrain_het.allocation.owner_shards import busiest_link_s, owner_parts
+from raytrain_het.fleet.paths import Paths
 from raytrain_het.fleet.profile import Profile
 from raytrain_het.fleet.scores import Policy
 from raytrain_het.fleet.scores import scores as scores_by
@@ -16,6 +18,8 @@ from raytrain_het.fleet.speeds import Speeds, slowest
 
 MIN_GAIN = 0.02
 """A new table has to promise a step that is shorter by this part, and by as much as the estimates may be off."""
+LINK_PART = 0.1
+"""Links that are busy for less than this part of a step are not looked at: other things count then."""
 NUM_NEEDED = 3
 """So many steps of every worker are seen before shares follow from them, after each change."""
 
@@ -33,6 +37,13 @@ class Table:
     predicted_step_s: float | None
     """A whole step's time; None where only the hardware is known, and without messages in a run's first table."""
     reason: str
+    links_s: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Seconds for a whole gradient over a worker's link, where links are slow enough to matter; else empty."""
+
+    @property
+    def unhurried_s(self) -> float:
+        """A link may be busy for so long in a step in any case."""
+        return LINK_PART * (self.predicted_step_s or 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that survives JSON."""
@@ -58,17 +69,22 @@ class Scoreboard:
         self.alpha, self.balance, self.given, self.spares, self.policy = alpha, balance, shares, spares, policy
         self.table: Table | None = None
         self.global_batch_size = 0
-        self._speeds = Speeds()
+        self._speeds, self._paths = Speeds(), Paths()
         self._besides_s = 0.0
         """What the table in force reckons with besides its slowest worker."""
 
     def introduce(self, slot: int, profile: Profile) -> None:
         """See :meth:`Speeds.introduce`."""
         self._speeds.introduce(slot, profile)
+        self._paths.forget(slot)
 
     def observe(self, slot: int, samples: int, seconds: float, cycle_s: float | None = None) -> None:
         """See :meth:`Speeds.observe`."""
         self._speeds.observe(slot, samples, seconds, cycle_s)
+
+    def observe_paths(self, slot: int, paths_s: Mapping[int, float]) -> None:
+        """See :meth:`Paths.observe`."""
+        self._paths.observe(slot, paths_s)
 
     # ---------------------------------------------------------------- tables
 
@@ -125,7 +141,27 @@ class Scoreboard:
         if self.alpha != 0 and (self.table is None or self._moved(scores, self.table.scores)):
             reason = "scores are known now" if self.table is None else "scores have changed"
             return self._issue(scores, now, reason, step_s=before, besides_s=besides_s)
-        return None
+        return self._lighter_links(scores, now, step_s=before, besides_s=besides_s)
+
+    def _lighter_links(
+        self, scores: dict[int, float], shares: dict[int, int], *, step_s: float, besides_s: float
+    ) -> Table | None:
+        """The same shares, and owner shards that keep the busiest link much shorter."""
+        links = self._paths.links_s(scores)
+        if not links:
+            return None
+        speeds, known, unhurried_s = [1.0] * len(scores), list[float](), 0.0
+        if self.table is not None:
+            speeds = [self.table.scores.get(slot, 1.0) for slot in scores]
+            known = [self.table.links_s[slot] for slot in scores if slot in self.table.links_s]
+            unhurried_s = self.table.unhurried_s
+        there = list(links.values())
+        now = busiest_link_s(owner_parts(speeds, known if len(known) == len(there) else [], unhurried_s), there)
+        best = busiest_link_s(owner_parts(list(scores.values()), there, LINK_PART * step_s), there)
+        if now - best < LINK_PART * step_s:
+            return None
+        reason = f"owner shards by links: the busiest one needs {1000 * best:.4g} ms a step instead of {1000 * now:.4g}"
+        return self._issue(scores, shares, reason, step_s=step_s, besides_s=besides_s, links_s=links)
 
     def _from_profiles(self, slots: list[int], policy: str | Policy, reason: str) -> Table | None:
         profiles = {slot: self._speeds.profiles[slot] for slot in slots if slot in self._speeds.profiles}
@@ -143,11 +179,13 @@ class Scoreboard:
 
     def _issue(
         self, scores: dict[int, float], shares: dict[int, int], reason: str, *, step_s: float | None = None,
-        besides_s: float = 0.0,
+        besides_s: float = 0.0, links_s: Mapping[int, float] | None = None,
     ) -> Table:  # fmt: skip
+        before = self.table.links_s if self.table is not None else {}
         self.table = Table(
             version=self.table.version + 1 if self.table is not None else 1, scores=scores,
             lr_scales=lr_scales(scores, self.alpha), shares=shares, predicted_step_s=step_s, reason=reason,
+            links_s=dict(before if links_s is None else links_s),
         )  # fmt: skip
         self._besides_s = besides_s
         self._speeds.table_issued()

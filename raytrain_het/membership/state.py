@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -539,7 +539,7 @@ class Membership:
             normalised=self.settings.lr_scale_normalisation == "mean",
             table=self.table.version if self.table else 0,
             speeds=(speeds := self._speeds(peers)),
-            owners=tuple(owner_parts([s if p.healed else 0.0 for s, p in zip(speeds, peers, strict=True)])),
+            owners=self._owners(speeds, peers),
             codecs=(self.settings.codec,) * len(peers),
             cursor=base,
             source=source.member.uid,
@@ -577,6 +577,13 @@ class Membership:
         if sum(shares) == 0:
             shares = [1.0 if p.healed else 0.0 for p in peers]
         return tuple(shares)
+
+    def _owners(self, speeds: Sequence[float], peers: list[Peer]) -> tuple[float, ...]:
+        table, links = self.table, list[float]()
+        if table is not None and table.links_s:
+            links = self._by_slot(table.links_s, peers)
+        healed = [s if p.healed else 0.0 for s, p in zip(speeds, peers, strict=True)]
+        return tuple(owner_parts(healed, links, table.unhurried_s if table is not None else 0.0))
 
     def _fit_table(self, peers: list[Peer], now: float) -> None:
         """Who has come, perhaps with other hardware than its predecessor, gets a share of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,8 +66,10 @@ class CpuSplit:
 class Timings:
     """Collects (samples, own seconds, seconds of the whole step) and sends them now and again."""
 
-    def __init__(self, agent: MemberAgent, global_batch_size: int) -> None:
-        self._agent, self._global_batch_size = agent, global_batch_size
+    def __init__(
+        self, agent: MemberAgent, global_batch_size: int, paths_s: Callable[[], list[tuple[int, float]]] = list
+    ) -> None:
+        self._agent, self._global_batch_size, self._paths_s = agent, global_batch_size, paths_s
         self._latest: deque[tuple[int, float]] = deque(maxlen=NUM_LATEST)
         self._steps: list[tuple[int, float, float]] = []
         self._num_seen = 0
@@ -87,7 +90,9 @@ class Timings:
         self._steps.append((samples, own_s, cycle_s))
         now = time.monotonic()
         if now - self._last_sent >= INTERVAL_S:
-            self._agent.tell("timing", global_batch_size=self._global_batch_size, steps=self._steps)
+            self._agent.tell(
+                "timing", global_batch_size=self._global_batch_size, steps=self._steps, paths_s=self._paths_s()
+            )
             self._steps, self._last_sent = [], now
 
     def learnt(self, start: StepCost | None) -> StepCost | None:

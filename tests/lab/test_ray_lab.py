@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -95,6 +96,26 @@ def test_the_faster_node_gets_the_larger_share_and_nothing_is_left_behind(ray_la
     assert not any(runs(pid) for pid in processes)
     assert lab._name not in network()
     assert not lab._folder.exists()
+
+
+@needs_root
+def test_a_worker_behind_a_slow_link_comes_to_own_nothing_of_the_reduction(ray_lab: Any, tmp_path: Path) -> None:
+    lab = ray_lab([Node(cores=0.5, rate_mbit=400), Node(cores=0.5, rate_mbit=400), Node(cores=0.5, rate_mbit=20)])
+    trainer = het.HetTrainer(
+        make_train_fn(),
+        train_loop_config={"epochs": 10},
+        scaling_config=het.HetScalingConfig(workers="auto"),
+        run_config=ray.train.RunConfig(name="lab", storage_path=str(tmp_path)),
+    )
+    trainer.fit()
+    events = [json.loads(line) for line in (tmp_path / "lab" / "events.jsonl").read_text().splitlines()]
+    slots = {w["node_ip"]: str(w["world_rank"]) for w in trainer.summary["workers"]}
+    fast, second, slow = (slots[ip] for ip in lab.node_ips)
+    table = next(e for e in events if e["kind"] == "table" and e["reason"].startswith("owner shards by links"))
+    links_s = table["links_s"]
+    # 20 Mbit/s are 2.5 MB/s, for 0.53 MB of gradients; the first look may fall into a burst.
+    assert 0.1 < links_s[slow] < 0.45
+    assert max(links_s[fast], links_s[second]) < links_s[slow] / 4
 
 
 @needs_root

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from raytrain_het.allocation.owner_shards import owner_parts
+from raytrain_het.allocation.owner_shards import busiest_link_s, link_parts, owner_parts
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,44 @@ def test_all_is_owned_and_nobody_owns_more_than_twice_an_equal_part(speeds: list
     assert sum(parts) == pytest.approx(1)
     assert max(parts) <= 2 / len(speeds) + 1e-9
     assert parts == sorted(parts, reverse=True)
+
+
+LINKS = [[1, 1, 1, 10], [1, 1, 1], [3, 1, 1, 1, 2], [5, 5, 1, 1], [1, 4, 9]]
+
+
+@pytest.mark.parametrize("links_s", LINKS)
+def test_no_other_parts_keep_the_busiest_link_shorter(links_s: list[float]) -> None:
+    grid = 20
+    best = min(
+        busiest_link_s([n / grid for n in cut], links_s)
+        for cut in itertools.product(range(grid + 1), repeat=len(links_s))
+        if sum(cut) == grid
+    )
+    parts = link_parts(links_s)
+    assert sum(parts) == pytest.approx(1) and min(parts) >= 0
+    assert busiest_link_s(parts, links_s) <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("links_s", LINKS)
+@pytest.mark.parametrize("speeds", [[1, 1, 1, 1, 1], [1, 2, 3, 4, 5], [5, 1, 1, 1, 1], [1, 0.1, 0.1, 0.1, 9]])
+def test_slow_links_have_the_last_word(links_s: list[float], speeds: list[float]) -> None:
+    speeds = speeds[: len(links_s)]
+    parts = owner_parts(speeds, links_s)
+    assert sum(parts) == pytest.approx(1) and min(parts) >= 0
+    assert busiest_link_s(parts, links_s) <= busiest_link_s(link_parts(links_s), links_s) * (1 + 1e-6)
+
+
+def test_a_member_behind_a_slow_link_owns_nothing_and_the_others_all() -> None:
+    assert owner_parts([1, 1, 1, 1], [0.01, 0.01, 0.01, 1.0]) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+
+
+def test_links_that_a_step_has_time_for_change_nothing() -> None:
+    assert owner_parts([4, 3, 2, 1], [1, 1, 1, 2], unhurried_s=10) == owner_parts([4, 3, 2, 1])
+
+
+def test_of_two_members_links_change_nothing() -> None:
+    assert owner_parts([2, 1], [1, 100]) == owner_parts([2, 1])
+
+
+def test_who_owns_nothing_since_it_is_not_healed_owns_nothing_with_links_too() -> None:
+    assert owner_parts([0, 1, 1, 1], [1, 1, 1, 1])[0] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -93,6 +94,18 @@ def test_every_part_of_whatever_length_lands_in_its_place(mesh: Any, size: int) 
     for i in range(size):
         operations[i].result()
         assert torch.equal(outs[i], torch.cat([filled(lengths[j][i], 10 * j + i) for j in range(size)]))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the rates are Linux's estimates")
+def test_a_path_that_was_used_has_a_rate_that_memory_can_have(mesh: Any) -> None:
+    whole = mesh(2)
+    out = empty(4 * LONG)
+    operations = [
+        whole.groups[0].all_to_all(empty(0), filled(4 * LONG, 1), [0, 0], [0, 4 * LONG]),
+        whole.groups[1].all_to_all(out, empty(0), [4 * LONG, 0], [0, 0]),
+    ]
+    whole.drive(lambda: all(op.done for op in operations))
+    assert 1e6 < whole.groups[0].rates()[1] < 1e12
 
 
 def test_a_sum_goes_to_all_others_from_one_place(mesh: Any) -> None:

@@ -1,0 +1,101 @@
+"""What is learnt of links from a run's own messages, and that owner shards follow where links hold steps up."""
+
+from __future__ import annotations
+
+import pytest
+
+from raytrain_het.fleet.paths import WINDOW, Paths
+from raytrain_het.fleet.scoreboard import Scoreboard, Table
+
+SLOTS = range(4)
+
+
+def told(paths: Paths | Scoreboard, links_s: list[float]) -> None:
+    """Each path is as fast as the slower one of its two links."""
+    observe = paths.observe if isinstance(paths, Paths) else paths.observe_paths
+    for slot, mine in enumerate(links_s):
+        observe(slot, {peer: max(mine, theirs) for peer, theirs in enumerate(links_s) if peer != slot})
+
+
+def test_a_link_is_as_fast_as_the_best_path_from_and_to_it() -> None:
+    paths = Paths()
+    told(paths, [1.0, 1.0, 3.0, 9.0])
+    assert paths.links_s(SLOTS) == {0: 1.0, 1: 1.0, 2: 3.0, 3: 9.0}
+    assert paths.links_s([1, 2]) == {1: 3.0, 2: 3.0}
+
+
+def test_the_slower_direction_counts() -> None:
+    paths = Paths()
+    paths.observe(0, {1: 1.0})
+    paths.observe(1, {0: 5.0})
+    assert paths.links_s([0, 1]) == {0: 5.0, 1: 5.0}
+
+
+def test_nothing_is_known_before_all_paths_ends_are() -> None:
+    paths = Paths()
+    paths.observe(0, {1: 1.0})
+    assert paths.links_s([0, 1]) == {}
+
+
+def test_a_look_that_shows_less_changes_nothing_until_all_do() -> None:
+    paths = Paths()
+    for _ in range(WINDOW):
+        told(paths, [1.0, 1.0])
+    told(paths, [7.0, 7.0])
+    assert paths.links_s([0, 1]) == {0: 1.0, 1: 1.0}
+    for _ in range(WINDOW):
+        told(paths, [7.0, 7.0])
+    assert paths.links_s([0, 1]) == {0: 7.0, 1: 7.0}
+
+
+def test_who_comes_to_a_slot_has_a_link_of_its_own() -> None:
+    paths = Paths()
+    told(paths, [1.0, 1.0, 9.0])
+    paths.forget(2)
+    assert paths.links_s(range(3)) == {} and paths.links_s([0, 1]) == {0: 1.0, 1: 1.0}
+
+
+class Fleet:
+    """Four equal workers and a step of 100 ms besides the links' part of it."""
+
+    def __init__(self, links_s: list[float]) -> None:
+        self.board, self.links_s, self.tables = Scoreboard(), links_s, list[Table]()
+        self.board.global_batch_size = 400
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            told(self.board, self.links_s)
+            for slot in SLOTS:
+                self.board.observe(slot, 100, 0.1, 0.1)
+            table = self.board.better(SLOTS, dict.fromkeys(SLOTS, 100))
+            if table is not None:
+                self.tables.append(table)
+
+
+def test_a_slow_link_that_a_step_waits_for_makes_a_table_once_and_shares_stay() -> None:
+    fleet = Fleet([0.01, 0.01, 0.01, 0.2])
+    fleet.steps(30)
+    (table,) = fleet.tables
+    assert table.links_s == dict(enumerate(fleet.links_s))
+    assert set(table.shares.values()) == {100}
+    assert table.reason == "owner shards by links: the busiest one needs 200 ms a step instead of 300"
+
+
+@pytest.mark.parametrize("links_s", [[0.004, 0.004, 0.004, 0.008], [0.2, 0.2, 0.2, 0.2]])
+def test_links_that_are_fast_or_alike_make_none(links_s: list[float]) -> None:
+    fleet = Fleet(links_s)
+    fleet.steps(30)
+    assert fleet.tables == []
+
+
+def test_a_later_table_keeps_what_is_known_of_links() -> None:
+    fleet = Fleet([0.01, 0.01, 0.01, 0.2])
+    fleet.steps(5)
+    for _ in range(20):
+        for slot in SLOTS:
+            fleet.board.observe(slot, 100, 0.3 if slot == 0 else 0.1, 0.3)
+        table = fleet.board.better(SLOTS, dict.fromkeys(SLOTS, 100))
+        if table is not None:
+            break
+    assert table is not None and "a step of" in table.reason
+    assert table.links_s == dict(enumerate(fleet.links_s))
