@@ -119,6 +119,11 @@ class FakeSession:
     def order(self) -> str | None:
         return ray.get(self.hub.order.remote(self.slot))
 
+    def wait_for_all(self) -> None:
+        """Until every slot's worker has joined."""
+        while len(ray.get(self.hub.peek.remote("members"))) < ray.get(self.hub.peek.remote("settings")).num_slots:
+            time.sleep(0.05)
+
     def report(self, step: int, metrics: dict[str, float], directory: str | None = None) -> None:
         path = None
         if directory:

@@ -148,6 +148,7 @@ def report_four_times() -> None:
     import tempfile
 
     session = ray_fakes.current
+    session.wait_for_all()
     if session.slot == 0:
         for step in (1, 2, 3, 4):
             with tempfile.TemporaryDirectory() as directory:
