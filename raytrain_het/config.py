@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from raytrain_het.errors import ConfigError
 
@@ -25,6 +27,29 @@ def _is_whole(value: object, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
+Config = TypeVar("Config")
+
+
+def names_unknown_fields(cls: type[Config]) -> type[Config]:
+    """A dataclass that answers to a misspelt field with a :class:`ConfigError` that names the nearest right one."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Config, *values: Any, **named: Any) -> None:
+        known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+        for name in named.keys() - set(known):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            fix = f"Write {near[0]}={named[name]!r}" if near else "Leave it out"
+            raise ConfigError(
+                f"{cls.__name__}({name}={named[name]!r}): there is no such setting. {fix}. Allowed: {', '.join(known)}."
+            )
+        init(self, *values, **named)
+
+    cls.__init__ = checked  # type: ignore[assignment, method-assign]
+    return cls
+
+
+@names_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class HetConfig:
     """Settings of the step protocol and of membership.

@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+MOST = 2.0**30
+"""Scales are from 1 over this to this: single precision does not see a weight beside one that is so much larger."""
+
 
 def normalised_scores(scores: Mapping[int, float]) -> dict[int, float]:
     """Scores ``p_i`` by worker, scaled to mean 1.
@@ -30,7 +33,7 @@ def lr_scales(scores: Mapping[int, float], alpha: float) -> dict[int, float]:
     """``r_i = p_i^-alpha`` by worker, with scores of mean 1. ``alpha`` 0 gives 1 for all.
 
     Raises:
-        ValueError: ``alpha`` is not finite, or a score is no finite number above 0, or a scale would not be one.
+        ValueError: ``alpha`` is not finite, or a score is no finite number above 0, or a scale is beyond ``MOST``.
     """
     if not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha!r} is not valid: allowed is a finite number. Write alpha=0.0 for the mean.")
@@ -42,11 +45,11 @@ def _scale(worker: int, score: float, alpha: float) -> float:
         scale = score**-alpha
     except OverflowError:
         scale = math.inf
-    if not 0 < scale < math.inf:
+    if not 1 / MOST <= scale <= MOST:
         raise ValueError(
             f"alpha={alpha!r} is not valid for worker {worker}: with its score of {score:.4g} its learning-rate scale "
-            f"score^-alpha is {scale!r}, and allowed is a finite number above 0. Write an alpha nearer to 0; 1.0 "
-            "counts every worker the same."
+            f"score^-alpha is {scale:.4g}, and allowed is {1 / MOST:.2g} to {MOST:.2g}, since gradients are summed in "
+            "single precision. Write an alpha nearer to 0; 1.0 counts every worker the same."
         )
     return scale
 

@@ -114,6 +114,8 @@ class LiveDisplay:
         self.live = Live(console=self.console, refresh_per_second=4, transient=True)
         self.events: deque[str] = deque(maxlen=num_events)
         self.rate = Rate()
+        self.speeds: dict[int, dict[str, Any]] = {}
+        """By slot: what was last known, since a worker that has gone has no speed."""
 
     def __enter__(self) -> Display:
         self.live.__enter__()
@@ -141,7 +143,11 @@ class LiveDisplay:
             f"{status.get('state', 'starting')}: step {status.get('step', 0)}, epoch {status.get('epoch', 0)}, "
             f"{number(round(rate))} samples/s{_together(status)}, generation {status.get('generation', 0)}"
         )
-        members = [{**member, "world_rank": member["slot"]} for member in status.get("members", ())]
+        members = []
+        for member in status.get("members", ()):
+            speeds = self.speeds.setdefault(member["slot"], {})
+            speeds |= {key: member[key] for key in ("score", "lr_scale") if member.get(key) is not None}
+            members.append({**member, **speeds, "world_rank": member["slot"]})
         vacant = [f"worker {slot} is not there" for slot in status.get("vacant", ())]
         return Group(heading, worker_table(members), *vacant, *self.events)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.fleet.links import Link, probe_links, slowest_link
 from raytrain_het.fleet.prediction import Advice, Machine, advice
 from raytrain_het.fleet.profile import Profile
@@ -84,6 +85,7 @@ def run_probe(
         with ray_session(address, num_cpus=1), ray_workers(job, say) as workers:
             devices = _hardware_of(workers, seconds_each, say)
             return _finish(devices, job, workers, step_seconds, say)
+    _warn_if_busy(say)
     devices = _local_hardware(seconds_each, say)
     with local_workers(job, say) as workers:
         return _finish(devices, job, workers, step_seconds, say)
@@ -95,6 +97,15 @@ def _finish(
     links = _links(workers, say)
     model = _model(job, workers, links, seconds, say) if job is not None else None
     return ProbeResult(devices, links, model)
+
+
+def _warn_if_busy(say: Say) -> None:
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cpu_limit().cores
+    if load > cores:
+        say(
+            f"others keep this machine busy (load {load:.3g} on {cores:.3g} cores): what follows is what they leave, "
+            "and runs start from it until you measure again"
+        )
 
 
 def _local_hardware(seconds_each: float, say: Say) -> list[Device]:

@@ -179,8 +179,10 @@ def _sentences(model: ModelResult) -> list[str]:
         lines.append(f"worker {i} ({worker.profile.device} on {worker.node}) costs more than it gives: leave it out")
     if given.costs_more:
         lines.append(f"without: {_rate(given.without_them.samples_per_s)} samples/s")
+    edge = given.best_batch_size >= BATCH_BOUND * model.global_batch_size
     lines.append(
-        f"best global batch up to {BATCH_BOUND} times the job's: {given.best_batch_size}, with "
+        f"best global batch up to {BATCH_BOUND} times the job's: {given.best_batch_size}"
+        f"{' or more' if edge else ''}, with "
         f"{_rate(given.best_samples_per_s)} samples/s; {given.enough_batch_size} gives 95 % of it or more"
     )
     if model.job.het.shares != "auto":

@@ -110,7 +110,7 @@ def run_job(
             display.finish(summary, folder)
     except Interrupted as end:
         last = last_checkpoint_of(job.storage, job.name)
-        end.hint = f"; run --name {job.name} again to go on from {last}" if last is not None else ""
+        end.hint = f"; the same command with --name {job.name} goes on from {last}" if last is not None else ""
         raise
     return summary
 

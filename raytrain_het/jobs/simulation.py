@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.validation import plural
 
 MAX_WORKERS = 16
 MIN_CORES = 0.02
@@ -97,7 +98,7 @@ def check_alone(*, workers: object, address: str | None) -> None:
 def announcement(cores: Sequence[float], how: str) -> str:
     """What is being simulated."""
     parts = ", ".join(f"{c:.2f}" for c in cores)
-    return f"simulating {len(cores)} workers with {parts} of a core, each held back {how}"
+    return f"simulating {plural(len(cores), 'worker')} with {parts} of a core, each held back {how}"
 
 
 def verdict(summary: Mapping[str, Any], cores: Sequence[float]) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.validation import plural
 
 HELD_OUT = 0.2
 """This part of the rows is held out."""
@@ -436,9 +437,10 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
     if classify:
         values, codes = np.unique(table.column(target).to_numpy(), return_inverse=True)
         if not 2 <= len(values) <= MAX_CLASSES:
+            fix = "Write task: regression, or another target" if len(values) > MAX_CLASSES else "Write another target"
             raise ConfigError(
-                f"target={target!r} has {len(values)} different values: allowed for a classification are 2 to "
-                f"{MAX_CLASSES}. Write task: regression, or another target."
+                f"target={target!r} has {plural(len(values), 'different value')}: allowed for a classification are 2 "
+                f"to {MAX_CLASSES}. {fix}."
             )
         classes, y = [str(v) for v in values], codes.astype(np.int64)
         digest.update(y.data)

@@ -81,7 +81,7 @@ def _structure(kind: Any, value: Any, path: Where) -> Iterator[tuple[Where, str]
             if key in hints:
                 yield from _structure(hints[key], inner, (*path, key))
             else:
-                yield (*path, key), _unknown(key, inner, list(hints))
+                yield (*path, key), _unknown(path, key, inner, list(hints))
     elif item is not None and isinstance(value, list):
         for i, inner in enumerate(value):
             yield from _structure(item, inner, (*path, i))
@@ -89,9 +89,12 @@ def _structure(kind: Any, value: Any, path: Where) -> Iterator[tuple[Where, str]
         yield path, f"={shown(value)} is not valid: allowed is {_allowed(kind)}."
 
 
-def _unknown(key: object, value: object, known: list[str]) -> str:
+def _unknown(path: Where, key: object, value: object, known: list[str]) -> str:
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? Write {near[0]}: {shown(value)}" if near else "remove it"
+    hint = "remove it"
+    if near:
+        on_command_line = f"--set {dotted((*path, near[0]))}={shown(value)}"
+        hint = f"did you mean {near[0]!r}? Write {on_command_line}, in a file {near[0]}: {shown(value)}"
     return f"={shown(value)}: there is no such key; {hint}. Allowed: {', '.join(known)}."
 
 

@@ -52,8 +52,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
-            f"job file {str(path)!r} does not exist. Name a YAML file, or leave it out for the digits job: "
-            "raytrain-het train"
+            f"job file {str(path)!r} does not exist. Name a YAML file; the digits are in experiments/jobs/digits.yaml, "
+            "and what `raytrain-het train` trains without a file"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"job file {str(path)!r} cannot be read: {error}. Name a YAML text file.") from None

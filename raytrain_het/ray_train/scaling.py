@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raytrain_het.config import names_unknown_fields
 from raytrain_het.errors import ConfigError
 from raytrain_het.ray_train import versions  # noqa: F401  (checks Ray before its private modules are used)
 from raytrain_het.ray_train.resources import SlotSpec
@@ -25,6 +26,7 @@ _INSTEAD = {
 }
 
 
+@names_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
     """So many workers of one kind.

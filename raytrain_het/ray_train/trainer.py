@@ -98,6 +98,8 @@ class HetTrainer(TorchTrainer):
                 "that the cluster has."
             )
         _check_signature(train_loop_per_worker)
+        if scaling_config.slots is not None:
+            _check_shares(het_config, len(scaling_config.slots))
         self.het_config = het_config
         self.on_update = on_update
         self.summary: dict[str, Any] = {}

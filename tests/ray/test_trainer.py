@@ -42,8 +42,10 @@ def test_a_training_function_with_two_arguments_is_refused() -> None:
 
 
 def test_shares_must_be_as_many_as_workers(start: Any) -> None:
-    run = start(workers=[WorkerSpec(count=2)], het_config=HetConfig(shares=(3, 2, 1)))
     with pytest.raises(ConfigError, match=r"3 numbers, the run has 2 workers.*shares=\[1, 1\]"):
+        start(workers=[WorkerSpec(count=2)], het_config=HetConfig(shares=(3, 2, 1)))
+    run = start(workers="auto", het_config=HetConfig(shares=tuple(range(1, 100))))
+    with pytest.raises(ConfigError, match="99 numbers, the run has"):
         run.join()
 
 

@@ -110,6 +110,15 @@ def test_scales_and_speeds_are_shown_while_it_runs_and_at_the_end_in_80_columns(
     assert "effective batch size 471" in stream.getvalue() and "0.71" in stream.getvalue()
 
 
+def test_what_was_known_of_a_workers_speed_stays_when_it_has_gone() -> None:
+    display = LiveDisplay(io.StringIO())
+    known = {"slot": 0, "score": 1.25, "lr_scale": 0.71}
+    display.picture({"members": [known]})
+    console = Console(file=io.StringIO(), width=80)
+    console.print(display.picture({"members": [{"slot": 0, "score": None, "lr_scale": None}]}))
+    assert "1.25" in console.file.getvalue() and "0.71" in console.file.getvalue()
+
+
 def test_a_terminal_gets_the_live_table_and_json_never_does() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

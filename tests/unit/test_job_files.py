@@ -51,6 +51,8 @@ def test_an_unknown_key_is_named_by_its_path_with_the_nearest_right_key(override
     message = error_of(override)
     assert f"--set {override.partition('=')[0]}" in message
     assert f"did you mean '{near}'?" in message
+    path, _, value = override.replace("bf16", "'bf16'").partition("=")
+    assert f"Write --set {'.'.join([*path.split('.')[:-1], near])}={value}, in a file {near}: {value}" in message
 
 
 def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError, ResourceError
 from raytrain_het.ray_train.resources import NodeShape, check_feasible, matches, resolve_auto, shapes_of
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
@@ -16,6 +17,17 @@ def node(name: str, *, labels: dict[str, str] | None = None, alive: bool = True,
 
 def specs(*workers: WorkerSpec) -> tuple:
     return HetScalingConfig(list(workers)).slots
+
+
+def test_a_misspelt_setting_is_refused_with_the_nearest_right_one() -> None:
+    with pytest.raises(ConfigError, match=r"WorkerSpec\(recources=\{'CPU': 2\}\).*Write resources=\{'CPU': 2\}"):
+        WorkerSpec(recources={"CPU": 2})  # type: ignore[call-arg]
+    with pytest.raises(
+        ConfigError, match=r"HetConfig\(aplha=0.5\): there is no such setting. Write alpha=0.5. Allowed: "
+    ):
+        HetConfig(aplha=0.5)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"HetConfig\(zzz=1\).*Leave it out"):
+        HetConfig(zzz=1)  # type: ignore[call-arg]
 
 
 def test_auto_gives_one_worker_per_gpu_and_one_per_cpu_only_node() -> None:

@@ -412,6 +412,9 @@ def test_an_alpha_beyond_what_a_number_holds_is_refused_with_the_worker() -> Non
         lr_scales({0: 0.1, 1: 1.9}, 500)
     with pytest.raises(ValueError, match=r"alpha=-2000.*worker 0"):
         lr_scales({0: 0.1, 1: 1.9}, -2000)
+    with pytest.raises(ValueError, match=r"alpha=1000 .*worker 0.*single precision"):
+        lr_scales({0: 0.77, 1: 1.23}, 1000)
+    assert lr_scales({0: 0.1, 1: 1.9}, 8) == pytest.approx({0: 1e8, 1: 1.9**-8})
     assert effective_batch_size([50, 50], [1e200, 1e-200]) == pytest.approx(50)
 
 

@@ -202,7 +202,7 @@ GOOD = "a,b,c\n" + "1,2,3\n" * 20
             "missing, NaN or infinite \\('kind': 3; the table has 21",
             {"task": "classification"},
         ),
-        (GOOD, "'c' has 1 different values", {"task": "classification"}),
+        (GOOD, "'c' has 1 different value: allowed", {"task": "classification"}),
         ("a,a,b\n" + "1,2,3\n" * 20, "columns of the same name: 'a'", {}),
         ("a,b\n" + "1,2\n" * 5, "has 5 rows", {}),
     ],
