@@ -64,12 +64,14 @@ class Holder:
         """Answers once the resources are held."""
 
 
-def test_all_placement_groups_go_when_the_controller_is_killed(start: Any) -> None:
+def test_all_placement_groups_go_when_the_controller_is_killed(cluster: Any, start: Any) -> None:
     run = start()
     pids = [m["pid"] for m in run.members(3).values()]
     assert len(placed()) == 3
     run.call("set", state="running")
-    controllers = [a for a in ray.util.state.list_actors() if "HetController" in a.class_name and a.state == "ALIVE"]
+    # With the address: Ray would ask the newest cluster of this machine, whoever's it is.
+    actors = ray.util.state.list_actors(address=cluster.address)
+    controllers = [a for a in actors if "HetController" in a.class_name and a.state == "ALIVE"]
     os.kill(controllers[0].pid, signal.SIGKILL)
     eventually(lambda: not placed(), "placement groups removed", 30)
     eventually(lambda: not any(alive(p) for p in pids), "worker processes gone", 30)
