@@ -37,7 +37,7 @@ def names_unknown_fields(cls: type[Config]) -> type[Config]:
     @functools.wraps(init)
     def checked(self: Config, *values: Any, **named: Any) -> None:
         known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-        for name in named.keys() - set(known):
+        for name in sorted(named.keys() - set(known)):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             fix = f"Write {near[0]}={named[name]!r}" if near else "Leave it out"
             raise ConfigError(

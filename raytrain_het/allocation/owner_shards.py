@@ -12,14 +12,18 @@ LEAST = 0.25
 """A part of less than so many times an equal one is not worth the wait for a slow member's answer."""
 
 
+LINK_SLACK = 1.2
+"""A link may be busy for so many times as long as it must be: a slow owner holds a step up more than that."""
+
+
 def owner_parts(speeds: Sequence[float], links_s: Sequence[float] = (), unhurried_s: float = 0.0) -> list[float]:
     """Parts by member, summing to 1: in proportion to ``p_i^3``, at most ``2/N``, and none where it would be tiny.
 
     Every bucket's reduction waits for its slowest owner, between two exchanges, and a slow member has the least time to
     spare. Members of equal speed own equal parts. A speed of 0 owns nothing.
 
-    Where links are slow, they have the last word: no member owns more than its link can carry in the time ``T`` that
-    the busiest link needs at the least, see :func:`link_parts`.
+    Where links are slow, they have the last word, also over those bounds: no member owns more than its link can carry
+    in ``1.2 T``, with ``T`` what the busiest link needs at the least, see :func:`link_parts`.
 
     Args:
         speeds: by member.
@@ -33,7 +37,7 @@ def owner_parts(speeds: Sequence[float], links_s: Sequence[float] = (), unhurrie
         return parts  # Of two, each sends and receives the gradient once, whoever owns what.
     owners = [i for i, speed in enumerate(speeds) if speed > 0]
     links = [links_s[i] for i in owners]
-    limit_s = max(busiest_link_s(link_parts(links), links), unhurried_s)
+    limit_s = max(LINK_SLACK * busiest_link_s(link_parts(links), links), unhurried_s)
     limits = dict(zip(owners, _carried(limit_s, links), strict=True))
     return _limited(parts, [limits.get(i, 0.0) for i in range(len(speeds))], speeds)
 
@@ -70,12 +74,17 @@ def _carried(limit_s: float, links_s: Sequence[float]) -> list[float]:
 
 
 def _limited(parts: Sequence[float], limits: Sequence[float], speeds: Sequence[float]) -> list[float]:
-    """The parts, none above its limit; what is cut off goes to those with room, the faster the more."""
+    """The parts, none above its limit; what is cut off goes to those with room, the faster the more.
+
+    Who has no part gets one only when all others are full.
+    """
     given = [min(part, limit) for part, limit in zip(parts, limits, strict=True)]
     missing = sum(parts) - sum(given)
     while missing > 1e-9:
         room = [limit - part for part, limit in zip(given, limits, strict=True)]
         wishes = [speed if space > 1e-12 else 0.0 for speed, space in zip(speeds, room, strict=True)]
+        wanted = [wish if part > 0 else 0.0 for wish, part in zip(wishes, parts, strict=True)]
+        wishes = wanted if sum(wanted) else wishes
         if not sum(wishes):
             break
         more = [min(missing * wish / sum(wishes), space) for wish, space in zip(wishes, room, strict=True)]

@@ -96,12 +96,11 @@ class Communicator:
 
     def bucket_ready(self, job: StepJob, count: int) -> None:
         """The first ``count`` buckets of the job are filled."""
-        if count == job.ready:
-            return
         if count == len(self.layout.buckets):
             job.ready_at = time.monotonic()
-        job.ready = count
-        self._poller.wake()
+        if count > job.ready:
+            job.ready = count
+            self._poller.wake()
 
     def wires(self, record: Record) -> list[list[Wire] | None] | None:
         """Where gradients of a step of this generation can be gathered, by bucket."""
@@ -266,6 +265,7 @@ class Communicator:
             self._leave_group()
             group = self._group = self._build(record, rank)
         self._collect_traffic()
+        self.paths_s = []  # Another worker may have come to a slot.
         self._exchange = Exchange(record, rank, self.layout, group)
         replayed = self._replay(record, rank) if record.behind else None
         if self.agent.uid in record.unhealed and self.followed_to != record.cursor:

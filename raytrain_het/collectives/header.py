@@ -57,11 +57,14 @@ def write_header(header: Header, num_segments: int, *places: HeaderPlace) -> Non
     )
     data += header.used.to_bytes((num_segments + 7) // 8, "little")
     data = data.ljust(header_bytes(num_segments), b"\0")
+    on_device: torch.Tensor | None = None
     for place in places:
         if isinstance(place, memoryview):
             place[:] = data
+        elif on_device is None:
+            on_device = place.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         else:
-            place.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            place.copy_(on_device)
 
 
 def read_header(message: HeaderPlace, num_segments: int) -> Header:

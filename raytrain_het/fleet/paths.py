@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Mapping
 
+NUM_LOOKS = 3
+"""A path that was looked at less often, just after a connection was made say, tells little."""
 WINDOW = 8
 """So many last looks at a path count, of which there are at most two a second."""
 
@@ -25,16 +27,20 @@ class Paths:
         """By slot: seconds that its link takes for a whole gradient, one way; empty while somebody's is not known.
 
         That of the best path from it or to it, whichever of the two is worse. A path shows less than the link can carry
-        when little is sent on it, several share the link, or the other end is slower, and never more.
+        when little is sent on it, several share the link, or the other end is slower; and somewhat more in a burst.
         """
         links: dict[int, float] = {}
         for slot in slots:
-            out = [min(self._paths[slot, peer]) for peer in slots if (slot, peer) in self._paths]
-            into = [min(self._paths[peer, slot]) for peer in slots if (peer, slot) in self._paths]
+            out = [min(seen) for peer in slots if (seen := self._seen(slot, peer))]
+            into = [min(seen) for peer in slots if (seen := self._seen(peer, slot))]
             if not out or not into:
                 return {}
             links[slot] = max(min(out), min(into))
         return links
+
+    def _seen(self, sender: int, receiver: int) -> deque[float] | tuple[float, ...]:
+        seen = self._paths.get((sender, receiver), ())
+        return seen if len(seen) >= NUM_LOOKS else ()
 
     def forget(self, slot: int) -> None:
         """Another worker has come to that slot, perhaps on another machine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ MIN_GAIN = 0.02
 """A new table has to promise a step that is shorter by this part, and by as much as the estimates may be off."""
 LINK_PART = 0.1
 """Links that are busy for less than this part of a step are not looked at: other things count then."""
+LINK_ROUNDS = 3
+"""So many rounds in a row other owners must look better; twice as many after each table for that reason."""
 NUM_NEEDED = 3
 """So many steps of every worker are seen before shares follow from them, after each change."""
 
@@ -39,6 +42,11 @@ class Table:
     reason: str
     links_s: dict[int, float] = dataclasses.field(default_factory=dict)
     """Seconds for a whole gradient over a worker's link, where links are slow enough to matter; else empty."""
+
+    def links_of(self, slots: Iterable[int]) -> list[float]:
+        """``links_s`` in that order, the median for who is not in it; empty if links do not matter."""
+        usual = statistics.median(self.links_s.values()) if self.links_s else 0.0
+        return [self.links_s.get(slot, usual) for slot in slots] if self.links_s else []
 
     @property
     def unhurried_s(self) -> float:
@@ -70,6 +78,7 @@ class Scoreboard:
         self.table: Table | None = None
         self.global_batch_size = 0
         self._speeds, self._paths = Speeds(), Paths()
+        self._link_rounds, self._link_rounds_needed = 0, LINK_ROUNDS
         self._besides_s = 0.0
         """What the table in force reckons with besides its slowest worker."""
 
@@ -153,15 +162,28 @@ class Scoreboard:
         speeds, known, unhurried_s = [1.0] * len(scores), list[float](), 0.0
         if self.table is not None:
             speeds = [self.table.scores.get(slot, 1.0) for slot in scores]
-            known = [self.table.links_s[slot] for slot in scores if slot in self.table.links_s]
-            unhurried_s = self.table.unhurried_s
+            known, unhurried_s = self.table.links_of(scores), self.table.unhurried_s
         there = list(links.values())
-        now = busiest_link_s(owner_parts(speeds, known if len(known) == len(there) else [], unhurried_s), there)
+        now = busiest_link_s(owner_parts(speeds, known, unhurried_s), there)
         best = busiest_link_s(owner_parts(list(scores.values()), there, LINK_PART * step_s), there)
-        if now - best < LINK_PART * step_s:
+        by_speed = busiest_link_s(owner_parts(list(scores.values())), there)
+        fast_again = bool(known) and by_speed <= LINK_PART * step_s / 2
+        if now - best < LINK_PART * step_s and not fast_again:
+            self._link_rounds = 0
             return None
-        reason = f"owner shards by links: the busiest one needs {1000 * best:.4g} ms a step instead of {1000 * now:.4g}"
-        return self._issue(scores, shares, reason, step_s=step_s, besides_s=besides_s, links_s=links)
+        self._link_rounds += 1
+        if self._link_rounds < self._link_rounds_needed:
+            return None
+        self._link_rounds, self._link_rounds_needed = 0, 2 * self._link_rounds_needed
+        reason = "owner shards by speed again: links are fast now"
+        if not fast_again:
+            reason = (
+                f"owner shards by links: the busiest one needs about {1000 * best:.4g} ms a step instead of "
+                f"{1000 * now:.4g}"
+            )
+        return self._issue(
+            scores, shares, reason, step_s=step_s, besides_s=besides_s, links_s={} if fast_again else links
+        )
 
     def _from_profiles(self, slots: list[int], policy: str | Policy, reason: str) -> Table | None:
         profiles = {slot: self._speeds.profiles[slot] for slot in slots if slot in self._speeds.profiles}
@@ -182,10 +204,12 @@ class Scoreboard:
         besides_s: float = 0.0, links_s: Mapping[int, float] | None = None,
     ) -> Table:  # fmt: skip
         before = self.table.links_s if self.table is not None else {}
+        if before and links_s is None:  # They matter: as they are by now.
+            links_s = self._paths.links_s(scores) or before
         self.table = Table(
             version=self.table.version + 1 if self.table is not None else 1, scores=scores,
             lr_scales=lr_scales(scores, self.alpha), shares=shares, predicted_step_s=step_s, reason=reason,
-            links_s=dict(before if links_s is None else links_s),
+            links_s=dict(links_s or {}),
         )  # fmt: skip
         self._besides_s = besides_s
         self._speeds.table_issued()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections import Counter
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.fleet.links import Link, probe_links, slowest_link
 from raytrain_het.fleet.prediction import Advice, Machine, advice
 from raytrain_het.fleet.profile import Profile
@@ -100,10 +100,12 @@ def _finish(
 
 
 def _warn_if_busy(say: Say) -> None:
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cpu_limit().cores
+    load, cores = 0.0, os.cpu_count() or 1  # Of the whole machine, both.
+    with contextlib.suppress(OSError, AttributeError):
+        load = os.getloadavg()[0]
     if load > cores:
         say(
-            f"others keep this machine busy (load {load:.3g} on {cores:.3g} cores): what follows is what they leave, "
+            f"others keep this machine busy (load {load:.3g} on {cores} cores): what follows is what they leave, "
             "and runs start from it until you measure again"
         )
 

@@ -554,7 +554,7 @@ class Membership:
         self._log(
             "formed", now, number=self.number, base=base["step"], slots=[p.member.slot for p in peers],
             unhealed=[p.member.slot for p in peers if not p.healed], reason=self._reason, reset=reset,
-            table=self.record.table,
+            table=self.record.table, owners=[round(part, 4) for part in self.record.owners],
         )  # fmt: skip
         for peer in peers:
             if peer.phase is Phase.JOINING:
@@ -579,9 +579,8 @@ class Membership:
         return tuple(shares)
 
     def _owners(self, speeds: Sequence[float], peers: list[Peer]) -> tuple[float, ...]:
-        table, links = self.table, list[float]()
-        if table is not None and table.links_s:
-            links = self._by_slot(table.links_s, peers)
+        table = self.table
+        links = table.links_of(p.member.slot for p in peers) if table is not None else []
         healed = [s if p.healed else 0.0 for s, p in zip(speeds, peers, strict=True)]
         return tuple(owner_parts(healed, links, table.unhurried_s if table is not None else 0.0))
 

@@ -190,9 +190,9 @@ def slice_of(batch: range, shares: Sequence[float], member: int) -> range:
 
 
 @functools.lru_cache(maxsize=64)
-def _counts(total: int, shares: tuple[float, ...]) -> list[int]:
+def _counts(total: int, shares: tuple[float, ...]) -> tuple[int, ...]:
     # The same at nearly every step.
-    return apportion(total, shares)
+    return tuple(apportion(total, shares))
 
 
 def micro_batches(slice: range, size: int | None, *, least: int = 1) -> list[range]:

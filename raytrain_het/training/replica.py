@@ -71,12 +71,16 @@ class Replica:
                     buffer.copy_(light["buffers"][name])
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """As the model's ``named_buffers()``, without a walk through the model at every step."""
+        """As the model's ``named_buffers()``, without a walk through the model at every step.
+
+        Those that the modules had at the first one, also if they were None then.
+        """
         assert self.model is not None
         if self._places is None:
             self._places = [
-                (name, self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-                for name, _ in self.model.named_buffers()
+                (f"{path}.{name}" if path else name, module, name)
+                for path, module in self.model.named_modules()
+                for name in module._buffers
             ]
         for name, module, attribute in self._places:
             buffer = getattr(module, attribute)
