@@ -12,7 +12,7 @@ LEAST = 0.25
 """A part of less than so many times an equal one is not worth the wait for a slow member's answer."""
 
 
-LINK_SLACK = 1.2
+LINK_SLACK = 1.1
 """A link may be busy for so many times as long as it must be: a slow owner holds a step up more than that."""
 
 
@@ -23,7 +23,7 @@ def owner_parts(speeds: Sequence[float], links_s: Sequence[float] = (), unhurrie
     spare. Members of equal speed own equal parts. A speed of 0 owns nothing.
 
     Where links are slow, they have the last word, also over those bounds: no member owns more than its link can carry
-    in ``1.2 T``, with ``T`` what the busiest link needs at the least, see :func:`link_parts`.
+    in ``1.1 T``, with ``T`` what the busiest link needs at the least, see :func:`link_parts`.
 
     Args:
         speeds: by member.
@@ -39,7 +39,9 @@ def owner_parts(speeds: Sequence[float], links_s: Sequence[float] = (), unhurrie
     links = [links_s[i] for i in owners]
     limit_s = max(LINK_SLACK * busiest_link_s(link_parts(links), links), unhurried_s)
     limits = dict(zip(owners, _carried(limit_s, links), strict=True))
-    return _limited(parts, [limits.get(i, 0.0) for i in range(len(speeds))], speeds)
+    parts = _limited(parts, [limits.get(i, 0.0) for i in range(len(speeds))], speeds)
+    parts = [part if part >= LEAST * equal else 0.0 for part in parts]
+    return [part / sum(parts) for part in parts]
 
 
 def busiest_link_s(parts: Sequence[float], links_s: Sequence[float]) -> float:

@@ -101,7 +101,7 @@ def test_the_faster_node_gets_the_larger_share_and_nothing_is_left_behind(ray_la
 
 @needs_root
 def test_a_worker_behind_a_slow_link_comes_to_own_less_of_the_reduction(ray_lab: Any, tmp_path: Path) -> None:
-    lab = ray_lab([Node(cores=0.5, rate_mbit=400), Node(cores=0.5, rate_mbit=400), Node(cores=0.5, rate_mbit=20)])
+    lab = ray_lab([Node(cores=0.5, rate_mbit=400), Node(cores=0.5, rate_mbit=400), Node(cores=0.5, rate_mbit=10)])
     trainer = het.HetTrainer(
         make_train_fn(),
         train_loop_config={"epochs": 10},
@@ -114,12 +114,12 @@ def test_a_worker_behind_a_slow_link_comes_to_own_less_of_the_reduction(ray_lab:
     fast, second, slow = (slots[ip] for ip in lab.node_ips)
     table = next(e for e in events if e["kind"] == "table" and e["reason"].startswith("owner shards by links"))
     links_s = table["links_s"]
-    # 20 Mbit/s are 2.5 MB/s, for 0.53 MB of gradients; the first look may fall into a burst.
-    assert 0.1 < links_s[slow] < 0.45
+    # 10 Mbit/s are 1.25 MB/s, for 0.53 MB of gradients; bursts make it look better.
+    assert 0.2 < links_s[slow] < 0.9
     assert max(links_s[fast], links_s[second]) < links_s[slow] / 4
     formed = next(e for e in events if e["kind"] == "formed" and e["table"] == table["version"])
     assert formed["slots"] == [0, 1, 2]
-    assert formed["owners"][int(slow)] < 0.25
+    assert formed["owners"][int(slow)] < 0.15
 
 
 @needs_root

@@ -439,7 +439,7 @@ def test_owners_follow_the_tables_links_and_who_is_not_in_it_has_the_median() ->
     table = Table(1, {}, {}, {0: 40, 1: 40, 2: 40}, 0.1, "", links_s={0: 0.01, 1: 0.01, 2: 1.0})
     run.core.follow(table, 1.0)
     run.answer("0-a", "1-a", "2-a")
-    assert run.record.owners == pytest.approx((0.4, 0.4, 0.2))
+    assert run.record.owners == pytest.approx((0.45, 0.45, 0.1))
     run.core.follow(replace(table, version=2, links_s={0: 0.01, 7: 0.01, 8: 1.0}), 2.0)
     run.answer("0-a", "1-a", "2-a")
     assert run.record.owners == pytest.approx((1 / 3, 1 / 3, 1 / 3))

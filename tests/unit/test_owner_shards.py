@@ -54,17 +54,17 @@ def test_slow_links_have_the_last_word(links_s: list[float], speeds: list[float]
     speeds = speeds[: len(links_s)]
     parts = owner_parts(speeds, links_s)
     assert sum(parts) == pytest.approx(1) and min(parts) >= 0
-    assert busiest_link_s(parts, links_s) <= LINK_SLACK * busiest_link_s(link_parts(links_s), links_s) * (1 + 1e-6)
+    # What is cut off as too little to be worth a wait goes to others, a little beyond their limits.
+    assert busiest_link_s(parts, links_s) <= 1.05 * LINK_SLACK * busiest_link_s(link_parts(links_s), links_s)
 
 
 def test_a_member_behind_a_slow_link_owns_little_and_the_others_the_rest() -> None:
-    *others, slow = owner_parts([1, 1, 1, 1], [0.01, 0.01, 0.01, 1.0])
-    assert slow == pytest.approx((LINK_SLACK - 1) / 2)
-    assert others == pytest.approx([(1 - slow) / 3] * 3)
+    assert owner_parts([1, 1, 1, 1], [0.01, 0.01, 0.01, 1.0]) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert owner_parts([1, 1, 1], [0.01, 0.01, 1.0]) == pytest.approx([0.45, 0.45, LINK_SLACK - 1])
 
 
 def test_a_slow_member_does_not_come_to_own_for_the_sake_of_links_that_are_alike() -> None:
-    assert owner_parts([1, 1, 1, 0.1], [1, 1, 1, 1]) == owner_parts([1, 1, 1, 0.1])
+    assert owner_parts([1, 1, 1, 0.1], [1, 1, 1, 1]) == pytest.approx(owner_parts([1, 1, 1, 0.1]))
 
 
 def test_links_that_a_step_has_time_for_change_nothing() -> None:
