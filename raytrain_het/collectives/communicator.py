@@ -65,8 +65,10 @@ class Communicator:
         self.follow_starts = 0
         """Grows whenever following starts anew."""
         self.traffic = Traffic()
-        self.paths_s: list[tuple[int, float]] = []
-        """What was last seen of the ways to the peers: (slot, seconds for this member's whole gradient)."""
+        self.paths: list[tuple[int, float, float]] = []
+        """What was last seen of the ways to the peers: (slot, how many of this member's gradients went there, and the
+        seconds for which some of that was on the way)."""
+        self._sent: dict[int, tuple[int, float]] = {}
         self.step_s = 0.0
         """Typical duration of a step, from which the deadline follows."""
         self._outs = [torch.zeros(b.numel, dtype=b.dtype) for b in layout.buckets]
@@ -107,9 +109,9 @@ class Communicator:
         exchange = self._exchange
         return exchange.wires if exchange is not None and exchange.record is record else None
 
-    def take_paths(self) -> list[tuple[int, float]]:
+    def take_paths(self) -> list[tuple[int, float, float]]:
         """What was seen of the ways to the peers since the last call."""
-        paths, self.paths_s = self.paths_s, []
+        paths, self.paths = self.paths, []
         return paths
 
     def close(self) -> None:
@@ -263,9 +265,10 @@ class Communicator:
         group = self._group
         if group is None or group.key != record.group:
             self._leave_group()
-            group = self._group = self._build(record, rank)
+            group, self._sent = self._build(record, rank), {}
+            self._group = group
         self._collect_traffic()
-        self.paths_s = []  # Another worker may have come to a slot.
+        self.paths = []  # Another worker may have come to a slot.
         self._exchange = Exchange(record, rank, self.layout, group)
         replayed = self._replay(record, rank) if record.behind else None
         if self.agent.uid in record.unhealed and self.followed_to != record.cursor:
@@ -353,10 +356,13 @@ class Communicator:
 
     def _look_at_paths(self, exchange: Exchange) -> None:
         now = time.monotonic()
-        if now - self._looked_at_paths >= LOOK_AT_PATHS_S:
-            self._looked_at_paths, members = now, exchange.record.members
-            rates = exchange.group.rates()
-            self.paths_s = [(members[rank].slot, exchange.gradient_bytes / rate) for rank, rate in rates.items()]
+        if now - self._looked_at_paths >= LOOK_AT_PATHS_S and not self.paths:
+            self._looked_at_paths, before, members = now, self._sent, exchange.record.members
+            self._sent = exchange.group.sent()
+            for rank, (num_bytes, busy_s) in self._sent.items():
+                bytes_before, busy_before_s = before.get(rank, (0, 0.0))
+                gradients = (num_bytes - bytes_before) / exchange.gradient_bytes
+                self.paths.append((members[rank].slot, gradients, busy_s - busy_before_s))
 
     def _decode(self, exchange: Exchange, gather: Operation, bucket: Bucket, job: StepJob) -> None:
         self._finish_of_step(gather, job)

@@ -73,8 +73,9 @@ class Group(Protocol):
             GroupError: a peer is gone.
         """
 
-    def rates(self) -> dict[int, float]:
-        """By rank: bytes per second that it has lately taken of what was sent to it; empty where that is not known."""
+    def sent(self) -> dict[int, tuple[int, float]]:
+        """By rank: bytes that have reached it so far, and seconds for which there were some on the way that it had room
+        for; empty where that is not known."""
 
     def all_gather(
         self,

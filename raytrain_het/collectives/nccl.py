@@ -58,7 +58,7 @@ class NcclGroup:
     def expect(self, out: torch.Tensor, splits: Sequence[int]) -> None:
         """Nothing comes in before both sides have launched."""
 
-    def rates(self) -> dict[int, float]:
+    def sent(self) -> dict[int, tuple[int, float]]:
         """Not known."""
         return {}
 

@@ -28,8 +28,8 @@ from raytrain_het.collectives.group import GroupError
 from raytrain_het.collectives.poller import Poller
 
 _FRAME = struct.Struct("<QQ")
-_DELIVERY_RATE, _RATE_AT = struct.Struct("=Q"), 160
-"""``tcpi_delivery_rate`` in the kernel's ``struct tcp_info``, bytes per second (linux/tcp.h)."""
+_SENT = struct.Struct("=120xQ40xQQ")
+"""``tcpi_bytes_acked``, ``tcpi_busy_time``, ``tcpi_rwnd_limited`` in the kernel's ``struct tcp_info`` (linux/tcp.h)."""
 _SMALL = 4096
 """So few bytes are copied if they can't be sent at once: their place may be needed again soon."""
 _AT_ONCE = 1 << 20
@@ -189,18 +189,17 @@ class TcpGroup:
             self._open.pop(operation.tag, None)
         return operation
 
-    def rates(self) -> dict[int, float]:
-        """See :class:`raytrain_het.collectives.group.Group`. As Linux estimates them."""
-        rates: dict[int, float] = {}
+    def sent(self) -> dict[int, tuple[int, float]]:
+        """See :class:`raytrain_het.collectives.group.Group`. As Linux counts it, in ticks of its clock."""
+        sent: dict[int, tuple[int, float]] = {}
         if not sys.platform.startswith("linux"):
-            return rates
+            return sent
         for peer in self._peers.values():
             with contextlib.suppress(OSError, struct.error):  # An old kernel has less to say.
-                info = peer.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _DELIVERY_RATE.size + _RATE_AT)
-                (rate,) = _DELIVERY_RATE.unpack_from(info, _RATE_AT)
-                if rate:
-                    rates[peer.rank] = float(rate)
-        return rates
+                info = peer.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SENT.size)
+                acknowledged, busy_us, waited_for_room_us = _SENT.unpack(info)
+                sent[peer.rank] = acknowledged, (busy_us - waited_for_room_us) / 1e6
+        return sent
 
     # ---------------------------------------------------------------- sockets
 

@@ -4,43 +4,56 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Mapping
+from statistics import fmean
 
 NUM_LOOKS = 3
 """A path that was looked at less often, just after a connection was made say, tells little."""
 WINDOW = 8
 """So many last looks at a path count, of which there are at most two a second."""
+LEAST_S = 1e-3
+"""What takes less than a tick of the kernel's clock may be counted as nothing."""
 
 
 class Paths:
     """Pure bookkeeping, by slot."""
 
     def __init__(self) -> None:
-        self._paths: dict[tuple[int, int], deque[float]] = {}
+        self._paths: dict[tuple[int, int], deque[tuple[float, float]]] = {}
 
-    def observe(self, slot: int, paths_s: Mapping[int, float]) -> None:
-        """A member has looked at what it sends: by the peer's slot, seconds for a whole gradient at the rate seen."""
-        for peer, seconds in paths_s.items():
-            if seconds > 0:
-                self._paths.setdefault((slot, peer), deque(maxlen=WINDOW)).append(seconds)
+    def observe(self, slot: int, sent: Mapping[int, tuple[float, float]]) -> None:
+        """A member has looked at what it sent since it last did.
+
+        Args:
+            slot: the member's.
+            sent: by the peer's slot, how many whole gradients, and seconds for which some of that was on the way.
+        """
+        for peer, (gradients, busy_s) in sent.items():
+            self._paths.setdefault((slot, peer), deque(maxlen=WINDOW)).append((gradients, busy_s))
 
     def links_s(self, slots: Collection[int]) -> dict[int, float]:
         """By slot: seconds that its link takes for a whole gradient, one way; empty while somebody's is not known.
 
-        That of the best path from it or to it, whichever of the two is worse. A path shows less than the link can carry
-        when little is sent on it, several share the link, or the other end is slower; and somewhat more in a burst.
+        All members send and receive at the same time, so the rates of a link's paths add up, and of the two directions
+        the slower one counts. Where the other ends are slower, that is less than the link could carry.
         """
         links: dict[int, float] = {}
         for slot in slots:
-            out = [min(seen) for peer in slots if (seen := self._seen(slot, peer))]
-            into = [min(seen) for peer in slots if (seen := self._seen(peer, slot))]
-            if not out or not into:
+            out = [self._rate(slot, peer) for peer in slots if peer != slot]
+            into = [self._rate(peer, slot) for peer in slots if peer != slot]
+            if min(out + into, default=-1.0) < 0:
                 return {}
-            links[slot] = max(min(out), min(into))
+            rate = min(sum(out), sum(into))
+            if rate <= 0:
+                return {}
+            links[slot] = 1.0 / rate
         return links
 
-    def _seen(self, sender: int, receiver: int) -> deque[float] | tuple[float, ...]:
+    def _rate(self, sender: int, receiver: int) -> float:
+        """Gradients per second while some of one was on the way; negative if not known."""
         seen = self._paths.get((sender, receiver), ())
-        return seen if len(seen) >= NUM_LOOKS else ()
+        if len(seen) < NUM_LOOKS:
+            return -1.0
+        return fmean(gradients for gradients, _ in seen) / max(fmean(busy_s for _, busy_s in seen), LEAST_S)
 
     def forget(self, slot: int) -> None:
         """Another worker has come to that slot, perhaps on another machine."""

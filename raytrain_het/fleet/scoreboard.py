@@ -91,9 +91,9 @@ class Scoreboard:
         """See :meth:`Speeds.observe`."""
         self._speeds.observe(slot, samples, seconds, cycle_s)
 
-    def observe_paths(self, slot: int, paths_s: Mapping[int, float]) -> None:
+    def observe_paths(self, slot: int, sent: Mapping[int, tuple[float, float]]) -> None:
         """See :meth:`Paths.observe`."""
-        self._paths.observe(slot, paths_s)
+        self._paths.observe(slot, sent)
 
     # ---------------------------------------------------------------- tables
 

@@ -251,7 +251,7 @@ class Hub:
                 core.progress(uid, m["step"], now)
                 self._stats[slot] = m | {"uid": uid}
             case "timing":
-                self._scoreboard.observe_paths(slot, dict(m.get("paths_s", [])))
+                self._scoreboard.observe_paths(slot, {peer: (sent, s) for peer, sent, s in m.get("paths", [])})
                 self._observe(slot, m["global_batch_size"], m["steps"])
             case "meet":
                 self._pass_on(uid, m)

@@ -101,7 +101,8 @@ def test_the_faster_node_gets_the_larger_share_and_nothing_is_left_behind(ray_la
 
 @needs_root
 def test_a_worker_behind_a_slow_link_comes_to_own_less_of_the_reduction(ray_lab: Any, tmp_path: Path) -> None:
-    lab = ray_lab([Node(cores=0.5, rate_mbit=400), Node(cores=0.5, rate_mbit=400), Node(cores=0.5, rate_mbit=10)])
+    # The fastest node, which would own the most by speed, is the one behind the slow link.
+    lab = ray_lab([Node(cores=0.4, rate_mbit=400), Node(cores=0.4, rate_mbit=400), Node(cores=0.7, rate_mbit=10)])
     trainer = het.HetTrainer(
         make_train_fn(),
         train_loop_config={"epochs": 10},
@@ -114,8 +115,8 @@ def test_a_worker_behind_a_slow_link_comes_to_own_less_of_the_reduction(ray_lab:
     fast, second, slow = (slots[ip] for ip in lab.node_ips)
     table = next(e for e in events if e["kind"] == "table" and e["reason"].startswith("owner shards by links"))
     links_s = table["links_s"]
-    # 10 Mbit/s are 1.25 MB/s, for 0.53 MB of gradients; bursts make it look better.
-    assert 0.2 < links_s[slow] < 0.9
+    # 10 Mbit/s are 1.25 MB/s, for 0.53 MB of gradients: 0.42 s.
+    assert 0.3 < links_s[slow] < 0.6
     assert max(links_s[fast], links_s[second]) < links_s[slow] / 4
     formed = next(e for e in events if e["kind"] == "formed" and e["table"] == table["version"])
     assert formed["slots"] == [0, 1, 2]

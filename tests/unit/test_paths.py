@@ -7,60 +7,73 @@ import random
 
 import pytest
 
-from raytrain_het.fleet.paths import NUM_LOOKS, WINDOW, Paths
+from raytrain_het.fleet.paths import LEAST_S, NUM_LOOKS, WINDOW, Paths
 from raytrain_het.fleet.scoreboard import LINK_ROUNDS, Scoreboard, Table
 
 SLOTS = range(4)
 
 
-def told(paths: Paths | Scoreboard, links_s: list[float], *, looks: int = NUM_LOOKS) -> None:
-    """Each path is as fast as the slower one of its two links."""
+def looks(links_s: list[float], slot: int) -> dict[int, tuple[float, float]]:
+    """A gradient in equal parts to all others, over paths that take as long as the slower one of their two links."""
+    part = 1 / (len(links_s) - 1)
+    return {peer: (part, max(links_s[slot], s)) for peer, s in enumerate(links_s) if peer != slot}
+
+
+def told(paths: Paths | Scoreboard, links_s: list[float], *, times: int = NUM_LOOKS) -> None:
     observe = paths.observe if isinstance(paths, Paths) else paths.observe_paths
-    for slot, mine in enumerate(links_s * looks):
-        slot %= len(links_s)
-        observe(slot, {peer: max(mine, theirs) for peer, theirs in enumerate(links_s) if peer != slot})
+    for _ in range(times):
+        for slot in range(len(links_s)):
+            observe(slot, looks(links_s, slot))
 
 
-def test_a_link_is_as_fast_as_the_best_path_from_and_to_it() -> None:
+def test_what_a_links_paths_carry_at_the_same_time_adds_up() -> None:
     paths = Paths()
-    told(paths, [1.0, 1.0, 3.0, 9.0])
-    assert paths.links_s(SLOTS) == {0: 1.0, 1: 1.0, 2: 3.0, 3: 9.0}
-    assert paths.links_s([1, 2]) == {1: 3.0, 2: 3.0}
+    told(paths, [2.0, 2.0, 2.0, 9.0])
+    fast_s = 3 / (1 / 2 + 1 / 2 + 1 / 9)
+    assert paths.links_s(SLOTS) == pytest.approx({0: fast_s, 1: fast_s, 2: fast_s, 3: 9.0})
+    assert paths.links_s([0, 3]) == pytest.approx({0: 27.0, 3: 27.0})
 
 
 def test_the_slower_direction_counts() -> None:
     paths = Paths()
     for _ in range(NUM_LOOKS):
-        paths.observe(0, {1: 1.0})
-        paths.observe(1, {0: 5.0})
-    assert paths.links_s([0, 1]) == {0: 5.0, 1: 5.0}
+        paths.observe(0, {1: (1.0, 1.0)})
+        paths.observe(1, {0: (0.5, 2.5)})
+    assert paths.links_s([0, 1]) == pytest.approx({0: 5.0, 1: 5.0})
 
 
 def test_nothing_is_known_before_all_paths_ends_are() -> None:
     paths = Paths()
     for _ in range(NUM_LOOKS):
-        paths.observe(0, {1: 1.0})
-    assert paths.links_s([0, 1]) == {}
-    told(paths, [1.0, 1.0, 1.0], looks=NUM_LOOKS - 1)
+        paths.observe(0, {1: (1.0, 1.0)})
+    assert paths.links_s([0, 1]) == {} and paths.links_s([0]) == {}
+    told(paths, [1.0, 1.0, 1.0], times=NUM_LOOKS - 1)
     assert paths.links_s(range(3)) == {}
 
 
-def test_a_look_that_shows_less_changes_nothing_until_all_do() -> None:
+def test_a_burst_that_seems_to_take_no_time_counts_with_the_other_looks() -> None:
     paths = Paths()
-    for _ in range(WINDOW):
-        told(paths, [1.0, 1.0])
-    told(paths, [7.0, 7.0], looks=1)
-    assert paths.links_s([0, 1]) == {0: 1.0, 1: 1.0}
-    for _ in range(WINDOW):
-        told(paths, [7.0, 7.0])
-    assert paths.links_s([0, 1]) == {0: 7.0, 1: 7.0}
+    told(paths, [0.5, 0.5], times=WINDOW)
+    for slot in range(2):
+        paths.observe(slot, {1 - slot: (1.0, 0.0)})
+    assert paths.links_s([0, 1])[0] == pytest.approx(0.5 * (WINDOW - 1) / WINDOW)
+    told(paths, [0.0, 0.0], times=WINDOW)
+    assert paths.links_s([0, 1])[0] == pytest.approx(LEAST_S)
+
+
+def test_where_nothing_was_sent_nothing_is_known() -> None:
+    paths = Paths()
+    for _ in range(NUM_LOOKS):
+        paths.observe(0, {1: (0.0, 0.0)})
+        paths.observe(1, {0: (0.0, 0.0)})
+    assert paths.links_s([0, 1]) == {}
 
 
 def test_who_comes_to_a_slot_has_a_link_of_its_own() -> None:
     paths = Paths()
     told(paths, [1.0, 1.0, 9.0])
     paths.forget(2)
-    assert paths.links_s(range(3)) == {} and paths.links_s([0, 1]) == {0: 1.0, 1: 1.0}
+    assert paths.links_s(range(3)) == {} and paths.links_s([0, 1]).keys() == {0, 1}
 
 
 class Fleet:
@@ -73,10 +86,10 @@ class Fleet:
 
     def steps(self, count: int) -> None:
         for _ in range(count):
-            for slot, mine in enumerate(self.links_s):
-                others = {peer: max(mine, theirs) for peer, theirs in enumerate(self.links_s) if peer != slot}
-                seen = {peer: s * math.exp(self.random.gauss(0, self.noise)) for peer, s in others.items()}
-                self.board.observe_paths(slot, seen)
+            for slot in SLOTS:
+                seen = looks(self.links_s, slot)
+                noise = {peer: math.exp(self.random.gauss(0, self.noise)) for peer in seen}
+                self.board.observe_paths(slot, {peer: (g, s * noise[peer]) for peer, (g, s) in seen.items()})
             for slot in SLOTS:
                 self.board.observe(slot, 100, 0.1, 0.1)
             table = self.board.better(SLOTS, dict.fromkeys(SLOTS, 100))
@@ -90,7 +103,8 @@ def test_a_slow_link_that_a_step_waits_for_makes_a_table_once_and_shares_stay() 
     assert fleet.tables == []
     fleet.steps(30)
     (table,) = fleet.tables
-    assert table.links_s == dict(enumerate(fleet.links_s))
+    fast_s = 3 / (100 + 100 + 5)
+    assert table.links_s == pytest.approx({0: fast_s, 1: fast_s, 2: fast_s, 3: 0.2})
     assert set(table.shares.values()) == {100}
     assert table.reason == "owner shards by links: the busiest one needs about 200 ms a step instead of 300"
 
@@ -121,7 +135,7 @@ def test_links_that_are_fast_again_are_forgotten() -> None:
 def test_a_later_table_has_the_links_as_they_are_by_then() -> None:
     fleet = Fleet([0.01, 0.01, 0.01, 0.2])
     fleet.steps(10)
-    told(fleet.board, [0.01, 0.01, 0.02, 0.2], looks=WINDOW)
+    told(fleet.board, [0.01, 0.01, 0.02, 0.2], times=WINDOW)
     for _ in range(20):
         for slot in SLOTS:
             fleet.board.observe(slot, 100, 0.3 if slot == 0 else 0.1, 0.3)
@@ -129,4 +143,4 @@ def test_a_later_table_has_the_links_as_they_are_by_then() -> None:
         if table is not None:
             break
     assert table is not None and "a step of" in table.reason
-    assert table.links_s == {0: 0.01, 1: 0.01, 2: 0.02, 3: 0.2}
+    assert table.links_s[2] == pytest.approx(3 / (50 + 50 + 5))

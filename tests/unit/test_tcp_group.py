@@ -96,8 +96,8 @@ def test_every_part_of_whatever_length_lands_in_its_place(mesh: Any, size: int) 
         assert torch.equal(outs[i], torch.cat([filled(lengths[j][i], 10 * j + i) for j in range(size)]))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the rates are Linux's estimates")
-def test_a_path_that_was_used_has_a_rate_that_memory_can_have(mesh: Any) -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is Linux that counts")
+def test_what_has_reached_a_peer_is_counted_and_how_long_it_took(mesh: Any) -> None:
     whole = mesh(2)
     out = empty(4 * LONG)
     operations = [
@@ -105,7 +105,9 @@ def test_a_path_that_was_used_has_a_rate_that_memory_can_have(mesh: Any) -> None
         whole.groups[1].all_to_all(out, empty(0), [4 * LONG, 0], [0, 0]),
     ]
     whole.drive(lambda: all(op.done for op in operations))
-    assert 1e6 < whole.groups[0].rates()[1] < 1e12
+    (sent, busy_s), (back, _) = whole.groups[0].sent()[1], whole.groups[1].sent()[0]
+    assert 4 * LONG <= sent < 4 * LONG + 1000 and back < 1000
+    assert 0 <= busy_s < 10
 
 
 def test_a_sum_goes_to_all_others_from_one_place(mesh: Any) -> None:
