@@ -1,8 +1,8 @@
 """Unequal workers: what a fleet does together, as a fraction of the sum of what each worker does by itself.
 
-Plain processes under CPU quotas of the kernel (Linux, as root), one torch thread each, no Ray; DDP over gloo. Every process
-holds four copies of a conv net of 1.1 million parameters: one for itself (*solo*), two in torch's
-``DistributedDataParallel``, one prepared by raytrain_het. All of them take random samples of the same data by index.
+Plain processes under CPU quotas of the kernel (Linux, as root), one torch thread each, no Ray. Every process holds four
+copies of a conv net of 1.1 million parameters: one for itself (*solo*), two in torch's ``DistributedDataParallel`` over
+gloo, one prepared by raytrain_het. All of them take random samples of the same data by index.
 They take turns in blocks, round after round, in an order that moves on by one each round; a block begins with a step
 that is not counted, and all blocks but *solo* have the same number of steps:
 
