@@ -15,10 +15,15 @@ that is not counted, and all blocks but *solo* have the same number of steps:
 
 The first ``--settle`` steps of *het* are not counted, but the number of tables that it took is shown. What counts: the
 median over rounds of (global batch / step time) / (sum of solo speeds of the same round).
+
+Beside them stands *bound*: what steps together would reach if messages and all else cost nothing. The workers' solo
+step times at *het*'s shares are put side by side, first with first, second with second; of each such step the slowest
+worker counts. What is missing there to 1 is chance: the same step takes a worker now less time and now more.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -134,17 +139,32 @@ def timed(steps: int, run: Callable[[], None]) -> float:
     return (time.perf_counter() - began) / steps
 
 
-def solo_speed(side: Side, batch: int, seconds: float) -> float:
-    """Samples per second of a worker by itself, while the others do the same."""
+def solo_steps(side: Side, batch: int, seconds: float) -> list[float]:
+    """Durations of a worker's steps by itself, while the others do the same."""
     side.step(batch)
     dist.barrier()
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds or done == 0:
+    times = [time.perf_counter()]
+    while times[-1] - times[0] < seconds:
         side.step(batch)
-        done += batch
-    speed = done / (time.perf_counter() - began)
+        times.append(time.perf_counter())
     dist.barrier()
-    return speed
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def speed_of(batch: int, steps_s: Sequence[float]) -> float:
+    """Samples per second."""
+    return batch * len(steps_s) / sum(steps_s)
+
+
+def solo_speed(side: Side, batch: int, seconds: float) -> float:
+    """Samples per second of a worker by itself, while the others do the same."""
+    return speed_of(batch, solo_steps(side, batch, seconds))
+
+
+def together_s(steps_s: Sequence[Sequence[float]]) -> float:
+    """A step's mean time, by workers' durations, if each waits for the slowest and nothing else takes time."""
+    slowest = [max(step) for step in zip(*steps_s, strict=False)]
+    return sum(slowest) / len(slowest)
 
 
 def gathered(value: float, size: int) -> list[float]:
@@ -173,7 +193,10 @@ def train(directory: str, *, size: int, total: int, rounds: int, steps: int, set
     def solo_block() -> None:
         share = session._batch_share()
         figures["shares"] = [int(b) for b in gathered(share, size)]
-        figures["solo"] = gathered(solo_speed(solo, share, solo_s), size)
+        steps_s: list[list[float]] = [[]] * size
+        dist.all_gather_object(steps_s, solo_steps(solo, share, solo_s))
+        figures["solo"] = [speed_of(b, durations) for b, durations in zip(figures["shares"], steps_s, strict=True)]
+        figures["bound_s"] = together_s(steps_s)
 
     def ddp_block() -> None:
         figures["ddp_s"] = timed(steps, lambda: ddp.step(total // size))
@@ -220,7 +243,7 @@ def measure(args: Any) -> dict[str, Any]:
         rounds = lab.run(timeout_s=3600)[0]
     settings = {name: value for name, value in vars(args).items() if name != "json"}
     figures: dict[str, Any] = {"cores": args.cores, "global_batch": total, "settings": settings}
-    for side in ("ddp", "static", "het"):
+    for side in ("ddp", "static", "het", "bound"):
         fractions = [total / r[f"{side}_s"] / sum(r["solo"]) for r in rounds]
         low, high = common.bootstrap_interval(fractions)
         figures[side] = {"fraction": statistics.median(fractions), "low": low, "high": high,
@@ -242,7 +265,7 @@ def main() -> None:
 
     args = common.arguments(__doc__, add)
     result = measure(args)
-    rows = [{"side": side, **result[side]} for side in ("ddp", "static", "het")]
+    rows = [{"side": side, **result[side]} for side in ("ddp", "static", "het", "bound")]
     title = f"Fraction of the sum of solo speeds; cores {args.cores}, global batch {args.global_batch}"
     common.show(f"{title}; shares {result['shares']}, {result['tables']} tables", rows)
     for side in ("ddp", "static"):

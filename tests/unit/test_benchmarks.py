@@ -56,3 +56,9 @@ def test_the_oracle_knows_the_best_that_solo_speeds_at_its_own_shares_can_tell()
     assert max(times()) / statistics.mean(times()) < 1.02
     learn(0.5, 1, 1, 1)
     assert max(times()) / statistics.mean(times()) < 1.02
+
+
+def test_a_step_together_takes_as_long_as_its_slowest_worker_and_chance_alone_costs_something() -> None:
+    assert mixed_fleet.together_s([[1.0, 3.0, 1.0], [2.0, 2.0, 2.0, 99.0]]) == (2.0 + 3.0 + 2.0) / 3
+    assert mixed_fleet.together_s([[0.5] * 4] * 3) == 0.5
+    assert mixed_fleet.speed_of(10, [0.5, 1.5]) == 10.0
