@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
 from raytrain_het.jobs.summary import final_tables, to_json, worker_table
-from raytrain_het.ray_train.narration import event_line, number, report_line
+from raytrain_het.ray_train.narration import event_line, number, report_line, told
 
 Status = Mapping[str, Any]
 Records = Sequence[Mapping[str, Any]]
@@ -71,12 +71,10 @@ class PlainDisplay:
         print(line, file=self.stream, flush=True)
 
     def on_update(self, status: Status, events: Records, reports: Records) -> None:
-        for line in filter(None, map(event_line, events)):
+        for line in told(events, reports):
             self.say(line)
         if any(event["kind"] == "joined" for event in events):
             self.say_if_waiting(status)
-        for report in reports:
-            self.say(report_line(report))
 
     def say_if_waiting(self, status: Status) -> None:
         waiting = waiting_line(status)

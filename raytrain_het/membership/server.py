@@ -303,7 +303,8 @@ class Hub:
             if self._writers.get(key) not in slots:
                 self._writers[key] = slot
                 self._send(by_slot[slot], {"type": "write", "key": key, "uids": self._reports.uids(key)})
-        self._reports.settle(slots, ended=self._core.over)
+        for report in self._reports.settle(slots, ended=self._core.over):
+            report["time"] = time.time()
         self._let_leave()
 
     def _observe(self, slot: int, global_batch_size: int, steps: list[list[float]]) -> None:

@@ -68,11 +68,17 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         return f"{event['kind']}: " + ", ".join(f"{name} {value}" for name, value in rest.items())
 
 
+def told(events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Both as sentences, in the order of what happened."""
+    lines = [(event.get("time", 0.0), event_line(event)) for event in events]
+    lines += [(report.get("time", 0.0), report_line(report)) for report in reports]
+    return [line for _, line in sorted(lines, key=lambda timed: timed[0]) if line is not None]
+
+
 def log_update(events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]]) -> None:
     """The same through the logger ``raytrain_het``, at INFO: where a display shows them, nobody has asked for these."""
-    for line in (*map(event_line, events), *map(report_line, reports)):
-        if line is not None:
-            logger.info(line)
+    for line in told(events, reports):
+        logger.info(line)
 
 
 def show_log() -> None:

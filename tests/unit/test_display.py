@@ -25,7 +25,7 @@ STATUS = {
 EVENTS = [
     {"seq": 4, "time": 1.0, "kind": "lost", "generation": 2, "step": 23, "slot": 1, "reason": "its connection closed"}
 ]
-REPORTS = [{"key": "a", "step": 23, "epoch": 0, "metrics": {"accuracy": 0.91234}, "checkpoint": None}]
+REPORTS = [{"key": "a", "time": 2.0, "step": 23, "epoch": 0, "metrics": {"accuracy": 0.91234}, "checkpoint": None}]
 
 
 def summary() -> dict[str, Any]:

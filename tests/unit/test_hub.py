@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import Mock
@@ -119,6 +120,7 @@ def test_what_a_member_says_that_was_let_go_counts_for_nothing(make_hub: Any) ->
     while not (whole := hub.take_reports()):
         pass
     assert [r["num_workers"] for r in whole] == [1]
+    assert 0 <= time.time() - whole[0]["time"] < 60
     assert hub._core.checkpoint is None
 
 

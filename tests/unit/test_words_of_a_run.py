@@ -210,9 +210,11 @@ def test_large_numbers_are_written_out_and_a_failed_checkpoint_is_a_sentence() -
 def test_a_trainer_without_a_display_logs_what_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "raytrain_het")
     watch = Monitor("id", RunFolder(StorageContext(str(tmp_path), "run")))
-    event = {"seq": 0, "kind": "lost", "slot": 1, "reason": "its connection closed"}
-    watch._take({}, [event], [{"seq": 0, "step": 5, "epoch": 0, "metrics": {"loss": 1.0}}])
-    assert caplog.messages == ["worker 1 is lost: its connection closed", "step 5  epoch 0  loss 1"]
+    event = {"seq": 0, "kind": "lost", "slot": 1, "reason": "its connection closed", "time": 7.0}
+    reports = [{"seq": k, "step": 5 + k, "epoch": 0, "metrics": {"loss": 1.0}, "time": 6.0 + 2 * k} for k in range(2)]
+    watch._take({}, [event], reports)
+    lost = "worker 1 is lost: its connection closed"
+    assert caplog.messages == ["step 5  epoch 0  loss 1", lost, "step 6  epoch 0  loss 1"]
 
 
 def test_the_readmes_script_is_complete() -> None:
