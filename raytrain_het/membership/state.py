@@ -682,15 +682,16 @@ class Membership:
             return
         self._forget(uid, reason)
         slot = peer.member.slot
-        self._log("lost" if died else "evicted", now, slot=slot, uid=uid, reason=reason)
+        expected = {"expected": True} if self.failure is not None else {}
+        self._log("lost" if died else "evicted", now, slot=slot, uid=uid, reason=reason, **expected)
         if not died:
             self._send(uid, type="evicted", reason=reason)
+        if self.failure is not None:
+            return
         self._fruitless[slot] += 1
         if self._fruitless[slot] >= MAX_FRUITLESS_DEATHS:
             self.dead_slots.add(slot)
             self._log("given_up", now, slot=slot, reason=f"it died {MAX_FRUITLESS_DEATHS} times without a commit")
-        if self.failure is not None:
-            return
         if self._recovering is not None:
             self._recover_if_complete(now)
         elif self.record is None:

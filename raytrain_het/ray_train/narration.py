@@ -31,6 +31,12 @@ def _without_class(error: str) -> str:
     return text if text and name.isidentifier() else error
 
 
+def _in_a_line(message: str) -> str:
+    """Without a traceback: what has happened, and the error itself."""
+    first, *rest = message.strip().splitlines()
+    return f"{first} {rest[-1]}" if rest else first
+
+
 _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "joined": lambda e: f"worker {e['slot']} is there ({e['device']} on {e['host']})",
     "lost": lambda e: f"worker {e['slot']} is lost: {e['reason']}",
@@ -44,6 +50,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "table": lambda e: (
         f"table {e['version']}: shares {', '.join(str(b) for _, b in sorted(e['shares'].items()))} ({e['reason']})"
     ),
+    "failed": lambda e: f"the run fails: {_in_a_line(e['message'])}",
     "table_kept": lambda e: f"shares and scores stay as they are: {e['reason']}",
     "formed": lambda e: (
         f"generation {e['number']} from step {e['base']}: workers {', '.join(map(str, e['slots']))}"
@@ -51,13 +58,13 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
         + f" ({e['reason']})"
     ),
 }
-_SILENT = ("void", "wanted")
-"""What a formed generation tells as well."""
+_SILENT = ("void", "wanted", "raised")
+"""What a formed generation, or the run's failure, tells as well."""
 
 
 def event_line(event: Mapping[str, Any]) -> str | None:
     """A membership event as a sentence; None for what is told by another."""
-    if event["kind"] in _SILENT:
+    if event["kind"] in _SILENT or event.get("expected"):
         return None
     try:
         return _SENTENCES[event["kind"]](event)

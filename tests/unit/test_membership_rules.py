@@ -665,6 +665,8 @@ def test_no_generation_follows_a_raised_function() -> None:
     assert "ValueError: bad" in run.core.failure
     number = run.record.number
     run.core.closed("2-a", 0.0)
+    run.core.slot_lost(2, "its process ended", 0.0)
+    assert run.core.events[-1]["kind"] == "lost" and run.core.events[-1]["expected"]
     run.answer("0-a")
     run.hello(1, "b")
     assert run.record.number == number

@@ -24,7 +24,7 @@ from raytrain_het.jobs.summary import checkpoint_line
 from raytrain_het.jobs.table import load_job
 from raytrain_het.ray_train import monitor, run_folder
 from raytrain_het.ray_train.monitor import Monitor
-from raytrain_het.ray_train.narration import event_line, number
+from raytrain_het.ray_train.narration import event_line, number, told
 from raytrain_het.ray_train.run_folder import LastCheckpoint, RunFolder, last_checkpoint_of, write_whole
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +205,16 @@ def test_large_numbers_are_written_out_and_a_failed_checkpoint_is_a_sentence() -
     assert [number(x) for x in (17568.4, 0.91234, 5)] == ["17568", "0.9123", "5"]
     event = {"seq": 1, "kind": "checkpoint_failed", "slot": 0, "step": 46, "error": "CheckpointError: No space left"}
     assert event_line(event) == "the checkpoint of step 46 is lost: No space left"
+
+
+def test_a_function_that_raised_is_told_in_a_line_and_who_goes_then_is_not() -> None:
+    message = "the training function of worker 1 raised:\nTraceback ...\n  raise\nValueError: bad\n"
+    events = [
+        {"seq": 0, "kind": "raised", "slot": 1, "error": "ValueError: bad", "time": 1.0},
+        {"seq": 1, "kind": "failed", "message": message, "time": 1.0},
+        {"seq": 2, "kind": "lost", "slot": 0, "reason": "its connection closed", "expected": True, "time": 2.0},
+    ]
+    assert told(events, []) == ["the run fails: the training function of worker 1 raised: ValueError: bad"]
 
 
 def test_a_trainer_without_a_display_logs_what_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
