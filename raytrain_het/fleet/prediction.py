@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,10 @@ from raytrain_het.allocation.batch_shares import StepCost, balanced_shares, slow
 
 ENOUGH = 0.95
 """So much of the best throughput is enough: beyond it, a larger batch buys little."""
+MESSAGES_S = 1.2e-3
+"""CPU time that a step's messages take of a member, whatever their size (``experiments.benchmarks.protocol_cost``)."""
+MESSAGES_S_PER_BYTE = 1.5e-9
+"""The same, for each byte of the gradient: collecting, checking, sending, summing and taking in (likewise)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +27,10 @@ class Machine:
     """A round trip over its slowest link."""
     bandwidth: float = math.inf
     """Bytes per second that it can send, and receive at the same time, over its slowest link."""
+    cores: float = math.inf
+    """CPU cores that it computes with, which messages take time of."""
+    spread: float = 0.0
+    """Relative standard deviation of its step's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +40,16 @@ class Prediction:
     shares: tuple[int, ...]
     """Samples of each machine."""
     compute_s: float
-    """The slowest machine's part of a step."""
+    """The slowest machine's part of a step, its own work for messages included."""
     communication_s: float
+    """On the way, see :func:`communication_s`."""
+    chance_s: float
+    """What steps wait for whoever happens to be slowest, see :func:`chance`."""
 
     @property
     def step_s(self) -> float:
         """Seconds of a step."""
-        return self.compute_s + self.communication_s
+        return self.compute_s + self.communication_s + self.chance_s
 
     @property
     def samples_per_s(self) -> float:
@@ -87,18 +99,40 @@ def communication_s(machines: Sequence[Machine], gradient_bytes: float) -> float
     )
 
 
+def messages_s(machine: Machine, gradient_bytes: float) -> float:
+    """Seconds that a member's own work for a step's messages takes: ``(1.2 ms + 1.5 ns * bytes) / cores``."""
+    return (MESSAGES_S + MESSAGES_S_PER_BYTE * gradient_bytes) / machine.cores
+
+
+def chance(spreads: Sequence[float]) -> float:
+    """By what part the slowest of ``N`` times that are equal in the mean exceeds it, on average.
+
+    ``sqrt(mean_i spread_i^2) * Phi^-1((N - 3/8) / (N + 1/4))``: normal deviates, and Blom's approximation (1958) of the
+    mean of the largest of them. 0 for a single one.
+    """
+    n = len(spreads)
+    largest = statistics.NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
+    return largest * math.sqrt(statistics.fmean(spread**2 for spread in spreads))
+
+
 def predict(machines: Sequence[Machine], *, global_batch_size: int, gradient_bytes: float) -> Prediction:
-    """The fleet with balanced shares: ``T = max_i t_i(b_i) + communication_s``.
+    """The fleet with balanced shares: ``T = (1 + chance) max_i (t_i(b_i) + messages_s_i) + communication_s``.
+
+    Nobody has messages in a fleet of one.
 
     Raises:
         ValueError: the batch has less than a sample for each machine, or a cost is not valid.
     """
     costs = [m.cost for m in machines]
+    if len(machines) > 1:
+        costs = [StepCost(m.cost.fixed_s + messages_s(m, gradient_bytes), m.cost.per_sample_s) for m in machines]
     shares = balanced_shares(costs, global_batch_size)
+    compute_s = slowest_s(costs, shares)
     return Prediction(
         shares=tuple(shares),
-        compute_s=slowest_s(costs, shares),
+        compute_s=compute_s,
         communication_s=communication_s(machines, gradient_bytes),
+        chance_s=compute_s * chance([m.spread for m in machines]),
     )
 
 

@@ -160,19 +160,27 @@ def _model(job: JobConfig, workers: Sequence[Handle], links: Links, seconds: flo
     equal = batch // count
     sizes = sorted({max(1, equal // 4), equal, min(batch, 2 * equal), batch})
     say(f"measuring its training step on all workers at once, with {', '.join(map(str, sizes))} samples")
-    profiles: list[Profile] = call_all(workers, "step", sizes, seconds)
+    measured: list[tuple[Profile, float]] = call_all(workers, "step", sizes, seconds)
     sharing = Counter(worker.node for worker in workers)
     machines = []
-    for worker, profile in zip(workers, profiles, strict=True):
+    for worker, (profile, spread) in zip(workers, measured, strict=True):
         assert profile.step is not None
         # All workers of a node send and receive over its link.
         latency_s, bandwidth = slowest_link(worker.node, links) or (0.0, math.inf)
-        machines.append(Machine(cost=profile.step, latency_s=latency_s, bandwidth=bandwidth / sharing[worker.node]))
+        machines.append(
+            Machine(
+                cost=profile.step,
+                latency_s=latency_s,
+                bandwidth=bandwidth / sharing[worker.node],
+                cores=min(profile.cores, profile.num_threads),
+                spread=spread,
+            )  # fmt: skip
+        )
     return ModelResult(
         job=job,
         global_batch_size=batch,
         gradient_bytes=gradient_bytes,
-        workers=[Device(worker.node, profile) for worker, profile in zip(workers, profiles, strict=True)],
+        workers=[Device(worker.node, profile) for worker, (profile, _) in zip(workers, measured, strict=True)],
         advice=advice(
             machines, global_batch_size=batch, gradient_bytes=gradient_bytes, max_batch_size=BATCH_BOUND * batch
         ),

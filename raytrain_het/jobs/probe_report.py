@@ -72,6 +72,7 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
         ],
         "step_s": prediction.step_s,
         "communication_s": prediction.communication_s,
+        "chance_s": prediction.chance_s,
         "samples_per_s": prediction.samples_per_s,
         "fraction_of_aggregate": given.fraction_of_aggregate,
         "without_costly_samples_per_s": given.without_them.samples_per_s,
@@ -170,7 +171,8 @@ def _sentences(model: ModelResult) -> list[str]:
     lines = [
         f"together {_rate(prediction.samples_per_s)} samples/s, {given.fraction_of_aggregate:.0%} of the sum of their "
         f"solo speeds: a step of {1000 * prediction.step_s:.4g} ms, of which communication "
-        f"{1000 * prediction.communication_s:.3g} ms",
+        f"{1000 * prediction.communication_s:.3g} ms, and waiting for whoever happens to be slowest "
+        f"{1000 * prediction.chance_s:.3g} ms",
     ]
     if len(model.workers) > 1:
         lines.append("gain: throughput with the worker over throughput without it")

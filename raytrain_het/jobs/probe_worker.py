@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -49,15 +50,20 @@ class ProbeWorker:
             self._step(1)
         return self._step.gradient_bytes(settings.codec)
 
-    def step(self, sizes: Sequence[int], seconds: float) -> Profile:
-        """Measure the step that was prepared, and keep its cost for the runs of this model."""
+    def step(self, sizes: Sequence[int], seconds: float) -> tuple[Profile, float]:
+        """Measure the step that was prepared, and keep its cost for the runs of this model.
+
+        Returns:
+            The profile with the cost, and the relative spread of the step's time, the median over sizes.
+        """
         assert self._step is not None
-        cost, _ = probe_step(self._step, _feasible(self._step, sizes, seconds), seconds=seconds)
+        cost, times = probe_step(self._step, _feasible(self._step, sizes, seconds), seconds=seconds)
         ProfileStore().keep_step(hardware_key(self.device), self._step.key, cost)
-        return Profile(
+        profile = Profile(
             hardware=hardware_name(self.device), device=str(self.device), cores=cpu_limit().cores,
             num_threads=torch.get_num_threads(), step=cost,
         )  # fmt: skip
+        return profile, statistics.median(measured.spread for measured in times.values())
 
     def listen(self) -> Address:
         """See :class:`raytrain_het.fleet.links.Member`."""

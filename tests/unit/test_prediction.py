@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.allocation.batch_shares import StepCost
-from raytrain_het.fleet.prediction import ENOUGH, Machine, advice, communication_s, predict
+from raytrain_het.fleet.prediction import ENOUGH, Machine, advice, chance, communication_s, messages_s, predict
 
 MACHINES = st.lists(
     st.builds(
@@ -23,8 +25,8 @@ MACHINES = st.lists(
 )  # fmt: skip
 
 
-def machine(c: float, k: float, latency_s: float = 0.0, bandwidth: float = math.inf) -> Machine:
-    return Machine(cost=StepCost(c, k), latency_s=latency_s, bandwidth=bandwidth)
+def machine(c: float, k: float, latency_s: float = 0.0, bandwidth: float = math.inf, **more: float) -> Machine:
+    return Machine(cost=StepCost(c, k), latency_s=latency_s, bandwidth=bandwidth, **more)
 
 
 def all_shares(count: int, total: int) -> Iterator[tuple[int, ...]]:
@@ -80,6 +82,27 @@ def test_communication_by_the_formula() -> None:
     assert communication_s([a], 4e6) == 0
     assert communication_s([a, b], 4e6) == pytest.approx(4e6 / 5e7 + 2 * 0.003)
     assert communication_s([a, a, a, a], 4e6) == pytest.approx(1.5 * 4e6 / 1e8 + 2 * 0.001)
+
+
+@pytest.mark.parametrize("spreads", [[0.1] * 2, [0.1] * 4, [0.05] * 16, [0.1, 0.1, 0.05, 0.05]])
+def test_chance_is_what_the_slowest_of_random_times_exceeds_the_mean_by(spreads: list[float]) -> None:
+    random = Random(0)
+    largest = statistics.fmean(max(random.gauss(1, s) for s in spreads) for _ in range(20_000))
+    assert chance(spreads) == pytest.approx(largest - 1, rel=0.06)
+    assert chance([0.3]) == 0
+
+
+def test_messages_take_time_of_small_machines_and_chance_of_all_of_them() -> None:
+    small, large = machine(0, 0.01, cores=0.2, spread=0.1), machine(0, 0.0025, cores=0.8, spread=0.1)
+    assert messages_s(small, 1e6) == pytest.approx((1.2e-3 + 1.5e-3) / 0.2)
+    found = predict([small, large], global_batch_size=100, gradient_bytes=1e6)
+    own_s = [small.cost.step_s(found.shares[0]) + 0.0135, large.cost.step_s(found.shares[1]) + 0.003375]
+    assert found.shares == (19, 81)
+    assert found.compute_s == pytest.approx(max(own_s))
+    assert found.chance_s == pytest.approx(max(own_s) * chance([0.1, 0.1]))
+    assert found.step_s == pytest.approx(found.compute_s + found.chance_s)
+    alone = predict([small], global_batch_size=100, gradient_bytes=1e6)
+    assert alone.step_s == pytest.approx(1.0)
 
 
 def test_equal_machines_without_communication_double_the_throughput() -> None:
