@@ -32,6 +32,8 @@ from typing import Any
 
 from raytrain_het.testing.cgroups import CpuQuota, LabError, available, leftovers, members
 
+_TOOLS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}
+"""What is run, and the packages it is in."""
 _PREFIX = "rhl"
 _GROUP = "node"
 _NETWORK = re.compile(r"\b(\d+\.\d+\.\d+)\.\d+\b")
@@ -166,7 +168,7 @@ class RayLab:
         self._await_start(0)
         for i, (node, ip) in enumerate(zip(self.nodes, self.node_ips, strict=True)):
             self._plug_in(f"{self._name}{i}", ip, node.rate_mbit)
-            self._launch(f"node {i}", ["ip", "netns", "exec", f"{self._name}{i}"], [
+            self._launch(f"node {i}", ["nsenter", f"--net=/run/netns/{self._name}{i}"], [
                 f"--address={self.address}", f"--node-ip-address={ip}", f"--num-cpus={node.num_cpus:g}",
                 f"--resources={json.dumps(dict(node.resources))}",
             ])  # fmt: skip
@@ -200,7 +202,8 @@ class RayLab:
         ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"]
         common = [f"--temp-dir={folder}", "--disable-usage-stats", f"--object-store-memory={_OBJECT_STORE_BYTES}",
                   "--min-worker-port=0", "--max-worker-port=0"]  # fmt: skip
-        # It enters the group before the namespace, in which /sys is another one.
+        # Into the group first, then into the namespace: not by `ip netns exec`, which puts another /sys in place, where
+        # nothing is seen of control groups, and nobody would know how few his cores are.
         enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group)]
         # Ray's drivers use no token with an address that they were given, unless told to: nor do nodes.
         environment = {"RAY_AUTH_MODE": "disabled", **os.environ, **_ENVIRONMENT}
@@ -254,12 +257,13 @@ def check() -> None:
     Raises:
         LabError: something is missing.
     """
-    tools = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    tools = [tool for tool in _TOOLS if shutil.which(tool) is None]
     missing = [] if sys.platform == "linux" else ["Linux"]
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         missing.append("root")
     if tools:
-        missing.append(f"{' and '.join(tools)} (the package iproute2)")
+        packages = dict.fromkeys(_TOOLS[tool] for tool in tools)
+        missing.append(f"{', '.join(tools)} (of {' and '.join(packages)})")
     if not available():
         missing.append("a CPU controller for control groups that may be written to")
     if missing:

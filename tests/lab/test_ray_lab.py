@@ -87,6 +87,11 @@ def test_the_faster_node_gets_the_larger_share_and_nothing_is_left_behind(ray_la
     fast, slow = (shares[ip] for ip in lab.node_ips)
     assert fast + slow == 1024
     assert fast > 1.2 * slow
+    # Workers see their quotas: shares are unequal from the first step on.
+    events = [json.loads(line) for line in (tmp_path / "lab" / "events.jsonl").read_text().splitlines()]
+    first = next(e for e in events if e["kind"] == "table")
+    slots = {w["node_ip"]: str(w["world_rank"]) for w in trainer.summary["workers"]}
+    assert first["shares"][slots[lab.node_ips[0]]] > 1.4 * first["shares"][slots[lab.node_ips[1]]]
 
     groups, processes = [g.path for g in lab._groups], lab.pids(0) + lab.pids(1)
     lab.kill_node(1)
@@ -176,7 +181,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr("shutil.which", lambda tool: None)
     with (
-        pytest.raises(LabError, match=r"missing: root, ip and tc \(the package iproute2\).*plain=True"),
+        pytest.raises(LabError, match=r"missing: root, ip, tc, nsenter \(of iproute2 and util-linux\).*plain=True"),
         RayLab([Node()]),
     ):
         pass
@@ -184,7 +189,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_ip_the_lab_says_so_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(LabError, match="missing: .*ip and tc"), RayLab([Node()]):
+    with pytest.raises(LabError, match="missing: .*ip, tc, nsenter"), RayLab([Node()]):
         pass
     with pytest.raises(LabError, match="`ip netns list` cannot be run"):
         cluster._run("ip netns list")
