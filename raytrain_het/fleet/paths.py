@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from statistics import fmean
 
 NUM_LOOKS = 3
@@ -12,6 +12,8 @@ WINDOW = 8
 """So many last looks at a path count, of which there are at most two a second."""
 LEAST_S = 1e-3
 """What takes less than a tick of the kernel's clock may be counted as nothing."""
+LEAST_SENT = 0.1
+"""Of a gradient: a way on which less goes from look to look, as from who has no share, tells nothing of a link."""
 
 
 class Paths:
@@ -38,22 +40,28 @@ class Paths:
         """
         links: dict[int, float] = {}
         for slot in slots:
-            out = [self._rate(slot, peer) for peer in slots if peer != slot]
-            into = [self._rate(peer, slot) for peer in slots if peer != slot]
-            if min(out + into, default=-1.0) < 0:
+            peers = [peer for peer in slots if peer != slot]
+            ways = [self._way((slot, peer) for peer in peers), self._way((peer, slot) for peer in peers)]
+            if None in ways:
                 return {}
-            rate = min(sum(out), sum(into))
-            if rate <= 0:
+            rates = [rate for sent, rate in filter(None, ways) if sent >= LEAST_SENT]
+            if not rates:
                 return {}
-            links[slot] = 1.0 / rate
+            links[slot] = 1.0 / min(rates)
         return links
 
-    def _rate(self, sender: int, receiver: int) -> float:
-        """Gradients per second while some of one was on the way; negative if not known."""
-        seen = self._paths.get((sender, receiver), ())
-        if len(seen) < NUM_LOOKS:
-            return -1.0
-        return fmean(gradients for gradients, _ in seen) / max(fmean(busy_s for _, busy_s in seen), LEAST_S)
+    def _way(self, paths: Iterable[tuple[int, int]]) -> tuple[float, float] | None:
+        """All paths of a link in one direction: gradients from look to look, and gradients per second while some of one
+        was on the way. None if not all of them are known."""
+        sent = rate = 0.0
+        for path in paths:
+            seen = self._paths.get(path, ())
+            if len(seen) < NUM_LOOKS:
+                return None
+            gradients, busy_s = (fmean(values) for values in zip(*seen, strict=True))
+            sent += gradients
+            rate += gradients / max(busy_s, LEAST_S)
+        return sent, rate
 
     def forget(self, slot: int) -> None:
         """Another worker has come to that slot, perhaps on another machine."""

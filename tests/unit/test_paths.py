@@ -61,6 +61,14 @@ def test_a_burst_that_seems_to_take_no_time_counts_with_the_other_looks() -> Non
     assert paths.links_s([0, 1])[0] == pytest.approx(LEAST_S)
 
 
+def test_who_has_no_share_sends_headers_only_and_its_link_is_judged_by_what_it_receives() -> None:
+    paths = Paths()
+    for _ in range(NUM_LOOKS):
+        for slot in range(3):
+            paths.observe(slot, looks([0.1, 0.1, 0.1], slot) if slot < 2 else dict.fromkeys(range(2), (1e-4, 0.004)))
+    assert paths.links_s(range(3)) == pytest.approx({0: 0.2, 1: 0.2, 2: 0.1}, rel=0.01)
+
+
 def test_where_nothing_was_sent_nothing_is_known() -> None:
     paths = Paths()
     for _ in range(NUM_LOOKS):
