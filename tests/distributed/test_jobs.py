@@ -63,7 +63,7 @@ def test_a_table_is_learnt_in_its_own_unit_and_begins_with_what_the_probe_measur
     job = load_job(JOBS / "tabular.yaml", overrides)
     probe = ProbeWorker(device="cpu", num_threads=1)
     probe.prepare("tabular", job.train_loop_config(), job.het)
-    measured = probe.step([10, 50], 0.1).step
+    measured = probe.step([10, 50], 0.1)[0].step
 
     config, (state, known), metrics = run(tmp_path, "tabular", *overrides)
     assert known == measured
