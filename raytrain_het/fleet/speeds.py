@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from raytrain_het.allocation.batch_shares import StepCost, slowest_s
 from raytrain_het.fleet.profile import Profile
-from raytrain_het.fleet.step_time import StepTimeModel
+from raytrain_het.fleet.step_time import WINDOW, StepTimeModel
 
 
 class Speeds:
@@ -25,6 +25,8 @@ class Speeds:
         self._heard: set[int] = set()
         """Who has told of a step in this round."""
         self._cycles: deque[float] = deque(maxlen=20)
+        self._lately: dict[int, deque[float]] = {}
+        """Durations of the steps that the workers' own times are from, under the table in force."""
 
     def introduce(self, slot: int, profile: Profile) -> None:
         """A worker has come, with what is known of its hardware, and perhaps of this model's step on it.
@@ -45,6 +47,7 @@ class Speeds:
         """A worker's step: its samples, its time without what it waited for others, and with that."""
         if cycle_s is not None:
             self._cycles.append(cycle_s)
+            self._lately.setdefault(slot, deque(maxlen=WINDOW)).append(cycle_s)
         if samples > 0 and seconds > 0:
             self._models.setdefault(slot, StepTimeModel()).observe(samples, seconds)
             self._num_observed[slot] = self._num_observed.get(slot, 0) + 1
@@ -64,6 +67,7 @@ class Speeds:
     def table_issued(self) -> None:
         """What follows is about another table."""
         self._num_observed.clear()
+        self._lately.clear()
         self.changed.clear()
 
     def cost(self, slot: int) -> StepCost | None:
@@ -98,8 +102,9 @@ class Speeds:
 
     @property
     def cycle_s(self) -> float | None:
-        """The median of the last steps' durations."""
-        return statistics.median(self._cycles) if self._cycles else None
+        """The median of the last steps' durations, of as many steps as own times are from: both are compared."""
+        lately = [cycle_s for seen in self._lately.values() for cycle_s in seen] or self._cycles
+        return statistics.median(lately) if lately else None
 
 
 def slowest(costs: Mapping[int, StepCost], samples: Mapping[int, int]) -> float:

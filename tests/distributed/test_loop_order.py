@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
+from raytrain_het.training.session import current
 
 DATA = TensorDataset(torch.randn(8, 3))
 
@@ -212,7 +213,13 @@ def test_a_gradient_scaler_steps_in_every_pass_of_a_step(tmp_path):
 
 
 def test_the_loop_in_the_right_order_works_here_too(tmp_path):
-    alone(lambda: good(*prepare()), tmp_path)
+    def steps():
+        model, optimizer, loader = prepare()
+        good(model, optimizer, loader)
+        return current().engine.cursor.step, len(loader)
+
+    done, wanted = alone(steps, tmp_path)
+    assert done == wanted > 0
 
 
 def test_many_reports_of_one_step_in_the_middle_of_an_epoch_do_not_wait_for_the_next(tmp_path):
@@ -224,8 +231,12 @@ def test_many_reports_of_one_step_in_the_middle_of_an_epoch_do_not_wait_for_the_
                 optimizer.step()
                 for number in range(4):
                     het.report({"number": number})
+                    told.append(number)
+        return len(loader)
 
-    alone(lambda: reports(*prepare()), tmp_path, acknowledge=True)
+    told = []
+    num_steps = alone(lambda: reports(*prepare()), tmp_path, acknowledge=True)
+    assert told == [0, 1, 2, 3] * num_steps
 
 
 def test_functions_outside_of_a_training_function_say_so():

@@ -135,9 +135,10 @@ def test_a_process_that_ends_ends_nothing_else(spinning):
         slow.add(short.pid)
         slow.add(spinning)
         short.kill()
-        short.wait()
+        assert short.wait() == -signal.SIGKILL
         eventually(lambda: state(spinning) == "T")
         eventually(lambda: state(spinning) != "T")
+    assert state(spinning) != "T"
 
 
 @pytest.mark.parametrize("kind", [StopAndGo, CpuQuota])

@@ -49,10 +49,11 @@ def test_a_run_starts_with_the_slots_that_have_room(start: Any) -> None:
     holder = ray.remote(num_cpus=2)(Holder).remote()
     ray.get(holder.ready.remote())
     run = start(workers=[WorkerSpec(count=2, resources={"CPU": 2})])
-    run.members(1)
-    eventually(lambda: run.call("peek", "vacant"), "the hub is told that nobody comes for now")
+    (first,) = run.members(1)
+    vacant = eventually(lambda: run.call("peek", "vacant"), "the hub is told that nobody comes for now")
+    assert set(vacant) == {0, 1} - {first}
     ray.kill(holder)
-    run.members(2)
+    assert set(run.members(2)) == {0, 1}
     run.call("tell", "finish")
     run.join()
 

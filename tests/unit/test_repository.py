@@ -20,8 +20,9 @@ def bash_blocks() -> list[str]:
 
 
 def test_ray_accepts_the_cluster_file() -> None:
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    validate_config(prepare_config(config))
+    config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    validate_config(config)
+    assert config["head_node_type"] in config["available_node_types"]
 
 
 def test_the_readme_first_installs_and_trains_then_installs_and_tests() -> None:

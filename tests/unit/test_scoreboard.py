@@ -422,3 +422,15 @@ def test_the_effective_batch_size_of_a_literal_sum_counts_workers_means() -> Non
     assert effective_batch_size([80, 20], [1.0, 1.0]) == pytest.approx(100)
     assert effective_batch_size([80, 20], [1.0, 1.0], normalised=False) == pytest.approx(64)
     assert effective_batch_size([80, 0], [1.0, 1.0], normalised=False) == pytest.approx(80)
+
+
+def test_speeds_together_and_alone_are_from_the_same_steps() -> None:
+    """The last steps are a little faster, for each and so for all: they say nothing of how well the fleet does."""
+    board = Scoreboard()
+    board.global_batch_size = 200
+    for step in range(40):
+        step_s = 0.1 if step < 30 else 0.085
+        for slot in range(2):
+            board.observe(slot, 100, step_s, step_s)
+    alone = [board.solo_samples_per_s(slot, 100) for slot in range(2)]
+    assert board.samples_per_s == pytest.approx(sum(alone), rel=0.01)
