@@ -174,7 +174,7 @@ def _model(job: JobConfig, workers: Sequence[Handle], links: Links, seconds: flo
                 bandwidth=bandwidth / sharing[worker.node],
                 cores=min(profile.cores, profile.num_threads),
                 spread=spread,
-            )  # fmt: skip
+            )
         )
     return ModelResult(
         job=job,
