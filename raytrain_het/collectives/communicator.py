@@ -228,14 +228,13 @@ class Communicator:
     def _await(self, condition: Callable[[], bool], generation: int, step: int, *, peers: bool) -> None:
         """Wait; a deadline that passes while peers are waited for is told as a suspicion, and then doubled."""
         deadline = FIRST_DEADLINE_S if self.step_s == 0 else DEADLINE_MARGIN_S + self.step_s
-        started = time.monotonic()
-        suspect_at = started + deadline
+        suspect_at = time.monotonic() + deadline
         while not condition():
             if self._interrupted(generation):
                 raise _Interrupted
             now = time.monotonic()
             if peers and now >= suspect_at:
-                self.agent.suspect(generation, now - started, step)
+                self.agent.suspect(generation, step)
                 deadline = min(2 * deadline, self._hang_limit_s / 4)
                 suspect_at = now + deadline
             poll_s = self._group.poll_s if self._group is not None else None

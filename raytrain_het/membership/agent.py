@@ -130,9 +130,9 @@ class MemberAgent:
             self._failed = (generation, reason)
             self._send(type="failed", generation=generation, reason=reason)
 
-    def suspect(self, generation: int, waited_s: float, step: int) -> None:
+    def suspect(self, generation: int, step: int) -> None:
         """Tell that a collective takes longer than it should."""
-        self._send(type="suspect", generation=generation, waited_s=waited_s, step=step)
+        self._send(type="suspect", generation=generation, step=step)
 
     def tell(self, kind: str, **values: Any) -> None:
         """Send a message that needs no reply; a lost connection drops it."""

@@ -74,7 +74,7 @@ class Hub:
         """What members have said to each other while they make a process group."""
         self._stats: dict[int, dict[str, Any]] = {}
         self._connections: dict[str, asyncio.StreamWriter] = {}
-        self._noted = self._core.next_seq
+        self._noted = self._core.log.next_seq
         self._loop = asyncio.new_event_loop()
         self._port = port
         ready = threading.Event()
@@ -110,7 +110,7 @@ class Hub:
 
     def events(self, since: int) -> list[dict[str, Any]]:
         """Membership events with a sequence number of ``since`` or more."""
-        return self._call(lambda: [e for e in self._core.events if e["seq"] >= since])
+        return self._call(lambda: self._core.log.since(since))
 
     def status(self) -> dict[str, Any]:
         """Who takes part and how far they are."""
@@ -240,7 +240,7 @@ class Hub:
             case "failed":
                 core.failed(uid, m["generation"], m["reason"], now)
             case "suspect":
-                core.suspect(uid, m["generation"], m["waited_s"], m["step"], now)
+                core.suspect(uid, m["generation"], m["step"], now)
             case "waiting":
                 core.waiting(uid, now)
             case "healed":
@@ -256,7 +256,7 @@ class Hub:
             case "meet":
                 self._pass_on(uid, m)
             case "event":
-                core.note({"slot": slot, **m["event"]})
+                core.log.note({"slot": slot, **m["event"]})
             case "leave":
                 self._leaving.setdefault(uid, self._reports.waiting_for_storage(slot))
             case "finish":
@@ -279,8 +279,7 @@ class Hub:
 
     def _flush(self) -> None:
         """Send what the logic has decided, stamp its events, and settle reports under the new membership."""
-        noted = self._core.next_seq - self._noted
-        for event in self._core.events[-noted:] if noted else ():
+        for event in self._core.log.since(self._noted):
             event.setdefault("time", time.time())
             if event["kind"] in ("lost", "evicted", "left", "finished", "raised"):
                 self._evaluations.forget(event["uid"])
@@ -288,7 +287,7 @@ class Hub:
                 if event["kind"] in ("lost", "evicted", "left"):
                     self._reports.forget(event["slot"])
                     self._writers = {key: slot for key, slot in self._writers.items() if slot != event["slot"]}
-        self._noted = self._core.next_seq
+        self._noted = self._core.log.next_seq
         self._send_all()
         if self._core.recovering:
             return  # Who has not come back yet is not lost: its part of a report may be on its way.

@@ -11,77 +11,24 @@ answered or is gone.
 
 from __future__ import annotations
 
-import enum
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-from raytrain_het.allocation.owner_shards import owner_parts
 from raytrain_het.errors import ConfigError
 from raytrain_het.fleet.scoreboard import Table
+from raytrain_het.membership.deaths import MAX_FRUITLESS_DEATHS, MAX_FRUITLESS_GENERATIONS, Deaths
+from raytrain_het.membership.event_log import EventLog
+from raytrain_het.membership.peers import ZERO, Cursor, Peer, Phase, Succession, lag, succession
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
+from raytrain_het.membership.suspicion import Suspicion
+from raytrain_het.membership.tables import lr_scales_of, owners_of, shares_of, speeds_of, table_of
 
-MAX_FRUITLESS_DEATHS = 3
-"""A slot that dies so often without a commit stays vacant; a step in which so many generations lost members
-fails the run."""
-MAX_FRUITLESS_GENERATIONS = 20
-"""So many generations in a row voided without a death or a commit fail the run: some link must be broken."""
-TELL_OF_WAITING_S = 10.0
-"""A step that waits so long for a living member is told about."""
-MAX_EVENTS = 500
-"""At least so many of the latest events are kept; their readers come every second or so and keep what they want."""
 MAX_GONE = 1000
 """So many of the members that were let go are remembered, to be told so should they come back."""
 RECOVERY_GRACE_S = 10.0
 """How long a restarted actor waits for the members of the highest record."""
-
-Cursor = dict[str, int]
-ZERO: Cursor = {"epoch": 0, "offset": 0, "step": 0}
-
-
-class Phase(enum.Enum):
-    """Where a member stands."""
-
-    JOINING = "joining"
-    IN = "in"
-    LEAVING = "leaving"
-    FINISHED = "finished"
-
-
-@dataclass
-class Peer:
-    """One connected member."""
-
-    member: Member
-    phase: Phase
-    cursor: Cursor
-    healed: bool
-    heard: float
-    first_base: int = -1
-    reports_after: int = -1
-    """It takes no part in reports of steps up to this one: it was not there yet."""
-    answered: bool = False
-    """Whether it has answered to the generation being formed."""
-    fresh: bool = False
-    """Healed by replay, and not yet compared with the others."""
-    reached: int = 0
-    """Steps it has committed, as it told in passing: for people and for the count of deaths, never for a base."""
-    position: int = 0
-    """How far into the protocol it is, for telling who holds up the others."""
-    confirmed: bool = False
-    returning: bool = False
-    """Its function has returned, and its reports wait for the others, which may wait for its next step."""
-    batch: list[int] | None = None
-
-
-@dataclass
-class Inquiry:
-    """A round of pings: has everybody been heard of since it started?"""
-
-    started: float
-    suspecting: dict[str, float] = field(default_factory=dict)
 
 
 class Membership:
@@ -97,9 +44,7 @@ class Membership:
         self.number = 0
         self.voided = False
         self.failure: str | None = None
-        self.events: list[dict[str, Any]] = []
-        self.next_seq = incarnation // 1_000_000
-        """Sequence number of the next event."""
+        self.log = EventLog(first_seq=incarnation // 1_000_000)
         self.table: Table | None = None
         """What shares and scales follow, once speeds are known."""
         self.vacant: set[int] = set()
@@ -111,13 +56,8 @@ class Membership:
         self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or dict(ZERO)
         self._outbox: list[tuple[str, dict[str, Any]]] = []
         self._gone: dict[str, str] = {}
-        self._fruitless: Counter[int] = Counter()
-        self._deaths_in_step: Counter[int] = Counter()
-        self._lost_members: list[Peer] = []
-        self._fruitless_generations = 0
-        self._inquiry: Inquiry | None = None
-        self._suspected_since: tuple[int, int, float] | None = None
-        self._told_of_waiting: tuple[int, int] | None = None
+        self._deaths = Deaths()
+        self._suspicion = Suspicion(settings)
         self._table_kept: str | None = None
         self._forming_since = 0.0
         self._want_answered = False
@@ -265,7 +205,7 @@ class Membership:
         elif self.record is not None and generation == self.record.number:
             self._start_forming(void=True, reason=f"a collective failed: {reason}", now=now)
 
-    def suspect(self, uid: str, generation: int, waited_s: float, step: int, now: float) -> None:
+    def suspect(self, uid: str, generation: int, step: int, now: float) -> None:
         """A member has waited past its deadline. Only a suspicion: everybody is pinged."""
         if self._heard(uid, now) is None or self.record is None or generation != self.record.number or self.voided:
             return
@@ -276,24 +216,20 @@ class Membership:
                 peer.returning = False
             self._start_forming(void=True, reason="a member has finished and the others go on", now=now)
             return
-        key = (generation, step)
-        if self._suspected_since is None or self._suspected_since[:2] != key:
-            self._suspected_since = (*key, now)
-        self._inquire(now)
-        assert self._inquiry is not None
-        self._inquiry.suspecting[uid] = waited_s
+        if self._suspicion.suspect(uid, generation, step, now):
+            self._ping()
 
     def waiting(self, uid: str, now: float) -> None:
         """A member waits for others outside of a collective: are they all alive?"""
-        if self._heard(uid, now) is not None and self.record is not None and self._inquiry is None:
-            self._inquire(now)
+        if self._heard(uid, now) is not None and self.record is not None and self._suspicion.begin(now):
+            self._ping()
 
     def pong(self, uid: str, position: int, now: float) -> None:
         """A member has answered a ping."""
         peer = self._heard(uid, now)
         if peer is not None:
             peer.position = position
-            self._settle_inquiry(now)
+            self._settle_suspicion(now)
 
     def healed(self, uid: str, now: float) -> None:
         """An unhealed member has caught up and wants a share."""
@@ -320,7 +256,7 @@ class Membership:
         if peer is not None:
             peer.reached = max(peer.reached, step)
         if peer is not None and step > max(peer.first_base, 0) and peer.first_base >= 0:
-            self._fruitless[peer.member.slot] = 0
+            self._deaths.commit(peer.member.slot)
 
     def follow(self, table: Table, now: float) -> None:
         """Shares and scales come from this table from the next generation on."""
@@ -390,17 +326,16 @@ class Membership:
                     self._recover(now)
             elif waited >= self.settings.start_timeout_s:
                 self._issue_first(now, f"{self.settings.start_timeout_s:g} s have passed")
-        if self._inquiry is not None and now - self._inquiry.started >= self.settings.silence_s:
-            for uid in self._silent():
-                self._lose(uid, f"silent for {self.settings.silence_s:g} s while its peers waited", now, died=False)
-            self._inquiry = None
+        for peer in self._suspicion.dead(self._required(), now):
+            silence = f"silent for {self.settings.silence_s:g} s while its peers waited"
+            self._lose(peer.member.uid, silence, now, died=False)
         if self._answers_are_due(now):
             missing = [p for p in self._required() if not p.answered]
             if missing and now - self._forming_since >= self.settings.hang_limit_s:
                 for peer in missing:
                     self._lose(peer.member.uid, "it did not answer within the hang limit", now, died=False)
-            elif missing and self._inquiry is None:
-                self._inquire(now)
+            elif missing and self._suspicion.begin(now):
+                self._ping()
 
     # ---------------------------------------------------------------- forming
 
@@ -432,15 +367,13 @@ class Membership:
         self.voided, self._forming_since, self._reason, self._want_answered = void, now, reason, False
         for peer in self.peers.values():
             peer.answered = False
-        if void:
-            self._fruitless_generations += 1
-            if self._fruitless_generations > MAX_FRUITLESS_GENERATIONS:
-                self._fail(
-                    f"{MAX_FRUITLESS_GENERATIONS} generations in a row failed without a death or a commit ({reason}). "
-                    "A link between two workers must be broken: check that all nodes reach each other on all ports.",
-                    now,
-                )
-                return
+        if void and self._deaths.void():
+            self._fail(
+                f"{MAX_FRUITLESS_GENERATIONS} generations in a row failed without a death or a commit ({reason}). "
+                "A link between two workers must be broken: check that all nodes reach each other on all ports.",
+                now,
+            )
+            return
         self._log("void" if void else "wanted", now, number=self.number, reason=reason)
         self._announce("void" if void else "want")
         self._form_if_answered(now)
@@ -467,59 +400,35 @@ class Membership:
 
     def _issue(self, answered: list[Peer], now: float) -> None:
         assert self.record is not None
-        # Who has only just healed by replay has not been checked against anybody yet, so it can't be a base.
-        healed = [p for p in answered if p.healed and not p.fresh]
-        if not healed:
-            staying = [p for p in answered if p.phase is Phase.IN]
-            self._let_go([p for p in answered if p.phase is not Phase.IN], now)
-            self._publish(staying, base=None, source=None, now=now)
-            return
-        base = max(healed, key=lambda p: p.cursor["step"]).cursor
-        holders = [p for p in healed if p.cursor["step"] == base["step"]]
-        lasting = [p for p in holders if p.phase is Phase.IN]
-        # Who alone holds the base step stays one generation longer, so that the others can take it over.
-        source = min(lasting or holders, key=lambda p: p.member.slot)
-        going = [p for p in answered if p.phase is not Phase.IN and p is not source]
-        heirs = any(p.phase is Phase.IN for p in answered)
-        if source.phase is Phase.LEAVING:  # It also waits until those on their way in hold what it holds.
-            heirs = heirs or any(p.phase is Phase.JOINING for p in self.peers.values())
-        if not lasting and not heirs:
-            going = answered
-        self._let_go(going, now)
-        staying = [p for p in answered if p not in going]
-        self._publish(staying, base=base, source=source, now=now)
-        if source.phase is not Phase.IN and source.member.uid in self.peers:
+        after = succession(answered, joining=any(p.phase is Phase.JOINING for p in self.peers.values()))
+        for peer in after.going:
+            self._release(peer.member.uid, "finished" if peer.phase is Phase.FINISHED else "left", now)
+        staying = [p for p in answered if p not in after.going]
+        self._publish(staying, after, now)
+        source = after.source
+        if source is not None and source.phase is not Phase.IN and source.member.uid in self.peers:
             self._start_forming(void=False, reason=f"slot {source.member.slot} leaves", now=now)
 
-    def _publish(self, staying: list[Peer], *, base: Cursor | None, source: Peer | None, now: float) -> None:
+    def _publish(self, staying: list[Peer], after: Succession, now: float) -> None:
         """Issue the record of a new generation: ``staying`` and all that are joining."""
         previous = self.record
         joining = [p for p in self.peers.values() if p.phase is Phase.JOINING]
         peers = sorted(staying + joining, key=lambda p: p.member.slot)
         if not peers:
-            self._count_deaths(self._last_known_step(), peers, now)
+            self._fail_if_poisoned(self._deaths.last_step(), peers, now)
             self._end_or_wait(now)
             return
-        reset = base is None
+        base, source = after.base, after.source
         # Where all start again, nobody is left to say in which step the last ones died.
-        died_after = self._last_known_step() if base is None else base["step"]
-        if reset:
+        died_after = self._deaths.last_step() if base is None else base["step"]
+        if reset := base is None:
             base = dict(self.checkpoint_cursor) if self.checkpoint else dict(ZERO)
             source = peers[0]
             for peer in peers:
                 peer.healed, peer.fresh, peer.cursor = True, False, dict(base)
         assert base is not None and source is not None
-        behind, unhealed, fresh = [], [], []
-        for peer in peers:
-            missed = base["step"] - peer.cursor["step"]
-            if not peer.healed or missed > 1 or (peer.fresh and missed):
-                peer.healed = False
-                unhealed.append(peer.member.uid)
-            elif missed == 1:
-                behind.append(peer.member.uid)
-            elif peer.fresh:
-                fresh.append(peer.member.uid)
-        self._count_deaths(died_after, peers, now)
+        behind, unhealed, fresh = lag(peers, base)
+        self._fail_if_poisoned(died_after, peers, now)
         if self.failure is not None:
             return
         self._fit_table(peers, now)
@@ -527,25 +436,26 @@ class Membership:
         same = previous is not None and not self.voided and not reset and previous.members == members
         group = previous.group if same and previous is not None else f"{self.incarnation}.{self.number}"
         if previous is not None and base["step"] > previous.base:
-            self._fruitless_generations = 0
+            self._deaths.generations = 0
+        speeds = speeds_of(self.table, peers)
         self.record = Record(
             number=self.number,
             incarnation=self.incarnation,
             group=group,
             life=self.incarnation // 1_000_000 + self.number if reset or previous is None else previous.life,
             members=members,
-            shares=self._shares(peers),
-            lr_scales=tuple(self._by_slot(self.table.lr_scales if self.table else {}, peers)),
+            shares=shares_of(self.table, self.settings.shares, peers),
+            lr_scales=lr_scales_of(self.table, peers),
             normalised=self.settings.lr_scale_normalisation == "mean",
             table=self.table.version if self.table else 0,
-            speeds=(speeds := self._speeds(peers)),
-            owners=self._owners(speeds, peers),
+            speeds=speeds,
+            owners=owners_of(self.table, speeds, peers),
             codecs=(self.settings.codec,) * len(peers),
             cursor=base,
             source=source.member.uid,
-            behind=tuple(behind),
-            unhealed=tuple(unhealed),
-            fresh=tuple(fresh),
+            behind=behind,
+            unhealed=unhealed,
+            fresh=fresh,
             reset=reset,
             checkpoint=self.checkpoint if reset else None,
             backend=self.settings.backend,
@@ -565,24 +475,9 @@ class Membership:
                 peer.reports_after = base["step"] - reset
             peer.answered = False
             self._send(peer.member.uid, type="record", record=self.record.to_json())
-        self.voided, self._inquiry, self._suspected_since = False, None, None
+        self.voided = False
+        self._suspicion.forget()
         self._release_the_finished(now)
-
-    def _shares(self, peers: list[Peer]) -> tuple[float, ...]:
-        if self.settings.shares:
-            given = dict(enumerate(self.settings.shares))
-        else:
-            given = {slot: float(b) for slot, b in self.table.shares.items()} if self.table else {}
-        shares = [s if p.healed else 0.0 for s, p in zip(self._by_slot(given, peers), peers, strict=True)]
-        if sum(shares) == 0:
-            shares = [1.0 if p.healed else 0.0 for p in peers]
-        return tuple(shares)
-
-    def _owners(self, speeds: Sequence[float], peers: list[Peer]) -> tuple[float, ...]:
-        table = self.table
-        links = table.links_of(p.member.slot for p in peers) if table is not None else []
-        healed = [s if p.healed else 0.0 for s, p in zip(speeds, peers, strict=True)]
-        return tuple(owner_parts(healed, links, table.unhurried_s if table is not None else 0.0))
 
     def _fit_table(self, peers: list[Peer], now: float) -> None:
         """Who has come, perhaps with other hardware than its predecessor, gets a share of its own."""
@@ -596,15 +491,6 @@ class Membership:
         if table is not None:
             self.table = table
             self._log("table", now, **table.to_json())
-
-    def _speeds(self, peers: list[Peer]) -> tuple[float, ...]:
-        return tuple(self._by_slot(self.table.scores if self.table else {}, peers))
-
-    @staticmethod
-    def _by_slot(values: Mapping[int, float], peers: list[Peer]) -> list[float]:
-        """A value per peer; the mean of the others for who is not in the table."""
-        mean = sum(values.values()) / len(values) if values else 1.0
-        return [values.get(p.member.slot, mean) for p in peers]
 
     def _start_if_all_are_there(self, now: float) -> None:
         joined = {p.member.slot for p in self.peers.values()}
@@ -622,7 +508,7 @@ class Membership:
                 self._log("table", now, **self.table.to_json())
         self.number += 1
         self._reason = reason
-        self._publish([], base=None, source=None, now=now)
+        self._publish([], Succession(None, None, []), now)
 
     def _end_or_wait(self, now: float) -> None:
         """Nobody is left: either the run has ended, or the slots' next workers start from the last checkpoint."""
@@ -631,10 +517,6 @@ class Membership:
             self._log("empty", now)
 
     # ---------------------------------------------------------------- leaving, dying, ending
-
-    def _let_go(self, peers: list[Peer], now: float) -> None:
-        for peer in peers:
-            self._release(peer.member.uid, "finished" if peer.phase is Phase.FINISHED else "left", now)
 
     def _release(self, uid: str, how: str, now: float) -> None:
         peer = self.peers.pop(uid)
@@ -688,8 +570,7 @@ class Membership:
             self._send(uid, type="evicted", reason=reason)
         if self.failure is not None:
             return
-        self._fruitless[slot] += 1
-        if self._fruitless[slot] >= MAX_FRUITLESS_DEATHS:
+        if self._deaths.lose_slot(slot):
             self.dead_slots.add(slot)
             self._log("given_up", now, slot=slot, reason=f"it died {MAX_FRUITLESS_DEATHS} times without a commit")
         if self._recovering is not None:
@@ -700,8 +581,8 @@ class Membership:
             self._form_if_answered(now)
         else:
             if died and peer.healed and peer.phase is Phase.IN:
-                self._lost_members.append(peer)
-            self._fruitless_generations = 0
+                self._deaths.lose_member(peer)
+            self._deaths.generations = 0
             if self._end_if_nobody_trains():
                 return
             self._reason = f"slot {slot} was lost: {reason}"
@@ -709,36 +590,21 @@ class Membership:
             if self.record is not None and self.record.rank_of(uid) is not None:
                 self._start_forming(void=True, reason=f"slot {slot} was lost: {reason}", now=now)
 
-    def _last_known_step(self) -> int:
-        """Steps that those who were lost are known to have committed."""
-        return max(
-            (max(p.reached, p.cursor["step"]) for p in self._lost_members),
-            default=0,
-        )
-
-    def _count_deaths(self, base: int, peers: list[Peer], now: float) -> None:
-        """A step that has cost three generations a member fails the run: some sample of it must be poison.
-
-        Counts those lost since the last generation was formed, in the step after ``base``.
-
-        How many died at once does not matter: a power cut takes all workers, and they start again.
-        """
-        # Those of later steps stay when a run starts again from its last checkpoint: it will come to them once more.
-        for step in [s for s in self._deaths_in_step if s <= base]:
-            del self._deaths_in_step[step]
-        lost, self._lost_members = self._lost_members, []
-        self._deaths_in_step[base + 1] += bool(lost)
-        if lost and self._deaths_in_step[base + 1] >= MAX_FRUITLESS_DEATHS:
-            assert self.record is not None
-            slots = sorted({p.member.slot for p in lost})
-            ranks = [r for r, m in enumerate(self.record.members) if m.uid in {p.member.uid for p in lost}]
-            batch = next((p.batch for p in peers if p.batch), None)
-            where = f" (epoch {batch[0]}, positions {batch[1]} to {batch[1] + batch[2]} of its order)" if batch else ""
-            self._fail(
-                f"Workers died {MAX_FRUITLESS_DEATHS} times in step {base + 1}{where}, the last in slots {slots}. "
-                "Some sample of that step probably kills the process: train without it, or look at the workers' logs.",
-                now, poison={"step": base + 1, "slots": slots, "ranks": ranks, "shares": self.record.shares},
-            )  # fmt: skip
+    def _fail_if_poisoned(self, base: int, peers: list[Peer], now: float) -> None:
+        """Some sample of a step that has cost three generations a member must be poison."""
+        lost = self._deaths.poisoned(base)
+        if not lost:
+            return
+        assert self.record is not None
+        slots = sorted({p.member.slot for p in lost})
+        ranks = [r for r, m in enumerate(self.record.members) if m.uid in {p.member.uid for p in lost}]
+        batch = next((p.batch for p in peers if p.batch), None)
+        where = f" (epoch {batch[0]}, positions {batch[1]} to {batch[1] + batch[2]} of its order)" if batch else ""
+        self._fail(
+            f"Workers died {MAX_FRUITLESS_DEATHS} times in step {base + 1}{where}, the last in slots {slots}. "
+            "Some sample of that step probably kills the process: train without it, or look at the workers' logs.",
+            now, poison={"step": base + 1, "slots": slots, "ranks": ranks, "shares": self.record.shares},
+        )  # fmt: skip
 
     def _fail(self, message: str, now: float, **extra: Any) -> None:
         self.failure = message
@@ -748,46 +614,25 @@ class Membership:
 
     # ---------------------------------------------------------------- suspicion
 
-    def _inquire(self, now: float) -> None:
-        if self._inquiry is None:
-            self._inquiry = Inquiry(started=now)
-            for peer in self._required():
-                self._send(peer.member.uid, type="ping")
+    def _ping(self) -> None:
+        for peer in self._required():
+            self._send(peer.member.uid, type="ping")
 
-    def _silent(self) -> list[str]:
-        assert self._inquiry is not None
-        return [p.member.uid for p in self._required() if p.heard <= self._inquiry.started]
-
-    def _settle_inquiry(self, now: float) -> None:
-        inquiry = self._inquiry
-        if inquiry is None or self._silent():
+    def _settle_suspicion(self, now: float) -> None:
+        suspecting = self._suspicion.settled(self._required())
+        if not suspecting:
             return
-        self._inquiry = None
-        if not inquiry.suspecting:
+        limit = f"{self.settings.hang_limit_s:g} s"
+        late = self._suspicion.hung(self._required(), now)
+        for peer in late:
+            self._lose(peer.member.uid, f"its peers waited {limit} for it", now, died=False)
+        if late:
             return
-        assert self._suspected_since is not None
-        if now - self._suspected_since[2] >= self.settings.hang_limit_s:
-            furthest = max(p.position for p in self._required())
-            late = [p.member.uid for p in self._required() if p.position < furthest]
-            for uid in late:
-                self._lose(uid, f"its peers waited {self.settings.hang_limit_s:g} s for it", now, died=False)
-            if late:
-                return
-        self._tell_of_waiting(now)
-        for uid in inquiry.suspecting:
+        if waiting := self._suspicion.to_tell(self._required(), now):
+            step, slots = waiting
+            self._log("waiting", now, step=step, slots=slots, reason=f"alive, but not there; dropped after {limit}")
+        for uid in suspecting:
             self._send(uid, type="patience")
-
-    def _tell_of_waiting(self, now: float) -> None:
-        """Say once for whom the others wait, long before the hang limit drops it."""
-        assert self._suspected_since is not None
-        generation, step, since = self._suspected_since
-        if now - since < TELL_OF_WAITING_S or self._told_of_waiting == (generation, step):
-            return
-        self._told_of_waiting = (generation, step)
-        furthest = max(p.position for p in self._required())
-        slots = [p.member.slot for p in self._required() if p.position < furthest]
-        limit = self.settings.hang_limit_s
-        self._log("waiting", now, step=step, slots=slots, reason=f"alive, but not there; dropped after {limit:g} s")
 
     # ---------------------------------------------------------------- a restart of this actor
 
@@ -820,7 +665,7 @@ class Membership:
         record, self._recovering = self._recovering, None
         assert record is not None
         highest, self.record, self.number = max(self.number, record.number), record, record.number
-        self.table = _table_of(record)
+        self.table = table_of(record)
         members = {m.uid for m in record.members}
         self._log("recovered", now, number=record.number)
         for peer in [p for p in self._required() if p.member.uid not in members]:
@@ -875,29 +720,4 @@ class Membership:
 
     def _log(self, kind: str, now: float, **values: Any) -> None:
         generation = self.record.number if self.record else 0
-        self.note({"kind": kind, "generation": generation, **values})
-
-    def note(self, event: dict[str, Any]) -> None:
-        """Add to the events.
-
-        Sequence numbers grow across restarts, so that a reader misses none and reads none twice.
-        """
-        self.events.append({"seq": self.next_seq, **event})
-        self.next_seq += 1
-        if len(self.events) >= 2 * MAX_EVENTS:
-            del self.events[:MAX_EVENTS]
-
-
-def _table_of(record: Record) -> Table | None:
-    """The table that a record follows, as far as it can be seen from there: who is healing has a share of 0 for now."""
-    if record.table == 0:
-        return None
-    slots = {m.slot: rank for rank, m in enumerate(record.members)}
-    return Table(
-        version=record.table,
-        scores={slot: record.speeds[rank] for slot, rank in slots.items()},
-        lr_scales={slot: record.lr_scales[rank] for slot, rank in slots.items()},
-        shares={m.slot: round(record.shares[slots[m.slot]]) for m in record.members if m.uid not in record.unhealed},
-        predicted_step_s=None,
-        reason="the membership actor was restarted",
-    )
+        self.log.note({"kind": kind, "generation": generation, **values})

@@ -21,12 +21,16 @@ agree if, and only if, one's history is the beginning of the other's.
 from __future__ import annotations
 
 import operator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+from raytrain_het.membership.event_log import EventLog
+from raytrain_het.membership.peers import Peer, Phase
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
-from raytrain_het.membership.state import Inquiry, Membership, Peer, Phase
+from raytrain_het.membership.state import Membership
+from raytrain_het.membership.suspicion import Round
 
 Event = tuple[Any, ...]
 NEVER = 1e9
@@ -214,19 +218,16 @@ class World:
         core = Membership.__new__(Membership)
         core.__dict__.update(self.core.__dict__)
         core.peers = {uid: _copy_peer(p) for uid, p in core.peers.items()}
-        core.events, core._outbox = [], []
-        for name in (
-            "vacant",
-            "dead_slots",
-            "finished_slots",
-            "_gone",
-            "_fruitless",
-            "_deaths_in_step",
-            "_lost_members",
+        core.log, core._outbox = EventLog(first_seq=0), []
+        core._deaths, core._suspicion = copy(core._deaths), copy(core._suspicion)
+        for owner, names in (
+            (core, ("vacant", "dead_slots", "finished_slots", "_gone")),
+            (core._deaths, ("fruitless", "in_step", "lost")),
         ):
-            setattr(core, name, getattr(core, name).copy())
-        if core._inquiry is not None:
-            core._inquiry = Inquiry(core._inquiry.started, dict(core._inquiry.suspecting))
+            for name in names:
+                setattr(owner, name, getattr(owner, name).copy())
+        if core._suspicion.round is not None:
+            core._suspicion.round = Round(core._suspicion.round.began, set(core._suspicion.round.suspecting))
         new.core = core
         new.workers = dict(self.workers)
         new._owned = set()
@@ -253,14 +254,14 @@ class World:
             )
             for u, p in core.peers.items()
         )
-        inquiry = core._inquiry
+        deaths, inquiry = core._deaths, core._suspicion.round
         return (
             core.incarnation, core.number, id(core.record), core.voided, core.failure, peers,
             tuple(sorted(core.vacant)), tuple(sorted(core.finished_slots)), tuple(sorted(core._gone)),
-            tuple(sorted(core._fruitless.items())), tuple(sorted(core._deaths_in_step.items())),
-            len(core._lost_members),
+            tuple(sorted(deaths.fruitless.items())), tuple(sorted(deaths.in_step.items())),
+            len(deaths.lost),
             id(core._recovering), core._recovery_needs_void, core._first_hello is None,
-            core._suspected_since, core._want_answered, None if inquiry is None else tuple(sorted(inquiry.suspecting)),
+            core._suspicion.since, core._want_answered, None if inquiry is None else tuple(sorted(inquiry.suspecting)),
             tuple(w.key() for w in self.workers.values()), tuple(sorted(self.ring.items())),
             tuple(self.budget.values()), self.unlinked,
         )  # fmt: skip
@@ -304,8 +305,9 @@ class World:
             added.append(("restart",))
         if self.budget["broken_links"] and self.core.record is not None and len(self.core.record.members) > 1:
             added.append(("break_link",))
-        recovering = self.core._recovering is not None
-        if self.budget["hasty"] and (recovering or self.core._inquiry is not None and self.core._silent()):
+        recovering, inquiry = self.core._recovering is not None, self.core._suspicion.round
+        silent = inquiry is not None and inquiry.silent(self.core._required())
+        if self.budget["hasty"] and (recovering or silent):
             added.append(("tick", True))
         if not own:
             own += self._time_passes()
@@ -315,11 +317,11 @@ class World:
         """Deadlines, which matter only when nothing else goes on."""
         found: list[Event] = []
         peers = self.core.peers
-        if any(self.workers[uid].state == "stopped" for uid in peers) and self.core._inquiry is None:
+        if any(self.workers[uid].state == "stopped" for uid in peers) and self.core._suspicion.round is None:
             found += [("suspect", u) for u, w in self.workers.items() if w.state == "up" and w.connected and w.current]
         elif any(p.phase is Phase.FINISHED for p in peers.values()) and not self.core.voided:
             found += [("suspect", u) for u, w in self.workers.items() if w.state == "up" and w.current and w.launched]
-        if self.core._inquiry is not None or self.core.forming or self.core.recovering:
+        if self.core._suspicion.round is not None or self.core.forming or self.core.recovering:
             later = self.copy()
             later.happen(("tick",))
             if later.key() != self.key():
@@ -424,22 +426,22 @@ class World:
         self._check()
 
     def _now(self) -> float:
-        return 1.0 if self.core._inquiry is not None else 0.0
+        return 1.0 if self.core._suspicion.round is not None else 0.0
 
     def _normalise(self) -> None:
         """Only the order of times matters: keep whether a member was heard of since the inquiry started."""
         core = self.core
-        started = core._inquiry.started if core._inquiry is not None else NEVER
+        suspicion = core._suspicion
+        began = suspicion.round.began if suspicion.round is not None else NEVER
         for peer in core.peers.values():
-            peer.heard = 1.0 if peer.heard > started else 0.0
-        if core._inquiry is not None:
-            core._inquiry.started = 0.0
-            core._inquiry.suspecting = dict.fromkeys(core._inquiry.suspecting, 0.0)
+            peer.heard = 1.0 if peer.heard > began else 0.0
+        if suspicion.round is not None:
+            suspicion.round.began = 0.0
         core._forming_since = 0.0
         if core._first_hello is not None:
             core._first_hello = 0.0
-        if core._suspected_since is not None:
-            core._suspected_since = (*core._suspected_since[:2], 0.0)
+        if suspicion.since is not None:
+            suspicion.since = (*suspicion.since[:2], 0.0)
 
     def _deliver(self) -> None:
         for uid, message in self.core.drain():
@@ -488,7 +490,7 @@ class World:
         elif kind == "failed":
             core.failed(uid, values[0], "torn", now)
         elif kind == "suspect":
-            core.suspect(uid, values[0], 1.0, values[1], now)
+            core.suspect(uid, values[0], values[1], now)
         elif kind == "raised":
             core.raised(uid, "ValueError", now)
         else:

@@ -1,0 +1,104 @@
+"""The members that the actor knows, where each stands, and what the next generation may begin with."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from raytrain_het.membership.record import Member
+
+Cursor = dict[str, int]
+ZERO: Cursor = {"epoch": 0, "offset": 0, "step": 0}
+
+
+class Phase(enum.Enum):
+    """Where a member stands."""
+
+    JOINING = "joining"
+    IN = "in"
+    LEAVING = "leaving"
+    FINISHED = "finished"
+
+
+@dataclass
+class Peer:
+    """One connected member."""
+
+    member: Member
+    phase: Phase
+    cursor: Cursor
+    healed: bool
+    heard: float
+    first_base: int = -1
+    reports_after: int = -1
+    """It takes no part in reports of steps up to this one: it was not there yet."""
+    answered: bool = False
+    """Whether it has answered to the generation being formed."""
+    fresh: bool = False
+    """Healed by replay, and not yet compared with the others."""
+    reached: int = 0
+    """Steps it has committed, as it told in passing: for people and for the count of deaths, never for a base."""
+    position: int = 0
+    """How far into the protocol it is, for telling who holds up the others."""
+    confirmed: bool = False
+    returning: bool = False
+    """Its function has returned, and its reports wait for the others, which may wait for its next step."""
+    batch: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Succession:
+    """What a generation begins with, and who goes before it."""
+
+    base: Cursor | None
+    """None where nobody holds a state: all start from the last checkpoint, or anew."""
+    source: Peer | None
+    """From whom the others take over what they missed."""
+    going: list[Peer]
+
+
+def succession(answered: Sequence[Peer], *, joining: bool) -> Succession:
+    """Who and what goes on after these answers; ``joining``: somebody is on its way in."""
+    # Who has only just healed by replay has not been checked against anybody yet, so it can't be a base.
+    healed = [p for p in answered if p.healed and not p.fresh]
+    if not healed:
+        return Succession(None, None, [p for p in answered if p.phase is not Phase.IN])
+    base = max(healed, key=lambda p: p.cursor["step"]).cursor
+    holders = [p for p in healed if p.cursor["step"] == base["step"]]
+    lasting = [p for p in holders if p.phase is Phase.IN]
+    # Who alone holds the base step stays one generation longer, so that the others can take it over.
+    source = min(lasting or holders, key=lambda p: p.member.slot)
+    heirs = any(p.phase is Phase.IN for p in answered)
+    if source.phase is Phase.LEAVING:  # It also waits until those on their way in hold what it holds.
+        heirs = heirs or joining
+    if not lasting and not heirs:
+        return Succession(base, source, list(answered))
+    return Succession(base, source, [p for p in answered if p.phase is not Phase.IN and p is not source])
+
+
+class Lag(NamedTuple):
+    """Ids of the members that are not yet as the others."""
+
+    behind: tuple[str, ...]
+    """They take over the sums of the one step they miss."""
+    unhealed: tuple[str, ...]
+    """They load a snapshot first, with a share of 0."""
+    fresh: tuple[str, ...]
+    """They compare themselves with the source first."""
+
+
+def lag(peers: Sequence[Peer], base: Cursor) -> Lag:
+    """What each misses of the base; whoever misses more than kept sums can give is unhealed from now on."""
+    behind, unhealed, fresh = [], [], []
+    for peer in peers:
+        missed = base["step"] - peer.cursor["step"]
+        if not peer.healed or missed > 1 or (peer.fresh and missed):
+            peer.healed = False
+            unhealed.append(peer.member.uid)
+        elif missed == 1:
+            behind.append(peer.member.uid)
+        elif peer.fresh:
+            fresh.append(peer.member.uid)
+    return Lag(tuple(behind), tuple(unhealed), tuple(fresh))

@@ -1,0 +1,97 @@
+"""Telling a dead member from a slow one.
+
+A member that waits too long for its peers suspects them, and all are pinged: a *round*. Whoever has not been heard of
+since the round began, ``silence_s`` later, is taken for dead. Once all have been heard of, those that suspected are
+told to have patience; only whoever is behind the others for ``hang_limit_s`` is dropped although it answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from raytrain_het.membership.peers import Peer
+from raytrain_het.membership.settings import HubSettings
+
+TELL_OF_WAITING_S = 10.0
+"""A step that waits so long for a living member is told about."""
+
+
+@dataclass
+class Round:
+    """One round of pings."""
+
+    began: float
+    suspecting: set[str] = field(default_factory=set)
+    """Ids of the members that wait to hear how it ends."""
+
+    def silent(self, peers: Sequence[Peer]) -> list[Peer]:
+        """Who has not been heard of since it began."""
+        return [p for p in peers if p.heard <= self.began]
+
+
+class Suspicion:
+    """The rounds of one run, and since when the step under way is waited for."""
+
+    def __init__(self, settings: HubSettings) -> None:
+        self.settings = settings
+        self.round: Round | None = None
+        self.since: tuple[int, int, float] | None = None
+        """Generation and step in which somebody is waited for, and since when."""
+        self._told: tuple[int, int] | None = None
+
+    def forget(self) -> None:
+        """A new generation has begun: nobody waits yet."""
+        self.round, self.since = None, None
+
+    def begin(self, now: float) -> bool:
+        """Begin a round, unless one is under way; whether members are to be pinged."""
+        if self.round is not None:
+            return False
+        self.round = Round(began=now)
+        return True
+
+    def suspect(self, uid: str, generation: int, step: int, now: float) -> bool:
+        """A member has waited too long in a step; whether members are to be pinged."""
+        if self.since is None or self.since[:2] != (generation, step):
+            self.since = (generation, step, now)
+        began = self.begin(now)
+        assert self.round is not None
+        self.round.suspecting.add(uid)
+        return began
+
+    def dead(self, peers: Sequence[Peer], now: float) -> list[Peer]:
+        """Who is taken for dead, if the round has lasted long enough; it ends with that."""
+        if self.round is None or now - self.round.began < self.settings.silence_s:
+            return []
+        silent = self.round.silent(peers)
+        self.round = None
+        return silent
+
+    def settled(self, peers: Sequence[Peer]) -> set[str]:
+        """Who has suspected, if all have been heard of by now; the round ends with that."""
+        if self.round is None or self.round.silent(peers):
+            return set()
+        suspecting, self.round = self.round.suspecting, None
+        return suspecting
+
+    def hung(self, peers: Sequence[Peer], now: float) -> list[Peer]:
+        """Who answers, but has been behind the others for longer than anybody has to wait."""
+        return _late(peers) if self._waited_s(now) >= self.settings.hang_limit_s else []
+
+    def to_tell(self, peers: Sequence[Peer], now: float) -> tuple[int, list[int]] | None:
+        """Step and slots of those who are waited for, once for each step, long before the hang limit drops them."""
+        assert self.since is not None
+        if self._waited_s(now) < TELL_OF_WAITING_S or self._told == self.since[:2]:
+            return None
+        self._told = self.since[:2]
+        return self.since[1], [p.member.slot for p in _late(peers)]
+
+    def _waited_s(self, now: float) -> float:
+        assert self.since is not None
+        return now - self.since[2]
+
+
+def _late(peers: Sequence[Peer]) -> list[Peer]:
+    furthest = max(p.position for p in peers)
+    return [p for p in peers if p.position < furthest]

@@ -1,0 +1,60 @@
+"""What a table of shares says of a generation's members, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from raytrain_het.allocation.owner_shards import owner_parts
+from raytrain_het.fleet.scoreboard import Table
+from raytrain_het.membership.peers import Peer
+from raytrain_het.membership.record import Record
+
+
+def shares_of(table: Table | None, given: Sequence[float] | None, peers: Sequence[Peer]) -> tuple[float, ...]:
+    """``given`` by slot, else the table's, else equal; 0 for whoever is not healed, unless nobody else has any."""
+    if given:
+        by_slot = dict(enumerate(given))
+    else:
+        by_slot = {slot: float(b) for slot, b in table.shares.items()} if table else {}
+    shares = [s if p.healed else 0.0 for s, p in zip(_by_slot(by_slot, peers), peers, strict=True)]
+    if sum(shares) == 0:
+        shares = [1.0 if p.healed else 0.0 for p in peers]
+    return tuple(shares)
+
+
+def lr_scales_of(table: Table | None, peers: Sequence[Peer]) -> tuple[float, ...]:
+    """The table's scales, 1 without a table."""
+    return tuple(_by_slot(table.lr_scales if table else {}, peers))
+
+
+def speeds_of(table: Table | None, peers: Sequence[Peer]) -> tuple[float, ...]:
+    """The table's scores, 1 without a table."""
+    return tuple(_by_slot(table.scores if table else {}, peers))
+
+
+def owners_of(table: Table | None, speeds: Sequence[float], peers: Sequence[Peer]) -> tuple[float, ...]:
+    """Which part of the gradient each sums, see :func:`owner_parts`; nothing for whoever is not healed."""
+    links = table.links_of(p.member.slot for p in peers) if table is not None else []
+    healed = [s if p.healed else 0.0 for s, p in zip(speeds, peers, strict=True)]
+    return tuple(owner_parts(healed, links, table.unhurried_s if table is not None else 0.0))
+
+
+def table_of(record: Record) -> Table | None:
+    """The table that a record follows, as far as it can be seen from there: who is healing has a share of 0 for now."""
+    if record.table == 0:
+        return None
+    slots = {m.slot: rank for rank, m in enumerate(record.members)}
+    return Table(
+        version=record.table,
+        scores={slot: record.speeds[rank] for slot, rank in slots.items()},
+        lr_scales={slot: record.lr_scales[rank] for slot, rank in slots.items()},
+        shares={m.slot: round(record.shares[slots[m.slot]]) for m in record.members if m.uid not in record.unhealed},
+        predicted_step_s=None,
+        reason="the membership actor was restarted",
+    )
+
+
+def _by_slot(values: Mapping[int, float], peers: Sequence[Peer]) -> list[float]:
+    """A value per peer; the mean of the others for who is not in the table."""
+    mean = sum(values.values()) / len(values) if values else 1.0
+    return [values.get(p.member.slot, mean) for p in peers]
