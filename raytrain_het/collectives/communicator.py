@@ -19,7 +19,7 @@ import torch
 from raytrain_het.collectives import points, replay
 from raytrain_het.collectives.building import GroupBuilder
 from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, Wire, one_to_all
-from raytrain_het.collectives.group import Group, GroupError, Operation
+from raytrain_het.collectives.group import Group, GroupError, Operation, Parts
 from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.jobs import ConfirmJob, Job, ResyncJob, StepJob
 from raytrain_het.collectives.layout import Bucket, Layout
@@ -405,9 +405,9 @@ class Communicator:
         for rank in range(size):
             write_header(header, 0, message[rank * length : (rank + 1) * length])
         self._position = job.step * 1000 + 999
-        self._finish(
-            exchange.group.all_to_all(out, message, [length] * size, [length] * size), job.generation, job.step
-        )
+        lengths = [length] * size
+        operation = exchange.group.all_to_all(Parts(out, lengths), Parts(message, lengths))
+        self._finish(operation, job.generation, job.step)
         exchange.traffic.sent += (size - 1) * length
         exchange.traffic.received += (size - 1) * length
         for rank in range(size):

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from raytrain_het.collectives.group import Group, Operation
+from raytrain_het.collectives.group import Group, Operation, Parts
 from raytrain_het.collectives.header import Header, HeaderPlace, header_bytes, header_place, read_header, write_header
 from raytrain_het.collectives.layout import Bucket, Layout, aligned, shard_bounds
 from raytrain_het.compression import CODECS, Codec
@@ -82,7 +82,8 @@ class _Plan:
     """Bytes of an encoded sum of this rank's shard."""
     scatter_in: list[int]
     scatter_out: list[int]
-    gather_in: list[int]
+    receivers: list[int]
+    """Ranks that the sum goes to."""
     gather_out: list[int]
 
 
@@ -106,19 +107,19 @@ class Exchange:
         self._plans = [self._plan(bucket, size) for bucket in layout.buckets]
         device = group.device
         # Not zeroed: 20 MB for a million parameters, and peers wait for a new generation.
-        self._scatter_in = [torch.empty(sum(p.scatter_in), dtype=torch.uint8, device=device) for p in self._plans]
-        self._scatter_out = [torch.empty(sum(p.scatter_out), dtype=torch.uint8, device=device) for p in self._plans]
-        self._gather_in = [torch.empty(p.own, dtype=torch.uint8, device=device) for p in self._plans]
-        self._gathered = [torch.empty(sum(p.gather_out), dtype=torch.uint8, device=device) for p in self._plans]
-        self._outgoing = [
-            _parts(m, p.scatter_in, len(b.segments))
-            for b, m, p in zip(layout.buckets, self._scatter_in, self._plans, strict=True)
+
+        def parts(lengths: list[int]) -> Parts:
+            return Parts(torch.empty(sum(lengths), dtype=torch.uint8, device=device), lengths)
+
+        self._scatter_in = [parts(p.scatter_in) for p in self._plans]
+        self._scatter_out = [parts(p.scatter_out) for p in self._plans]
+        self._gather_in = [
+            Parts.copies(torch.empty(p.own, dtype=torch.uint8, device=device), p.receivers, size) for p in self._plans
         ]
+        self._gathered = [parts(p.gather_out) for p in self._plans]
+        self._outgoing = [_split(m, len(b.segments)) for b, m in zip(layout.buckets, self._scatter_in, strict=True)]
         """By bucket and owner: where the header of what this member sends is, and the payload."""
-        self._incoming = [
-            _parts(m, p.scatter_out, len(b.segments))
-            for b, m, p in zip(layout.buckets, self._scatter_out, self._plans, strict=True)
-        ]
+        self._incoming = [_split(m, len(b.segments)) for b, m in zip(layout.buckets, self._scatter_out, strict=True)]
         """By bucket and sender: the same of what it receives."""
         # What the owners sent, this one included (the first copy of what it sends), are the kept sums of the last step,
         # until the next step's headers confirm it.
@@ -158,7 +159,7 @@ class Exchange:
             own=payload(me, me),
             scatter_in=[header + (payload(me, j) if self._sends[me] and j != me else 0) for j in range(size)],
             scatter_out=[header + (payload(i, me) if self._sends[i] and i != me else 0) for i in range(size)],
-            gather_in=[payload(me, me) if i != me else 0 for i in range(size)],
+            receivers=[i for i in range(size) if i != me] if payload(me, me) else [],
             gather_out=[payload(j, j) if j != me else 0 for j in range(size)],
         )
 
@@ -172,7 +173,8 @@ class Exchange:
         return [self._wires_of(bucket) for bucket in self.layout.buckets]
 
     def _wires_of(self, bucket: Bucket) -> list[Wire] | None:
-        plan, message, codec = self._plans[bucket.index], self._scatter_in[bucket.index], self._codec(self.rank, bucket)
+        plan, codec = self._plans[bucket.index], self._codec(self.rank, bucket)
+        message = self._scatter_in[bucket.index].buffer
         if bucket.is_state or not self._sends[self.rank]:
             return None
         wires, place = [], 0
@@ -194,16 +196,13 @@ class Exchange:
 
     def expect(self) -> None:
         """A step is opened: what others send is taken from now on, whenever this member is ready itself."""
-        self._expected = [
-            self.group.expect(out, plan.scatter_out) for out, plan in zip(self._scatter_out, self._plans, strict=True)
-        ]
+        self._expected = [self.group.expect(out) for out in self._scatter_out]
 
     def scatter(self, bucket: Bucket, header: Header, local: torch.Tensor | None) -> Operation:
         """Send the header to all and, unless this member sends nothing, each owner its shard of ``local`` (n,).
 
         Without ``local`` what was gathered in :attr:`wires` is sent.
         """
-        plan, message = self._plans[bucket.index], self._scatter_in[bucket.index]
         if local is None:
             self._own[bucket.index] = self._own_wires[bucket.index]
         outgoing = self._outgoing[bucket.index]
@@ -211,11 +210,8 @@ class Exchange:
         if local is not None and self._sends[self.rank]:
             for owner, (_, body) in enumerate(outgoing):
                 self._encode_shard(bucket, owner, local, body)
-        self._count(plan.scatter_out, plan.scatter_in)
         expected, self._expected[bucket.index] = self._expected[bucket.index], None
-        return self.group.all_to_all(
-            self._scatter_out[bucket.index], message, plan.scatter_out, plan.scatter_in, expected, flush=False
-        )
+        return self._launch(self._scatter_out[bucket.index], self._scatter_in[bucket.index], expected)
 
     def _encode_shard(self, bucket: Bucket, owner: int, local: torch.Tensor, body: torch.Tensor) -> None:
         codec, (start, stop) = self._codec(self.rank, bucket), self._plans[bucket.index].bounds[owner]
@@ -233,7 +229,6 @@ class Exchange:
 
     def reduce(self, bucket: Bucket, sums: Sums) -> Operation:
         """Read all headers, add up the owned shard, and send it to all."""
-        plan = self._plans[bucket.index]
         headers, bodies = [], []
         for sender, (place, body) in enumerate(self._incoming[bucket.index]):
             header = read_header(place, len(bucket.segments))
@@ -245,11 +240,7 @@ class Exchange:
         if own is not None:
             bodies[self.rank] = own
         self._sum_shard(headers, bodies, bucket, sums.total_weight)
-        self._count(plan.gather_out, plan.gather_in)
-        receivers = [rank for rank, length in enumerate(plan.gather_in) if length]
-        return self.group.all_gather(
-            self._gathered[bucket.index], self._gather_in[bucket.index], plan.gather_out, receivers
-        )
+        return self._launch(self._gathered[bucket.index], self._gather_in[bucket.index])
 
     def decode(self, bucket: Bucket, out: torch.Tensor) -> None:
         """Decode what the owners sent into ``out`` (n,). May be called again while the step is kept."""
@@ -258,7 +249,7 @@ class Exchange:
             start, stop = plan.bounds[owner]
             if stop > start:
                 mine = owner == self.rank
-                payload = self._gather_in[bucket.index] if mine else self._gathered[bucket.index][place:]
+                payload = self._gather_in[bucket.index].buffer if mine else self._gathered[bucket.index].buffer[place:]
                 codec = self._codec(owner, bucket)
                 codec.decode(payload[: codec.capacity_bytes(stop - start, bucket.dtype)], out[start:stop])
             place += length
@@ -269,7 +260,7 @@ class Exchange:
         self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total_weight: float
     ) -> None:
         """The owned shard's mean, encoded."""
-        plan, out = self._plans[bucket.index], self._gather_in[bucket.index]
+        plan, out = self._plans[bucket.index], self._gather_in[bucket.index].buffer
         start, stop = plan.bounds[self.rank]
         if stop == start:
             return
@@ -333,29 +324,28 @@ class Exchange:
                 "same loop."
             )
 
-    def _count(self, outs: list[int], ins: list[int]) -> None:
-        self.traffic.sent += sum(ins) - ins[self.rank]
-        self.traffic.received += sum(outs) - outs[self.rank]
+    def _launch(self, out: Parts, inp: Parts, expected: Any = None) -> Operation:
+        self.traffic.sent += sum(inp.lengths) - inp.lengths[self.rank]
+        self.traffic.received += sum(out.lengths) - out.lengths[self.rank]
+        return self.group.all_to_all(out, inp, expected, flush=False)
 
 
-def _parts(message: torch.Tensor, lengths: list[int], num_segments: int) -> list[tuple[HeaderPlace, torch.Tensor]]:
+def _split(message: Parts, num_segments: int) -> list[tuple[HeaderPlace, torch.Tensor]]:
     """Header and payload of each part of a message."""
     header = header_bytes(num_segments)
-    return [(header_place(part, num_segments), part[header:]) for part in message.split(lengths)]
+    return [(header_place(part, num_segments), part[header:]) for part in message.buffer.split(message.lengths)]
 
 
 def one_to_all(
     group: Group, source: int, receivers: list[int], data: torch.Tensor, launch: Callable[[Operation], None]
 ) -> None:
     """Send ``data`` (uint8) from one rank to some; on the receivers it is filled, elsewhere only its size matters."""
-    none, length = torch.zeros(0, dtype=torch.uint8, device=group.device), data.numel()
-    ins, outs = [0] * group.size, [0] * group.size
+    none = Parts(torch.zeros(0, dtype=torch.uint8, device=group.device), [0] * group.size)
     if group.rank == source:
-        launch(group.all_gather(none, data.to(group.device), outs, receivers, flush=True))
+        launch(group.all_to_all(none, Parts.copies(data.to(group.device), receivers, group.size)))
     elif group.rank in receivers:
-        outs[source] = length
         landed = data if data.device == group.device else data.to(group.device)
-        launch(group.all_to_all(landed, none, outs, ins))
+        launch(group.all_to_all(Parts.copies(landed, [source], group.size), none))
         data.copy_(landed)
     else:
-        launch(group.all_to_all(none, none, outs, ins))
+        launch(group.all_to_all(none, none))

@@ -5,7 +5,8 @@ Two kinds: :mod:`raytrain_het.collectives.tcp` on the CPU, and :mod:`raytrain_he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,42 @@ class Operation(Protocol):
         """
 
 
+class Parts:
+    """A message buffer, cut into one part for each rank; made once and used at every step.
+
+    Args:
+        buffer: (sum of ``lengths``,) uint8.
+        lengths: bytes to or from each rank, in rank order.
+    """
+
+    def __init__(self, buffer: torch.Tensor, lengths: Sequence[int]) -> None:
+        self.buffer, self.lengths = buffer, list(lengths)
+        self._copies: Collection[int] | None = None
+
+    @classmethod
+    def copies(cls, buffer: torch.Tensor, ranks: Collection[int], size: int) -> Parts:
+        """All of the buffer for each of ``ranks``, and nothing for the others of a group of this size."""
+        parts = cls(buffer, [buffer.numel() if rank in ranks else 0 for rank in range(size)])
+        parts._copies = ranks
+        return parts
+
+    def in_a_row(self) -> torch.Tensor:
+        """All parts one after the other: the buffer itself, unless it is sent more than once."""
+        return self.buffer if self._copies is None else self.buffer.repeat(len(self._copies))
+
+    @cached_property
+    def views(self) -> list[memoryview]:
+        """By rank: the bytes of its part, in the memory of a CPU."""
+        whole: memoryview = self.buffer.numpy().data
+        if self._copies is not None:
+            return [whole[:length] for length in self.lengths]
+        views, place = [], 0
+        for length in self.lengths:
+            views.append(whole[place : place + length])
+            place += length
+        return views
+
+
 class Group(Protocol):
     """A group of a generation's members. For one thread, the one that waits at the poller."""
 
@@ -47,25 +84,20 @@ class Group(Protocol):
     def leave(self) -> None:
         """Drop the group at once. What is under way is over for this member, and its buffers are left alone."""
 
-    def expect(self, out: torch.Tensor, splits: Sequence[int]) -> Any:
+    def expect(self, out: Parts) -> Any:
         """Be ready for an all-to-all that this member launches later: rank ``i``'s message lands in its part of
         ``out``.
 
         Operations are expected, or else launched, in the same order by all.
         """
 
-    def all_to_all(
-        self, out: torch.Tensor, inp: torch.Tensor, outs: Sequence[int], ins: Sequence[int], expected: Any = None,
-        *, flush: bool = True,
-    ) -> Operation:  # fmt: skip
+    def all_to_all(self, out: Parts, inp: Parts, expected: Any = None, *, flush: bool = True) -> Operation:
         """Uneven all-to-all of uint8: rank ``i``'s part of ``inp`` goes to ``i``; its message lands in its part of
         ``out``.
 
         Args:
             out: where messages land.
-            inp: what is sent, in rank order.
-            outs: bytes from each rank.
-            ins: bytes to each rank.
+            inp: what is sent.
             expected: what :meth:`expect` returned for it.
             flush: whether it is done only when all is sent. If not, ``inp`` must stay as it is until it is.
 
@@ -76,17 +108,3 @@ class Group(Protocol):
     def sent(self) -> dict[int, tuple[int, float]]:
         """By rank: bytes that have reached it so far, and seconds for which there were some on the way that it had room
         for; empty where that is not known."""
-
-    def all_gather(
-        self,
-        out: torch.Tensor,
-        inp: torch.Tensor,
-        outs: Sequence[int],
-        receivers: Sequence[int],
-        *,
-        flush: bool = False,
-    ) -> Operation:
-        """``inp`` goes to all receivers (this rank is none); rank ``i``'s message lands in its part of ``out``.
-
-        One of the order as an all-to-all is, and with the same arguments: some members may launch that instead.
-        """

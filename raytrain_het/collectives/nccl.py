@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from raytrain_het.collectives.group import GroupError
+from raytrain_het.collectives.group import GroupError, Parts
 from raytrain_het.collectives.poller import Poller
 
 
@@ -55,36 +54,21 @@ class NcclGroup:
             pg.abort()
         threading.Thread(target=pg.shutdown, name="het-drop", daemon=True).start()
 
-    def expect(self, out: torch.Tensor, splits: Sequence[int]) -> None:
+    def expect(self, out: Parts) -> None:
         """Nothing comes in before both sides have launched."""
 
     def sent(self) -> dict[int, tuple[int, float]]:
         """Not known."""
         return {}
 
-    def all_to_all(
-        self, out: torch.Tensor, inp: torch.Tensor, outs: Sequence[int], ins: Sequence[int], expected: Any = None,
-        *, flush: bool = True,
-    ) -> NcclOperation:  # fmt: skip
+    def all_to_all(self, out: Parts, inp: Parts, expected: Any = None, *, flush: bool = True) -> NcclOperation:
         """See :class:`raytrain_het.collectives.group.Group`."""
+        sent = inp.in_a_row()
         try:
-            work = self._pg.alltoall_base(out, inp, list(outs), list(ins), dist.AllToAllOptions())
+            work = self._pg.alltoall_base(out.buffer, sent, out.lengths, inp.lengths, dist.AllToAllOptions())
         except RuntimeError as error:
             raise GroupError(str(error)) from error
-        operation = NcclOperation(work, (out, inp))
+        operation = NcclOperation(work, (out.buffer, sent))
         self._under_way = [op for op in self._under_way if not op.done]
         self._under_way.append(operation)
         return operation
-
-    def all_gather(
-        self,
-        out: torch.Tensor,
-        inp: torch.Tensor,
-        outs: Sequence[int],
-        receivers: Sequence[int],
-        *,
-        flush: bool = False,
-    ) -> NcclOperation:
-        """See :class:`raytrain_het.collectives.group.Group`."""
-        ins = [inp.numel() if rank in receivers else 0 for rank in range(self.size)]
-        return self.all_to_all(out, inp.repeat(len(receivers)), outs, ins)

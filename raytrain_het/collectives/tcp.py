@@ -20,11 +20,10 @@ import selectors
 import socket
 import struct
 import sys
-from collections.abc import Sequence
 
 import torch
 
-from raytrain_het.collectives.group import GroupError
+from raytrain_het.collectives.group import GroupError, Parts
 from raytrain_het.collectives.poller import Poller
 
 _FRAME = struct.Struct("<QQ")
@@ -41,19 +40,11 @@ _LOW_WATER = 1 << 18
 class TcpOperation:
     """An exchange. Done when all that is expected has come, and, with ``flush``, all that it sends has gone."""
 
-    def __init__(self, rank: int, tag: int, out: torch.Tensor, splits: Sequence[int]) -> None:
+    def __init__(self, rank: int, tag: int, out: Parts) -> None:
         self.tag = tag
-        self.missing: dict[int, memoryview] = {}
+        self.own = out.views[rank]
+        self.missing = {sender: part for sender, part in enumerate(out.views) if out.lengths[sender] and sender != rank}
         """By rank: where its part lands."""
-        view, place = _bytes_of(out), 0
-        self.own: memoryview | None = None
-        for sender, length in enumerate(splits):
-            part = view[place : place + length]
-            place += length
-            if sender == rank:
-                self.own = part
-            elif length:
-                self.missing[sender] = part
         self.num_unsent = 0
         self.error = ""
         """Why it has failed. A text: an exception keeps the frames that it went through, and their buffers, alive."""
@@ -132,9 +123,9 @@ class TcpGroup:
 
     # ---------------------------------------------------------------- operations
 
-    def expect(self, out: torch.Tensor, splits: Sequence[int]) -> TcpOperation:
+    def expect(self, out: Parts) -> TcpOperation:
         """See :class:`raytrain_het.collectives.group.Group`."""
-        operation = TcpOperation(self.rank, self._tag, out, splits)
+        operation = TcpOperation(self.rank, self._tag, out)
         self._tag += 1
         if operation.missing:
             self._open[operation.tag] = operation
@@ -153,38 +144,15 @@ class TcpGroup:
         return operation
 
     def all_to_all(
-        self, out: torch.Tensor, inp: torch.Tensor, outs: Sequence[int], ins: Sequence[int],
-        expected: TcpOperation | None = None, *, flush: bool = True,
-    ) -> TcpOperation:  # fmt: skip
-        """See :class:`raytrain_het.collectives.group.Group`."""
-        view, place = _bytes_of(inp), 0
-        parts = []
-        for length in ins:
-            parts.append(view[place : place + length])
-            place += length
-        return self._send(expected or self.expect(out, outs), parts, flush)
-
-    def all_gather(
-        self,
-        out: torch.Tensor,
-        inp: torch.Tensor,
-        outs: Sequence[int],
-        receivers: Sequence[int],
-        *,
-        flush: bool = False,
+        self, out: Parts, inp: Parts, expected: TcpOperation | None = None, *, flush: bool = True
     ) -> TcpOperation:
         """See :class:`raytrain_het.collectives.group.Group`."""
-        view = _bytes_of(inp)
-        parts = [view if rank in receivers else view[:0] for rank in range(self.size)]
-        return self._send(self.expect(out, outs), parts, flush)
-
-    def _send(self, operation: TcpOperation, parts: list[memoryview], flush: bool) -> TcpOperation:
-        if operation.own is not None and len(operation.own):
-            operation.own[:] = parts[self.rank]
-        for peer in self._peers.values():
-            part = parts[peer.rank]
-            if len(part):
-                self._give(peer, operation if flush else None, part, operation.tag)
+        operation = expected or self.expect(out)
+        if operation.own:
+            operation.own[:] = inp.views[self.rank]
+        for rank, peer in self._peers.items():
+            if inp.lengths[rank]:
+                self._give(peer, operation if flush else None, inp.views[rank], operation.tag)
         if operation.error:
             self._open.pop(operation.tag, None)
         return operation
@@ -321,7 +289,3 @@ class TcpGroup:
         if wanted != peer.low_water and (wanted == _LOW_WATER or peer.low_water > wanted):
             peer.low_water = wanted
             peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.numpy().data

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from raytrain_het.collectives.exchange import Exchange, Sums
+from raytrain_het.collectives.group import Parts
 from raytrain_het.collectives.header import Header
 from raytrain_het.collectives.layout import Layout
 from raytrain_het.membership.record import Member, Record
@@ -33,22 +34,13 @@ class FakeGroup:
     def __init__(self, wire: Wire, rank: int, size: int) -> None:
         self.wire, self.rank, self.size, self.device = wire, rank, size, torch.device("cpu")
 
-    def expect(self, out: torch.Tensor, splits: list[int]) -> None:
+    def expect(self, out: Parts) -> None:
         pass
 
-    def all_gather(
-        self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], receivers: list[int], *, flush: bool = False
-    ) -> None:
-        ins = [inp.numel() if rank in receivers else 0 for rank in range(self.size)]
-        self.all_to_all(out, inp.repeat(len(receivers)), outs, ins)
-
-    def all_to_all(
-        self, out: torch.Tensor, inp: torch.Tensor, outs: list[int], ins: list[int], expected: None = None,
-        *, flush: bool = True,
-    ) -> None:  # fmt: skip
-        assert out.numel() == sum(outs)
-        assert inp.numel() == sum(ins)
-        self.wire.launched[self.rank] = (out, inp, outs, ins)
+    def all_to_all(self, out: Parts, inp: Parts, expected: None = None, *, flush: bool = True) -> None:
+        assert out.buffer.numel() == sum(out.lengths)
+        assert inp.in_a_row().numel() == sum(inp.lengths)
+        self.wire.launched[self.rank] = (out, inp)
 
 
 class Wire:
@@ -56,20 +48,19 @@ class Wire:
 
     def __init__(self, size: int) -> None:
         self.groups = [FakeGroup(self, rank, size) for rank in range(size)]
-        self.launched: dict[int, tuple[torch.Tensor, torch.Tensor, list[int], list[int]]] = {}
+        self.launched: dict[int, tuple[Parts, Parts]] = {}
 
     def carry(self) -> None:
         size = len(self.groups)
         assert sorted(self.launched) == list(range(size)), "every rank takes part in every operation"
         for receiver in range(size):
-            out, _, outs, _ = self.launched[receiver]
+            out, _ = self.launched[receiver]
             parts = []
             for sender in range(size):
-                _, inp, _, ins = self.launched[sender]
-                start = sum(ins[:receiver])
-                parts.append(inp[start : start + ins[receiver]])
-                assert parts[-1].numel() == outs[sender], "a message of an unexpected length is an error"
-            out.copy_(torch.cat(parts))
+                _, inp = self.launched[sender]
+                parts.append(inp.in_a_row().split(inp.lengths)[receiver])
+                assert parts[-1].numel() == out.lengths[sender], "a message of an unexpected length is an error"
+            out.buffer.copy_(torch.cat(parts))
         self.launched.clear()
 
 
