@@ -110,7 +110,7 @@ def test_a_worker_behind_a_slow_link_comes_to_own_less_of_the_reduction(ray_lab:
     lab = ray_lab([Node(cores=0.4, rate_mbit=400), Node(cores=0.4, rate_mbit=400), Node(cores=0.7, rate_mbit=10)])
     trainer = het.HetTrainer(
         make_train_fn(),
-        train_loop_config={"epochs": 10},
+        train_loop_config={"epochs": 5},
         scaling_config=het.HetScalingConfig(workers="auto"),
         run_config=ray.train.RunConfig(name="lab", storage_path=str(tmp_path)),
     )

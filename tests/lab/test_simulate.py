@@ -71,7 +71,7 @@ def command(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.skipif(not available(), reason="needs root and a CPU controller")
 def test_the_faster_of_two_simulated_workers_gets_more_and_nothing_is_left(command: Any) -> None:
-    run = command(COMMAND, "--simulate", "1,0.25", "--json", "--set", "epochs=30")
+    run = command(COMMAND, "--simulate", "1,0.25", "--json", "--set", "epochs=12")
     out, _ = run.process.communicate(timeout=200)
     said = run.log.read_text()
     assert run.process.returncode == 0, said
