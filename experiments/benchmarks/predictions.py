@@ -5,9 +5,10 @@ time on new nodes that know nothing of earlier runs:
 
 1. *before*: what ``raytrain-het probe --model`` predicts;
 2. the same job is run. *after 20 steps*: what the membership actor says by then of the shares in force;
-3. *measured*: samples over time from there to the end of the epoch, evaluation not included.
+3. *measured*: samples over time from there on, the median over epochs, evaluation between them not included.
 
-Each row gives both predictions as multiples of what was measured.
+Each row gives both predictions as multiples of what was measured, and how many tables of shares there had been at the
+second one and at the end: a table that is still in force promises what it did when it was made.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from raytrain_het.jobs.runner import run_job
 from raytrain_het.jobs.table import load_job
 from raytrain_het.testing.cluster import Node, RayLab
 
+MIN_POINTS = 6
+"""Of an epoch whose speed counts; the driver looks twice a second."""
+
 
 class Recorder(PlainDisplay):
     """Keeps what the driver learns of a run: (time, status), each time that a step was committed since the last."""
@@ -45,27 +49,32 @@ def measure_once(args: Any, name: str, folder: str) -> dict[str, Any]:
     """Probe and run on nodes of their own."""
     settings = ["workers=auto", f"epochs={args.epochs}", f"storage={folder}", f"name={name}", *args.set]
     job = load_job(args.job, settings)
-    os.environ["XDG_CACHE_HOME"] = f"{folder}/{name}.cache"  # Profiles that earlier runs have kept are there.
+    os.environ["XDG_CACHE_HOME"] = f"{folder}/{name}.cache"  # Of its own: profiles that others kept are not found.
     with RayLab([Node(cores=cores) for cores in args.cores]) as lab:
         model = run_probe(job=job, address=lab.address, say=lambda line: None).model
         assert model is not None
         recorder = Recorder()
         run_job(job, display=recorder, address=lab.address)
     known = [(t, s) for t, s in recorder.seen if s["step"] >= args.after and s["predicted_samples_per_s"]]
-    # Within an epoch: at its end there is an evaluation.
-    speeds, epochs = [], sorted({s["epoch"] for _, s in known})
-    for epoch in epochs:
-        part = [(t, s["samples"]) for t, s in known if s["epoch"] == epoch]
-        if len(part) > 5:
+    speeds = []
+    for epoch in {s["epoch"] for _, s in known}:
+        # Not its first point: that may be the end of the one before, and an evaluation lies between the two.
+        part = [(t, s["samples"]) for t, s in known if s["epoch"] == epoch][1:]
+        if len(part) >= MIN_POINTS:
             times, samples = np.array(part).T
             speeds.append(float(np.polyfit(times, samples, 1)[0]))
-    measured, first = statistics.median(speeds), known[0][1]
+    if not speeds:
+        raise SystemExit(f"no epoch was seen at {MIN_POINTS} points or more after step {args.after}: take longer ones")
+    measured, first, last = statistics.median(speeds), known[0][1], known[-1][1]
     return {
         "before": model.advice.prediction.samples_per_s,
         "after": first["predicted_samples_per_s"],
         "after_step": first["step"],
         "measured": measured,
-        "steps": recorder.seen[-1][1]["step"],
+        "table": first["table"],
+        "last table": last["table"],
+        "steps": last["step"],
+        "epochs": len(speeds),
         "before / measured": model.advice.prediction.samples_per_s / measured,
         "after / measured": first["predicted_samples_per_s"] / measured,
     }

@@ -18,6 +18,7 @@ import torch
 
 from raytrain_het.collectives import points, replay
 from raytrain_het.collectives.building import GroupBuilder
+from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, Wire, one_to_all
 from raytrain_het.collectives.group import Group, GroupError, Operation, Parts
 from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
@@ -64,6 +65,8 @@ class Communicator:
         self.followed_to: Cursor | None = None
         self.follow_starts = 0
         """Grows whenever following starts anew."""
+        self.codec_states = CodecStates(layout)
+        """Read and written by the training thread between steps."""
         self.traffic = Traffic()
         self.paths: list[tuple[int, float, float]] = []
         """What was last seen of the ways to the peers: (slot, how many of this member's gradients went there, and the
@@ -268,7 +271,7 @@ class Communicator:
             self._group = group
         self._collect_traffic()
         self.paths = []  # Another worker may have come to a slot.
-        self._exchange = Exchange(record, rank, self.layout, group)
+        self._exchange = Exchange(record, rank, self.layout, group, self.codec_states)
         replayed = self._replay(record, rank) if record.behind else None
         if self.agent.uid in record.unhealed and self.followed_to != record.cursor:
             # What was followed so far does not lead here: healing starts again from a new snapshot.

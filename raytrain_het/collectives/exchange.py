@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
+from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.collectives.group import Group, Operation, Parts
 from raytrain_het.collectives.header import Header, HeaderPlace, header_bytes, header_place, read_header, write_header
 from raytrain_het.collectives.layout import Bucket, Layout, aligned, shard_bounds
-from raytrain_het.compression import CODECS, Codec
+from raytrain_het.compression import CODECS, Codec, State
 from raytrain_het.errors import ProtocolError
 from raytrain_het.membership.record import Record
 
@@ -82,8 +83,6 @@ class _Plan:
     """Bytes of an encoded sum of this rank's shard."""
     scatter_in: list[int]
     scatter_out: list[int]
-    receivers: list[int]
-    """Ranks that the sum goes to."""
     gather_out: list[int]
 
 
@@ -95,27 +94,31 @@ class Exchange:
         rank: this member's rank in it.
         layout: the buckets.
         group: the process group.
+        states: what this member's codec remembers, from earlier generations too.
     """
 
-    def __init__(self, record: Record, rank: int, layout: Layout, group: Group) -> None:
-        self.record, self.rank, self.layout, self.group = record, rank, layout, group
+    def __init__(self, record: Record, rank: int, layout: Layout, group: Group, states: CodecStates) -> None:
+        self.record, self.rank, self.layout, self.group, self.states = record, rank, layout, group, states
         self.traffic = Traffic()
         size = len(record.members)
         self._sends = [share > 0 for share in record.shares]
         self._codecs = [CODECS[name] for name in record.codecs]
         self._dense = CODECS["none"]
+        states.use(self._codecs[rank], group.device)
         self._plans = [self._plan(bucket, size) for bucket in layout.buckets]
         device = group.device
-        # Not zeroed: 20 MB for a million parameters, and peers wait for a new generation.
+
+        def buffer(length: int) -> torch.Tensor:
+            # Not zeroed: 20 MB for a million parameters, and peers wait for a new generation.
+            return torch.empty(length, dtype=torch.uint8, device=device)
 
         def parts(lengths: list[int]) -> Parts:
-            return Parts(torch.empty(sum(lengths), dtype=torch.uint8, device=device), lengths)
+            return Parts(buffer(sum(lengths)), lengths)
 
         self._scatter_in = [parts(p.scatter_in) for p in self._plans]
         self._scatter_out = [parts(p.scatter_out) for p in self._plans]
-        self._gather_in = [
-            Parts.copies(torch.empty(p.own, dtype=torch.uint8, device=device), p.receivers, size) for p in self._plans
-        ]
+        others = [other for other in range(size) if other != rank]
+        self._gather_in = [Parts.copies(buffer(p.own), others, size) for p in self._plans]
         self._gathered = [parts(p.gather_out) for p in self._plans]
         self._outgoing = [_split(m, len(b.segments)) for b, m in zip(layout.buckets, self._scatter_in, strict=True)]
         """By bucket and owner: where the header of what this member sends is, and the payload."""
@@ -159,7 +162,6 @@ class Exchange:
             own=payload(me, me),
             scatter_in=[header + (payload(me, j) if self._sends[me] and j != me else 0) for j in range(size)],
             scatter_out=[header + (payload(i, me) if self._sends[i] and i != me else 0) for i in range(size)],
-            receivers=[i for i in range(size) if i != me] if payload(me, me) else [],
             gather_out=[payload(j, j) if j != me else 0 for j in range(size)],
         )
 
@@ -196,6 +198,7 @@ class Exchange:
 
     def expect(self) -> None:
         """A step is opened: what others send is taken from now on, whenever this member is ready itself."""
+        self.states.begin()
         self._expected = [self.group.expect(out) for out in self._scatter_out]
 
     def scatter(self, bucket: Bucket, header: Header, local: torch.Tensor | None) -> Operation:
@@ -209,11 +212,14 @@ class Exchange:
         write_header(header, len(bucket.segments), *(place for place, _ in outgoing))
         if local is not None and self._sends[self.rank]:
             for owner, (_, body) in enumerate(outgoing):
-                self._encode_shard(bucket, owner, local, body)
+                self._encode_shard(bucket, owner, local, body, header.step if header.contributes else None)
         expected, self._expected[bucket.index] = self._expected[bucket.index], None
         return self._launch(self._scatter_out[bucket.index], self._scatter_in[bucket.index], expected)
 
-    def _encode_shard(self, bucket: Bucket, owner: int, local: torch.Tensor, body: torch.Tensor) -> None:
+    def _encode_shard(
+        self, bucket: Bucket, owner: int, local: torch.Tensor, body: torch.Tensor, step: int | None
+    ) -> None:
+        """``step`` None: nobody will use it, so that it leaves no trace in the codec's state."""
         codec, (start, stop) = self._codec(self.rank, bucket), self._plans[bucket.index].bounds[owner]
         if stop == start:
             return
@@ -225,7 +231,10 @@ class Exchange:
                 self._own[bucket.index] = raw
                 return
             body = self._own[bucket.index] = torch.empty(aligned(capacity), dtype=torch.uint8, device=self.group.device)
-        codec.encode(shard, body[:capacity], {}, {})
+        state: tuple[State, State] = ({}, {})
+        if step is not None and not bucket.is_state:
+            state = self.states.of_shard(bucket, start, stop, step)
+        codec.encode(shard, body[:capacity], *state)
 
     def reduce(self, bucket: Bucket, sums: Sums) -> Operation:
         """Read all headers, add up the owned shard, and send it to all."""
@@ -272,7 +281,7 @@ class Exchange:
         if total_weight > 0 and (self.record.normalised or bucket.is_state):
             total.div_(total_weight)
         if in_place is None:
-            codec.encode(total, payload, {}, {})
+            codec.encode(total, payload, {}, {})  # Without state: the mean is nobody's gradient.
 
     def _add_up(self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total: torch.Tensor) -> None:
         sent: list[tuple[int, torch.Tensor]] = [
@@ -345,7 +354,8 @@ def one_to_all(
         launch(group.all_to_all(none, Parts.copies(data.to(group.device), receivers, group.size)))
     elif group.rank in receivers:
         landed = data if data.device == group.device else data.to(group.device)
-        launch(group.all_to_all(Parts.copies(landed, [source], group.size), none))
+        lengths = [landed.numel() if rank == source else 0 for rank in range(group.size)]
+        launch(group.all_to_all(Parts(landed, lengths), none))
         data.copy_(landed)
     else:
         launch(group.all_to_all(none, none))

@@ -32,33 +32,33 @@ class Operation(Protocol):
 
 
 class Parts:
-    """A message buffer, cut into one part for each rank; made once and used at every step.
+    """A message buffer, cut into one part for each rank. To be made once where it is used at every step.
 
     Args:
-        buffer: (sum of ``lengths``,) uint8.
+        buffer: (sum of ``lengths``,) uint8; see also :meth:`copies`.
         lengths: bytes to or from each rank, in rank order.
     """
 
     def __init__(self, buffer: torch.Tensor, lengths: Sequence[int]) -> None:
         self.buffer, self.lengths = buffer, list(lengths)
-        self._copies: Collection[int] | None = None
+        self._num_copies: int | None = None
 
     @classmethod
     def copies(cls, buffer: torch.Tensor, ranks: Collection[int], size: int) -> Parts:
-        """All of the buffer for each of ``ranks``, and nothing for the others of a group of this size."""
+        """To be sent: all of the buffer to each of ``ranks``, and nothing to the others of a group of this size."""
         parts = cls(buffer, [buffer.numel() if rank in ranks else 0 for rank in range(size)])
-        parts._copies = ranks
+        parts._num_copies = len(ranks)
         return parts
 
     def in_a_row(self) -> torch.Tensor:
-        """All parts one after the other: the buffer itself, unless it is sent more than once."""
-        return self.buffer if self._copies is None else self.buffer.repeat(len(self._copies))
+        """All parts one after the other: the buffer itself, unless it goes to nobody or to several."""
+        return self.buffer if self._num_copies in (None, 1) else self.buffer.repeat(self._num_copies)
 
     @cached_property
     def views(self) -> list[memoryview]:
         """By rank: the bytes of its part, in the memory of a CPU."""
         whole: memoryview = self.buffer.numpy().data
-        if self._copies is not None:
+        if self._num_copies is not None:
             return [whole[:length] for length in self.lengths]
         views, place = [], 0
         for length in self.lengths:

@@ -1,4 +1,4 @@
-"""Codecs. A new one is one file and one line in the table."""
+"""Codecs. A new one is one file, one line in the table, and its name among those that `HetConfig.codec` allows."""
 
 from __future__ import annotations
 

@@ -24,4 +24,5 @@ class EventLog:
 
     def since(self, seq: int) -> list[dict[str, Any]]:
         """All that are still kept, from this number on."""
-        return [e for e in self._events if e["seq"] >= seq]
+        num_kept = min(self.next_seq - seq, len(self._events))
+        return self._events[len(self._events) - num_kept :] if num_kept > 0 else []

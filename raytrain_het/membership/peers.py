@@ -52,11 +52,11 @@ class Peer:
 class Succession:
     """What a generation begins with, and who goes before it."""
 
-    base: Cursor | None
+    base: Cursor | None = None
     """None where nobody holds a state: all start from the last checkpoint, or anew."""
-    source: Peer | None
+    source: Peer | None = None
     """From whom the others take over what they missed."""
-    going: list[Peer]
+    going: Sequence[Peer] = ()
 
 
 def succession(answered: Sequence[Peer], *, joining: bool) -> Succession:
@@ -90,7 +90,10 @@ class Lag(NamedTuple):
 
 
 def lag(peers: Sequence[Peer], base: Cursor) -> Lag:
-    """What each misses of the base; whoever misses more than kept sums can give is unhealed from now on."""
+    """What each misses of the base.
+
+    Sets ``healed`` to False for whoever misses more than kept sums can give.
+    """
     behind, unhealed, fresh = [], [], []
     for peer in peers:
         missed = base["step"] - peer.cursor["step"]

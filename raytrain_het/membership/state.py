@@ -367,7 +367,7 @@ class Membership:
         self.voided, self._forming_since, self._reason, self._want_answered = void, now, reason, False
         for peer in self.peers.values():
             peer.answered = False
-        if void and self._deaths.void():
+        if void and self._deaths.lose_generation():
             self._fail(
                 f"{MAX_FRUITLESS_GENERATIONS} generations in a row failed without a death or a commit ({reason}). "
                 "A link between two workers must be broken: check that all nodes reach each other on all ports.",
@@ -415,7 +415,7 @@ class Membership:
         joining = [p for p in self.peers.values() if p.phase is Phase.JOINING]
         peers = sorted(staying + joining, key=lambda p: p.member.slot)
         if not peers:
-            self._fail_if_poisoned(self._deaths.last_step(), peers, now)
+            self._count_deaths(self._deaths.last_step(), peers, now)
             self._end_or_wait(now)
             return
         base, source = after.base, after.source
@@ -428,7 +428,7 @@ class Membership:
                 peer.healed, peer.fresh, peer.cursor = True, False, dict(base)
         assert base is not None and source is not None
         behind, unhealed, fresh = lag(peers, base)
-        self._fail_if_poisoned(died_after, peers, now)
+        self._count_deaths(died_after, peers, now)
         if self.failure is not None:
             return
         self._fit_table(peers, now)
@@ -436,7 +436,7 @@ class Membership:
         same = previous is not None and not self.voided and not reset and previous.members == members
         group = previous.group if same and previous is not None else f"{self.incarnation}.{self.number}"
         if previous is not None and base["step"] > previous.base:
-            self._deaths.generations = 0
+            self._deaths.links_hold()
         speeds = speeds_of(self.table, peers)
         self.record = Record(
             number=self.number,
@@ -508,7 +508,7 @@ class Membership:
                 self._log("table", now, **self.table.to_json())
         self.number += 1
         self._reason = reason
-        self._publish([], Succession(None, None, []), now)
+        self._publish([], Succession(), now)
 
     def _end_or_wait(self, now: float) -> None:
         """Nobody is left: either the run has ended, or the slots' next workers start from the last checkpoint."""
@@ -582,7 +582,7 @@ class Membership:
         else:
             if died and peer.healed and peer.phase is Phase.IN:
                 self._deaths.lose_member(peer)
-            self._deaths.generations = 0
+            self._deaths.links_hold()
             if self._end_if_nobody_trains():
                 return
             self._reason = f"slot {slot} was lost: {reason}"
@@ -590,9 +590,12 @@ class Membership:
             if self.record is not None and self.record.rank_of(uid) is not None:
                 self._start_forming(void=True, reason=f"slot {slot} was lost: {reason}", now=now)
 
-    def _fail_if_poisoned(self, base: int, peers: list[Peer], now: float) -> None:
-        """Some sample of a step that has cost three generations a member must be poison."""
-        lost = self._deaths.poisoned(base)
+    def _count_deaths(self, base: int, peers: list[Peer], now: float) -> None:
+        """A generation is formed on this base: a step that has cost too many of them a member fails the run.
+
+        Some sample of it must be poison.
+        """
+        lost = self._deaths.form_generation(base)
         if not lost:
             return
         assert self.record is not None
@@ -631,7 +634,7 @@ class Membership:
         if waiting := self._suspicion.to_tell(self._required(), now):
             step, slots = waiting
             self._log("waiting", now, step=step, slots=slots, reason=f"alive, but not there; dropped after {limit}")
-        for uid in suspecting:
+        for uid in sorted(suspecting):
             self._send(uid, type="patience")
 
     # ---------------------------------------------------------------- a restart of this actor

@@ -1,8 +1,9 @@
 """Telling a dead member from a slow one.
 
-A member that waits too long for its peers suspects them, and all are pinged: a *round*. Whoever has not been heard of
-since the round began, ``silence_s`` later, is taken for dead. Once all have been heard of, those that suspected are
-told to have patience; only whoever is behind the others for ``hang_limit_s`` is dropped although it answers.
+A *round*: all members are pinged, because one has waited for its peers in a step for too long and suspects them, or
+because somebody waits outside of a step, where nobody would notice. Whoever has not been heard of ``silence_s`` after
+the round began is taken for dead. Once all have been heard of it is over, and those that suspected are told to have
+patience; only whoever is behind the others for ``hang_limit_s`` is dropped although it answers.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Suspicion:
         return began
 
     def dead(self, peers: Sequence[Peer], now: float) -> list[Peer]:
-        """Who is taken for dead, if the round has lasted long enough; it ends with that."""
+        """Whom to drop as dead. Ends the round if it has lasted long enough."""
         if self.round is None or now - self.round.began < self.settings.silence_s:
             return []
         silent = self.round.silent(peers)
@@ -69,7 +70,7 @@ class Suspicion:
         return silent
 
     def settled(self, peers: Sequence[Peer]) -> set[str]:
-        """Who has suspected, if all have been heard of by now; the round ends with that."""
+        """Who is to be told to have patience. Ends the round if all have been heard of."""
         if self.round is None or self.round.silent(peers):
             return set()
         suspecting, self.round = self.round.suspecting, None
@@ -80,7 +81,7 @@ class Suspicion:
         return _late(peers) if self._waited_s(now) >= self.settings.hang_limit_s else []
 
     def to_tell(self, peers: Sequence[Peer], now: float) -> tuple[int, list[int]] | None:
-        """Step and slots of those who are waited for, once for each step, long before the hang limit drops them."""
+        """Step and slots of those who are waited for, long before the hang limit drops them. Once for each step."""
         assert self.since is not None
         if self._waited_s(now) < TELL_OF_WAITING_S or self._told == self.since[:2]:
             return None

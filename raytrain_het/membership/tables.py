@@ -11,7 +11,10 @@ from raytrain_het.membership.record import Record
 
 
 def shares_of(table: Table | None, given: Sequence[float] | None, peers: Sequence[Peer]) -> tuple[float, ...]:
-    """``given`` by slot, else the table's, else equal; 0 for whoever is not healed, unless nobody else has any."""
+    """``given`` by slot, else the table's, else equal; 0 for whoever is not healed.
+
+    Where that leaves nothing, those that are healed share equally.
+    """
     if given:
         by_slot = dict(enumerate(given))
     else:

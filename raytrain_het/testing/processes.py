@@ -6,6 +6,7 @@ Processes come from a fork server that has imported torch, so that a refill take
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import multiprocessing
 import os
@@ -81,14 +82,15 @@ class ProcessLab:
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
-        self.settings = HubSettings(
+        settings_of_config = HubSettings(
             run_id="lab", num_slots=num_slots, shares=self.config.given_shares, codec=self.config.codec,
             balance=self.config.shares == "auto", warm_spares=self.config.warm_spares,
             score_policy=self.config.score_policy, alpha=self.config.alpha,
             lr_scale_normalisation=self.config.lr_scale_normalisation,
             silence_s=self.config.silence_s, hang_limit_s=self.config.hang_limit_s,
-            start_timeout_s=self.config.start_timeout_s, **(settings or {}),
+            start_timeout_s=self.config.start_timeout_s,
         )  # fmt: skip
+        self.settings = dataclasses.replace(settings_of_config, **(settings or {}))
         where = storage or partial(LocalStorage, Path(self.directory) / "storage")
         payload = (train_fn, self.directory, self.config, faults or [], threads, ledger, num_slots, where, os.getpid())
         self._payload = cloudpickle.dumps(payload)

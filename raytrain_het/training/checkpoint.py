@@ -2,8 +2,9 @@
 
 Format 1, one directory per report, named ``checkpoint_<step>_<ordinal>``:
 
-- ``het.json``: format, cursor (epoch, offset, step), generation (the number of the one in force), layout fingerprint,
-  parameter names and shapes, world size, and the data plan that the cursor belongs to (files without it are accepted);
+- ``het.json``: format, cursor (epoch, offset, step), generation (the number of the one in force), version of its table
+  of shares (0: none), layout fingerprint, parameter names and shapes, world size, and the data plan that the cursor
+  belongs to (files without it are accepted);
 - ``state.pt``: ``model``, ``optimizer`` and ``registered`` state dictionaries (``torch.save``);
 - ``worker_<slot>.pt``: what is a worker's own: its random states, and its codec's state by parameter name.
 """

@@ -356,6 +356,7 @@ class Engine:
         if sums.applies:
             self.healing.log(opened.job.step, self.replica.hyperparameters)
             result = update()
+            self.comm.codec_states.commit(opened.job.step)
         else:
             self.healing.log(opened.job.step, lambda: None)
         self.gradients.settle_buffers(sums.applies)

@@ -80,12 +80,14 @@ class Healing:
             cursor = self._load_checkpoint(record.checkpoint, cursor)
         elif record.source == self._agent.uid:
             self._begin_again()
+            self._comm.codec_states.reset()
             self._offer_snapshot(record)
         else:
             snapshot = self._ask(record, f"snapshot.{record.number}")
             if snapshot is None:
                 return False
             self._replica.load(snapshot)
+            self._comm.codec_states.reset()
         return self._hold(record, cursor=cursor, healed=True, fresh=False)
 
     def _begin_again(self) -> None:
@@ -109,6 +111,7 @@ class Healing:
             if self._first is None and not self._held:
                 self._first = self._replica.snapshot()
             self._replica.load(snapshot)
+            self._comm.codec_states.reset()
             self._snapshot_step, self._snapshot_source = record.base, record.source or ""
             self._follow_start, self._gap = comm.follow_starts, False
         asked = False

@@ -242,8 +242,8 @@ class Session:
 
     def report(self, metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, checkpoint: bool = True) -> None:
         """See :func:`raytrain_het.report`."""
-        engine, reporter = self.engine, self.reporter
-        if engine is None or reporter is None:
+        engine, reporter, communicator = self.engine, self.reporter, self._communicator
+        if engine is None or reporter is None or communicator is None:
             raise LoopOrderError("report() was called before loader.epochs(): there is no step to report on yet.")
         reduce = dict(reduce or {})
         plain = check_metrics(metrics, reduce)
@@ -262,11 +262,12 @@ class Session:
             "samples": samples, "checkpoint": checkpoint, "holds_snapshot": holds,
         }  # fmt: skip
         meta = {
-            "cursor": cursor.to_dict(), "step": cursor.step, "generation": record.number, "world_size": self.num_slots,
+            "cursor": cursor.to_dict(), "step": cursor.step, "generation": record.number, "table": record.table,
+            "world_size": self.num_slots,
             "fingerprint": self.gradients.layout.fingerprint, "parameters": self._parameters(),
             "data": self._data(),
         }  # fmt: skip
-        own = {"random": files.random_states(), "codec": {}}
+        own = {"random": files.random_states(), "codec": communicator.codec_states.by_parameter()}
         snapshot = self.replica.snapshot() if holds else None
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
@@ -393,6 +394,8 @@ class Session:
             except (RuntimeError, ValueError, KeyError) as error:
                 raise CheckpointError(f"checkpoint {path} does not fit this optimizer or model: {error}") from error
             own = files.read_worker(directory, self.slot)
+            if self._communicator is not None:
+                self._communicator.codec_states.load(own["codec"] if own is not None else {})
             if own is not None and not self._resumed:
                 files.set_random_states(own["random"])
         self._resumed = True

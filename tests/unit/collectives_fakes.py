@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.collectives.exchange import Exchange, Sums
 from raytrain_het.collectives.group import Parts
 from raytrain_het.collectives.header import Header
@@ -71,7 +72,7 @@ class Reduction:
         self.record, self.layout = record, layout
         self.wire = Wire(len(record.members))
         self.exchanges = [
-            Exchange(record, rank, layout, group)  # type: ignore[arg-type]
+            Exchange(record, rank, layout, group, CodecStates(layout))  # type: ignore[arg-type]
             for rank, group in enumerate(self.wire.groups)
         ]
 
@@ -83,6 +84,8 @@ class Reduction:
         sums = [Sums(step=at) for _ in range(size)]
         outs: list[list[torch.Tensor]] = [[] for _ in range(size)]
         place = 0
+        for exchange in self.exchanges:
+            exchange.expect()
         for bucket in self.layout.buckets:
             for rank, exchange in enumerate(self.exchanges):
                 values = {"finite": True, "want": 3, "digest": 0, "used": 2 ** len(bucket.segments) - 1}

@@ -254,14 +254,15 @@ class World:
             )
             for u, p in core.peers.items()
         )
-        deaths, inquiry = core._deaths, core._suspicion.round
+        deaths, suspected = core._deaths, core._suspicion.round
         return (
             core.incarnation, core.number, id(core.record), core.voided, core.failure, peers,
             tuple(sorted(core.vacant)), tuple(sorted(core.finished_slots)), tuple(sorted(core._gone)),
             tuple(sorted(deaths.fruitless.items())), tuple(sorted(deaths.in_step.items())),
             len(deaths.lost),
             id(core._recovering), core._recovery_needs_void, core._first_hello is None,
-            core._suspicion.since, core._want_answered, None if inquiry is None else tuple(sorted(inquiry.suspecting)),
+            core._suspicion.since, core._want_answered,
+            None if suspected is None else tuple(sorted(suspected.suspecting)),
             tuple(w.key() for w in self.workers.values()), tuple(sorted(self.ring.items())),
             tuple(self.budget.values()), self.unlinked,
         )  # fmt: skip
@@ -305,8 +306,8 @@ class World:
             added.append(("restart",))
         if self.budget["broken_links"] and self.core.record is not None and len(self.core.record.members) > 1:
             added.append(("break_link",))
-        recovering, inquiry = self.core._recovering is not None, self.core._suspicion.round
-        silent = inquiry is not None and inquiry.silent(self.core._required())
+        recovering, suspected = self.core._recovering is not None, self.core._suspicion.round
+        silent = suspected is not None and suspected.silent(self.core._required())
         if self.budget["hasty"] and (recovering or silent):
             added.append(("tick", True))
         if not own:
@@ -429,7 +430,7 @@ class World:
         return 1.0 if self.core._suspicion.round is not None else 0.0
 
     def _normalise(self) -> None:
-        """Only the order of times matters: keep whether a member was heard of since the inquiry started."""
+        """Only the order of times matters: keep whether a member was heard of since the round of pings began."""
         core = self.core
         suspicion = core._suspicion
         began = suspicion.round.began if suspicion.round is not None else NEVER

@@ -17,6 +17,7 @@ from collectives_fakes import record_of
 
 from raytrain_het.collectives import tcp
 from raytrain_het.collectives.building import GroupBuilder, connect
+from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.collectives.exchange import Exchange, Sums
 from raytrain_het.collectives.group import GroupError, Parts
 from raytrain_het.collectives.header import Header
@@ -464,7 +465,7 @@ class Steps:
     def train(self) -> None:
         step = 0
         for record in self.generations:
-            exchange = Exchange(record, self.rank, self.LAYOUT, self.group)
+            exchange = Exchange(record, self.rank, self.LAYOUT, self.group, CodecStates(self.LAYOUT))
             for _ in range(4):
                 step += 1
                 self.do(exchange, record, step)

@@ -1,0 +1,27 @@
+"""A codec with a state, for tests: for every element it counts the steps that used what it had sent."""
+
+from __future__ import annotations
+
+import torch
+
+from raytrain_het.compression import Codec, State
+
+
+class Counting(Codec):
+    """Values travel as they are, in fp32 or fp64."""
+
+    name = "counting"
+
+    def init(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> State:
+        return {"count": torch.zeros(num_elements, device=device)}
+
+    def capacity_bytes(self, num_elements: int, dtype: torch.dtype) -> int:
+        return num_elements * dtype.itemsize
+
+    def encode(self, x: torch.Tensor, payload: torch.Tensor, state: State, new_state: State) -> None:
+        payload.copy_(x.contiguous().view(torch.uint8))
+        if state:
+            torch.add(state["count"], 1, out=new_state["count"])
+
+    def decode(self, payload: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(payload.view(out.dtype))
