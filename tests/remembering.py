@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.compression import Codec, State
 
 
@@ -22,6 +23,11 @@ class Counting(Codec):
         payload.copy_(x.contiguous().view(torch.uint8))
         if state:
             torch.add(state["count"], 1, out=new_state["count"])
+
+    @staticmethod
+    def counts(states: CodecStates) -> list[float]:
+        """The different counts of all elements: one, if all goes well."""
+        return torch.cat([state["count"] for state in states.by_parameter().values()]).unique().tolist()
 
     def decode(self, payload: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(payload.view(out.dtype))

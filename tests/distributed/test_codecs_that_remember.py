@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from labs import run
 from remembering import Counting
 
@@ -28,9 +27,7 @@ class Remembering(Regression):
         CODECS["counting"] = Counting()
         result = super().__call__(directory)
         session = sessions.current()
-        states = session._communicator.codec_states.by_parameter()
-        counts = torch.cat([state["count"] for state in states.values()]).unique().tolist()
-        return result | {"uid": session.agent.uid, "counts": counts}
+        return result | {"uid": session.agent.uid, "counts": Counting.counts(session._communicator.codec_states)}
 
 
 TASK = Remembering()

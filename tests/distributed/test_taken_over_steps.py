@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from labs import run, wait_until
+from remembering import Counting
 
 from raytrain_het.collectives.communicator import Communicator
+from raytrain_het.compression import CODECS
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import Regression
 from raytrain_het.training import session as sessions
@@ -60,11 +62,17 @@ class TakenOverAndPassedOn:
                 decode(self, exchange, gather, bucket, job)
 
             Communicator._decode = stuck
-        return Task(report=False)(directory)
+        CODECS["counting"] = Counting()
+        return Task(report=False)(directory) | {"counts": Counting.counts(session._communicator.codec_states)}
 
 
 def test_who_has_taken_a_step_over_passes_it_on_when_its_source_dies(tmp_path):
     faults = [Fault(slot=3, step=STEP, point="updated")]
-    done = run(TakenOverAndPassedOn(), tmp_path, num_slots=4, faults=faults, refill=False)
-    done.check(Regression(report=False))
+    done = run(
+        TakenOverAndPassedOn(), tmp_path, num_slots=4, faults=faults, refill=False, settings={"codec": "counting"}
+    )
+    task = Regression(report=False)
+    done.check(task)
+    # What they had sent for that step was used, by those that committed it: so what their codecs remember of it stays.
+    assert [done.results[slot]["counts"] for slot in (1, 2)] == [[task.num_steps]] * 2
     assert [e["base"] for e in done.kinds("formed")][:3] == [0, STEP, STEP]
