@@ -241,7 +241,8 @@ class Engine:
         if last:
             opened.job.weight = float(sum(opened.weights))
             opened.job.contributes = opened.job.weight > 0
-        self.gradients.arm(opened.weights[-1], last=last)
+        # What travels is not scaled: it is in fp32, and other workers may have another scale, or none.
+        self.gradients.arm(opened.weights[-1] / self.replica.loss_scale, last=last)
 
     def _scaled(self, opened: Opened, index: int, weight: float) -> float:
         """``w_i = b_i r_i``, or this micro-batch's part of it; of ``r_i`` where sums are literal."""
@@ -284,7 +285,7 @@ class Engine:
         self._await_sums(opened)
         opened.cpu.waiting_ends()
         opened.settled = True
-        self.gradients.show(opened.sums)
+        self.gradients.show(opened.sums, scale=self.replica.loss_scale)
         now = time.monotonic()
         self.counters.compute_s += opened.submitted - opened.started
         self.counters.wait_s += now - opened.submitted
@@ -318,7 +319,7 @@ class Engine:
             opened.job = StepJob(record.number, opened.job.step, outcome="done")
             if had is None:
                 self.gradients.take(outs)
-                self.gradients.show(opened.sums)
+                self.gradients.show(opened.sums, scale=self.replica.loss_scale)
             # Else they are the same to the bit, and what the user did to them since (clipping) stays.
 
     # ---------------------------------------------------------------- closing

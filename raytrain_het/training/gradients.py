@@ -252,8 +252,9 @@ class Gradients:
 
     # ---------------------------------------------------------------- its result
 
-    def show(self, sums: Sums | None) -> None:
-        """Point every ``p.grad`` at its mean; zeros where the step came to nothing.
+    def show(self, sums: Sums | None, *, scale: float = 1.0) -> None:
+        """Point every ``p.grad`` at its mean, times the loss's scale, which a scaler will take off again; zeros where
+        the step came to nothing.
 
         None where nobody had a gradient.
         """
@@ -265,7 +266,7 @@ class Gradients:
             elif not sums.used[bucket] >> place & 1:
                 p.grad = None
                 continue
-            view = self._out_views[index]
+            view = self._out_views[index] if scale == 1 else self._out_views[index] * scale
             p.grad = self._shown[index] = view if view.dtype == p.dtype else view.to(p.dtype)
 
     def take(self, outs: list[torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ Its class is replaced by a subclass, so that it stays what it was to others.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
             "scheduler from it, then register_state('scheduler', scheduler)."
         )
 
+    checked = False
+
     def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
         if closure is not None:
             raise LoopOrderError("optimizer.step(closure) is not supported: call backward() yourself, then step().")
@@ -34,6 +37,10 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
             raise LoopOrderError(
                 "optimizer.step() was called before loader.epochs(): use for epoch in loader.epochs(n)."
             )
+        nonlocal checked
+        if not checked:
+            checked = True
+            _check_scaler(_calling_scaler(), session)
         return session.engine.close(lambda: cls.step(self))
 
     def zero_grad(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
@@ -44,3 +51,24 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
         f"Het{cls.__name__}", (cls,), {"step": step, "zero_grad": zero_grad, "__module__": __name__}
     )
     return lambda: cls.step(optimizer)
+
+
+def _calling_scaler() -> torch.amp.GradScaler | None:
+    """The loss scaler on whose behalf ``step()`` was called, if any: torch has nowhere to ask for it."""
+    frame = sys._getframe(1)
+    for _ in range(6):  # This module's step(), perhaps a learning-rate scheduler's wrapper, and the scaler's methods.
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.amp.GradScaler):
+            return caller
+    return None
+
+
+def _check_scaler(scaler: torch.amp.GradScaler | None, session: Session) -> None:
+    if scaler is not None and scaler.is_enabled() and session.replica.scaler is not scaler:
+        raise LoopOrderError(
+            "the loss is scaled by a GradScaler that the run does not know, so workers with different scales would be "
+            "averaged as they are: call het.register_state('scaler', scaler) before loader.epochs()."
+        )

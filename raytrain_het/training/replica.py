@@ -42,7 +42,23 @@ class Replica:
             )
         if self.registered.get(name, obj) is not obj:
             raise ConfigError(f"register_state({name!r}, ...): the name is taken. Use one name per object.")
+        if isinstance(obj, torch.amp.GradScaler) and self.scaler not in (None, obj):
+            raise ConfigError(
+                f"register_state({name!r}, ...): a second GradScaler. Allowed is one for a run: use the one that is "
+                "registered for all losses."
+            )
         self.registered[name] = obj
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler that is registered."""
+        return next((obj for obj in self.registered.values() if isinstance(obj, torch.amp.GradScaler)), None)
+
+    @property
+    def loss_scale(self) -> float:
+        """What this worker's loss is multiplied by. Others may have another: a CPU beside GPUs has none."""
+        scaler = self.scaler
+        return float(scaler.get_scale()) if scaler is not None else 1.0
 
     # ---------------------------------------------------------------- the light part, copied at every step's opening
 
@@ -63,7 +79,7 @@ class Replica:
                 raise LoopOrderError(
                     f"state {name!r} was registered after the first step: call register_state() before loader.epochs()."
                 )
-            obj.load_state_dict(_deepcopy(light["registered"][name], _clone))
+            _load_registered(obj, light["registered"][name])
         self.set_hyperparameters(light["hyperparameters"])
         if buffers:
             with torch.no_grad():
@@ -134,7 +150,7 @@ class Replica:
         self.model.load_state_dict(snapshot["model"])
         self.optimizer.load_state_dict(snapshot["optimizer"])
         for name, obj in self.registered.items():
-            obj.load_state_dict(_deepcopy(snapshot["registered"][name], _clone))
+            _load_registered(obj, snapshot["registered"][name])
 
     def digest(self, *, optimizer: bool = False) -> int:
         """A number from 1 to 2^63 - 1 that differs if any parameter's bits differ (about surely).
@@ -204,6 +220,12 @@ def _row_sums(t: torch.Tensor) -> list[int]:
         y ^= y >> 32
         sums.append(y.sum(dim=1))
     return torch.cat(sums).tolist()
+
+
+def _load_registered(obj: Any, state: dict[str, Any]) -> None:
+    if isinstance(obj, torch.amp.GradScaler) and not state:
+        return  # From a worker that does not scale its loss: this one's scale is its own affair.
+    obj.load_state_dict(_deepcopy(state, _clone))
 
 
 def _cpu_clone(t: Any) -> Any:
