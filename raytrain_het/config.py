@@ -7,7 +7,7 @@ import difflib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -30,19 +30,25 @@ def _is_whole(value: object, low: int) -> bool:
 Config = TypeVar("Config")
 
 
+def refuse_unknown(owner: str, named: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises:
+    ConfigError: a keyword of ``owner`` is none of those ``known``; it names the nearest right one.
+    """
+    for name in sorted(named.keys() - set(known)):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        fix = f"Write {near[0]}={named[name]!r}" if near else "Leave it out"
+        raise ConfigError(
+            f"{owner}({name}={named[name]!r}): there is no such setting. {fix}. Allowed: {', '.join(known)}."
+        )
+
+
 def names_unknown_fields(cls: type[Config]) -> type[Config]:
     """A dataclass that answers to a misspelt field with a :class:`ConfigError` that names the nearest right one."""
     init = cls.__init__
 
     @functools.wraps(init)
     def checked(self: Config, *values: Any, **named: Any) -> None:
-        known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-        for name in sorted(named.keys() - set(known)):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            fix = f"Write {near[0]}={named[name]!r}" if near else "Leave it out"
-            raise ConfigError(
-                f"{cls.__name__}({name}={named[name]!r}): there is no such setting. {fix}. Allowed: {', '.join(known)}."
-            )
+        refuse_unknown(cls.__name__, named, [f.name for f in dataclasses.fields(cls) if f.init])  # type: ignore[arg-type]
         init(self, *values, **named)
 
     cls.__init__ = checked  # type: ignore[assignment, method-assign]

@@ -68,7 +68,7 @@ class Record:
     checkpoint: str | None
     """The checkpoint that a reset loads."""
     backend: str
-    """"tcp", or "nccl" where every slot has a GPU: it follows from the fleet, not from who is there now."""
+    """"tcp" or "nccl", as ``HetConfig.backend`` says."""
     reason: str
     """Why this generation was formed, for people."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raytrain_het.config import names_unknown_fields
+from raytrain_het.config import names_unknown_fields, refuse_unknown
 from raytrain_het.errors import ConfigError
 from raytrain_het.ray_train import versions  # noqa: F401  (checks Ray before its private modules are used)
 from raytrain_het.ray_train.resources import SlotSpec
@@ -93,11 +93,12 @@ class HetScalingConfig(ScalingConfig):
 
     def __init__(self, workers: Literal["auto"] | WorkerSpec | Sequence[WorkerSpec] = "auto", **rays: Any) -> None:
         for name, value in rays.items():
-            instead = _INSTEAD.get(name, "nothing: it is not known here")
-            raise ConfigError(
-                f"HetScalingConfig({name}={value!r}): workers are described by `workers` alone. "
-                f"Write instead {instead.format(value=repr(value), text=value)}."
-            )
+            if name in _INSTEAD:
+                raise ConfigError(
+                    f"HetScalingConfig({name}={value!r}): workers are described by `workers` alone. "
+                    f"Write instead {_INSTEAD[name].format(value=repr(value), text=value)}."
+                )
+        refuse_unknown("HetScalingConfig", rays, ["workers"])
         if isinstance(workers, WorkerSpec):
             workers = [workers]
         if workers != "auto":

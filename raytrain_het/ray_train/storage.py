@@ -15,7 +15,7 @@ import pyarrow.fs
 from ray.train import Checkpoint, RunConfig
 from ray.train.v2._internal.execution.storage import StorageContext, _pyarrow_fs_copy_files
 
-from raytrain_het.errors import CheckpointError
+from raytrain_het.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,22 @@ class RayStorage:
         self._context = context
         self._fs = context.storage_filesystem
         self._root = context.experiment_fs_path
+
+    def check_seen(self, node: str) -> None:
+        """Look from a worker whether this is the storage that the driver prepared: any worker may have to write, and
+        each reads.
+
+        Raises:
+            ConfigError: It is not, as with a local folder and workers on several nodes.
+        """
+        try:
+            self._context._check_validation_file()
+        except Exception as error:
+            raise ConfigError(
+                f"the run's folder {self._root!r}, which the driver has prepared, is not there on node {node}: with "
+                "workers on several nodes it must be a folder that all of them share, or a URI. Write "
+                "RunConfig(storage_path='s3://bucket/runs') or '/a/shared/folder' (for a job: --storage)."
+            ) from error
 
     def persist(self, local_dir: str, name: str) -> str:
         """Upload a directory as ``<storage>/<run>/<name>``.

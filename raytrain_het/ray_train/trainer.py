@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.failure_handling import create_failure_pol
 from ray.train.v2._internal.util import ObjectRefWrapper
 from ray.train.v2.api.config import LoggingConfig
 
-from raytrain_het.config import HetConfig
+from raytrain_het.config import HetConfig, refuse_unknown
 from raytrain_het.errors import ConfigError
 from raytrain_het.ray_train.autoscaling import HetScalingPolicy
 from raytrain_het.ray_train.backend import HetTorchConfig, WorkerSetup
@@ -41,6 +41,8 @@ from raytrain_het.ray_train.storage import check_writable
 from raytrain_het.ray_train.worker_entry import WorkerEntry
 
 _ABORT_S = 15.0
+_RAYS = ["datasets", "dataset_config", "validation_config", "metadata", "resume_from_checkpoint"]
+"""What Ray's own takes besides."""
 
 
 class HetTrainer(TorchTrainer):
@@ -87,6 +89,7 @@ class HetTrainer(TorchTrainer):
                 "training function: loader = het.prepare_data_loader(DataLoader(dataset, shuffle=True), "
                 "global_batch_size=512)."
             )
+        refuse_unknown("HetTrainer", rays, [*inspect.signature(HetTrainer).parameters][:-1] + _RAYS)
         het_config = HetConfig() if het_config is None else het_config
         if not isinstance(het_config, HetConfig):
             raise ConfigError(f"het_config={het_config!r}: allowed is a HetConfig. Write het_config=HetConfig().")

@@ -51,13 +51,15 @@ class WorkerEntry:
         set_train_fn_utils(_utils())
         context = get_train_context()
         hub = _hub
+        storage = RayStorage(context.get_storage())
+        storage.check_seen(ray.util.get_node_ip_address())
         return self.parts.run_worker(
             self.train_fn,
             config=self.config,
             slot=context.get_world_rank(),
             num_slots=self.num_slots,
             locate=lambda: ray.get(hub.address.remote()),
-            storage=RayStorage(context.get_storage()),
+            storage=storage,
             device=get_device(),
             node_ip=ray.util.get_node_ip_address(),
         )

@@ -166,6 +166,25 @@ def test_the_summary_has_what_the_run_did(cluster: Any, tmp_path: Path) -> None:
     json.dumps(summary)
 
 
+def test_the_default_job_learns_the_digits_on_unequal_workers(cluster: Any, tmp_path: Path) -> None:
+    code = "import sys; from raytrain_het.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--json", "--storage", str(tmp_path), "--name", "digits"],
+        env={**os.environ, "RAY_ADDRESS": cluster.address}, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout)
+    assert summary["metrics"]["accuracy"] >= 0.97
+    assert [w["world_rank"] for w in summary["workers"]] == [0, 1]
+    first, second = (w["batch_share"] for w in summary["workers"])
+    assert first == 3 * second
+    times = [json.loads(line)["time"] for line in (tmp_path / "digits" / "metrics.jsonl").read_text().splitlines()]
+    assert times[-1] - times[0] < 120
+    kept = {path.name for path in (tmp_path / "digits").iterdir()}
+    assert {"job.yaml", "config.json", "metrics.jsonl", "events.jsonl"} <= kept
+    assert any(name.startswith("events.out.tfevents") for name in kept)
+
+
 @pytest.mark.parametrize("script", ["quickstart_ray.py", "quickstart_het.py"])
 def test_both_quickstarts_run(cluster: Any, script: str, tmp_path: Path) -> None:
     done = subprocess.run(

@@ -8,6 +8,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError, ResourceError
 from raytrain_het.ray_train.resources import NodeShape, check_feasible, matches, resolve_auto, shapes_of
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
+from raytrain_het.ray_train.trainer import HetTrainer
 from raytrain_het.ray_train.versions import check_ray
 
 
@@ -28,6 +29,10 @@ def test_a_misspelt_setting_is_refused_with_the_nearest_right_one() -> None:
         HetConfig(aplha=0.5)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match=r"HetConfig\(zzz=1\).*Leave it out"):
         HetConfig(zzz=1)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"HetScalingConfig\(workrs='auto'\).*Write workers='auto'"):
+        HetScalingConfig(workrs="auto")
+    with pytest.raises(ConfigError, match=r"HetTrainer\(het_confg=1\).*Write het_config=1. Allowed: train_loop_per_w"):
+        HetTrainer(print, het_confg=1)
 
 
 def test_auto_gives_one_worker_per_gpu_and_one_per_cpu_only_node() -> None:
@@ -104,7 +109,7 @@ def test_label_selectors_read_as_rays(value: str | None, wanted: str, holds: boo
         ({"use_gpu": True}, "workers='auto'"),
         ({"resources_per_worker": {"CPU": 2}}, r"resources=\{'CPU': 2\}"),
         ({"label_selector": {"a": "b"}}, r"labels=\{'a': 'b'\}"),
-        ({"worker": 3}, "not known here"),
+        ({"worker": 3}, "Write workers=3"),
     ],
 )
 def test_rays_settings_for_equal_workers_are_refused_with_what_to_write(given: dict, instead: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from raytrain_het.errors import CheckpointError
+from raytrain_het.errors import CheckpointError, ConfigError
 from raytrain_het.ray_train import storage as module
 from raytrain_het.ray_train.storage import RayStorage, write_atomically
 from raytrain_het.training.checkpoint import LocalStorage
@@ -36,6 +36,15 @@ def test_a_checkpoint_comes_back_as_it_was(context: StorageContext, tmp_path: Pa
     path = store.persist(local(tmp_path, "one"), "c1")
     with store.fetch(path) as folder:
         assert Path(folder, "model.pt").read_text() == "one"
+
+
+def test_a_node_that_does_not_see_the_runs_folder_is_told_so(context: StorageContext) -> None:
+    store = RayStorage(context)
+    store.check_seen("10.0.0.3")
+    for path in Path(context.experiment_fs_path).parent.rglob("*marker*"):
+        path.unlink()  # As on another machine, where the driver has prepared nothing.
+    with pytest.raises(ConfigError, match=r"'.*run'.* is not there on node 10\.0\.0\.3.*share, or a URI"):
+        store.check_seen("10.0.0.3")
 
 
 def test_a_failed_upload_leaves_nothing_and_names_the_path(
