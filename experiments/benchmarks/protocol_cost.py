@@ -14,11 +14,10 @@ Tensor work is weighting gradients into buckets, the check for finiteness, encod
 too, and what grows with the model; so is what sends and receives. It is timed by wrapping the functions that do it, and
 listed as *transfer*.
 
-Blocks with and without the wrapping take turns: what threads take in all is from those without. A wrapper takes 1 us
-when it is called in a loop, but several once caches are cold, and some 40 are called in a step; what of that falls
-between its two looks at the clock is not known. So there are two figures. *at most*: what the wrapped blocks took more
-than the others is taken off transfer, all of it. *at least*: only what the wrapper takes in a loop. The protocol's work
-is the sum of the three parts, 2 ms or less at the median over workers, by the first of the two.
+Blocks with and without the wrapping take turns: what threads take in all is from those without, for a wrapper takes
+1 us when it is called in a loop, but several once caches are cold, and some 40 are called in a step. What of that lies
+between its looks at the clock is one look: that is timed in every call, and taken off. The protocol's work is the sum
+of the three parts: 2 ms or less, at the median over workers.
 
 A block is an epoch: its end, where all confirm it, is part of the steps.
 """
@@ -57,36 +56,30 @@ class Stopwatch:
         """Whether calls are timed now."""
         self._bare = [(owner, name, getattr(owner, name)) for owner, name in functions]
         self._timed = [(owner, name, self._wrapped(inner)) for owner, name, inner in self._bare]
-        self._inner_s, self._num_calls = 0.0, 0
-        nothing = self._wrapped(lambda: None)
-        for _ in range(10_000):
-            nothing()
-        total_s, num_calls = self.take()
-        self.own_s = total_s / num_calls
-        """What an empty function seems to take, called in a loop."""
+        self._inner_s = 0.0
 
     def switch(self, on: bool) -> None:
         """Put the wrapped functions in place, or the bare ones."""
         for owner, name, function in self._timed if on else self._bare:
             setattr(owner, name, function)
 
-    def take(self) -> tuple[float, int]:
-        """Seconds and number of all calls since the last time."""
-        taken = self._inner_s, self._num_calls
-        self._inner_s, self._num_calls = 0.0, 0
-        return taken
+    def take_s(self) -> float:
+        """Of all calls since the last time."""
+        taken_s, self._inner_s = self._inner_s, 0.0
+        return taken_s
 
     def _wrapped(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        clock = time.thread_time
+
         @functools.wraps(inner)
         def timed(*args: Any, **kwargs: Any) -> Any:
             if not self.counts:
                 return inner(*args, **kwargs)
-            began = time.thread_time()
+            first, began = clock(), clock()
             try:
                 return inner(*args, **kwargs)
             finally:
-                self._inner_s += time.thread_time() - began
-                self._num_calls += 1
+                self._inner_s += (clock() - began) - (began - first)
 
         return timed
 
@@ -150,8 +143,8 @@ def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> 
             yield from loader
 
     threads_of = {"communication": "het-communication", "reader": "het-member"}
-    totals: dict[bool, list[dict[str, float]]] = {False: [], True: []}
-    inside: dict[str, list[tuple[float, int]]] = {name: [] for name in stopwatches}
+    totals: dict[str, list[float]] = {part: [] for part in ("main", *threads_of)}
+    inside: dict[str, list[float]] = {name: [] for name in stopwatches}
     batches = endless()
     for block in range(2 * blocks + 1):
         timed = block % 2 == 0
@@ -159,7 +152,7 @@ def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> 
             stopwatch.switch(timed)
         plain_s = plain_block()
         for stopwatch in stopwatches.values():
-            stopwatch.take()  # What goes on in the other threads during the plain block is in no sum either.
+            stopwatch.take_s()  # What goes on in the other threads during the plain block is in no sum either.
         threads, began = thread_cpu_s(), time.thread_time()
         for _ in range(steps):
             x, y = next(batches)
@@ -168,39 +161,23 @@ def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> 
             loss.backward()
             optimizer.step()
         main_s, after = time.thread_time() - began, thread_cpu_s()
-        taken = {name: stopwatch.take() for name, stopwatch in stopwatches.items()}
+        taken_s = {name: stopwatch.take_s() for name, stopwatch in stopwatches.items()}
         if block == 0:
             continue  # Joining the run is no step.
-        in_threads = {part: after[name] - threads[name] for part, name in threads_of.items()}
-        totals[timed].append({"main": main_s - plain_s} | in_threads)
-        for name, seconds_and_calls in taken.items() if timed else ():
-            inside[name].append(seconds_and_calls)
-
-    def per_step_ms(values: list[float]) -> float:
-        return 1000 * statistics.median(values) / steps
-
-    bare, wrapped = (
-        {part: per_step_ms([block[part] for block in totals[timed]]) for part in ("main", *threads_of)}
-        for timed in (False, True)
-    )
-    seconds = {name: per_step_ms([s for s, _ in values]) for name, values in inside.items()}
-    calls = {name: statistics.median(n for _, n in values) / steps for name, values in inside.items()}
-    loops = {name: 1000 * stopwatch.own_s * calls[name] for name, stopwatch in stopwatches.items()}
-    inside_of = {"main": ("gradients",), "communication": ("messages", "waiting"), "reader": ()}
-    most, least = 0.0, 0.0
-    parts: dict[str, float] = {}
-    for part, names in inside_of.items():
-        own = sum(loops[name] for name in names)
-        extra = max(wrapped[part] - bare[part], own) if names else 0.0
-        gross = bare[part] - sum(seconds[name] for name in names)
-        parts[part] = gross + extra
-        most, least = most + gross + extra, least + gross + own
-    return {
-        **parts,
-        "transfer": seconds["gradients"] + seconds["messages"],
-        "waiting": seconds["waiting"],
-        "at least": least,
-        "at most": most,
+        threads_s = {part: after[name] - threads[name] for part, name in threads_of.items()}
+        for found, into in ((taken_s, inside),) if timed else (({"main": main_s - plain_s} | threads_s, totals),):
+            for name, value in found.items():
+                into[name].append(1000 * value / steps)
+    total, of = ({name: statistics.median(values) for name, values in by.items()} for by in (totals, inside))
+    parts = {
+        "main": total["main"] - of["gradients"],
+        "communication": total["communication"] - of["messages"] - of["waiting"],
+        "reader": total["reader"],
+    }
+    return parts | {
+        "transfer": of["gradients"] + of["messages"],
+        "waiting": of["waiting"],
+        "protocol": sum(parts.values()),
     }
 
 
@@ -224,7 +201,7 @@ def main() -> None:
             lab = ProcessLab(run, directory, num_slots=WORKERS, ledger=False, config=het.HetConfig(shares=None))
             workers = list(lab.run(timeout_s=1800).values())
         parts = {name: statistics.median(w[name] for w in workers) for name in workers[0]}
-        rows.append({"model": size, **parts, "passes": parts["at most"] <= 2.0})
+        rows.append({"model": size, **parts, "passes": parts["protocol"] <= 2.0})
     common.show("CPU time of a worker in a step, milliseconds, each the median over workers", rows)
     common.keep(args.json, {"benchmark": "protocol_cost", "rows": rows})
 
