@@ -4,11 +4,11 @@ On Ray nodes with CPU quotas (:class:`raytrain_het.testing.cluster.RayLab`; Linu
 time on new nodes that know nothing of earlier runs:
 
 1. *before*: what ``raytrain-het probe --model`` predicts;
-2. the same job is run. *after 20 steps*: what the membership actor says by then of the shares in force;
+2. the same job is run. *after 20 steps*: what the membership actor expects by then of the shares in force;
 3. *measured*: samples over time from there on, the median over epochs, evaluation between them not included.
 
 Each row gives both predictions as multiples of what was measured, and how many tables of shares there had been at the
-second one and at the end: a table that is still in force promises what it did when it was made.
+second one and at the end.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def measure_once(args: Any, name: str, folder: str) -> dict[str, Any]:
         assert model is not None
         recorder = Recorder()
         run_job(job, display=recorder, address=lab.address)
-    known = [(t, s) for t, s in recorder.seen if s["step"] >= args.after and s["predicted_samples_per_s"]]
+    known = [(t, s) for t, s in recorder.seen if s["step"] >= args.after and s["expected_samples_per_s"]]
     speeds = []
     for epoch in {s["epoch"] for _, s in known}:
         # Not its first point: that may be the end of the one before, and an evaluation lies between the two.
@@ -68,7 +68,7 @@ def measure_once(args: Any, name: str, folder: str) -> dict[str, Any]:
     measured, first, last = statistics.median(speeds), known[0][1], known[-1][1]
     return {
         "before": model.advice.prediction.samples_per_s,
-        "after": first["predicted_samples_per_s"],
+        "after": first["expected_samples_per_s"],
         "after_step": first["step"],
         "measured": measured,
         "table": first["table"],
@@ -76,7 +76,7 @@ def measure_once(args: Any, name: str, folder: str) -> dict[str, Any]:
         "steps": last["step"],
         "epochs": len(speeds),
         "before / measured": model.advice.prediction.samples_per_s / measured,
-        "after / measured": first["predicted_samples_per_s"] / measured,
+        "after / measured": first["expected_samples_per_s"] / measured,
     }
 
 

@@ -141,7 +141,8 @@ class Scoreboard:
             return None
         now = {slot: shares.get(slot, 0) for slot in slots}
         best = self._balanced(costs, spares=self.spares) if self.balance else now
-        besides_s = self._speeds.besides_s(costs, now)  # It stays, whatever the shares.
+        self._speeds.judge_round(costs, now)
+        besides_s = self._speeds.besides_s  # It stays, whatever the shares.
         before, after = slowest(costs, now) + besides_s, slowest(costs, best) + besides_s
         scores = self._scores_of(costs)
         if after < (1 - MIN_GAIN - self._speeds.uncertainty(slots)) * before:
@@ -257,6 +258,14 @@ class Scoreboard:
     def samples_per_s(self) -> float | None:
         """What all do together: the global batch over the median of the last steps' durations."""
         return self.global_batch_size / self._speeds.cycle_s if self._speeds.cycle_s is not None else None
+
+    def expected_samples_per_s(self, samples: Mapping[int, int]) -> float | None:
+        """What these shares will do by all that is known now; None where somebody's step time is not."""
+        now = {slot: b for slot, b in samples.items() if b > 0}
+        costs = self._speeds.costs(now)
+        if not now or len(costs) < len(now):
+            return None
+        return self.global_batch_size / (slowest(costs, now) + self._speeds.besides_s)
 
     def predicted_samples_per_s(self, samples: Mapping[int, int]) -> float | None:
         """What the table in force has promised, if these are its shares.

@@ -25,6 +25,10 @@ class Speeds:
         self._heard: set[int] = set()
         """Who has told of a step in this round."""
         self._cycles: deque[float] = deque(maxlen=20)
+        self._round_cycles: deque[float] = deque(maxlen=200)
+        """Since the round was judged."""
+        self._besides: deque[float] = deque(maxlen=WINDOW)
+        """By round: what its steps took besides the slowest worker, by what was known of the workers then."""
         self._lately: dict[int, deque[float]] = {}
         """Durations of the steps that the workers' own times are from, under the table in force."""
 
@@ -47,6 +51,7 @@ class Speeds:
         """A worker's step: its samples, its time without what it waited for others, and with that."""
         if cycle_s is not None:
             self._cycles.append(cycle_s)
+            self._round_cycles.append(cycle_s)
             self._lately.setdefault(slot, deque(maxlen=WINDOW)).append(cycle_s)
         if samples > 0 and seconds > 0:
             self._models.setdefault(slot, StepTimeModel()).observe(samples, seconds)
@@ -96,9 +101,19 @@ class Speeds:
         """Relative standard error of the least certain of these estimates."""
         return max(self._models[slot].uncertainty for slot in slots)
 
-    def besides_s(self, costs: Mapping[int, StepCost], samples: Mapping[int, int]) -> float:
-        """What a step takes besides its slowest worker: the way of the messages, and chance."""
-        return max(0.0, statistics.median(self._cycles) - slowest(costs, samples)) if self._cycles else 0.0
+    def judge_round(self, costs: Mapping[int, StepCost], samples: Mapping[int, int]) -> None:
+        """Learn from a round that is over what steps take besides the slowest of these workers."""
+        if self._round_cycles:
+            self._besides.append(statistics.fmean(self._round_cycles) - slowest(costs, samples))
+            self._round_cycles.clear()
+
+    @property
+    def besides_s(self) -> float:
+        """What a step takes besides its slowest worker: the way of the messages, and chance.
+
+        The mean over the last rounds, of whatever shares: throughput follows the mean step, and single ones say little.
+        """
+        return max(0.0, statistics.fmean(self._besides)) if self._besides else 0.0
 
     @property
     def cycle_s(self) -> float | None:

@@ -430,6 +430,7 @@ class Hub:
             "fraction_of_aggregate": self._fraction_of_aggregate(samples),
             "samples_per_s": board.samples_per_s,
             "predicted_samples_per_s": board.predicted_samples_per_s(samples),
+            "expected_samples_per_s": board.expected_samples_per_s(samples),
             "step": max((m.get("step", 0) for m in members), default=0),
             "epoch": max((m.get("epoch", 0) for m in members), default=0),
             "samples": max((m.get("global_samples", 0) for m in members), default=0),

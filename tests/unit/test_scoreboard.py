@@ -212,6 +212,31 @@ def test_a_table_that_keeps_the_shares_promises_what_these_take() -> None:
     assert table.predicted_step_s == pytest.approx(0.051)
 
 
+def test_what_is_expected_after_twenty_noisy_steps_is_what_the_next_ones_take() -> None:
+    """Steps wait for whoever is slowest, and the messages take 20 ms more: the mean of that is learnt, whatever tables
+    come."""
+    off = []
+    for seed in range(20):
+        costs, shares, rng = [StepCost(0.01, 0.001 / s) for s in (4, 2, 1)], [27, 27, 26], random.Random(seed)
+        board = Scoreboard()
+        board.global_batch_size = 80
+        taken, expected = [], 0.0
+        for step in range(120):
+            own = [cost.step_s(b) * math.exp(rng.gauss(0, 0.1)) for cost, b in zip(costs, shares, strict=True)]
+            cycle_s = max(own) + 0.02
+            for slot, (b, seconds) in enumerate(zip(shares, own, strict=True)):
+                board.observe(slot, b, seconds, cycle_s)
+            table = board.better(range(3), dict(enumerate(shares)))
+            shares = list(table.shares.values()) if table is not None else shares
+            if step == 19:
+                expected = board.expected_samples_per_s(dict(enumerate(shares))) or 0.0
+            elif step > 19:
+                taken.append(cycle_s)
+        off.append(abs(expected / (80 / statistics.fmean(taken)) - 1))
+    assert statistics.median(off) < 0.05
+    assert board.expected_samples_per_s({0: 40, 9: 40}) is None
+
+
 def test_after_a_loss_the_prediction_is_that_of_those_who_are_left() -> None:
     fleet = Fleet([StepCost(0, 0.001 / s) for s in (4, 2, 2)], 80)
     for _ in range(20):
