@@ -91,6 +91,10 @@ class Scoreboard:
         """See :meth:`Speeds.observe`."""
         self._speeds.observe(slot, samples, seconds, cycle_s)
 
+    def take_in(self) -> None:
+        """See :meth:`Speeds.take_in`."""
+        self._speeds.take_in()
+
     def observe_paths(self, slot: int, sent: Mapping[int, tuple[float, float]]) -> None:
         """See :meth:`Paths.observe`."""
         self._paths.observe(slot, sent)
@@ -114,6 +118,7 @@ class Scoreboard:
             return None
         if self.policy != "train_step":
             return self._from_profiles(slots, self.policy, "from the score policy")
+        self._speeds.take_in()
         costs = self._speeds.costs(slots)
         if self.table is None:
             if len(costs) < len(slots):
@@ -251,7 +256,7 @@ class Scoreboard:
 
     def solo_samples_per_s(self, slot: int, samples: int) -> float | None:
         """What a worker would do by itself with such a batch, ``b / t(b)``."""
-        cost = self._speeds.cost(slot)
+        cost = self._speeds.cost(slot, lately=True)
         return samples / cost.step_s(samples) if cost is not None and samples > 0 else None
 
     @property

@@ -11,9 +11,19 @@ from raytrain_het.allocation.batch_shares import StepCost, slowest_s
 from raytrain_het.fleet.profile import Profile
 from raytrain_het.fleet.step_time import WINDOW, StepTimeModel
 
+MOST_WAITING = 8
+"""So many observations of a worker wait for those of the others."""
+
 
 class Speeds:
-    """Pure bookkeeping, by slot."""
+    """Pure bookkeeping, by slot.
+
+    What all workers share is nobody's speed: where everybody took longer than expected, or shorter, the least of that
+    is the *level* of that round, as when workers share a machine, a network or a file system that others keep busy.
+    Models learn from times divided by it, so that a few bad moments of a machine do not look like a change in every
+    worker on it, and shares, which depend on ratios alone, stay. What is told outside is at the mean level of the last
+    rounds.
+    """
 
     def __init__(self) -> None:
         self.profiles: dict[int, Profile] = {}
@@ -22,8 +32,11 @@ class Speeds:
         self._models: dict[int, StepTimeModel] = {}
         self._num_observed: dict[int, int] = {}
         """Since the table in force."""
-        self._heard: set[int] = set()
-        """Who has told of a step in this round."""
+        self._waiting: dict[int, list[tuple[int, float]]] = {}
+        """Observations (samples, seconds) of this round."""
+        self._levels: deque[float] = deque(maxlen=WINDOW)
+        """By round: how many times as long as expected everybody took at least."""
+        self._rounds_of_table = 0
         self._cycles: deque[float] = deque(maxlen=20)
         self._round_cycles: deque[float] = deque(maxlen=200)
         """Since the round was judged."""
@@ -37,6 +50,7 @@ class Speeds:
 
         What was learnt in its slot stays, if it runs on the same hardware as its predecessor.
         """
+        self.take_in()  # What was told of its predecessor.
         before = self.profiles.get(slot)
         self.profiles[slot] = profile
         if before is not None:
@@ -45,7 +59,7 @@ class Speeds:
             self.changed.add(slot)
         self._models.pop(slot, None)
         if profile.step is not None:
-            self._models[slot] = StepTimeModel(profile.step)
+            self._models[slot] = StepTimeModel(_times(1 / self.level(), profile.step))
 
     def observe(self, slot: int, samples: int, seconds: float, cycle_s: float | None = None) -> None:
         """A worker's step: its samples, its time without what it waited for others, and with that."""
@@ -54,16 +68,38 @@ class Speeds:
             self._round_cycles.append(cycle_s)
             self._lately.setdefault(slot, deque(maxlen=WINDOW)).append(cycle_s)
         if samples > 0 and seconds > 0:
-            self._models.setdefault(slot, StepTimeModel()).observe(samples, seconds)
             self._num_observed[slot] = self._num_observed.get(slot, 0) + 1
-            self._heard.add(slot)
+            self._waiting.setdefault(slot, []).append((samples, seconds))
+            if len(self._waiting[slot]) >= MOST_WAITING:
+                self.take_in()  # Somebody says nothing, as while it heals.
 
     def round_is_over(self, slots: Iterable[int]) -> bool:
-        """Whether each of these has told of a step since this was last true: judging costs more than listening."""
-        if not self._heard.issuperset(slots):
+        """Whether each of these has told of a step since this was last true: then what they told is taken in.
+
+        No worker tells of its next step before all have told of this one, unless steps are short and told together.
+        """
+        if not self._waiting.keys() >= set(slots):
             return False
-        self._heard.clear()
+        self.take_in()
         return True
+
+    def take_in(self) -> None:
+        """Learn from what was told since the last time."""
+        off = [
+            statistics.fmean(seconds / self._models[slot].cost_of(samples) for samples, seconds in told)
+            for slot, told in self._waiting.items()
+            if slot in self._models
+        ]
+        level = 1.0
+        if len(off) > 1:
+            level = max(1.0, min(off)) * min(1.0, max(off))
+            self._levels.append(level)
+            self._rounds_of_table += 1
+        for slot, told in self._waiting.items():
+            model = self._models.setdefault(slot, StepTimeModel())
+            for samples, seconds in told:
+                model.observe(samples, seconds / level)
+        self._waiting.clear()
 
     def num_observed(self, slots: Iterable[int]) -> int:
         """Observations since the table in force, of whoever has the fewest."""
@@ -73,12 +109,21 @@ class Speeds:
         """What follows is about another table."""
         self._num_observed.clear()
         self._lately.clear()
+        self._rounds_of_table = 0
         self.changed.clear()
 
-    def cost(self, slot: int) -> StepCost | None:
-        """What is known of a worker's step time."""
+    def level(self, *, lately: bool = False) -> float:
+        """The mean of the last rounds; ``lately``: the median of those that :attr:`cycle_s` is the median of."""
+        levels = list(self._levels)
+        if lately and self._rounds_of_table:
+            return statistics.median(levels[-self._rounds_of_table :])
+        return statistics.fmean(levels[-WINDOW // 2 :]) if levels else 1.0
+
+    def cost(self, slot: int, *, lately: bool = False) -> StepCost | None:
+        """What is known of a worker's step time; ``lately`` as in :meth:`level`."""
         model = self._models.get(slot)
-        return model.cost if model is not None else None
+        cost = model.cost if model is not None else None
+        return _times(self.level(lately=lately), cost) if cost is not None else None
 
     def costs(self, slots: Collection[int]) -> dict[int, StepCost]:
         """Of those that are known."""
@@ -120,6 +165,10 @@ class Speeds:
         """The median of the last steps' durations, of as many steps as own times are from: both are compared."""
         lately = [cycle_s for seen in self._lately.values() for cycle_s in seen] or self._cycles
         return statistics.median(lately) if lately else None
+
+
+def _times(factor: float, cost: StepCost) -> StepCost:
+    return StepCost(factor * cost.fixed_s, factor * cost.per_sample_s)
 
 
 def slowest(costs: Mapping[int, StepCost], samples: Mapping[int, int]) -> float:

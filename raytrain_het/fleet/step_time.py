@@ -46,6 +46,17 @@ class StepTimeModel:
         k = self._per_sample(self._seen)
         return StepCost(k * self._samples_worth, k)
 
+    def cost_of(self, samples: int) -> float:
+        """Seconds that are expected for so many samples.
+
+        Raises:
+            ValueError: nothing is known.
+        """
+        cost = self.cost
+        if cost is None:
+            raise ValueError("no step was observed, and none is known from an earlier run")
+        return cost.step_s(samples)
+
     @property
     def uncertainty(self) -> float:
         """Relative standard error of the estimated time.

@@ -315,6 +315,7 @@ class Hub:
         record = core.record
         steady = record is not None and not core.forming and not record.unhealed and not record.fresh
         if not steady or not (self.settings.balance or self.settings.alpha):
+            board.take_in()
             return
         assert record is not None
         self._adopt_table()

@@ -108,6 +108,30 @@ def test_a_worker_slowed_to_half_has_its_new_share_within_ten_steps() -> None:
     assert statistics.median(steps) <= 10
 
 
+def test_bad_moments_of_a_machine_that_all_share_are_no_change_of_anybodys_speed() -> None:
+    fleet = Fleet([StepCost(0.01, 0.001 / s) for s in (4, 2, 1, 1)], 256, noise=0.05)
+    for _ in range(40):
+        fleet.step()
+    changes, costs = fleet.changes, fleet.costs
+    for _ in range(10):
+        for slowdown in (1.3, 1.5, 1.4, 1.6, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+            fleet.costs = [StepCost(slowdown * c.fixed_s, slowdown * c.per_sample_s) for c in costs]
+            fleet.step()
+    assert fleet.changes <= changes + 1
+
+
+def test_a_machine_that_stays_slow_for_all_is_known_as_slow_after_a_while() -> None:
+    fleet = Fleet([StepCost(0, 0.001 / s) for s in (2, 1)], 90)
+    for _ in range(40):
+        fleet.step()
+    shares = fleet.shares
+    fleet.costs = [StepCost(0, 2 * c.per_sample_s) for c in fleet.costs]
+    for _ in range(60):
+        fleet.step()
+    assert fleet.shares == shares
+    assert fleet.board.solo_samples_per_s(0, 60) == pytest.approx(1000, rel=0.02)
+
+
 def test_one_odd_step_changes_nothing() -> None:
     model = StepTimeModel()
     for _ in range(10):
