@@ -234,6 +234,8 @@ class Exchange:
         state: tuple[State, State] = ({}, {})
         if step is not None and not bucket.is_state:
             state = self.states.of_shard(bucket, start, stop, step)
+            if state[0]:
+                shard = shard.to(self.group.device)  # Where state and payload are.
         codec.encode(shard, body[:capacity], *state)
 
     def reduce(self, bucket: Bucket, sums: Sums) -> Operation:

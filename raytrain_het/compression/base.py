@@ -47,7 +47,10 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, x: torch.Tensor, payload: torch.Tensor, state: State, new_state: State) -> None:
-        """Encode ``x`` (n,) into ``payload`` (capacity,) uint8; write the state that follows into ``new_state``."""
+        """Encode ``x`` (n,) into ``payload`` (capacity,) uint8; write the state that follows into ``new_state``.
+
+        All are on one device, but that a codec without state may be given ``x`` from another one than the payload's.
+        """
 
     @abc.abstractmethod
     def decode(self, payload: torch.Tensor, out: torch.Tensor) -> None:

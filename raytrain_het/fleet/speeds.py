@@ -11,18 +11,21 @@ from raytrain_het.allocation.batch_shares import StepCost, slowest_s
 from raytrain_het.fleet.profile import Profile
 from raytrain_het.fleet.step_time import WINDOW, StepTimeModel
 
-MOST_WAITING = 8
+MOST_WAITING = 64
 """So many observations of a worker wait for those of the others."""
+FAR = 0.05
+"""A level so far from 1 is put into the models."""
 
 
 class Speeds:
     """Pure bookkeeping, by slot.
 
-    What all workers share is nobody's speed: where everybody took longer than expected, or shorter, the least of that
-    is the *level* of that round, as when workers share a machine, a network or a file system that others keep busy.
-    Models learn from times divided by it, so that a few bad moments of a machine do not look like a change in every
-    worker on it, and shares, which depend on ratios alone, stay. What is told outside is at the mean level of the last
-    rounds.
+    What all workers share is nobody's speed: where everybody took longer than is usual at this share, or shorter, the
+    least of that is the *level* of that step, as when workers share a machine, a network or a file system that others
+    keep busy. Models learn from times divided by it, so that a few bad moments of a machine do not look like a change
+    in every worker on it, and shares, which depend on ratios alone, stay. What is told outside is at the median level
+    of the last steps. With new shares everybody takes another time, for the first steps, and that is no level: fixed
+    parts are learnt from it.
     """
 
     def __init__(self) -> None:
@@ -32,11 +35,13 @@ class Speeds:
         self._models: dict[int, StepTimeModel] = {}
         self._num_observed: dict[int, int] = {}
         """Since the table in force."""
-        self._waiting: dict[int, list[tuple[int, float]]] = {}
+        self._heard: set[int] = set()
+        """Who has told of a step in this round."""
+        self._waiting: dict[int, deque[tuple[int, float]]] = {}
         """Observations (samples, seconds) of this round."""
         self._levels: deque[float] = deque(maxlen=WINDOW)
-        """By round: how many times as long as expected everybody took at least."""
-        self._rounds_of_table = 0
+        """By step: how many times as long as usual everybody took at least."""
+        self._steps_of_table = 0
         self._cycles: deque[float] = deque(maxlen=20)
         self._round_cycles: deque[float] = deque(maxlen=200)
         """Since the round was judged."""
@@ -58,6 +63,7 @@ class Speeds:
                 return
             self.changed.add(slot)
         self._models.pop(slot, None)
+        self._waiting.pop(slot, None)
         if profile.step is not None:
             self._models[slot] = StepTimeModel(_times(1 / self.level(), profile.step))
 
@@ -69,37 +75,58 @@ class Speeds:
             self._lately.setdefault(slot, deque(maxlen=WINDOW)).append(cycle_s)
         if samples > 0 and seconds > 0:
             self._num_observed[slot] = self._num_observed.get(slot, 0) + 1
-            self._waiting.setdefault(slot, []).append((samples, seconds))
-            if len(self._waiting[slot]) >= MOST_WAITING:
-                self.take_in()  # Somebody says nothing, as while it heals.
+            self._heard.add(slot)
+            if slot not in self._models:  # Something is known of it at once, and what it shares with others never.
+                self._models[slot] = StepTimeModel()
+                self._models[slot].observe(samples, seconds / self.level())
+            else:
+                self._waiting.setdefault(slot, deque(maxlen=MOST_WAITING)).append((samples, seconds))
 
     def round_is_over(self, slots: Iterable[int]) -> bool:
         """Whether each of these has told of a step since this was last true: then what they told is taken in.
 
         No worker tells of its next step before all have told of this one, unless steps are short and told together.
         """
-        if not self._waiting.keys() >= set(slots):
+        slots = set(slots)
+        if not self._heard >= slots:
             return False
+        for gone in self._waiting.keys() - slots:
+            del self._waiting[gone]
         self.take_in()
+        self._heard.clear()
         return True
 
     def take_in(self) -> None:
-        """Learn from what was told since the last time."""
-        off = [
-            statistics.fmean(seconds / self._models[slot].cost_of(samples) for samples, seconds in told)
-            for slot, told in self._waiting.items()
-            if slot in self._models
-        ]
-        level = 1.0
-        if len(off) > 1:
-            level = max(1.0, min(off)) * min(1.0, max(off))
-            self._levels.append(level)
-            self._rounds_of_table += 1
-        for slot, told in self._waiting.items():
-            model = self._models.setdefault(slot, StepTimeModel())
-            for samples, seconds in told:
-                model.observe(samples, seconds / level)
+        """Learn from what was told since the last time, step by step."""
+        num_steps = max(map(len, self._waiting.values()), default=0)
+        for before_last in reversed(range(num_steps)):  # All have told of the last one.
+            step = {slot: told[-1 - before_last] for slot, told in self._waiting.items() if len(told) > before_last}
+            level = self._level_of(step)
+            for slot, (samples, seconds) in step.items():
+                self._models[slot].observe(samples, seconds / level)
         self._waiting.clear()
+
+    def _level_of(self, step: Mapping[int, tuple[int, float]]) -> float:
+        usual = {slot: self._models[slot].usual_s(samples) for slot, (samples, _) in step.items()}
+        off = [seconds / usual_s for slot, (_, seconds) in step.items() if (usual_s := usual[slot]) is not None]
+        if len(off) < 2:
+            self._put_level_into_models()
+            return 1.0
+        level = max(1.0, min(off)) * min(1.0, max(off))
+        self._levels.append(level)
+        self._steps_of_table += 1
+        if len(self._levels) == WINDOW and abs(self.level() - 1) > FAR:
+            self._put_level_into_models()
+            level = self._levels[-1]
+        return level
+
+    def _put_level_into_models(self) -> None:
+        """What is told outside stays; models then are of times as they are."""
+        level = self.level()
+        for model in self._models.values():
+            model.scale(level)
+        for _ in range(len(self._levels)):
+            self._levels.append(self._levels.popleft() / level)
 
     def num_observed(self, slots: Iterable[int]) -> int:
         """Observations since the table in force, of whoever has the fewest."""
@@ -109,15 +136,14 @@ class Speeds:
         """What follows is about another table."""
         self._num_observed.clear()
         self._lately.clear()
-        self._rounds_of_table = 0
+        self._steps_of_table = 0
         self.changed.clear()
 
     def level(self, *, lately: bool = False) -> float:
-        """The mean of the last rounds; ``lately``: the median of those that :attr:`cycle_s` is the median of."""
+        """The median of the last steps; ``lately``: of those that :attr:`cycle_s` is the median of."""
         levels = list(self._levels)
-        if lately and self._rounds_of_table:
-            return statistics.median(levels[-self._rounds_of_table :])
-        return statistics.fmean(levels[-WINDOW // 2 :]) if levels else 1.0
+        count = self._steps_of_table if lately and self._steps_of_table else WINDOW // 2
+        return statistics.median(levels[-count:]) if levels else 1.0
 
     def cost(self, slot: int, *, lately: bool = False) -> StepCost | None:
         """What is known of a worker's step time; ``lately`` as in :meth:`level`."""

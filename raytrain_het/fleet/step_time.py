@@ -46,16 +46,16 @@ class StepTimeModel:
         k = self._per_sample(self._seen)
         return StepCost(k * self._samples_worth, k)
 
-    def cost_of(self, samples: int) -> float:
-        """Seconds that are expected for so many samples.
+    def usual_s(self, samples: int) -> float | None:
+        """The median of what so many samples have taken; None where that was seen too rarely."""
+        seen = [t for b, t in self._seen if b == samples]
+        return statistics.median(seen) if len(seen) >= NUM_FOR_CHANGE else None
 
-        Raises:
-            ValueError: nothing is known.
-        """
-        cost = self.cost
-        if cost is None:
-            raise ValueError("no step was observed, and none is known from an earlier run")
-        return cost.step_s(samples)
+    def scale(self, factor: float) -> None:
+        """From now on all that was observed, or kept, counts as so many times as long."""
+        self._seen = [(b, factor * t) for b, t in self._seen]
+        if self._kept is not None:
+            self._kept = StepCost(factor * self._kept.fixed_s, factor * self._kept.per_sample_s)
 
     @property
     def uncertainty(self) -> float:

@@ -315,7 +315,8 @@ class Hub:
         record = core.record
         steady = record is not None and not core.forming and not record.unhealed and not record.fresh
         if not steady or not (self.settings.balance or self.settings.alpha):
-            board.take_in()
+            if record is not None:
+                board.round_is_over(m.slot for m in record.members if m.uid not in record.unhealed)
             return
         assert record is not None
         self._adopt_table()

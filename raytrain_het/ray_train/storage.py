@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import posixpath
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from raytrain_het.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
+SEEN_WITHIN_S = 3.0
 _RENAMES = ("local", "hdfs", "subtree")  # where a move is a rename, and so all or nothing
 
 
@@ -41,14 +43,22 @@ class RayStorage:
         Raises:
             ConfigError: It is not, as with a local folder and workers on several nodes.
         """
-        try:
-            self._context._check_validation_file()
-        except Exception as error:
+        deadline = time.monotonic() + SEEN_WITHIN_S
+        while True:
+            try:
+                return self._context._check_validation_file()
+            except RuntimeError as error:
+                if time.monotonic() < deadline:  # A network file system may show old contents for a while.
+                    time.sleep(0.2)
+                    continue
+                missing = error
+            except OSError:
+                return None  # Out of reach for now, and no sign of another folder: whoever writes there will tell.
             raise ConfigError(
                 f"the run's folder {self._root!r}, which the driver has prepared, is not there on node {node}: with "
                 "workers on several nodes it must be a folder that all of them share, or a URI. Write "
                 "RunConfig(storage_path='s3://bucket/runs') or '/a/shared/folder' (for a job: --storage)."
-            ) from error
+            ) from missing
 
     def persist(self, local_dir: str, name: str) -> str:
         """Upload a directory as ``<storage>/<run>/<name>``.

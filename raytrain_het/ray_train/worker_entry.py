@@ -14,6 +14,8 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.ray_train.hub import Parts
 
+logger = logging.getLogger("raytrain_het")
+
 _hub: Any = None
 
 
@@ -52,7 +54,13 @@ class WorkerEntry:
         context = get_train_context()
         hub = _hub
         storage = RayStorage(context.get_storage())
-        storage.check_seen(ray.util.get_node_ip_address())
+        try:
+            storage.check_seen(ray.util.get_node_ip_address())
+        except ConfigError as error:
+            if not ray.get(hub.status.remote())["generation"]:
+                raise
+            # The others are training already: this worker can help, as long as it need not write.
+            logger.warning("%s", error)
         return self.parts.run_worker(
             self.train_fn,
             config=self.config,

@@ -46,6 +46,8 @@ class Opened:
     micro: list[range]
     job: StepJob
     started: float
+    loss_scale: float = 1.0
+    """What this worker's loss is multiplied by."""
     weights: list[float] = field(default_factory=list)
     sums: Sums | None = None
     settled: bool = False
@@ -166,7 +168,7 @@ class Engine:
         micro = self._passes(own) if len(own) else [self._stand_in(batch)]
         step = cursor.step + 1
         job = StepJob(record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step))
-        opened = Opened(record, cursor, batch, own, micro, job, time.monotonic())
+        opened = Opened(record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale)
         self.gradients.begin(
             job,
             wires=self.comm.wires(record),
@@ -242,7 +244,7 @@ class Engine:
             opened.job.weight = float(sum(opened.weights))
             opened.job.contributes = opened.job.weight > 0
         # What travels is not scaled: it is in fp32, and other workers may have another scale, or none.
-        self.gradients.arm(opened.weights[-1] / self.replica.loss_scale, last=last)
+        self.gradients.arm(opened.weights[-1] / opened.loss_scale, last=last)
 
     def _scaled(self, opened: Opened, index: int, weight: float) -> float:
         """``w_i = b_i r_i``, or this micro-batch's part of it; of ``r_i`` where sums are literal."""
@@ -285,7 +287,7 @@ class Engine:
         self._await_sums(opened)
         opened.cpu.waiting_ends()
         opened.settled = True
-        self.gradients.show(opened.sums, scale=self.replica.loss_scale)
+        self.gradients.show(opened.sums, scale=opened.loss_scale)
         now = time.monotonic()
         self.counters.compute_s += opened.submitted - opened.started
         self.counters.wait_s += now - opened.submitted
@@ -319,7 +321,7 @@ class Engine:
             opened.job = StepJob(record.number, opened.job.step, outcome="done")
             if had is None:
                 self.gradients.take(outs)
-                self.gradients.show(opened.sums, scale=self.replica.loss_scale)
+                self.gradients.show(opened.sums, scale=opened.loss_scale)
             # Else they are the same to the bit, and what the user did to them since (clipping) stays.
 
     # ---------------------------------------------------------------- closing

@@ -72,3 +72,11 @@ def _check_scaler(scaler: torch.amp.GradScaler | None, session: Session) -> None
             "the loss is scaled by a GradScaler that the run does not know, so workers with different scales would be "
             "averaged as they are: call het.register_state('scaler', scaler) before loader.epochs()."
         )
+    model = session.replica.model
+    if scaler is not None and scaler.is_enabled() and model is not None:
+        halves = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
+        if halves:
+            raise LoopOrderError(
+                f"a GradScaler with parameters in float16 ({halves[0]!r}, ...): their scaled gradients overflow on one "
+                "worker and not on another. Keep the parameters in float32 and use torch.autocast."
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,17 @@ class Replica:
                 f"register_state({name!r}, ...): a second GradScaler. Allowed is one for a run: use the one that is "
                 "registered for all losses."
             )
+        if isinstance(obj, torch.amp.GradScaler) and obj.is_enabled():
+            for what, value in (
+                ("init_scale", obj.get_scale()),
+                ("growth_factor", obj.get_growth_factor()),
+                ("backoff_factor", obj.get_backoff_factor()),
+            ):
+                if math.frexp(value)[0] != 0.5:
+                    raise ConfigError(
+                        f"register_state({name!r}, ...): GradScaler({what}={value:g}): allowed are powers of 2, which "
+                        f"leave the same bits on every worker. Write {what}={2.0 ** round(math.log2(value)):g}."
+                    )
         self.registered[name] = obj
 
     @property

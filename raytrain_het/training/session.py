@@ -387,15 +387,15 @@ class Session:
             meta = files.read_meta(directory)
             files.check_same_model(meta, self._parameters(), path)
             files.check_same_data(meta, self._data(), path)
+            own = files.read_worker(directory, self.slot)
             try:
                 self.replica.load(files.read_state(directory))
+                if self._communicator is not None:
+                    self._communicator.codec_states.load(own["codec"] if own is not None else {})
             except CheckpointError as error:
                 raise CheckpointError(f"checkpoint {path}: {error}") from None
             except (RuntimeError, ValueError, KeyError) as error:
                 raise CheckpointError(f"checkpoint {path} does not fit this optimizer or model: {error}") from error
-            own = files.read_worker(directory, self.slot)
-            if self._communicator is not None:
-                self._communicator.codec_states.load(own["codec"] if own is not None else {})
             if own is not None and not self._resumed:
                 files.set_random_states(own["random"])
         self._resumed = True

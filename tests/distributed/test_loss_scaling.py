@@ -126,6 +126,11 @@ def test_one_that_is_switched_off_needs_no_registration(tmp_path):
     assert alone(train, tmp_path) == 2
 
 
+def test_a_scale_that_is_no_power_of_two_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"GradScaler\(init_scale=1000\).*powers of 2.*Write init_scale=1024"):
+        alone(lambda: het.register_state("scaler", torch.amp.GradScaler("cpu", init_scale=1000.0)), tmp_path)
+
+
 def test_a_second_scaler_is_refused(tmp_path):
     def train():
         het.register_state("first", torch.amp.GradScaler("cpu"))

@@ -17,6 +17,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.fleet.scoreboard import Scoreboard
+from raytrain_het.fleet.speeds import Speeds
 from raytrain_het.fleet.step_time import StepTimeModel
 
 
@@ -130,6 +131,56 @@ def test_a_machine_that_stays_slow_for_all_is_known_as_slow_after_a_while() -> N
         fleet.step()
     assert fleet.shares == shares
     assert fleet.board.solo_samples_per_s(0, 60) == pytest.approx(1000, rel=0.02)
+
+
+@pytest.mark.parametrize("num_told", [1, 7, 16])
+@pytest.mark.parametrize("common", [True, False])
+def test_many_bad_moments_for_a_long_time_leave_estimates_where_they_are(num_told: int, common: bool) -> None:
+    speeds, rng = Speeds(), random.Random(0)
+    for _ in range(300):
+        moments = [[1 + 2 * rng.random() * (rng.random() < 0.25) for _ in range(num_told)] for _ in range(2)]
+        for slot in range(2):
+            for moment in moments[0 if common else slot]:
+                speeds.observe(slot, 10, (0.1, 0.2)[slot] * moment * (1 + rng.gauss(0, 0.02)))
+        assert speeds.round_is_over(range(2))
+    assert [cost.step_s(10) for cost in speeds.costs([0, 1]).values()] == pytest.approx([0.1, 0.2], rel=0.05)
+
+
+@pytest.mark.parametrize("num_told", [1, 8, 16, 100])
+def test_a_table_comes_however_many_steps_are_told_at_once(num_told: int) -> None:
+    board = Scoreboard()
+    board.global_batch_size = 120
+    shares = {0: 60, 1: 60}
+    for _ in range(20):
+        for slot, per_sample_s in enumerate((0.001, 0.003)):
+            for _ in range(num_told):
+                board.observe(slot, shares[slot], per_sample_s * shares[slot])
+            table = board.better([0, 1], shares)
+            shares = table.shares if table is not None else shares
+    assert shares == {0: 90, 1: 30}
+
+
+def test_fixed_parts_are_learnt_when_a_loss_makes_all_shares_larger_at_once() -> None:
+    speeds, per_sample_s = Speeds(), (0.001, 0.002, 0.002)
+    for shares in ({0: 50, 1: 25, 2: 25}, {0: 67, 1: 33}, {0: 50, 1: 25, 2: 25}):
+        for _ in range(12):
+            for slot, samples in shares.items():
+                speeds.observe(slot, samples, 0.05 + per_sample_s[slot] * samples)
+            assert speeds.round_is_over(shares)
+    costs = speeds.costs([0, 1])
+    assert [cost.fixed_s for cost in costs.values()] == pytest.approx([0.05, 0.05])
+    assert [cost.per_sample_s for cost in costs.values()] == pytest.approx(per_sample_s[:2])
+
+
+def test_a_worker_that_is_left_alone_at_a_slow_level_is_known_as_it_is() -> None:
+    speeds = Speeds()
+    for slots, slowdown, num_rounds in (((0, 1), 1, 20), ((0, 1), 2, 40), ((0,), 2, 30), ((0, 1), 2, 6)):
+        for _ in range(num_rounds):
+            for slot in slots:
+                speeds.observe(slot, 50, slowdown * (0.1, 0.15)[slot])
+            speeds.round_is_over(slots)
+        assert speeds.cost(0).step_s(50) == pytest.approx(0.1 * slowdown)
+    assert speeds.cost(1).step_s(50) == pytest.approx(0.3)
 
 
 def test_one_odd_step_changes_nothing() -> None:

@@ -38,7 +38,10 @@ def test_a_checkpoint_comes_back_as_it_was(context: StorageContext, tmp_path: Pa
         assert Path(folder, "model.pt").read_text() == "one"
 
 
-def test_a_node_that_does_not_see_the_runs_folder_is_told_so(context: StorageContext) -> None:
+def test_a_node_that_does_not_see_the_runs_folder_is_told_so(
+    context: StorageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SEEN_WITHIN_S", 0.3)
     store = RayStorage(context)
     store.check_seen("10.0.0.3")
     for path in Path(context.experiment_fs_path).parent.rglob("*marker*"):
