@@ -177,6 +177,7 @@ def _file_system(data: str) -> tuple[Any, str]:
     try:
         return fs.FileSystem.from_uri(data)
     except (pa.ArrowInvalid, OSError, ImportError, NotImplementedError) as error:
+        # Of these, ImportError and NotImplementedError are what a pyarrow says that was built without this file system.
         raise ConfigError(
             f"data={data!r} cannot be opened: {_first_line(error)}. Allowed are paths, and URIs whose library is "
             "installed: s3://, gs:// and file:// come with pyarrow; hdfs:// needs Hadoop's libhdfs (set "

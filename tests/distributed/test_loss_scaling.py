@@ -2,19 +2,21 @@
 
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from labs import alone, plain, run
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.errors import ConfigError, LoopOrderError
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import Regression, flat, relative_error
 from raytrain_het.training import session as sessions
+from raytrain_het.training.optimizer import _check_scaler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,44 +88,41 @@ def test_a_worker_that_heals_from_one_that_does_not_scale_keeps_a_scale_of_its_o
     assert [done.results[slot]["scales"][-1] for slot in range(3)] == [1.0, 2.0**10, 2.0**16]
 
 
-def make_parts():
+def train_unregistered(*, enabled, scheduled=False):
+    """With a scaler that the run is not told of; returns the number of committed steps."""
     model = het.prepare_model(torch.nn.Linear(3, 1))
     optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-    loader = het.prepare_data_loader(DataLoader(torch.utils.data.TensorDataset(torch.ones(8, 3))), global_batch_size=4)
-    return model, optimizer, loader
+    loader = het.prepare_data_loader(DataLoader(TensorDataset(torch.ones(8, 3))), global_batch_size=4)
+    if scheduled:
+        het.register_state("scheduler", torch.optim.lr_scheduler.StepLR(optimizer, 1))
+    scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            scaler.scale(model(x).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    return sessions.current().engine.cursor.step
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_a_scaler_that_is_not_registered_is_an_error(tmp_path, scheduled):
-    def train():
-        model, optimizer, loader = make_parts()
-        if scheduled:
-            het.register_state("scheduler", torch.optim.lr_scheduler.StepLR(optimizer, 1))
-        scaler = torch.amp.GradScaler("cpu")
-        for _ in loader.epochs(1):
-            for (x,) in loader:
-                optimizer.zero_grad()
-                scaler.scale(model(x).sum()).backward()
-                scaler.step(optimizer)
-                scaler.update()
-
     with pytest.raises(LoopOrderError, match=r"het.register_state\('scaler', scaler\)"):
-        alone(train, tmp_path)
+        alone(lambda: train_unregistered(enabled=True, scheduled=scheduled), tmp_path)
 
 
 def test_one_that_is_switched_off_needs_no_registration(tmp_path):
-    def train():
-        model, optimizer, loader = make_parts()
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        for _ in loader.epochs(1):
-            for (x,) in loader:
-                optimizer.zero_grad()
-                scaler.scale(model(x).sum()).backward()
-                scaler.step(optimizer)
-                scaler.update()
-        return sessions.current().engine.cursor.step
+    assert alone(lambda: train_unregistered(enabled=False), tmp_path) == 2
 
-    assert alone(train, tmp_path) == 2
+
+def test_parameters_in_half_precision_are_refused_with_a_scaler():
+    """Torch refuses them itself, but for fused optimizers, whose step() it calls whatever overflowed."""
+    scaler, model = torch.amp.GradScaler("cpu"), torch.nn.Linear(2, 1).half()
+    session = SimpleNamespace(replica=SimpleNamespace(scaler=scaler, model=model))
+    with pytest.raises(LoopOrderError, match=r"float16 \('weight'.*use torch.autocast"):
+        _check_scaler(scaler, session)
+    session.replica.model = model.float()
+    assert _check_scaler(scaler, session) is None
 
 
 def test_a_scale_that_is_no_power_of_two_is_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import resource
 import tempfile
 import time
@@ -165,12 +166,13 @@ def test_classes_are_the_targets_values(tmp_path: Path) -> None:
     assert np.bincount(table.y).tolist() == [100, 100]
 
 
-def bad(tmp_path: Path, text: str, match: str, **changes: object) -> None:
+def refusal(tmp_path: Path, text: str, **changes: object) -> str:
+    """What is said of a bad table."""
     path = tmp_path / "bad.csv"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=match):
+    with pytest.raises(ConfigError) as refused:
         open_table(source(path, **changes))
-    assert not list(tmp_path.rglob("*.part"))
+    return str(refused.value)
 
 
 GOOD = "a,b,c\n" + "1,2,3\n" * 20
@@ -210,7 +212,8 @@ GOOD = "a,b,c\n" + "1,2,3\n" * 20
 def test_a_bad_table_is_refused_with_the_column_and_the_fix(
     tmp_path: Path, text: str, match: str, changes: dict
 ) -> None:
-    bad(tmp_path, text, match, **changes)
+    assert re.search(match, refusal(tmp_path, text, **changes))
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize(
