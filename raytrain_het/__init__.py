@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raytrain_het.collectives.ddp_hook import CompressedState, compressed_hook
     from raytrain_het.config import HetConfig
     from raytrain_het.ray_train import HetScalingConfig, HetTrainer, WorkerSpec
     from raytrain_het.training.user import (
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "CompressedState",
     "HetConfig",
     "HetScalingConfig",
     "HetTrainer",
     "WorkerSpec",
+    "compressed_hook",
     "evaluate",
     "num_participants",
     "prepare_data_loader",
@@ -35,6 +38,8 @@ __all__ = [
 # Loaded when first used: torch and Ray take seconds, which `raytrain-het --help` and a misspelt
 # job file need not, and a worker process of the step protocol needs no Ray at all.
 _HOME = {
+    "CompressedState": "raytrain_het.collectives.ddp_hook",
+    "compressed_hook": "raytrain_het.collectives.ddp_hook",
     "HetConfig": "raytrain_het.config",
     "HetScalingConfig": "raytrain_het.ray_train",
     "HetTrainer": "raytrain_het.ray_train",

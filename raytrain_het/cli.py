@@ -12,7 +12,7 @@ from raytrain_het.errors import ConfigError, ResourceError
 
 _EXAMPLES = """examples:
   raytrain-het train
-  raytrain-het train --set epochs=3 --set het.shares='[7, 1]' --set het.codec=bf16
+  raytrain-het train --set epochs=3 --set het.shares='[7, 1]' --set het.compression=bf16
   raytrain-het train experiments/jobs/digits.yaml --name mine --json
   raytrain-het train --simulate 1,0.5,0.25
   raytrain-het probe
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         dest="overrides",
         metavar="KEY=VALUE",
-        help="override a key of the job, such as het.codec=bf16 or workers.0.count=3; may be repeated; "
+        help="override a key of the job, such as het.compression=bf16 or workers.0.count=3; may be repeated; "
         "--keys lists them all",
     )
     train.add_argument("--name", help="the run's name; a name that was used before goes on from its last checkpoint")

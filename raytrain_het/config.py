@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from raytrain_het.codec_options import one_word
 from raytrain_het.errors import ConfigError
 
 
@@ -91,8 +92,10 @@ class HetConfig:
     """``mean`` divides by the sum of weights. ``none`` is the literal sum ``sum r_i g_i`` over
     workers, with ``g_i`` the mean over the worker's own samples."""
 
-    codec: Literal["none", "bf16"] = "none"
-    """How gradients travel: ``none`` is fp32, ``bf16`` halves the bytes."""
+    compression: str | dict[str, dict[str, Any] | None] | tuple[str | dict[str, dict[str, Any] | None], ...] = "none"
+    """How gradients travel: a codec's name (``none`` is fp32; ``bf16``, ``fp16``, ``int8``, ``int4``,
+    ``sign``, ``topk``, ``randomk``), one with options, such as ``{"topk": {"density": 0.01}}``, or one of
+    these for each worker. Read back, a codec is one word, options at their defaults left out."""
 
     backend: Literal["tcp", "nccl"] = "tcp"
     """What carries the messages.
@@ -145,7 +148,8 @@ class HetConfig:
             "'mean' or 'none'",
             "Write lr_scale_normalisation='mean'.",
         )
-        _require(self.codec in ("none", "bf16"), "codec", self.codec, "'none' or 'bf16'", "Write codec='none'.")
+        each = isinstance(self.compression, Sequence) and not isinstance(self.compression, str)
+        object.__setattr__(self, "compression", self.codecs if each else self.codecs[0])
         _require(self.backend in ("tcp", "nccl"), "backend", self.backend, "'tcp' or 'nccl'", "Write backend='tcp'.")
         _require(
             self.micro_batch_size is None or _is_whole(self.micro_batch_size, 1),
@@ -176,6 +180,31 @@ class HetConfig:
         for name in ("replica_check_steps", "max_skipped_steps", "seed"):
             value = getattr(self, name)
             _require(_is_whole(value, 0), name, value, "a whole number from 0", f"The default is {_DEFAULTS[name]}.")
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """``compression`` in words: one for all workers, or one for each."""
+        if isinstance(self.compression, Sequence) and not isinstance(self.compression, str):
+            _require(
+                len(self.compression) > 0, "compression", self.compression, "one codec, or one for each worker",
+                "Write compression='none'.",
+            )  # fmt: skip
+            return tuple(map(one_word, self.compression))
+        return (one_word(self.compression),)
+
+    def codecs_for(self, num_workers: int) -> tuple[str, ...]:
+        """A codec for each of so many workers.
+
+        Raises:
+            ConfigError: there are several, and not as many.
+        """
+        codecs = self.codecs
+        _require(
+            len(codecs) in (1, num_workers), "compression", self.compression,
+            f"one codec, or one for each of the run's {num_workers} workers",
+            f"Write compression={[codecs[0]] * num_workers}.",
+        )  # fmt: skip
+        return codecs if len(codecs) == num_workers else codecs * num_workers
 
     @property
     def follows_speeds(self) -> bool:

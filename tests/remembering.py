@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.compression import Codec, State
+from raytrain_het.compression import Codec, Stamp, State
 
 
 class Counting(Codec):
@@ -19,7 +19,7 @@ class Counting(Codec):
     def capacity_bytes(self, num_elements: int, dtype: torch.dtype) -> int:
         return num_elements * dtype.itemsize
 
-    def encode(self, x: torch.Tensor, payload: torch.Tensor, state: State, new_state: State) -> None:
+    def encode(self, x: torch.Tensor, payload: torch.Tensor, stamp: Stamp, state: State, new_state: State) -> None:
         payload.copy_(x.contiguous().view(torch.uint8))
         if state:
             torch.add(state["count"], 1, out=new_state["count"])

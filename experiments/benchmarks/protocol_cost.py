@@ -39,8 +39,8 @@ from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from experiments.benchmarks import common
-from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.exchange import Exchange
+from raytrain_het.collectives.patience import Patience
 from raytrain_het.collectives.tcp import TcpGroup
 from raytrain_het.testing.processes import ProcessLab
 from raytrain_het.training import gradients as gradients_module
@@ -90,17 +90,17 @@ class PeersStopwatch(Stopwatch):
     def __init__(self) -> None:
         super().__init__((selectors.DefaultSelector, "select"))
         self.counts = False
-        wait = Communicator._await
+        wait = Patience.until
 
-        def told_apart(communicator: Communicator, *args: Any, peers: bool) -> None:
+        def told_apart(patience: Patience, *args: Any, peers: bool) -> None:
             self.counts = peers
             try:
-                wait(communicator, *args, peers=peers)
+                wait(patience, *args, peers=peers)
             finally:
                 self.counts = False
 
-        self._bare.append((Communicator, "_await", wait))
-        self._timed.append((Communicator, "_await", told_apart))
+        self._bare.append((Patience, "until", wait))
+        self._timed.append((Patience, "until", told_apart))
 
 
 def thread_cpu_s() -> dict[str, float]:
@@ -113,7 +113,7 @@ def thread_cpu_s() -> dict[str, float]:
 
 def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> dict[str, float]:
     """Runs in every worker; milliseconds per step by part."""
-    on_gradients = Stopwatch((gradients_module.Gradients, "_gather"), (gradients_module, "_is_finite"))
+    on_gradients = Stopwatch((gradients_module.Gradients, "_gather"), (gradients_module, "is_finite"))
     on_messages = Stopwatch(
         *((Exchange, name) for name in ("_encode_shard", "_sum_shard", "decode")),
         *((TcpGroup, name) for name in ("_serve", "_give")),

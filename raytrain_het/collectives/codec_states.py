@@ -5,25 +5,33 @@ For every bucket there are two states: the *kept* one, which encoding reads, and
 commit makes the next one the kept one. A step that is done again starts from the kept one again, and so does the step
 after one whose update was skipped: what was sent then was used by nobody.
 
+One state serves both halves of the all-reduce: of the elements that a worker does not own it remembers what it left out
+of what it sent, of those that it owns what it left out of their mean. So whoever owns an element next takes nothing
+over: what the last owner still has of it goes the way of all gradients.
+
 State belongs to a worker and its gradients: it is cut by parameter name where it leaves this class. A worker that heals
 begins with none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from raytrain_het.collectives.layout import Bucket, Layout
-from raytrain_het.compression import Codec, State
+from raytrain_het.compression import RESIDUAL, Codec, State
+
+_RISE = 0.02
+"""So much more weight a sample is expected at most from one step to the next."""
+_ROUNDING = 1e-9
 
 
 class CodecStates:
     """Of one worker.
 
     Args:
-        layout: the buckets. Those of buffers are always dense, and have no state.
+        layout: the buckets. Dense ones have no state.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -34,6 +42,12 @@ class CodecStates:
         self._next: list[State] = [{} for _ in layout.buckets]
         self._written: int | None = None
         """The step whose payloads the next state belongs to."""
+        self.weight_per_sample: float | None = None
+        """Of the last steps the least, about; None before the first one."""
+        self._expected: list[float | None] = [None] * len(layout.buckets)
+        """By bucket: the sum of weights that what was sent was made for; None where sums are not divided."""
+        self._owned: list[tuple[int, int]] = [(0, 0)] * len(layout.buckets)
+        """By bucket: the elements of which means are remembered, and not what was sent."""
 
     def use(self, codec: Codec, device: torch.device) -> None:
         """From now on gradients are encoded by this codec, on this device; another one than before begins anew."""
@@ -59,10 +73,55 @@ class CodecStates:
         )
         return kept, following
 
-    def commit(self, step: int) -> None:
-        """The step is committed, with an update. Nothing happens if this worker has sent no gradient for it."""
-        if self._written == step:
-            self._kept, self._next, self._written = self._next, self._kept, None
+    def carry(self, bucket: Bucket, start: int, stop: int, step: int) -> None:
+        """Nothing is encoded of these elements in this step: what is remembered of them stays."""
+        for kept, following in zip(*(s.values() for s in self.of_shard(bucket, start, stop, step)), strict=True):
+            following.copy_(kept)
+
+    def expected_weight(self, num_samples: int) -> float:
+        """The sum of weights of a step of so many samples: that of the last steps, rather too small than too large.
+
+        ``E > 2 W`` would send so much of a residual that more than it is left, with the other sign.
+        """
+        return (self.weight_per_sample or 1.0) * num_samples
+
+    def saw_weight(self, total_weight: float, num_samples: int) -> None:
+        """What it was in fact."""
+        if total_weight > 0 and num_samples > 0:
+            seen = total_weight / num_samples
+            self.weight_per_sample = min(seen, (1 + _RISE) * (self.weight_per_sample or seen))
+
+    def encodes(self, bucket: Bucket, owned: tuple[int, int], expected_weight: float | None) -> None:
+        """A bucket is about to be encoded, for this weight; None where sums are not divided. Of the elements ``owned``
+        the mean is."""
+        self._expected[bucket.index], self._owned[bucket.index] = expected_weight, owned
+
+    def commit(self, step: int, total_weight: float, used: Sequence[int]) -> None:
+        """The step is committed, with an update. Nothing happens if this worker has encoded nothing for it.
+
+        What was sent was made for an expected weight ``E``, and divided by another, ``W``: of a residual ``r`` the part
+        ``E/W r`` has gone into the mean then, and what was left out of that is ``E/W r'``. So ``E/W r' + (1 - E/W) r``
+        is kept. Of a parameter that nobody used nothing was applied, and everything is kept.
+
+        Args:
+            step: which one.
+            total_weight: the sum of weights ``W``.
+            used: by bucket: bit ``k`` is set if anybody used its tensor ``k``.
+        """
+        if self._written != step:
+            return
+        for bucket, kept, following in zip(self._layout.buckets, self._kept, self._next, strict=True):
+            if RESIDUAL not in following:
+                continue
+            before, after = kept[RESIDUAL], following[RESIDUAL]
+            expected, (start, stop) = self._expected[bucket.index], self._owned[bucket.index]
+            if expected is not None and abs(expected / total_weight - 1) > _ROUNDING:
+                for part in (slice(0, start), slice(stop, bucket.numel)):
+                    torch.lerp(before[part], after[part], expected / total_weight, out=after[part])
+            for k, segment in enumerate(bucket.segments):
+                if not used[bucket.index] >> k & 1:
+                    after[segment.offset : segment.stop].copy_(before[segment.offset : segment.stop])
+        self._kept, self._next, self._written = self._next, self._kept, None
 
     def by_parameter(self) -> dict[str, State]:
         """Copies on the CPU, for a checkpoint: a parameter's elements (numel, ...) flat, by name."""
@@ -80,12 +139,12 @@ class CodecStates:
         for bucket, state in zip(self._layout.buckets, self._kept, strict=True):
             for segment in bucket.segments:
                 for name, values in by_parameter.get(segment.name, {}).items():
-                    if name in state:
+                    if name in state and len(values) == segment.numel:
                         state[name][segment.offset : segment.stop].copy_(values)
 
     def _initial(self) -> list[State]:
         codec = self._codec
         return [
-            codec.init(b.numel, b.dtype, self._device) if codec is not None and not b.is_state else {}
+            codec.init(b.numel, b.dtype, self._device) if codec is not None and not b.is_dense else {}
             for b in self._layout.buckets
         ]

@@ -8,7 +8,6 @@ the group.
 from __future__ import annotations
 
 import collections
-import functools
 import logging
 import threading
 import time
@@ -20,11 +19,13 @@ from raytrain_het.collectives import points, replay
 from raytrain_het.collectives.building import GroupBuilder
 from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, Wire, one_to_all
-from raytrain_het.collectives.group import Group, GroupError, Operation, Parts
-from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
+from raytrain_het.collectives.group import Group, GroupError
 from raytrain_het.collectives.jobs import ConfirmJob, Job, ResyncJob, StepJob
-from raytrain_het.collectives.layout import Bucket, Layout
+from raytrain_het.collectives.layout import Layout
+from raytrain_het.collectives.path_watch import PathWatch
+from raytrain_het.collectives.patience import Interrupted, Patience
 from raytrain_het.collectives.poller import Poller
+from raytrain_het.collectives.rounds import Rounds
 from raytrain_het.errors import ProtocolError, RunFailedError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.meeting import MeetingPlace
@@ -33,14 +34,6 @@ from raytrain_het.membership.record import Record
 logger = logging.getLogger("raytrain_het")
 
 Cursor = dict[str, int]
-FIRST_DEADLINE_S = 2.0
-DEADLINE_MARGIN_S = 0.15
-LOOK_AT_PATHS_S = 0.5
-_CONFIRM = Bucket(0xFFFF, torch.uint8, ())
-
-
-class _Interrupted(Exception):
-    """The generation is void: what is under way is abandoned."""
 
 
 class Communicator:
@@ -68,26 +61,19 @@ class Communicator:
         self.codec_states = CodecStates(layout)
         """Read and written by the training thread between steps."""
         self.traffic = Traffic()
-        self.paths: list[tuple[int, float, float]] = []
-        """What was last seen of the ways to the peers: (slot, how many of this member's gradients went there, and the
-        seconds for which some of that was on the way)."""
-        self._sent: dict[int, tuple[int, float]] = {}
-        self.step_s = 0.0
-        """Typical duration of a step, from which the deadline follows."""
         self._outs = [torch.zeros(b.numel, dtype=b.dtype) for b in layout.buckets]
-        self._advance, self._resync_bytes, self._hang_limit_s = advance, resync_bytes, hang_limit_s
+        self._advance, self._resync_bytes = advance, resync_bytes
         self._poller = Poller()
+        self.patience = Patience(agent, self._poller, hang_limit_s=hang_limit_s)
+        self.paths = PathWatch()
         self._jobs: collections.deque[Job] = collections.deque()
         self._group: Group | None = None
-        self._exchange: Exchange | None = None
+        self._rounds: Rounds | None = None
         self._kept: tuple[int, Callable[[], torch.Tensor]] = (-1, lambda: torch.zeros(0))
         """The last step that this member has the sums of, and how to pack them for one that has not."""
-        self._position = 0
-        self._looked_at_paths = 0.0
         self._broken = 0
-        self._closed = False
         self._meetings = MeetingPlace(agent)
-        agent.position = lambda: self._position
+        agent.position = lambda: self.patience.position
         agent.on_change = self._poller.wake
         self._thread = threading.Thread(target=self._run, name="het-communication", daemon=True)
         self._thread.start()
@@ -109,17 +95,12 @@ class Communicator:
 
     def wires(self, record: Record) -> list[list[Wire] | None] | None:
         """Where gradients of a step of this generation can be gathered, by bucket."""
-        exchange = self._exchange
-        return exchange.wires if exchange is not None and exchange.record is record else None
-
-    def take_paths(self) -> list[tuple[int, float, float]]:
-        """What was seen of the ways to the peers since the last call."""
-        paths, self.paths = self.paths, []
-        return paths
+        rounds = self._rounds
+        return rounds.exchange.wires if rounds is not None and rounds.exchange.record is record else None
 
     def close(self) -> None:
         """Stop the thread, which leaves the group."""
-        self._closed = True
+        self.patience.closed = True
         self._poller.wake()
         self._thread.join(timeout=2)
 
@@ -128,7 +109,7 @@ class Communicator:
     def _run(self) -> None:
         torch.set_num_threads(1)  # Its tensor work is copies and sums; a pool of its own would fight the training's.
         try:
-            while not self._closed:
+            while not self.patience.closed:
                 if not self._turn():
                     self._poller.wait(1.0)
         except BaseException as error:
@@ -157,7 +138,7 @@ class Communicator:
             return False
         if void > entered.number or self._broken >= entered.number:
             self._leave_group()
-        if self._interrupted(entered.number) or self._broken >= entered.number:
+        if self.patience.interrupted(entered.number) or self._broken >= entered.number:
             self._abort_jobs(before=entered.number + 1)
             return False
         if self.agent.uid in entered.unhealed:
@@ -193,7 +174,7 @@ class Communicator:
         try:
             action()
             return True
-        except _Interrupted:
+        except Interrupted:
             pass
         except ProtocolError as error:
             if job is None:
@@ -218,45 +199,11 @@ class Communicator:
                 self._jobs.remove(job)
                 self._end(job, "aborted")
 
-    def _interrupted(self, generation: int) -> bool:
-        agent, record = self.agent, self.agent.record
-        return (
-            self._closed
-            or agent.gone is not None
-            or agent.void > generation
-            or agent.answered > generation
-            or (record is not None and record.number > generation)
-        )
-
-    def _await(self, condition: Callable[[], bool], generation: int, step: int, *, peers: bool) -> None:
-        """Wait; a deadline that passes while peers are waited for is told as a suspicion, and then doubled."""
-        deadline = FIRST_DEADLINE_S if self.step_s == 0 else DEADLINE_MARGIN_S + self.step_s
-        suspect_at = time.monotonic() + deadline
-        while not condition():
-            if self._interrupted(generation):
-                raise _Interrupted
-            now = time.monotonic()
-            if peers and now >= suspect_at:
-                self.agent.suspect(generation, step)
-                deadline = min(2 * deadline, self._hang_limit_s / 4)
-                suspect_at = now + deadline
-            poll_s = self._group.poll_s if self._group is not None else None
-            self._poller.wait(poll_s or (min(max(suspect_at - now, 0.001), 1.0) if peers else 1.0))
-
-    def _finish(self, operation: Operation, generation: int, step: int) -> None:
-        self._await(lambda: operation.done, generation, step, peers=True)
-        operation.result()
-
-    def _finish_of_step(self, operation: Operation, job: StepJob) -> None:
-        began = time.monotonic()
-        self._finish(operation, job.generation, job.step)
-        if job.ready == len(self.layout.buckets):  # Until then the training thread was at work.
-            job.waited_s += max(0.0, time.monotonic() - max(began, job.ready_at))
-
     # ---------------------------------------------------------------- generations
 
     def _leave_group(self) -> None:
-        group, self._group, self._exchange = self._group, None, None
+        group, self._group, self._rounds = self._group, None, None
+        self.patience.poll_s = None
         if group is not None:
             group.leave()
 
@@ -264,14 +211,15 @@ class Communicator:
         rank = record.rank_of(self.agent.uid)
         if rank is None:
             return
-        group = self._group
+        group = before = self._group
         if group is None or group.key != record.group:
             self._leave_group()
-            group, self._sent = self._build(record, rank), {}
-            self._group = group
+            group = self._group = self._build(record, rank)
+            self.patience.poll_s = group.poll_s
         self._collect_traffic()
-        self.paths = []  # Another worker may have come to a slot.
-        self._exchange = Exchange(record, rank, self.layout, group, self.codec_states)
+        self.paths.forget(new_group=group is not before)
+        exchange = Exchange(record, rank, self.layout, group, self.codec_states)
+        self._rounds = Rounds(exchange, self.layout, self.agent, self.patience)
         replayed = self._replay(record, rank) if record.behind else None
         if self.agent.uid in record.unhealed and self.followed_to != record.cursor:
             # What was followed so far does not lead here: healing starts again from a new snapshot.
@@ -297,8 +245,8 @@ class Communicator:
             self._poller.wake,
         )
         try:
-            self._await(lambda: builder.done, record.number, record.base, peers=True)
-        except _Interrupted:
+            self.patience.until(lambda: builder.done, record.number, record.base, peers=True)
+        except Interrupted:
             builder.abandon()
             raise
         if builder.error is not None or builder.group is None:
@@ -318,7 +266,7 @@ class Communicator:
             assert step == record.base, f"the source keeps step {step}, and not the base {record.base}"
             data = packed()
         one_to_all(
-            self._group, source, receivers, data, lambda op: self._finish(op, record.number, record.base)
+            self._group, source, receivers, data, lambda op: self.patience.finish(op, record.number, record.base)
         )  # fmt: skip
         if rank not in receivers:
             return None
@@ -330,105 +278,23 @@ class Communicator:
     # ---------------------------------------------------------------- jobs
 
     def _step(self, job: StepJob) -> None:
-        """Scatter of bucket k+1 is launched before the gather of bucket k: one order on all members."""
-        exchange, buckets, generation = self._exchange, self.layout.buckets, job.generation
-        assert exchange is not None
-        sums = Sums(step=job.step)
-        scatters: list[Operation] = []
-        gathers: list[Operation] = []
-        exchange.expect()
-        for k in range(len(buckets) + 1):
-            if k < len(buckets):
-                self._await(functools.partial(_is_ready, job, k), generation, job.step, peers=False)
-                self._position = job.step * 1000 + k
-                scatters.append(exchange.scatter(buckets[k], self._header(job, buckets[k]), self._local(job, k)))
-            if k == 1:
-                points.reach("between_buckets", job.step)
-            if k > 0:
-                self._finish_of_step(scatters[k - 1], job)
-                gathers.append(exchange.reduce(buckets[k - 1], sums))
-            if k > 1:
-                self._decode(exchange, gathers[k - 2], buckets[k - 2], job)
-        self._decode(exchange, gathers[-1], buckets[-1], job)
+        rounds = self._rounds
+        assert rounds is not None
+        sums, exchange = rounds.step(job), rounds.exchange
         self._kept = (job.step, lambda: replay.pack(sums, exchange, self.layout))
         self._collect_traffic()
-        self._look_at_paths(exchange)
+        self.paths.look(exchange)
         points.reach("decoded", job.step)
         job.sums = sums
 
-    def _look_at_paths(self, exchange: Exchange) -> None:
-        now = time.monotonic()
-        if now - self._looked_at_paths >= LOOK_AT_PATHS_S and not self.paths:
-            self._looked_at_paths, before, members = now, self._sent, exchange.record.members
-            self._sent = exchange.group.sent()
-            for rank, (num_bytes, busy_s) in self._sent.items():
-                bytes_before, busy_before_s = before.get(rank, (0, 0.0))
-                gradients = (num_bytes - bytes_before) / exchange.gradient_bytes
-                self.paths.append((members[rank].slot, gradients, busy_s - busy_before_s))
-
-    def _decode(self, exchange: Exchange, gather: Operation, bucket: Bucket, job: StepJob) -> None:
-        self._finish_of_step(gather, job)
-        exchange.decode(bucket, job.outs[bucket.index])
-
-    def _header(self, job: StepJob, bucket: Bucket) -> Header:
-        k = bucket.index
-        return Header(
-            step=job.step,
-            generation=job.generation,
-            bucket=k,
-            want=max(self.agent.want, job.generation),
-            weight=job.weight,
-            finite=job.finite[k] if job.finite else True,
-            contributes=job.contributes,
-            digest=job.digest,
-            used=job.used[k] if job.used else 0,
-        )
-
-    def _local(self, job: StepJob, k: int) -> torch.Tensor | None:
-        return job.locals[k] if job.locals is not None else None
-
     def _confirm(self, job: ConfirmJob) -> None:
-        """A round of headers only."""
-        exchange = self._exchange
-        assert exchange is not None
-        size, length = exchange.group.size, header_bytes(0)
-        message = torch.zeros(size * length, dtype=torch.uint8, device=exchange.group.device)
-        out = torch.zeros_like(message)
-        header = Header(
-            job.step,
-            job.generation,
-            _CONFIRM.index,
-            max(self.agent.want, job.generation),
-            0.0,
-            True,
-            False,
-            0,
-            0,
-        )
-        for rank in range(size):
-            write_header(header, 0, message[rank * length : (rank + 1) * length])
-        self._position = job.step * 1000 + 999
-        lengths = [length] * size
-        operation = exchange.group.all_to_all(Parts(out, lengths), Parts(message, lengths))
-        self._finish(operation, job.generation, job.step)
-        exchange.traffic.sent += (size - 1) * length
-        exchange.traffic.received += (size - 1) * length
-        for rank in range(size):
-            theirs = read_header(out[rank * length :], 0)
-            exchange._check(theirs, _CONFIRM, job.step, rank)
-            job.want = max(job.want, theirs.want)
+        assert self._rounds is not None
+        self._rounds.confirm(job)
 
     def _resync(self, job: ResyncJob) -> None:
-        record, group = self.entered, self._group
-        assert record is not None and group is not None
-        healed = [rank for rank, m in enumerate(record.members) if m.uid not in record.unhealed]
-        data = job.data if job.data is not None else torch.zeros(self._resync_bytes, dtype=torch.uint8)
-        receivers = healed[1:]
-        one_to_all(group, healed[0], receivers, data, lambda op: self._finish(op, job.generation, job.step))
-        if group.rank == healed[0]:
-            self.traffic.sent += data.numel() * len(receivers)
-        elif group.rank in receivers:
-            self.traffic.received += data.numel()
+        assert self._rounds is not None
+        self._rounds.resync(job, self._resync_bytes)
+        self._collect_traffic()
 
     # ---------------------------------------------------------------- while not healed
 
@@ -466,11 +332,8 @@ class Communicator:
             self.agent.answer_want(want)
 
     def _collect_traffic(self) -> None:
-        if self._exchange is not None:
-            self.traffic.sent += self._exchange.traffic.sent
-            self.traffic.received += self._exchange.traffic.received
-            self._exchange.traffic = Traffic()
-
-
-def _is_ready(job: StepJob, bucket: int) -> bool:
-    return job.ready > bucket
+        if self._rounds is not None:
+            exchange = self._rounds.exchange
+            self.traffic.sent += exchange.traffic.sent
+            self.traffic.received += exchange.traffic.received
+            exchange.traffic = Traffic()

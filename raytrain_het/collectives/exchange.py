@@ -7,7 +7,7 @@ For every bucket, two uneven all-to-alls of bytes:
 2. each owner decodes all payloads, adds them up in rank order in fp32 (fp64 for fp64), divides by the sum of weights,
    and encodes the result once; *gather*: it sends that to all, and everyone, itself included, decodes the same bytes.
 
-What a member sends to itself stays where it is, but for the header.
+What a member sends to itself stays as and where it is, but for the header: its own part is added up unencoded.
 
 So replicas are identical to the bit whatever the codec, and a gradient is quantised twice, whatever the number of
 members. Sizes of all messages are pure functions of (record, bucket): a message of another
@@ -29,7 +29,7 @@ from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.collectives.group import Group, Operation, Parts
 from raytrain_het.collectives.header import Header, HeaderPlace, header_bytes, header_place, read_header, write_header
 from raytrain_het.collectives.layout import Bucket, Layout, aligned, shard_bounds
-from raytrain_het.compression import CODECS, Codec, State
+from raytrain_het.compression import CODECS, Codec, Stamp, State, mix
 from raytrain_het.errors import ProtocolError
 from raytrain_het.membership.record import Record
 
@@ -68,6 +68,8 @@ class Traffic:
     received: int = 0
 
 
+_PLAIN = Stamp()
+
 Wire = tuple[int, int, torch.Tensor]
 """Elements ``start`` to ``stop`` of a bucket, and the values (stop - start,) in the message that takes them to their
 owner."""
@@ -100,6 +102,7 @@ class Exchange:
     def __init__(self, record: Record, rank: int, layout: Layout, group: Group, states: CodecStates) -> None:
         self.record, self.rank, self.layout, self.group, self.states = record, rank, layout, group, states
         self.traffic = Traffic()
+        self._weight = 1.0
         size = len(record.members)
         self._sends = [share > 0 for share in record.shares]
         self._codecs = [CODECS[name] for name in record.codecs]
@@ -143,7 +146,7 @@ class Exchange:
         return sum(self._codec(self.rank, b).capacity_bytes(b.numel, b.dtype) for b in self.layout.buckets)
 
     def _codec(self, rank: int, bucket: Bucket) -> Codec:
-        return self._dense if bucket.is_state else self._codecs[rank]
+        return self._dense if bucket.is_dense else self._codecs[rank]
 
     def _plan(self, bucket: Bucket, size: int) -> _Plan:
         bounds = shard_bounds(bucket.numel, self.record.owners)
@@ -201,56 +204,73 @@ class Exchange:
         self.states.begin()
         self._expected = [self.group.expect(out) for out in self._scatter_out]
 
-    def scatter(self, bucket: Bucket, header: Header, local: torch.Tensor | None) -> Operation:
+    def scatter(
+        self, bucket: Bucket, header: Header, local: torch.Tensor | None, *, expected_weight: float = 1.0
+    ) -> Operation:
         """Send the header to all and, unless this member sends nothing, each owner its shard of ``local`` (n,).
 
         Without ``local`` what was gathered in :attr:`wires` is sent.
+
+        Args:
+            bucket: which one.
+            header: what everybody is told.
+            local: the weighted gradient. It may be changed.
+            expected_weight: the sum of all members' weights, as far as it is known.
         """
+        self._weight = expected_weight if self.record.normalised else 1.0
+        own = self._plans[bucket.index].bounds[self.rank]
+        self.states.encodes(bucket, own, self._weight if self.record.normalised else None)
         if local is None:
             self._own[bucket.index] = self._own_wires[bucket.index]
         outgoing = self._outgoing[bucket.index]
         write_header(header, len(bucket.segments), *(place for place, _ in outgoing))
         if local is not None and self._sends[self.rank]:
             for owner, (_, body) in enumerate(outgoing):
-                self._encode_shard(bucket, owner, local, body, header.step if header.contributes else None)
+                self._encode_shard(bucket, owner, local, body, header)
+        if not (self._sends[self.rank] and header.contributes):
+            for owner, (start, stop) in enumerate(self._plans[bucket.index].bounds):
+                if owner != self.rank and stop > start:
+                    self.states.carry(bucket, start, stop, header.step)
         expected, self._expected[bucket.index] = self._expected[bucket.index], None
         return self._launch(self._scatter_out[bucket.index], self._scatter_in[bucket.index], expected)
 
     def _encode_shard(
-        self, bucket: Bucket, owner: int, local: torch.Tensor, body: torch.Tensor, step: int | None
+        self, bucket: Bucket, owner: int, local: torch.Tensor, body: torch.Tensor, header: Header
     ) -> None:
-        """``step`` None: nobody will use it, so that it leaves no trace in the codec's state."""
         codec, (start, stop) = self._codec(self.rank, bucket), self._plans[bucket.index].bounds[owner]
         if stop == start:
             return
         shard = local[start:stop]
-        capacity = codec.capacity_bytes(stop - start, bucket.dtype)
         if owner == self.rank:
-            raw = shard.view(torch.uint8)
-            if shard.device == self.group.device and codec.in_place(raw, bucket.dtype) is not None:
-                self._own[bucket.index] = raw
-                return
-            body = self._own[bucket.index] = torch.empty(aligned(capacity), dtype=torch.uint8, device=self.group.device)
+            self._own[bucket.index] = shard.to(self.group.device).view(torch.uint8)
+            return
         state: tuple[State, State] = ({}, {})
-        if step is not None and not bucket.is_state:
-            state = self.states.of_shard(bucket, start, stop, step)
+        if header.contributes:  # Else nobody will use it: it leaves no trace.
+            state = self.states.of_shard(bucket, start, stop, header.step)
             if state[0]:
                 shard = shard.to(self.group.device)  # Where state and payload are.
-        codec.encode(shard, body[:capacity], *state)
+        stamp = self._stamp(codec, bucket, header.step, start, self._weight, stage=0)
+        codec.encode(shard, body[: codec.capacity_bytes(stop - start, bucket.dtype)], stamp, *state)
+
+    def _stamp(self, codec: Codec, bucket: Bucket, step: int, start: int, weight: float, *, stage: int) -> Stamp:
+        if not codec.uses_stamp:
+            return _PLAIN
+        slot = self.record.members[self.rank].slot
+        return Stamp(mix(step, bucket.index, start, slot, stage), mix(step, bucket.index, start), weight)
 
     def reduce(self, bucket: Bucket, sums: Sums) -> Operation:
         """Read all headers, add up the owned shard, and send it to all."""
         headers, bodies = [], []
         for sender, (place, body) in enumerate(self._incoming[bucket.index]):
             header = read_header(place, len(bucket.segments))
-            self._check(header, bucket, sums.step, sender)
+            self.check(header, bucket, sums.step, sender)
             headers.append(header)
             bodies.append(body)
         self._note(headers, bucket, sums)
         own = self._own[bucket.index]
         if own is not None:
             bodies[self.rank] = own
-        self._sum_shard(headers, bodies, bucket, sums.total_weight)
+        self._sum_shard(headers, bodies, bucket, sums)
         return self._launch(self._gathered[bucket.index], self._gather_in[bucket.index])
 
     def decode(self, bucket: Bucket, out: torch.Tensor) -> None:
@@ -261,15 +281,12 @@ class Exchange:
             if stop > start:
                 mine = owner == self.rank
                 payload = self._gather_in[bucket.index].buffer if mine else self._gathered[bucket.index].buffer[place:]
-                codec = self._codec(owner, bucket)
-                codec.decode(payload[: codec.capacity_bytes(stop - start, bucket.dtype)], out[start:stop])
+                self._decode(owner, bucket, payload, out[start:stop])
             place += length
 
     # ---------------------------------------------------------------- inside
 
-    def _sum_shard(
-        self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total_weight: float
-    ) -> None:
+    def _sum_shard(self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, sums: Sums) -> None:
         """The owned shard's mean, encoded."""
         plan, out = self._plans[bucket.index], self._gather_in[bucket.index].buffer
         start, stop = plan.bounds[self.rank]
@@ -280,10 +297,11 @@ class Exchange:
         in_place = codec.in_place(payload, bucket.dtype)
         total = self._sum[bucket.dtype][: stop - start] if in_place is None else in_place
         self._add_up(headers, bodies, bucket, total)
-        if total_weight > 0 and (self.record.normalised or bucket.is_state):
-            total.div_(total_weight)
+        if sums.total_weight > 0 and (self.record.normalised or bucket.is_state):
+            total.div_(sums.total_weight)
         if in_place is None:
-            codec.encode(total, payload, {}, {})  # Without state: the mean is nobody's gradient.
+            state = self.states.of_shard(bucket, start, stop, sums.step)
+            codec.encode(total, payload, self._stamp(codec, bucket, sums.step, start, 1.0, stage=1), *state)
 
     def _add_up(self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total: torch.Tensor) -> None:
         sent: list[tuple[int, torch.Tensor]] = [
@@ -303,12 +321,23 @@ class Exchange:
     def _values(self, sender: int, body: torch.Tensor, bucket: Bucket, room: torch.Tensor) -> torch.Tensor:
         """A sender's part of the owned shard: seen in place if that can be, else decoded into ``room``."""
         codec, (start, stop) = self._codec(sender, bucket), self._plans[bucket.index].bounds[self.rank]
-        body = body[: codec.capacity_bytes(stop - start, bucket.dtype)]
-        values = codec.in_place(body, bucket.dtype)
+        codec = self._dense if sender == self.rank else codec
+        values = codec.in_place(body[: codec.capacity_bytes(stop - start, bucket.dtype)], bucket.dtype)
         if values is None:
             values = room[: stop - start]
-            codec.decode(body, values)
+            self._decode(sender, bucket, body, values)
         return values
+
+    def _decode(self, sender: int, bucket: Bucket, payload: torch.Tensor, out: torch.Tensor) -> None:
+        codec = self._codec(sender, bucket)
+        try:
+            codec.decode(payload[: codec.capacity_bytes(out.numel(), bucket.dtype)], out)
+        except ProtocolError as error:
+            names = [s.name for s in bucket.segments]
+            raise ProtocolError(
+                f"{error} It came from worker {self.record.members[sender].slot}, with parameters "
+                f"{names[0]!r} to {names[-1]!r}. It was not applied."
+            ) from None
 
     def _note(self, headers: list[Header], bucket: Bucket, sums: Sums) -> None:
         contributing = [(rank, h) for rank, h in enumerate(headers) if h.contributes]
@@ -326,7 +355,8 @@ class Exchange:
                     sums.nonfinite_slots.append(slot)
         sums.used.append(used)
 
-    def _check(self, header: Header, bucket: Bucket, step: int, sender: int) -> None:
+    def check(self, header: Header, bucket: Bucket, step: int, sender: int) -> None:
+        """Raises ProtocolError where a peer is at another step or bucket than this member."""
         if (header.step, header.bucket) != (step, bucket.index):
             slot = self.record.members[sender].slot
             raise ProtocolError(

@@ -39,6 +39,8 @@ class StepJob(Job):
     ready_at: float = 0.0
     """When the last bucket was, by the monotonic clock."""
     weight: float = 0.0
+    num_samples: int = 0
+    """Those of the whole step, all members'; 0 for one that only follows."""
     contributes: bool = False
     finite: list[bool] = field(default_factory=list)
     used: list[int] = field(default_factory=list)

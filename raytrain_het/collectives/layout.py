@@ -6,6 +6,7 @@ Never torch DDP's own layout, which changes after the first backward pass, so th
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,9 @@ import torch
 
 ALIGN_BYTES = 16
 """Messages and their parts start at multiples of this, so that every dtype can be viewed in place."""
+
+SMALL = 1024
+"""A parameter of fewer elements saves nothing by being compressed, and loses as much as any."""
 
 
 def aligned(num_bytes: int) -> int:
@@ -45,6 +49,8 @@ class Bucket:
     segments: tuple[Segment, ...]
     is_state: bool = False
     """Holds the model's buffers (running statistics) and not gradients: always dense, not checked for finiteness."""
+    is_dense: bool = False
+    """Travels as it is, whatever the codec."""
 
     @cached_property
     def numel(self) -> int:
@@ -59,12 +65,13 @@ def wire_dtype(dtype: torch.dtype) -> torch.dtype:
 
 class Layout:
     """Buckets of gradients in reverse order of the parameters (about the order in which they become ready), then
-    buffers.
+    those of small parameters if these are kept apart, then buffers.
 
     Args:
         parameters: (name, tensor) of all that are trained, in the model's order.
         buffers: (name, tensor) of the model's buffers.
         bucket_bytes: target size of a bucket; a larger parameter has one of its own.
+        small_apart: parameters of one dimension or of fewer than :data:`SMALL` elements have dense buckets.
     """
 
     def __init__(
@@ -72,34 +79,39 @@ class Layout:
         parameters: Sequence[tuple[str, torch.Tensor]],
         buffers: Sequence[tuple[str, torch.Tensor]],
         bucket_bytes: int,
+        *,
+        small_apart: bool = False,
     ) -> None:
         self.buckets: list[Bucket] = []
-        for named, is_state in ((list(reversed(parameters)), False), (list(buffers), True)):
+        small = {name for name, p in parameters if small_apart and (p.dim() < 2 or p.numel() < SMALL)}
+        gradients = [(name, p) for name, p in reversed(parameters) if name not in small]
+        dense = [(name, p) for name, p in reversed(parameters) if name in small]
+        for named, is_state, is_dense in ((gradients, False, False), (dense, False, True), (list(buffers), True, True)):
             pending: list[tuple[str, torch.Tensor]] = []
             size = 0
             for name, tensor in named:
                 nbytes = tensor.numel() * wire_dtype(tensor.dtype).itemsize
                 changes = bool(pending) and wire_dtype(pending[0][1].dtype) != wire_dtype(tensor.dtype)
                 if pending and (changes or size + nbytes > bucket_bytes):
-                    self._close(pending, is_state)
+                    self._close(pending, is_state, is_dense)
                     pending, size = [], 0
                 pending.append((name, tensor))
                 size += nbytes
             if pending:
-                self._close(pending, is_state)
+                self._close(pending, is_state, is_dense)
 
-    def _close(self, named: list[tuple[str, torch.Tensor]], is_state: bool) -> None:
+    def _close(self, named: list[tuple[str, torch.Tensor]], is_state: bool, is_dense: bool) -> None:
         segments, offset = [], 0
         for name, tensor in named:
             segments.append(Segment(name, tuple(tensor.shape), offset, tensor.numel()))
             offset += tensor.numel()
         dtype = wire_dtype(named[0][1].dtype)
-        self.buckets.append(Bucket(len(self.buckets), dtype, tuple(segments), is_state))
+        self.buckets.append(Bucket(len(self.buckets), dtype, tuple(segments), is_state, is_dense))
 
     @cached_property
     def fingerprint(self) -> str:
         """Short digest of all names, shapes and places; equal on all workers of a run."""
-        text = repr([(b.dtype, b.is_state, b.segments) for b in self.buckets])
+        text = repr([(b.dtype, b.is_state, b.is_dense, b.segments) for b in self.buckets])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -124,3 +136,9 @@ def shard_bounds(numel: int, owners: Sequence[float]) -> list[tuple[int, int]]:
         bounds.append((start, stop if size > 0 else start))
         start = bounds[-1][1]
     return bounds
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether no element is infinite or NaN."""
+    # A finite sum proves it in one cheap pass; sums of finite values may overflow, so only then each is looked at.
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())

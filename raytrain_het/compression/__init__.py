@@ -1,10 +1,32 @@
-"""Codecs. A new one is one file, one line in the table, and its name among those that `HetConfig.codec` allows."""
+"""Codecs. A new one is one file, one line in the table, and its name and options in `raytrain_het.codec_options`."""
 
 from __future__ import annotations
 
-from raytrain_het.compression.base import Codec, State
+from collections.abc import Callable
+
+from raytrain_het.codec_options import parsed
+from raytrain_het.compression.base import RESIDUAL, Codec, Stamp, State, mix
+from raytrain_het.compression.blockwise import Int4, Int8
 from raytrain_het.compression.dense import Bf16, NoCodec
+from raytrain_het.compression.fp16 import Fp16
+from raytrain_het.compression.randomk import RandomK
+from raytrain_het.compression.sign import Sign
+from raytrain_het.compression.topk import TopK
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (NoCodec(), Bf16())}
+KINDS: dict[str, Callable[..., Codec]] = {
+    kind.name: kind for kind in (NoCodec, Bf16, Fp16, Int8, Int4, Sign, TopK, RandomK)
+}  # fmt: skip
 
-__all__ = ["CODECS", "Bf16", "Codec", "NoCodec", "State"]
+
+class _Codecs(dict[str, Codec]):
+    """By what a record says of a codec, such as ``int8`` or ``topk(density=0.01)``: made when first asked for."""
+
+    def __missing__(self, text: str) -> Codec:
+        name, options = parsed(text)
+        codec = self[text] = KINDS[name](**options)
+        return codec
+
+
+CODECS = _Codecs()
+
+__all__ = ["CODECS", "KINDS", "RESIDUAL", "Codec", "Stamp", "State", "mix"]

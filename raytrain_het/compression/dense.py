@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from raytrain_het.compression.base import Codec, State
+from raytrain_het.compression.base import Codec, Stamp, State
 
 
 class _Cast(Codec):
@@ -21,7 +21,7 @@ class _Cast(Codec):
     def in_place(self, payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         return payload.view(dtype) if self._dtype(dtype) == dtype else None
 
-    def encode(self, x: torch.Tensor, payload: torch.Tensor, state: State, new_state: State) -> None:
+    def encode(self, x: torch.Tensor, payload: torch.Tensor, stamp: Stamp, state: State, new_state: State) -> None:
         payload.view(self._dtype(x.dtype)).copy_(x)
 
     def decode(self, payload: torch.Tensor, out: torch.Tensor) -> None:

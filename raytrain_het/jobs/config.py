@@ -75,6 +75,8 @@ class JobConfig:
                 f"`workers` has {workers}: allowed is one number per worker. Write --set het.shares='{[1] * workers}', "
                 "or --set het.shares=auto"
             )
+        if workers is not None:
+            self.het.codecs_for(workers)
 
     @property
     def num_workers(self) -> int | None:

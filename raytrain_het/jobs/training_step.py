@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raytrain_het.collectives.layout import Layout
 from raytrain_het.compression import CODECS
 from raytrain_het.training.cursor import micro_batches
 from raytrain_het.training.data_loader import to_device
@@ -55,5 +56,6 @@ class TrainingStep:
 
     def gradient_bytes(self, codec: str) -> int:
         """What a whole gradient takes on the wire."""
-        parameters = (p for p in self.model.parameters() if p.requires_grad)
-        return sum(CODECS[codec].capacity_bytes(p.numel(), p.dtype) for p in parameters)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        layout = Layout(named, [], 1, small_apart=CODECS[codec].spares_small)
+        return sum(CODECS["none" if b.is_dense else codec].capacity_bytes(b.numel, b.dtype) for b in layout.buckets)

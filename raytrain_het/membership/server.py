@@ -19,15 +19,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raytrain_het.allocation.batch_shares import apportion
-from raytrain_het.allocation.learning_rate import effective_batch_size
 from raytrain_het.fleet.profile import Profile
-from raytrain_het.fleet.scoreboard import Scoreboard, Table
 from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.reports import EvaluationBook, ReportBook
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import Membership
+from raytrain_het.membership.status import status
+from raytrain_het.membership.table_keeper import TableKeeper
 from raytrain_het.membership.wire import MAX_LINE_BYTES, encode, tune
 
 logger = logging.getLogger("raytrain_het")
@@ -59,14 +58,10 @@ class Hub:
         self.settings = settings
         self.token = token or secrets.token_hex(16)
         self._core = Membership(settings, incarnation=time.time_ns())
-        self._core.table_for = self._table_for
+        self._tables = TableKeeper(settings, self._core)
         self._clock = FairClock()
         self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
         self._evaluations = EvaluationBook()
-        self._scoreboard = Scoreboard(
-            alpha=settings.alpha, balance=settings.balance, shares=settings.shares, spares=settings.warm_spares,
-            policy=settings.score_policy,
-        )  # fmt: skip
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
         self._joined: set[str] = set()
@@ -114,7 +109,7 @@ class Hub:
 
     def status(self) -> dict[str, Any]:
         """Who takes part and how far they are."""
-        return self._call(self._status)
+        return self._call(lambda: status(self._core, self._tables, self._stats, self.settings.num_slots))
 
     def shutdown(self) -> None:
         """Close everything."""
@@ -201,8 +196,8 @@ class Hub:
 
     def _hello(self, member: Member, hello: dict[str, Any]) -> None:
         if hello["known"]:
-            self._scoreboard.global_batch_size = hello["known"]["global_batch_size"]
-            self._scoreboard.introduce(member.slot, Profile.from_json(hello["known"]["profile"]))
+            self._tables.board.global_batch_size = hello["known"]["global_batch_size"]
+            self._tables.board.introduce(member.slot, Profile.from_json(hello["known"]["profile"]))
         self._core.hello(
             member,
             cursor=hello["cursor"],
@@ -251,8 +246,8 @@ class Hub:
                 core.progress(uid, m["step"], now)
                 self._stats[slot] = m | {"uid": uid}
             case "timing":
-                self._scoreboard.observe_paths(slot, {peer: (sent, s) for peer, sent, s in m.get("paths", [])})
-                self._observe(slot, m["global_batch_size"], m["steps"])
+                self._tables.board.observe_paths(slot, {peer: (sent, s) for peer, sent, s in m.get("paths", [])})
+                self._tables.observe(slot, m["global_batch_size"], m["steps"], now)
             case "meet":
                 self._pass_on(uid, m)
             case "event":
@@ -306,43 +301,6 @@ class Hub:
             report["time"] = time.time()
         self._let_leave()
 
-    def _observe(self, slot: int, global_batch_size: int, steps: list[list[float]]) -> None:
-        """What a worker took for its steps may make another table better than the one in force."""
-        board, core = self._scoreboard, self._core
-        board.global_batch_size = global_batch_size
-        for samples, own_s, cycle_s in steps:
-            board.observe(slot, int(samples), own_s, cycle_s)
-        record = core.record
-        steady = record is not None and not core.forming and not record.unhealed and not record.fresh
-        if not steady or not (self.settings.balance or self.settings.alpha):
-            if record is not None:
-                board.round_is_over(m.slot for m in record.members if m.uid not in record.unhealed)
-            return
-        assert record is not None
-        self._adopt_table()
-        try:
-            table = board.better([m.slot for m in record.members], self._samples(record, global_batch_size))
-        except ValueError as error:  # A run that is under way goes on as it is.
-            core.keep_table(str(error), self._clock.now())
-            return
-        if table is not None:
-            core.follow(table, self._clock.now())
-
-    def _table_for(self, slots: list[int]) -> Table | None:
-        self._adopt_table()
-        return self._scoreboard.fitting(slots)
-
-    def _adopt_table(self) -> None:
-        """After a restart, that of this actor's predecessor."""
-        if self._scoreboard.table is None:
-            self._scoreboard.table = self._core.table
-
-    @staticmethod
-    def _samples(record: Record, global_batch_size: int) -> dict[int, int]:
-        """By slot: samples of a full global batch."""
-        counts = apportion(global_batch_size, record.shares)
-        return {m.slot: b for m, b in zip(record.members, counts, strict=True)}
-
     def _pass_on(self, uid: str, message: dict[str, Any]) -> None:
         """Something that a member says to all who meet in a group; the last two are kept for those that come back."""
         if not self._meetings.keep(message["group"], message["key"], message):
@@ -359,13 +317,6 @@ class Hub:
             self._core.leave(uid, self._clock.now())
         if free:
             self._flush()
-
-    def _fraction_of_aggregate(self, samples: dict[int, int]) -> float | None:
-        """What all do together over the sum of what each would do by itself; who has no samples does not count."""
-        board = self._scoreboard
-        together, alone = board.samples_per_s, [board.solo_samples_per_s(s, b) for s, b in samples.items() if b > 0]
-        known = [speed for speed in alone if speed is not None]
-        return together / sum(known) if together is not None and known and len(known) == len(alone) else None
 
     def _note_checkpoint(self, path: str, cursor: dict[str, int]) -> None:
         """The newest counts, in whatever order word of them comes."""
@@ -390,54 +341,6 @@ class Hub:
         writer = self._connections.get(uid)
         if writer is not None and not writer.is_closing():
             writer.write(encode(message))
-
-    def _status(self) -> dict[str, Any]:
-        core, record = self._core, self._core.record
-        total = sum(record.shares) if record else 0.0
-        board = self._scoreboard
-        samples = self._samples(record, board.global_batch_size) if record else {}
-        scores = board.scores(samples)
-        solo = {slot: board.solo_samples_per_s(slot, b) for slot, b in samples.items()}
-        members = []
-        for slot in sorted(set(self._stats) | {p.member.slot for p in core.peers.values()}):
-            peer = next((p for p in core.peers.values() if p.member.slot == slot), None)
-            stats = {k: v for k, v in self._stats.get(slot, {}).items() if k != "type"}
-            entry: dict[str, Any] = {"slot": slot, "finished": slot in core.finished_slots, "alive": peer is not None}
-            entry |= stats
-            if peer is not None:
-                rank = record.rank_of(peer.member.uid) if record else None
-                entry |= {
-                    "uid": peer.member.uid, "device": peer.member.device, "node_ip": peer.member.host,
-                    "healed": peer.healed, "phase": peer.phase.value,
-                    "share": record.shares[rank] / total if record and rank is not None and total else 0.0,
-                    "score": scores.get(slot), "solo_samples_per_s": solo.get(slot),
-                    "lr_scale": record.lr_scales[rank] if record and rank is not None else None,
-                }  # fmt: skip
-            members.append(entry)
-        return {
-            "generation": record.number if record else 0,
-            "state": core.state,
-            "failure": core.failure,
-            "vacant": sorted(
-                set(range(self.settings.num_slots)) - core.finished_slots - {p.member.slot for p in core.peers.values()}
-            ),
-            "dead_slots": sorted(core.dead_slots),
-            "num_joined": dict(core.num_joined),
-            "table": record.table if record else 0,
-            "effective_batch_size": (
-                effective_batch_size(list(samples.values()), record.lr_scales, normalised=record.normalised)
-                if record
-                else None
-            ),
-            "fraction_of_aggregate": self._fraction_of_aggregate(samples),
-            "samples_per_s": board.samples_per_s,
-            "predicted_samples_per_s": board.predicted_samples_per_s(samples),
-            "expected_samples_per_s": board.expected_samples_per_s(samples),
-            "step": max((m.get("step", 0) for m in members), default=0),
-            "epoch": max((m.get("epoch", 0) for m in members), default=0),
-            "samples": max((m.get("global_samples", 0) for m in members), default=0),
-            "members": members,
-        }
 
 
 async def _read_message(reader: asyncio.StreamReader) -> dict[str, Any] | None:

@@ -24,7 +24,8 @@ class HubSettings:
     alpha: float = 0.0
     """Exponent of the learning-rate scales."""
     lr_scale_normalisation: str = "mean"
-    codec: str = "none"
+    codecs: tuple[str, ...] = ("none",)
+    """By which each slot encodes what it sends; a single one is everybody's."""
     backend: str = "tcp"
     host: str = "127.0.0.1"
     """Address of the machine the actor runs on, as the workers reach it."""

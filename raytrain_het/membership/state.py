@@ -450,7 +450,7 @@ class Membership:
             table=self.table.version if self.table else 0,
             speeds=speeds,
             owners=owners_of(self.table, speeds, peers),
-            codecs=(self.settings.codec,) * len(peers),
+            codecs=tuple(self.settings.codecs[p.member.slot % len(self.settings.codecs)] for p in peers),
             cursor=base,
             source=source.member.uid,
             behind=behind,

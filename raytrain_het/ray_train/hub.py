@@ -68,7 +68,7 @@ class Hub:
             score_policy=config.score_policy,
             alpha=config.alpha,
             lr_scale_normalisation=config.lr_scale_normalisation,
-            codec=config.codec,
+            codecs=config.codecs_for(num_slots),
             backend=config.backend,
             host=ray.util.get_node_ip_address(),
             silence_s=config.silence_s,

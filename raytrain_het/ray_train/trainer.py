@@ -102,7 +102,7 @@ class HetTrainer(TorchTrainer):
             )
         _check_signature(train_loop_per_worker)
         if scaling_config.slots is not None:
-            _check_shares(het_config, len(scaling_config.slots))
+            _check_per_worker(het_config, len(scaling_config.slots))
         self.het_config = het_config
         self.on_update = on_update
         self.summary: dict[str, Any] = {}
@@ -138,7 +138,7 @@ class HetTrainer(TorchTrainer):
         parts = self.parts or Parts.default()
         scaling = settle(self.scaling_config)
         assert scaling.slots is not None
-        _check_shares(self.het_config, len(scaling.slots))
+        _check_per_worker(self.het_config, len(scaling.slots))
         _check_backend(self.het_config, scaling.slots)
         context = TrainRunContext(
             run_config=self.run_config,
@@ -273,7 +273,7 @@ def _check_signature(train_fn: Any) -> None:
         )
 
 
-def _check_shares(config: HetConfig, num_slots: int) -> None:
+def _check_per_worker(config: HetConfig, num_slots: int) -> None:
     shares = config.given_shares
     if shares is not None and len(shares) != num_slots:
         raise ConfigError(
@@ -281,6 +281,7 @@ def _check_shares(config: HetConfig, num_slots: int) -> None:
             f"{num_slots} worker{'s' * (num_slots != 1)}: one per worker is needed. Write "
             f"shares={[1] * num_slots}, or leave it out: shares then follow speeds."
         )
+    config.codecs_for(num_slots)
 
 
 def _check_backend(config: HetConfig, slots: Sequence[SlotSpec]) -> None:

@@ -36,6 +36,7 @@ from raytrain_het.testing.cgroups import CpuQuota
 from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
 from raytrain_het.training import session as sessions
 from raytrain_het.training.checkpoint import LocalStorage, Storage
+from raytrain_het.training.step_record import StepRecord
 
 MAX_STILLBORN = 3
 """So many processes of a slot may end before they have run a line of their own."""
@@ -83,7 +84,8 @@ class ProcessLab:
         self.config = config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         settings_of_config = HubSettings(
-            run_id="lab", num_slots=num_slots, shares=self.config.given_shares, codec=self.config.codec,
+            run_id="lab", num_slots=num_slots, shares=self.config.given_shares,
+            codecs=self.config.codecs_for(num_slots),
             balance=self.config.shares == "auto", warm_spares=self.config.warm_spares,
             score_policy=self.config.score_policy, alpha=self.config.alpha,
             lr_scale_normalisation=self.config.lr_scale_normalisation,
@@ -267,7 +269,7 @@ def _train(train_fn: Callable[[str], Any], directory: str, faults: list, slot: i
     return (train_fn(directory),)
 
 
-def _entry(note: sessions.StepRecord) -> LedgerEntry:
+def _entry(note: StepRecord) -> LedgerEntry:
     return LedgerEntry(
         step=note.step, generation=note.generation, epoch=note.epoch, offset=note.offset, batch_size=note.batch_size,
         slices=note.slices, writer=note.uid, own_samples=note.own_samples,

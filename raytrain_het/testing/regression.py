@@ -21,6 +21,7 @@ import raytrain_het as het
 from raytrain_het.config import HetConfig
 from raytrain_het.training import session as sessions
 from raytrain_het.training.cursor import Cursor, DataPlan
+from raytrain_het.training.step_record import StepRecord
 
 SMALL_BUCKETS = HetConfig(bucket_mib=0.0002, shares=None)
 """Several buckets even for a model of this size, so that there is a place between two of them."""
@@ -146,7 +147,7 @@ def trace_steps(session: sessions.Session, directory: str) -> None:
     path = Path(directory) / f"{session.slot}_{os.getpid()}.trace"
     file = open(path, "ab", buffering=0)  # noqa: SIM115 - it stays open as long as the process lives
 
-    def note_step(note: sessions.StepRecord) -> None:
+    def note_step(note: StepRecord) -> None:
         model = session.replica.model
         assert model is not None
         bits = [float(b.double().sum()).hex() for b in model.buffers()]

@@ -6,7 +6,8 @@ Format 1, one directory per report, named ``checkpoint_<step>_<ordinal>``:
   of shares (0: none), layout fingerprint, parameter names and shapes, world size, and the data plan that the cursor
   belongs to (files without it are accepted);
 - ``state.pt``: ``model``, ``optimizer`` and ``registered`` state dictionaries (``torch.save``);
-- ``worker_<slot>.pt``: what is a worker's own: its random states, and its codec's state by parameter name.
+- ``worker_<slot>.pt``: what is a worker's own: its random states, its codec's state by parameter name, and the
+  weight of a sample that this goes with.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Engine:
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
         self.counters = Counters()
-        self.timings = Timings(agent, plan.full_batch, communicator.take_paths)
+        self.timings = Timings(agent, plan.full_batch, communicator.paths.take)
         self.opened: Opened | None = None
         self.confirmed = 0
         """Steps up to this one are committed on every member."""
@@ -167,7 +167,9 @@ class Engine:
         # A share of 0 still runs the loop's body, so that user code behaves alike; the gradient is dropped.
         micro = self._passes(own) if len(own) else [self._stand_in(batch)]
         step = cursor.step + 1
-        job = StepJob(record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step))
+        job = StepJob(
+            record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step), num_samples=len(batch)
+        )
         opened = Opened(record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale)
         self.gradients.begin(
             job,
@@ -218,7 +220,8 @@ class Engine:
             self._record = record
             if record.reset or self.agent.uid in record.fresh:
                 self._redo = False  # What a step to be done again would go back to is no longer its beginning.
-            self.comm.step_s = 0.0 if record.reset else self.comm.step_s
+            if record.reset:
+                self.comm.patience.step_s = 0.0
             self._confirm_up_to(record.base)
             return record
 
@@ -359,7 +362,7 @@ class Engine:
         if sums.applies:
             self.healing.log(opened.job.step, self.replica.hyperparameters)
             result = update()
-            self.comm.codec_states.commit(opened.job.step)
+            self.comm.codec_states.commit(opened.job.step, sums.total_weight, sums.used)
         else:
             self.healing.log(opened.job.step, lambda: None)
         self.gradients.settle_buffers(sums.applies)
@@ -375,8 +378,7 @@ class Engine:
         counters = self.counters
         counters.steps += 1
         counters.samples += len(opened.own)
-        duration = time.monotonic() - opened.started
-        self.comm.step_s = duration if self.comm.step_s == 0 else 0.8 * self.comm.step_s + 0.2 * duration
+        self.comm.patience.step_took(time.monotonic() - opened.started)
         for listener in self.on_commit:
             listener(opened, sums)
         self._note_skips(opened, sums)

@@ -6,7 +6,6 @@ member sends is ``w g = sum_j b_j g_j``: exact sums, so that cutting a share int
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from raytrain_het.collectives import points
 from raytrain_het.collectives.exchange import Sums, Wire
 from raytrain_het.collectives.jobs import StepJob
-from raytrain_het.collectives.layout import Layout
+from raytrain_het.collectives.layout import Layout, is_finite
 from raytrain_het.errors import ConfigError, LoopOrderError
 
 
@@ -28,12 +27,13 @@ class Gradients:
     Args:
         model: the user's model; it is not wrapped, only its parameters get hooks.
         bucket_bytes: target size of a bucket.
+        small_apart: see :class:`~raytrain_het.collectives.layout.Layout`.
 
     Raises:
         ConfigError: no parameter is trained, or one is of a kind that cannot travel.
     """
 
-    def __init__(self, model: nn.Module, bucket_bytes: int) -> None:
+    def __init__(self, model: nn.Module, bucket_bytes: int, *, small_apart: bool = False) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             total = sum(1 for _ in model.parameters())
@@ -52,7 +52,7 @@ class Gradients:
         """Where they are, since a module may put a new tensor there at any time."""
         self._before: list[torch.Tensor] = []
         """The buffers when the step was opened."""
-        self.layout = Layout(named, buffers, bucket_bytes)
+        self.layout = Layout(named, buffers, bucket_bytes, small_apart=small_apart)
         by_name = dict(named)
         self.locals: list[torch.Tensor] = []
         self.outs: list[torch.Tensor] = []
@@ -215,7 +215,7 @@ class Gradients:
         before = self._ready
         while self._ready < len(self._gradient_buckets) and self._missing[self._ready] == 0:
             if self._job.contributes:
-                self._job.finite[self._ready] = all(_is_finite(values) for _, _, values in self._parts[self._ready])
+                self._job.finite[self._ready] = all(is_finite(values) for _, _, values in self._parts[self._ready])
             self._ready += 1
         if self._ready > before:
             self._on_ready(self._ready)
@@ -316,14 +316,9 @@ class Gradients:
         """Names of the parameters whose local gradient is not finite."""
         return [
             self._name(i) for i, target in enumerate(self._targets)
-            if self._touched[i] and not all(_is_finite(view) for _, _, view in target)
+            if self._touched[i] and not all(is_finite(view) for _, _, view in target)
         ]  # fmt: skip
 
     def _name(self, index: int) -> str:
         bucket, place = self._slots[index]
         return self.layout.buckets[bucket].segments[place].name
-
-
-def _is_finite(x: torch.Tensor) -> bool:
-    # A finite sum proves it in one cheap pass; sums of finite values may overflow, so only then each is looked at.
-    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())

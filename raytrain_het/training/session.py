@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import secrets
@@ -11,7 +12,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,43 +20,30 @@ from torch import nn
 from raytrain_het.collectives import points
 from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.exchange import Sums
+from raytrain_het.collectives.layout import SMALL
+from raytrain_het.compression import CODECS
 from raytrain_het.config import HetConfig
-from raytrain_het.errors import CheckpointError, EvictedError, HetError, LoopOrderError, RunFailedError
-from raytrain_het.membership.agent import Impatience, MemberAgent, RunOver
+from raytrain_het.errors import EvictedError, HetError, LoopOrderError, RunFailedError
+from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
-from raytrain_het.training.cursor import Cursor, DataPlan, slice_of
+from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance
+from raytrain_het.training.evaluations import Evaluations
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
 from raytrain_het.training.memory import MemoryLimit
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.reporter import Report, Reporter, check_metrics
+from raytrain_het.training.resuming import Resuming
 from raytrain_het.training.state_server import StateServer
 from raytrain_het.training.step_key import step_key
+from raytrain_het.training.step_record import StepRecord
 from raytrain_het.training.timings import KnownSpeed
 
 logger = logging.getLogger("raytrain_het")
 
 STATS_INTERVAL_S = 0.5
-
-
-@dataclass
-class StepRecord:
-    """What listeners are told of each committed step; the ledger is written from it."""
-
-    step: int
-    """Steps committed before this one."""
-    generation: int
-    epoch: int
-    offset: int
-    batch_size: int
-    slices: dict[str, list[int]]
-    """By uid: [start, stop) in the epoch's permutation; empty with a share of 0."""
-    uid: str
-    own_samples: list[int]
-    applied: bool
-    digest: Callable[[], int]
 
 
 class Session:
@@ -77,6 +64,8 @@ class Session:
         storage: files.Storage, device: torch.device, node_ip: str,
     ) -> None:  # fmt: skip
         self.config, self.slot, self.num_slots = config, slot, num_slots
+        self._codecs = [CODECS[word] for word in config.codecs]
+        """All workers': what others send is decoded here."""
         self.storage, self.device, self.node_ip = storage, device, node_ip
         self._locate, self._token_value = locate, ""
         self.replica = Replica()
@@ -95,8 +84,7 @@ class Session:
         self._last_stats = 0.0
         self._reported_samples = 0
         self._epoch = 0
-        self._evaluations: dict[str, int] = {}
-        self._resumed = False
+        self._evaluations = Evaluations()
         self._leaving = False
 
     # ---------------------------------------------------------------- preparing
@@ -105,7 +93,13 @@ class Session:
         """Keep the model, put its hooks on."""
         if self.replica.model is not None:
             raise LoopOrderError("prepare_model() was called twice: one model per run. Wrap several in one nn.Module.")
-        self.gradients = Gradients(model, int(self.config.bucket_mib * 2**20))
+        apart = any(codec.spares_small for codec in self._codecs)
+        self.gradients = Gradients(model, int(self.config.bucket_mib * 2**20), small_apart=apart)
+        if all(bucket.is_dense for bucket in self.gradients.layout.buckets):
+            logger.warning(
+                "compression=%r does nothing here: every parameter of the model has one dimension or fewer than %d "
+                "elements, and those travel as they are. Leave it out.", self.config.compression, SMALL,
+            )  # fmt: skip
         self.replica.model = model
 
     def set_optimizer(self, optimizer: torch.optim.Optimizer, inner_step: Callable[[], Any]) -> None:
@@ -142,6 +136,8 @@ class Session:
                 raise LoopOrderError(f"loader.epochs() was called before {what}(): prepare model and optimizer first.")
         assert self.gradients is not None and self.plan is not None and self.replica.optimizer is not None
         self._check_scheduler()
+        for codec in self._codecs:
+            codec.prepare()
         plan = self.plan
         self._server = StateServer(self.node_ip, self._token)
         member = Member(
@@ -162,7 +158,11 @@ class Session:
         assert self._inner_step is not None
         healing = Healing(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
-            server=self._server, token=self._token, update=self._inner_step, load_checkpoint=self._load_checkpoint,
+            server=self._server, token=self._token, update=self._inner_step,
+            load_checkpoint=Resuming(
+                self.storage, self.slot, plan, self._parameters(), self._data(), self.replica,
+                self._communicator.codec_states,
+            ).load,
         )  # fmt: skip
         self.engine = Engine(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
@@ -193,18 +193,8 @@ class Session:
 
     def _committed(self, opened: Opened, sums: Sums) -> None:
         if self.listeners:
-            record, order = opened.record, self._plan().permutation(opened.cursor.epoch)
-            slices = {
-                m.uid: [s.start, s.stop]
-                for rank, m in enumerate(record.members)
-                for s in (slice_of(opened.batch, record.shares, rank),)
-            }
-            note = StepRecord(
-                step=opened.cursor.step, generation=record.number, epoch=opened.cursor.epoch, offset=opened.batch.start,
-                batch_size=len(opened.batch), slices=slices, uid=self._agent().uid,
-                own_samples=[int(order[k]) for k in opened.own], applied=sums.applies,
-                digest=lambda: self.replica.digest(optimizer=True),
-            )  # fmt: skip
+            digest = functools.partial(self.replica.digest, optimizer=True)
+            note = StepRecord.of(opened, sums, self._plan(), self._agent().uid, digest)
             for listener in self.listeners:
                 listener(note)
         now = time.monotonic()
@@ -231,7 +221,7 @@ class Session:
             redone=counters.redone, compute_s=counters.compute_s, wait_s=counters.wait_s,
             bytes_sent=communicator.traffic.sent, bytes_received=communicator.traffic.received,
             batch_share=self._batch_share(), device=str(self.device), node_ip=self.node_ip, pid=os.getpid(),
-            step_s=communicator.step_s,
+            step_s=communicator.patience.step_s,
         )  # fmt: skip
 
     def _batch_share(self) -> int:
@@ -267,7 +257,11 @@ class Session:
             "fingerprint": self.gradients.layout.fingerprint, "parameters": self._parameters(),
             "data": self._data(),
         }  # fmt: skip
-        own = {"random": files.random_states(), "codec": communicator.codec_states.by_parameter()}
+        states = communicator.codec_states
+        own = {
+            "random": files.random_states(), "codec": states.by_parameter() if checkpoint else {},
+            "weight_per_sample": states.weight_per_sample,
+        }  # fmt: skip
         snapshot = self.replica.snapshot() if holds else None
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
@@ -281,25 +275,7 @@ class Session:
         """Sums over all chunks, computed by whoever is free; the same on every worker."""
         if self.engine is None:
             raise LoopOrderError("evaluate() was called before loader.epochs(): join the run first.")
-        agent, step = self._agent(), self.engine.cursor.step
-        base = f"{step}/{name}"
-        self._evaluations = {k: v for k, v in self._evaluations.items() if k.startswith(f"{step}/")}
-        ordinal = self._evaluations[base] = self._evaluations.get(base, -1) + 1
-        result: list[Any] | None = None
-        impatience = Impatience(agent)
-        while True:
-            answer = agent.request("evaluate", key=f"{base}/{ordinal}", num_chunks=num_chunks, result=result)
-            if answer is None:
-                continue  # The hub was restarted: offer the same result to the new one.
-            result = None
-            if "sums" in answer:
-                return answer["sums"]
-            if "chunk" in answer:
-                result = [answer["chunk"], run_chunk(answer["chunk"])]
-                impatience = Impatience(agent)
-            else:
-                impatience.tell()
-                agent.wait_for(lambda: False, timeout=0.005)
+        return self._evaluations.sums(self._agent(), self.engine.cursor.step, name, num_chunks, run_chunk)
 
     def leave(self) -> None:
         """Leave the run in good order after the step under way: the others go on without this worker."""
@@ -380,26 +356,6 @@ class Session:
     def _data(self) -> dict[str, Any]:
         """What all workers must agree on about the data, and what a checkpoint's cursor belongs to."""
         return {**dataclasses.asdict(self._plan()), "dataset_fingerprint": self._data_fingerprint}
-
-    def _load_checkpoint(self, path: str, cursor: dict[str, int]) -> dict[str, int]:
-        """Load a checkpoint; returns where its cursor stands under this run's batch size, the same on all workers."""
-        with self.storage.fetch(path) as directory:
-            meta = files.read_meta(directory)
-            files.check_same_model(meta, self._parameters(), path)
-            files.check_same_data(meta, self._data(), path)
-            own = files.read_worker(directory, self.slot)
-            try:
-                self.replica.load(files.read_state(directory))
-                if self._communicator is not None:
-                    self._communicator.codec_states.load(own["codec"] if own is not None else {})
-            except CheckpointError as error:
-                raise CheckpointError(f"checkpoint {path}: {error}") from None
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise CheckpointError(f"checkpoint {path} does not fit this optimizer or model: {error}") from error
-            if own is not None and not self._resumed:
-                files.set_random_states(own["random"])
-        self._resumed = True
-        return self._plan().resumed(Cursor.from_dict(cursor)).to_dict()
 
 
 _current: Session | None = None

@@ -11,8 +11,9 @@ import raytrain_het as het
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import Regression
 from raytrain_het.training import session as sessions
+from raytrain_het.training.step_record import StepRecord
 
-KILLS = range(5, 53, 6)
+KILLS = range(5, 113, 14)
 POINTS = ("slice", "backward", "between_buckets", "decoded", "updated")
 
 
@@ -24,7 +25,7 @@ class Watched(Regression):
         usage: dict[int, tuple[int, int]] = {}
         session = sessions.current()
 
-        def look(note: sessions.StepRecord) -> None:
+        def look(note: StepRecord) -> None:
             if het.num_participants() == session.num_slots:
                 usage[note.step] = len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
@@ -33,7 +34,7 @@ class Watched(Regression):
 
 
 def test_threads_and_descriptors_of_the_others_are_as_before_after_many_kills_and_refills(tmp_path: Path) -> None:
-    task = Watched(epochs=6, patience_s=0.02, pace_s=0.02, report=False)
+    task = Watched(epochs=12, patience_s=0.25, pace_s=0.02, report=False)
     faults = [Fault(slot=2, step=step, point=POINTS[k % len(POINTS)]) for k, step in enumerate(KILLS)]
     done = run(task, tmp_path, faults=faults)
     done.check(task)

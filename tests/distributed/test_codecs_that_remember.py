@@ -16,7 +16,7 @@ from raytrain_het.testing.regression import Regression
 from raytrain_het.training import session as sessions
 from raytrain_het.training.checkpoint import read_meta
 
-SETTINGS = {"codec": "counting"}
+SETTINGS = {"codecs": ("counting",)}
 
 
 @dataclass(frozen=True, kw_only=True)

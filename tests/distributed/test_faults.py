@@ -1,12 +1,13 @@
 """Whatever happens to workers, and whenever: nothing is lost, nothing counts twice, and the result is the same."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from labs import run, wait_until
 
-from raytrain_het.collectives import points
+from raytrain_het.collectives import layout, points
 from raytrain_het.collectives.points import POINTS
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
@@ -175,11 +176,20 @@ def test_slots_that_are_not_refilled_leave_the_others_training(tmp_path):
     assert sorted(done.results) == [2]
 
 
-@pytest.mark.parametrize("point", ["backward", "updated"])
-def test_replicas_stay_identical_under_bf16_and_faults(tmp_path, point):
-    config = dataclasses.replace(SMALL_BUCKETS, codec="bf16", shares=(3, 2, 1))
+@dataclass(frozen=True, kw_only=True)
+class Compressed(Regression):
+    """Parameters as small as its are compressed too."""
+
+    def __call__(self, directory):
+        layout.SMALL = 1
+        return super().__call__(directory)
+
+
+@pytest.mark.parametrize(("point", "codec"), [("backward", "int8"), ("updated", "topk(density=0.5)")])
+def test_replicas_stay_identical_under_codecs_and_faults(tmp_path, point, codec):
+    config = dataclasses.replace(SMALL_BUCKETS, compression=codec, shares=(3, 2, 1))
     faults = [Fault(slot=0, step=13, point=point), Fault(slot=1, step=21, point=point, kind="leave")]
-    run(TASK, tmp_path, faults=faults, config=config).check(TASK, error=5e-2)
+    run(Compressed(), tmp_path, faults=faults, config=config).check(Compressed(), error=5e-2)
 
 
 def test_micro_batches_are_done_again_too(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from labs import run, wait_until
 from remembering import Counting
 
-from raytrain_het.collectives.communicator import Communicator
+from raytrain_het.collectives.rounds import Rounds
 from raytrain_het.compression import CODECS
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import Regression
@@ -53,15 +53,15 @@ class TakenOverAndPassedOn:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         if session.slot in (1, 2):
-            decode = Communicator._decode
+            decode = Rounds._decode
 
-            def stuck(self, exchange, gather, bucket, job):
-                if (job.step, job.generation) == (STEP, 1) and bucket is self.layout.buckets[-1]:
+            def stuck(self, gather, bucket, job):
+                if (job.step, job.generation) == (STEP, 1) and bucket is self._layout.buckets[-1]:
                     # What worker 3 had yet to send has reached worker 0 only.
-                    self._await(lambda: False, job.generation, job.step, peers=True)
-                decode(self, exchange, gather, bucket, job)
+                    self._patience.until(lambda: False, job.generation, job.step, peers=True)
+                decode(self, gather, bucket, job)
 
-            Communicator._decode = stuck
+            Rounds._decode = stuck
         CODECS["counting"] = Counting()
         return Task(report=False)(directory) | {"counts": Counting.counts(session._communicator.codec_states)}
 
@@ -69,7 +69,7 @@ class TakenOverAndPassedOn:
 def test_who_has_taken_a_step_over_passes_it_on_when_its_source_dies(tmp_path):
     faults = [Fault(slot=3, step=STEP, point="updated")]
     done = run(
-        TakenOverAndPassedOn(), tmp_path, num_slots=4, faults=faults, refill=False, settings={"codec": "counting"}
+        TakenOverAndPassedOn(), tmp_path, num_slots=4, faults=faults, refill=False, settings={"codecs": ("counting",)}
     )
     task = Regression(report=False)
     done.check(task)

@@ -67,7 +67,7 @@ def test_last_batch_with_fewer_samples_than_workers(tmp_path):
 
 def test_bf16_is_close_and_the_same_on_all_workers(tmp_path):
     task = Regression(num_samples=400, global_batch_size=40, dtype=torch.float32)
-    done = run(task, tmp_path, config=with_shares(3, 2, 1, codec="bf16"))
+    done = run(task, tmp_path, config=with_shares(3, 2, 1, compression="bf16"))
     done.check(task, error=2e-2)
     assert relative_error(done.parameters, plain(task)) > 1e-6
 

@@ -68,16 +68,24 @@ class Wire:
 class Reduction:
     """A whole step's all-reduce of N ranks."""
 
-    def __init__(self, record: Record, layout: Layout) -> None:
+    def __init__(self, record: Record, layout: Layout, states: list[CodecStates] | None = None) -> None:
         self.record, self.layout = record, layout
         self.wire = Wire(len(record.members))
+        states = states or [CodecStates(layout) for _ in record.members]
         self.exchanges = [
-            Exchange(record, rank, layout, group, CodecStates(layout))  # type: ignore[arg-type]
+            Exchange(record, rank, layout, group, states[rank])  # type: ignore[arg-type]
             for rank, group in enumerate(self.wire.groups)
         ]
 
     def run(
-        self, gradients: list[torch.Tensor | None], weights: list[float], *, at: int = 5, **headers: list[Any]
+        self,
+        gradients: list[torch.Tensor | None],
+        weights: list[float],
+        *,
+        at: int = 5,
+        num_samples: int | None = None,
+        used_bits: list[int] | None = None,
+        **headers: list[Any],
     ) -> tuple[list[list[torch.Tensor]], list[Sums]]:
         """Reduce ``gradients`` (by rank, all buckets flat, already weighted); returns outs and sums by rank."""
         size = len(weights)
@@ -89,13 +97,17 @@ class Reduction:
         for bucket in self.layout.buckets:
             for rank, exchange in enumerate(self.exchanges):
                 values = {"finite": True, "want": 3, "digest": 0, "used": 2 ** len(bucket.segments) - 1}
+                if used_bits is not None:
+                    values["used"] = used_bits[bucket.index]
                 values |= {name: by_rank[rank] for name, by_rank in headers.items()}
                 header = Header(
                     step=values.pop("step", at), generation=3, bucket=bucket.index, weight=weights[rank],
                     contributes=values.pop("contributes", weights[rank] > 0), **values,
                 )  # fmt: skip
                 gradient = gradients[rank]
-                exchange.scatter(bucket, header, None if gradient is None else gradient[place : place + bucket.numel])
+                part = None if gradient is None else gradient[place : place + bucket.numel]
+                samples = num_samples or max(1, round(sum(weights)))
+                exchange.scatter(bucket, header, part, expected_weight=exchange.states.expected_weight(samples))
             self.wire.carry()
             for rank, exchange in enumerate(self.exchanges):
                 exchange.reduce(bucket, sums[rank])
@@ -105,4 +117,12 @@ class Reduction:
                 exchange.decode(bucket, out)
                 outs[rank].append(out)
             place += bucket.numel
+        self.sums = sums
+        for exchange, seen in zip(self.exchanges, sums, strict=True):
+            exchange.states.saw_weight(seen.total_weight, num_samples or max(1, round(sum(weights))))
         return outs, sums
+
+    def commit(self) -> None:
+        """What was run last is committed by all."""
+        for exchange, sums in zip(self.exchanges, self.sums, strict=True):
+            exchange.states.commit(sums.step, sums.total_weight, sums.used)

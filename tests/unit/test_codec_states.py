@@ -9,6 +9,7 @@ import torch
 from collectives_fakes import Reduction, record_of
 from remembering import Counting
 
+from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.collectives.layout import Layout
 from raytrain_het.compression import CODECS
 
@@ -31,6 +32,10 @@ def step(of: Reduction, at: int, weights: list[float] | None = None) -> None:
     of.run([torch.ones(NUMEL)] * len(of.exchanges), weights or [1.0] * len(of.exchanges), at=at)
 
 
+def commit(states: CodecStates, at: int) -> None:
+    states.commit(at, 1.0, [2 ** len(bucket.segments) - 1 for bucket in LAYOUT.buckets])
+
+
 def counts(of: Reduction, rank: int) -> set[float]:
     """Those of all elements that are trained."""
     return {float(v) for state in of.exchanges[rank].states.by_parameter().values() for v in state["count"]}
@@ -42,7 +47,7 @@ def test_a_committed_step_leaves_its_trace_in_every_element_whoever_owns_it(owne
     for at in (5, 6):
         step(of, at)
         for exchange in of.exchanges:
-            exchange.states.commit(at)
+            commit(exchange.states, at)
     assert [counts(of, rank) for rank in range(2)] == [{2.0}, {2.0}]
     assert set(of.exchanges[0].states.by_parameter()) == {"a", "b"}, "buffers have no state"
 
@@ -51,20 +56,21 @@ def test_a_step_that_is_done_again_counts_once_and_one_that_was_skipped_not_at_a
     of = reduction()
     for at in (5, 5, 5):
         step(of, at)
-    of.exchanges[0].states.commit(5)
-    of.exchanges[0].states.commit(5)
+    commit(of.exchanges[0].states, 5)
+    commit(of.exchanges[0].states, 5)
     step(of, 6)  # Its update is skipped: nobody commits the state.
     step(of, 7)
-    of.exchanges[0].states.commit(7)
+    commit(of.exchanges[0].states, 7)
     assert counts(of, 0) == {2.0}
 
 
-def test_a_gradient_without_weight_leaves_no_trace() -> None:
+def test_a_gradient_without_weight_leaves_no_trace_but_in_the_means_that_its_worker_owns() -> None:
     of = reduction()
-    step(of, 5, [1.0, 0.0])
-    for exchange in of.exchanges:
-        exchange.states.commit(5)
-    assert [counts(of, rank) for rank in range(2)] == [{1.0}, {0.0}]
+    for at in (5, 6, 7):
+        step(of, at, [1.0, 0.0] if at == 6 else None)
+        for exchange in of.exchanges:
+            commit(exchange.states, at)
+    assert [counts(of, rank) for rank in range(2)] == [{3.0}, {2.0, 3.0}]
 
 
 def test_a_step_first_tried_with_a_share_and_committed_without_one_leaves_no_trace() -> None:
@@ -74,19 +80,19 @@ def test_a_step_first_tried_with_a_share_and_committed_without_one_leaves_no_tra
     again = Reduction(record_of([1, 0], codec="counting"), LAYOUT)
     again.exchanges[1].states = first
     step(again, 5, [1.0, 0.0])
-    first.commit(5)
-    assert counts(of, 1) == {0.0}
+    commit(first, 5)
+    assert counts(of, 1) == {0.0, 1.0}, "of what it owns, once"
 
 
 def test_what_was_saved_by_name_is_loaded_and_what_is_missing_begins_anew() -> None:
     of = reduction()
     step(of, 5)
     states = of.exchanges[0].states
-    states.commit(5)
+    commit(states, 5)
     saved = states.by_parameter()
     assert saved["a"]["count"].shape == (15,)
     step(of, 6)
-    states.commit(6)
+    commit(states, 6)
     assert float(saved["a"]["count"][0]) == 1.0, "a copy"
     states.load({"a": saved["a"], "nobody": saved["b"], "b": {"other": saved["b"]["count"]}})
     assert {name: set(state["count"].tolist()) for name, state in states.by_parameter().items()} == {
@@ -99,7 +105,7 @@ def test_another_codec_begins_anew_and_the_same_one_goes_on() -> None:
     of = reduction()
     step(of, 5)
     states = of.exchanges[0].states
-    states.commit(5)
+    commit(states, 5)
     states.use(CODECS["counting"], torch.device("cpu"))
     assert counts(of, 0) == {1.0}
     states.use(CODECS["none"], torch.device("cpu"))

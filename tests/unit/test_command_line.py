@@ -59,12 +59,12 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[StubTrainer]:
 
 
 def test_train_hands_the_job_to_the_trainer(stub: type[StubTrainer], tmp_path: Path) -> None:
-    assert main(["train", "--name", "mine", "--set", "epochs=3", "--set", "het.codec=bf16"]) == 0
+    assert main(["train", "--name", "mine", "--set", "epochs=3", "--set", "het.compression=bf16"]) == 0
     (trainer,) = stub.made
     arguments = trainer.arguments
     assert trainer.train_fn.__name__ == "train_digits"
     assert arguments["train_loop_config"]["epochs"] == 3
-    assert arguments["het_config"].codec == "bf16"
+    assert arguments["het_config"].compression == "bf16"
     assert arguments["scaling_config"] == [{"count": 2, "resources": {"CPU": 1.0}, "labels": {}}]
     assert arguments["run_config"].name == "mine"
     assert arguments["run_config"].storage_path == str(tmp_path / "runs")

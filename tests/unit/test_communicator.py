@@ -9,19 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_het.collectives import communicator
+from raytrain_het.collectives import patience
 from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.jobs import StepJob
 from raytrain_het.collectives.layout import Layout
+from raytrain_het.collectives.patience import Patience
 
 
-def new_communicator() -> Communicator:
-    agent = SimpleNamespace(
+def new_agent() -> Any:
+    return SimpleNamespace(
         record=None, void=0, answered=0, gone=None, condition=threading.Condition(), on_message={}, on_reconnect=[],
         suspect=lambda *_: None, member=SimpleNamespace(slot=3),
     )  # fmt: skip
+
+
+def new_communicator() -> Communicator:
     layout = Layout([("a", torch.zeros(4))], [], 16)
-    return Communicator(agent, layout, advance=None, resync_bytes=0, hang_limit_s=1e9)  # type: ignore[arg-type]
+    return Communicator(new_agent(), layout, advance=None, resync_bytes=0, hang_limit_s=1e9)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -31,20 +35,20 @@ def comm(monkeypatch: pytest.MonkeyPatch) -> Communicator:
 
 
 def test_a_long_wait_for_the_own_backward_pass_is_one_wait_and_not_a_thousand(
-    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock, waits = SimpleNamespace(now=0.0), []
-    monkeypatch.setattr(communicator, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def wait(timeout_s: float) -> None:
         waits.append(timeout_s)
         clock.now += 100.0
 
-    monkeypatch.setattr(comm, "_poller", SimpleNamespace(wait=wait))
-    comm._await(lambda: len(waits) == 3, 0, 1, peers=False)
+    waiting = Patience(new_agent(), SimpleNamespace(wait=wait), hang_limit_s=1e9)  # type: ignore[arg-type]
+    waiting.until(lambda: len(waits) == 3, 0, 1, peers=False)
     assert waits == [1.0, 1.0, 1.0]
     waits.clear()
-    comm._await(lambda: len(waits) == 2, 0, 1, peers=True)
+    waiting.until(lambda: len(waits) == 2, 0, 1, peers=True)
     assert 0 < waits[0] <= 1.0
 
 

@@ -39,13 +39,13 @@ def test_the_default_job_file_and_the_dataclass_have_the_same_defaults() -> None
 
 
 def test_a_resolved_job_reads_back_as_itself(tmp_path: Path) -> None:
-    job = load_job(None, ["het.codec=bf16", "epochs=3", "workers.0.count=2"])
+    job = load_job(None, ["het.compression=bf16", "epochs=3", "workers.0.count=2"])
     assert load_job(write(tmp_path, job.to_yaml())) == job
 
 
 @pytest.mark.parametrize(
     ("override", "near"),
-    [("epohcs=3", "epochs"), ("het.codek=bf16", "codec"), ("workers.0.cuont=3", "count")],
+    [("epohcs=3", "epochs"), ("het.compresion=bf16", "compression"), ("workers.0.cuont=3", "count")],
 )
 def test_an_unknown_key_is_named_by_its_path_with_the_nearest_right_key(override: str, near: str) -> None:
     message = error_of(override)
@@ -66,12 +66,12 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path: Path) -> None
         ("epochs=many", ["--set epochs='many'", "a whole number", "default is 20: write --set epochs=20"]),
         ("het.shares=3,1", ["--set het.shares='3,1'", "Write --set het.shares='[3, 1]'"]),
         ("het.shares=[1]", ["--set het.shares=[1] has 1 number,", "--set het.shares='[1, 1]'"]),
-        ("het.codec=null", ["--set het.codec=null"]),
+        ("het.compression=null", ["--set het.compression=null"]),
         ("het.micro_batch_size=0", ["--set het.micro_batch_size=0", "or null"]),
         ("epochs=0", ["--set epochs=0", "from 1"]),
         ("epochs=true", ["--set epochs=true", "a whole number"]),
         ("lr=-1", ["--set lr=-1", "above 0"]),
-        ("het.codec=fp8", ["--set het.codec='fp8'", "'none' or 'bf16'"]),
+        ("het.compression=fp8", ["compression='fp8'", "Write compression='fp16'"]),
         ("het.shares=[-1, 2]", ["--set het.shares=", "non-negative"]),
         ("het=3", ["--set het=3", "a mapping"]),
         ("workers=some", ["--set workers='some'", "'auto'"]),
@@ -116,7 +116,7 @@ def test_overrides_are_read_as_yaml_and_the_last_one_counts() -> None:
 
 
 def test_an_override_reaches_a_section_that_the_file_does_not_have(tmp_path: Path) -> None:
-    assert load_job(write(tmp_path, "kind: digits\n"), ["het.codec=bf16"]).het.codec == "bf16"
+    assert load_job(write(tmp_path, "kind: digits\n"), ["het.compression=bf16"]).het.compression == "bf16"
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_the_poisonous_step_survives_pickling() -> None:
             "'train_step', 'flops', 'memory_bandwidth', or a function from a Profile to a number",
         ),
         ({"warm_spares": 1}, "true or false, and true with shares='auto' only"),
-        ({"codec": "zip"}, "'none' or 'bf16'"),
+        ({"compression": "zip"}, "none, bf16, fp16, int8, int4, sign, topk, randomk, or one of them with options"),
         ({"micro_batch_size": 0}, "a whole number from 1, or None"),
         ({"micro_batch_size": 1.5}, "a whole number from 1, or None"),
         ({"bucket_mib": 0.0}, "a number above 0"),
@@ -178,9 +178,9 @@ def test_shares_become_a_tuple_of_floats() -> None:
 
 
 def test_settings_are_frozen_named_and_picklable() -> None:
-    config = HetConfig(codec="bf16")
+    config = HetConfig(compression="bf16")
     with pytest.raises(AttributeError):
-        config.codec = "none"  # type: ignore[misc]
+        config.compression = "none"  # type: ignore[misc]
     with pytest.raises(TypeError):
         HetConfig((1.0,))  # type: ignore[misc]
     assert pickle.loads(pickle.dumps(config)) == config

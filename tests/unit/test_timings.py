@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raytrain_het.allocation.batch_shares import StepCost
-from raytrain_het.collectives import communicator
+from raytrain_het.collectives import communicator, patience
 from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.jobs import StepJob
 from raytrain_het.collectives.layout import Layout
@@ -57,6 +57,7 @@ class Scripted:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(communicator, "time", clock)
+    monkeypatch.setattr(patience, "time", clock)
     return clock
 
 
@@ -78,16 +79,16 @@ def test_waiting_is_counted_from_when_the_last_bucket_was_ready(comm: Communicat
     job = StepJob(0, 1)
     comm.bucket_ready(job, 1)
     ends = [(103.0, lambda: comm.bucket_ready(job, 2)), (104.0, lambda: None)]
-    comm._finish_of_step(Scripted(clock, comm._poller.wake, ends), job)  # type: ignore[arg-type]
+    comm.patience.finish_of_step(Scripted(clock, comm._poller.wake, ends), job, 2)  # type: ignore[arg-type]
     assert job.waited_s == pytest.approx(1.0)
-    comm._finish_of_step(Scripted(clock, comm._poller.wake, [(104.5, lambda: None)]), job)  # type: ignore[arg-type]
+    comm.patience.finish_of_step(Scripted(clock, comm._poller.wake, [(104.5, lambda: None)]), job, 2)  # type: ignore[arg-type]
     assert job.waited_s == pytest.approx(1.5)
 
 
 def test_a_wait_that_is_over_before_the_last_bucket_is_ready_is_none(comm: Communicator, clock: Clock) -> None:
     job = StepJob(0, 1)
     comm.bucket_ready(job, 1)
-    comm._finish_of_step(Scripted(clock, comm._poller.wake, [(103.0, lambda: None)]), job)  # type: ignore[arg-type]
+    comm.patience.finish_of_step(Scripted(clock, comm._poller.wake, [(103.0, lambda: None)]), job, 2)  # type: ignore[arg-type]
     assert job.waited_s == 0.0
 
 

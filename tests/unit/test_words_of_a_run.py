@@ -190,7 +190,7 @@ def test_a_forgotten_equals_sign_is_guessed(capsys: pytest.CaptureFixture[str]) 
 def test_keys_are_listed_with_defaults_and_meanings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--keys", str(JOBS / "char_lm.yaml")]) == 0
     out = capsys.readouterr().out
-    for part in ("width = 64", "Size of the embeddings.", "het.codec = none", "workers.0.count = 1"):
+    for part in ("width = 64", "Size of the embeddings.", "het.compression = none", "workers.0.count = 1"):
         assert part in out
     assert "    \n" not in out  # a key without a meaning
 

@@ -1,0 +1,102 @@
+"""What can be written for ``compression``: the codecs' names and options, and how a record says them in one word."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raytrain_het.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a codec."""
+
+    default: Any
+    allowed: str
+    fits: Callable[[Any], bool]
+
+
+def _is_density(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-6 <= value <= 1
+
+
+_DENSITY = Option(0.01, "a number from 1e-6 to 1: the kept fraction", _is_density)
+_ERROR_FEEDBACK = Option(False, "true or false", lambda value: isinstance(value, bool))
+
+OPTIONS: dict[str, dict[str, Option]] = {
+    "none": {},
+    "bf16": {},
+    "fp16": {},
+    "int8": {"error_feedback": _ERROR_FEEDBACK},
+    "int4": {"error_feedback": _ERROR_FEEDBACK},
+    "sign": {},
+    "topk": {"density": _DENSITY},
+    "randomk": {"density": _DENSITY},
+}
+"""By codec: its options."""
+
+
+def one_word(value: str | Mapping[str, Any]) -> str:
+    """``int8``, or ``topk(density=0.01)``: the codec with those of its options that are not the default.
+
+    Args:
+        value: a codec's name, ``{name: {option: value}}``, or what this function has returned.
+
+    Raises:
+        ConfigError: no such codec or option, or a value that is not allowed.
+    """
+    name, options = _taken_apart(value)
+    if name not in OPTIONS:
+        near = difflib.get_close_matches(name, list(OPTIONS), n=1, cutoff=0.5)
+        raise ConfigError(
+            f"compression={value!r} is not valid: allowed is {', '.join(OPTIONS)}, or one of them with options. Write "
+            f"compression={(near or ['int8'])[0]!r}, or compression={{'topk': {{'density': 0.01}}}}."
+        )
+    known = OPTIONS[name]
+    for option, chosen in options.items():
+        if option not in known:
+            right = {name: {k: o.default for k, o in known.items()}} if known else name
+            raise ConfigError(
+                f"compression={value!r} is not valid: {name!r} has no option {option!r}; allowed is "
+                f"{' and '.join(known) or 'none'}. Write compression={right!r}."
+            )
+        if not known[option].fits(chosen):
+            raise ConfigError(
+                f"compression={value!r} is not valid: allowed for {option!r} is {known[option].allowed}. "
+                f"The default is {known[option].default!r}."
+            )
+    said = [
+        f"{k}={json.dumps(type(option.default)(options[k]))}"
+        for k, option in known.items()
+        if k in options and options[k] != option.default
+    ]
+    return f"{name}({', '.join(said)})" if said else name
+
+
+def parsed(word: str) -> tuple[str, dict[str, Any]]:
+    """The inverse: name and options of a codec, defaults left out."""
+    return _taken_apart(word)
+
+
+def _taken_apart(value: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(value, str):
+        word = re.fullmatch(r"(\w+)\((.*)\)", value)
+        try:
+            pairs = [pair.split("=") for pair in word[2].split(", ")] if word else []
+            return (word[1] if word else value), {option: json.loads(chosen) for option, chosen in pairs}
+        except ValueError:
+            return value, {}
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((name, options),) = value.items()
+        named = options is None or (isinstance(options, Mapping) and all(isinstance(key, str) for key in options))
+        if isinstance(name, str) and named:
+            return name, dict(options or {})
+    raise ConfigError(
+        f"compression={value!r} is not valid: allowed is the name of one codec ({', '.join(OPTIONS)}), or one "
+        "with its options. Write compression={'topk': {'density': 0.01}}."
+    )

@@ -1,0 +1,197 @@
+"""The codecs' inner loops for the CPU, compiled by numba: without a compiler of the system's, and kept on disk.
+
+They let go of the interpreter's lock, so that a backward pass goes on beside them. Arrays are contiguous. With a
+``residual`` ``y = x + weight * residual``, and the next residual is written to ``error``; without elements in it
+``y = x``. A block's parts are done one after the other, while it is in the nearest cache.
+
+Random numbers are a hash of key and place (the finaliser of Mueller, as in public integer hash collections), so that
+the same key gives the same bytes, and nothing has to be drawn before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import float32, int32, int64, njit, uint8, uint32
+
+TINY = np.float32(2.0**-119)
+"""Below that a block counts as zeros: its scale would be a denormal number."""
+Array = np.ndarray[Any, Any]
+
+_SAFE_MATH = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
+
+
+def _compiled(signature: str) -> Callable[[Callable[..., Any]], Any]:
+    def compile_it(function: Callable[..., Any]) -> Any:
+        options: dict[str, Any] = {"nogil": True, "fastmath": _SAFE_MATH, "error_model": "numpy"}
+        try:
+            return njit(signature, cache=True, **options)(function)
+        except Exception:  # It can be kept nowhere, or what was kept is damaged.
+            return njit(signature, **options)(function)
+
+    return compile_it
+
+
+@_compiled("void(float32[::1],int32,uint32,int32,int8[::1],float32[::1],float32[::1],float32[::1],float32)")
+def round_blocks(
+    x: Array, levels: int, key: int, block: int, q: Array, scales: Array, residual: Array, error: Array, weight: float
+) -> None:
+    """Each block of ``y`` to whole numbers from ``-levels`` to ``levels``, rounded up or down by chance."""
+    fed, word, inverse_weight = residual.size > 0, np.empty(1, np.int32), float32(1) / weight
+    value, source = word.view(np.float32), error if fed else x
+    bits = source.view(np.int32)
+    for b in range((x.size + block - 1) // block):
+        low = b * block
+        m = min(block, x.size - low)
+        own, own_bits, own_q = source[low : low + m], bits[low : low + m], q[low : low + m]
+        if fed:
+            own_x, own_residual = x[low : low + m], residual[low : low + m]
+            for i in range(m):
+                own[i] = own_x[i] + weight * own_residual[i]
+        top = int32(0)
+        for i in range(m):  # Of the bits, which goes by the vector; they are in the order of the absolute values.
+            top = max(top, own_bits[i] & int32(0x7FFFFFFF))
+        word[0] = top
+        largest = value[0]
+        if largest > TINY:
+            inverse, scale = float32(levels) / largest, largest / float32(levels)
+        else:
+            inverse, scale = float32(0), float32(0)
+        scales[b] = scale
+        first = uint32(low)
+        for i in range(m):
+            h = uint32(uint32(uint32(first + uint32(i)) * uint32(0x9E3779B1)) + key)
+            h = uint32(uint32(h ^ uint32(h >> uint32(16))) * uint32(0x45D9F3B))
+            h = uint32(h ^ uint32(h >> uint32(13)))
+            chance = float32(int32(h >> uint32(8))) * float32(2.0**-24)
+            v = int32(np.floor(own[i] * inverse + chance))
+            own_q[i] = min(max(v, -levels), levels)
+        if fed:
+            for i in range(m):
+                own[i] = (own[i] - float32(own_q[i]) * scale) * inverse_weight
+
+
+@_compiled("void(int8[::1],int32,float32[::1],float32[::1])")
+def scale_blocks(q: Array, block: int, scales: Array, out: Array) -> None:
+    """The inverse."""
+    for b in range((out.size + block - 1) // block):
+        low = b * block
+        m = min(block, out.size - low)
+        own, own_q, scale = out[low : low + m], q[low : low + m], scales[b]
+        for i in range(m):
+            own[i] = float32(own_q[i]) * scale
+
+
+@_compiled("void(int8[::1],int32,uint8[::1])")
+def pack_nibbles(q: Array, half: int, packed: Array) -> None:
+    """Two numbers from -8 to 7 to a byte: element ``i`` of a block with element ``i + half``, missing ones as 0."""
+    for b in range(packed.size // half):
+        low = 2 * half * b
+        own = packed[b * half : (b + 1) * half]
+        m = min(half, max(q.size - low, 0))
+        first = q[low : low + m]
+        for i in range(m):
+            own[i] = uint8(first[i] + 8)
+        for i in range(m, half):
+            own[i] = uint8(8)
+        m = min(half, max(q.size - low - half, 0))
+        second = q[low + half : low + half + m]
+        for i in range(m):
+            own[i] |= uint8(uint8(second[i] + 8) << uint8(4))
+        for i in range(m, half):
+            own[i] |= uint8(128)
+
+
+@_compiled("void(uint8[::1],int32,float32[::1],float32[::1])")
+def scale_nibbles(packed: Array, half: int, scales: Array, out: Array) -> None:
+    """Decode blocks of ``2 * half`` elements."""
+    for b in range(packed.size // half):
+        low, scale = 2 * half * b, scales[b]
+        own = packed[b * half : (b + 1) * half]
+        m = min(half, max(out.size - low, 0))
+        first = out[low : low + m]
+        for i in range(m):
+            first[i] = float32(int32(own[i] & uint8(15)) - int32(8)) * scale
+        m = min(half, max(out.size - low - half, 0))
+        second = out[low + half : low + half + m]
+        for i in range(m):
+            second[i] = float32(int32(own[i] >> uint8(4)) - int32(8)) * scale
+
+
+@_compiled("void(float32[::1],int32,uint8[::1],float32[::1],float32[::1],float32[::1],float32)")
+def take_signs(
+    x: Array, block: int, packed: Array, scales: Array, residual: Array, error: Array, weight: float
+) -> None:
+    """One bit an element (bit ``k`` of byte ``i``: element ``i + k block / 8``), and by block the mean ``|y|``."""
+    fed, eighth, inverse_weight = residual.size > 0, block // 8, float32(1) / weight
+    source = error if fed else x
+    for b in range(scales.size):
+        low = b * block
+        m = min(block, x.size - low)
+        own, own_packed = source[low : low + m], packed[b * eighth : (b + 1) * eighth]
+        if fed:
+            own_x, own_residual = x[low : low + m], residual[low : low + m]
+            for i in range(m):
+                own[i] = own_x[i] + weight * own_residual[i]
+        scale, part_of_mean = float32(0), float32(1) / float32(m)
+        for i in range(m):
+            scale += abs(own[i]) * part_of_mean  # The sum itself might overflow.
+        scales[b] = scale
+        for i in range(eighth):
+            own_packed[i] = uint8(0)
+        for k in range(8):
+            part = own[min(k * eighth, m) : min((k + 1) * eighth, m)]
+            for i in range(part.size):
+                own_packed[i] |= uint8(uint8(part[i] >= 0) << uint8(k))
+        if fed:
+            for i in range(m):
+                own[i] = (own[i] - (scale if own[i] >= 0 else -scale)) * inverse_weight
+
+
+@_compiled("void(uint8[::1],int32,float32[::1],float32[::1])")
+def give_signs(packed: Array, block: int, scales: Array, out: Array) -> None:
+    """The inverse."""
+    eighth = block // 8
+    for b in range(scales.size):
+        low, scale = b * block, scales[b]
+        m = min(block, out.size - low)
+        own, own_packed = out[low : low + m], packed[b * eighth : (b + 1) * eighth]
+        for k in range(8):
+            part = own[min(k * eighth, m) : min((k + 1) * eighth, m)]
+            for i in range(part.size):
+                part[i] = scale if own_packed[i] >> uint8(k) & uint8(1) else -scale
+
+
+@_compiled("int64(float32[::1],float32,int32[::1],float32[::1],float32[::1],float32)")
+def above(x: Array, threshold: float, places: Array, residual: Array, error: Array, weight: float) -> int:
+    """Where ``|y| >= threshold``, in order, as many as there is room for; returns how many. ``error`` becomes ``y``."""
+    fed, word, found, room = residual.size > 0, np.empty(1, np.float32), 0, places.size - 1
+    word[0] = threshold
+    least, source = word.view(np.int32)[0], error if fed else x
+    bits = source.view(np.int32)
+    for low in range(0, x.size, 32):
+        m = min(32, x.size - low)
+        own, own_bits = source[low : low + m], bits[low : low + m]
+        if fed:
+            own_x, own_residual = x[low : low + m], residual[low : low + m]
+            for i in range(m):
+                own[i] = own_x[i] + weight * own_residual[i]
+        top = int32(0)
+        for i in range(m):
+            top = max(top, own_bits[i] & int32(0x7FFFFFFF))
+        if top >= least:  # Most have none.
+            for i in range(m):
+                places[found] = low + i
+                found = min(found + ((own_bits[i] & int32(0x7FFFFFFF)) >= least), room)
+    return found
+
+
+@_compiled("int64(int64[::1])")
+def weighted_sum(words: Array) -> Any:
+    """``sum (2 i + 1) word_i``, modulo 2^64."""
+    total = int64(0)
+    for i in range(words.size):
+        total += words[i] * int64(2 * i + 1)
+    return total

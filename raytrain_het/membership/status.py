@@ -1,0 +1,76 @@
+"""A run as people see it: who takes part, how far they are, and how well the fleet is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytrain_het.allocation.learning_rate import effective_batch_size
+from raytrain_het.fleet.scoreboard import Scoreboard
+from raytrain_het.membership.peers import Peer
+from raytrain_het.membership.record import Record
+from raytrain_het.membership.state import Membership
+from raytrain_het.membership.table_keeper import TableKeeper
+
+
+def status(core: Membership, tables: TableKeeper, stats: dict[int, dict[str, Any]], num_slots: int) -> dict[str, Any]:
+    """The run's state, plain enough for JSON.
+
+    Args:
+        core: who takes part.
+        tables: how fast they are, and their shares.
+        stats: by slot: what its worker said last of itself.
+        num_slots: slots of the run, those that nobody is in included.
+    """
+    record, board = core.record, tables.board
+    samples = tables.samples(record)
+    peers = {p.member.slot: p for p in core.peers.values()}
+    scores = board.scores(samples)
+    solo = {slot: board.solo_samples_per_s(slot, b) for slot, b in samples.items()}
+    members = []
+    for slot in sorted(set(stats) | set(peers)):
+        entry: dict[str, Any] = {"slot": slot, "finished": slot in core.finished_slots, "alive": slot in peers}
+        entry |= {k: v for k, v in stats.get(slot, {}).items() if k != "type"}
+        if slot in peers:
+            entry |= _of_peer(peers[slot], record)
+            entry |= {"score": scores.get(slot), "solo_samples_per_s": solo.get(slot)}
+        members.append(entry)
+    return {
+        "generation": record.number if record else 0,
+        "state": core.state,
+        "failure": core.failure,
+        "vacant": sorted(set(range(num_slots)) - core.finished_slots - set(peers)),
+        "dead_slots": sorted(core.dead_slots),
+        "num_joined": dict(core.num_joined),
+        "table": record.table if record else 0,
+        "effective_batch_size": (
+            effective_batch_size(list(samples.values()), record.lr_scales, normalised=record.normalised)
+            if record
+            else None
+        ),
+        "fraction_of_aggregate": _fraction_of_aggregate(board, samples),
+        "samples_per_s": board.samples_per_s,
+        "predicted_samples_per_s": board.predicted_samples_per_s(samples),
+        "expected_samples_per_s": board.expected_samples_per_s(samples),
+        "step": max((m.get("step", 0) for m in members), default=0),
+        "epoch": max((m.get("epoch", 0) for m in members), default=0),
+        "samples": max((m.get("global_samples", 0) for m in members), default=0),
+        "members": members,
+    }
+
+
+def _of_peer(peer: Peer, record: Record | None) -> dict[str, Any]:
+    rank = record.rank_of(peer.member.uid) if record else None
+    total = sum(record.shares) if record else 0.0
+    return {
+        "uid": peer.member.uid, "device": peer.member.device, "node_ip": peer.member.host,
+        "healed": peer.healed, "phase": peer.phase.value,
+        "share": record.shares[rank] / total if record and rank is not None and total else 0.0,
+        "lr_scale": record.lr_scales[rank] if record and rank is not None else None,
+    }  # fmt: skip
+
+
+def _fraction_of_aggregate(board: Scoreboard, samples: dict[int, int]) -> float | None:
+    """What all do together over the sum of what each would do by itself; who has no samples does not count."""
+    together, alone = board.samples_per_s, [board.solo_samples_per_s(s, b) for s, b in samples.items() if b > 0]
+    known = [speed for speed in alone if speed is not None]
+    return together / sum(known) if together is not None and known and len(known) == len(alone) else None

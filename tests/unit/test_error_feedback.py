@@ -1,0 +1,156 @@
+"""What codecs leave out is sent later: nothing of any gradient is lost, whoever owns what, and however steps end."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from collectives_fakes import Reduction, record_of
+
+from raytrain_het.collectives.codec_states import CodecStates
+from raytrain_het.collectives.layout import Layout
+from raytrain_het.compression.base import RESIDUAL
+from raytrain_het.errors import ProtocolError
+
+LAYOUT = Layout([("a", torch.zeros(30, 50)), ("b", torch.zeros(700)), ("c", torch.zeros(9))], [], 4000)
+NUMEL = sum(bucket.numel for bucket in LAYOUT.buckets)
+FED_BACK = ["sign", "topk(density=0.05)", "randomk(density=0.1)", "int4(error_feedback=true)"]
+
+
+def residual(states: CodecStates) -> torch.Tensor:
+    """(NUMEL,) in the layout's order."""
+    by_name = states.by_parameter()
+    parts = [by_name.get(s.name, {}).get(RESIDUAL, torch.zeros(s.numel)) for b in LAYOUT.buckets for s in b.segments]
+    return torch.cat(parts).double()
+
+
+class Fleet:
+    """Four workers over generations: what they wanted to add up, what they did, and what they still hold."""
+
+    def __init__(self, seed: int, normalised: bool = True) -> None:
+        self.rng, self.torch_rng = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.states = [CodecStates(LAYOUT) for _ in range(4)]
+        self.wanted, self.applied = torch.zeros(NUMEL).double(), torch.zeros(NUMEL).double()
+        self.normalised, self.step = normalised, 0
+
+    def generation(self, codecs: list[str]) -> Reduction:
+        """Other shares and owners; some workers send nothing, some own nothing."""
+        shares = [float(self.rng.choice([0, 1, 2, 5])) for _ in range(3)] + [1.0]
+        owners = [1.0, *(float(self.rng.choice([0, 1, 3])) for _ in range(3))]
+        record = record_of(shares, owners, codecs=tuple(codecs), normalised=self.normalised)
+        return Reduction(record, LAYOUT, self.states)
+
+    def run(self, generation: Reduction, commits: bool = True) -> None:
+        """A step. Gradients are weighted by tokens, some 500 a sample; some parameters are used by nobody."""
+        self.step += 1
+        samples = [int(share) * self.rng.randint(1, 20) for share in generation.record.shares]
+        weights = [b * self.rng.uniform(300, 700) for b in samples]
+        used = torch.cat(
+            [torch.full((s.numel,), float(self.rng.random() > 0.2)) for b in LAYOUT.buckets for s in b.segments]
+        )
+        bits = [self._bits(used, bucket) for bucket in range(len(LAYOUT.buckets))]
+        gradients = [torch.randn(NUMEL, generator=self.torch_rng) * w * used if w else None for w in weights]
+        sent = [g.clone() if g is not None else None for g in gradients]
+        outs, sums = generation.run(sent, weights, at=self.step, num_samples=sum(samples), used_bits=bits)
+        flat = [torch.cat(out) for out in outs]
+        assert all(torch.equal(flat[0], other) for other in flat[1:]), "the same bits on all"
+        if commits:
+            generation.commit()
+            total = sum(g.double() for g in gradients if g is not None)
+            self.wanted += total / sums[0].total_weight if self.normalised else total
+            self.applied += flat[0].double() * used
+        else:
+            self.step -= 1
+
+    @staticmethod
+    def _bits(used: torch.Tensor, bucket: int) -> int:
+        before = sum(b.numel for b in LAYOUT.buckets[:bucket])
+        return sum(int(used[before + s.offset]) << k for k, s in enumerate(LAYOUT.buckets[bucket].segments))
+
+    def check(self) -> None:
+        held = sum(residual(states) for states in self.states)
+        torch.testing.assert_close(self.applied + held, self.wanted, rtol=0, atol=2e-5 * float(self.wanted.abs().max()))
+
+
+@pytest.mark.parametrize("codec", FED_BACK)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_what_was_applied_and_what_is_held_are_all_gradients(codec: str, normalised: bool) -> None:
+    fleet = Fleet(1, normalised)
+    for _ in range(6):
+        generation = fleet.generation([codec] * 4)
+        for _ in range(5):
+            fleet.run(generation)
+    fleet.check()
+    assert any(residual(states).any() for states in fleet.states)
+
+
+@pytest.mark.parametrize("codec", FED_BACK)
+def test_steps_that_are_done_again_or_skipped_lose_nothing(codec: str) -> None:
+    fleet = Fleet(2)
+    for _, again in itertools.product(range(4), (False, True)):
+        generation = fleet.generation([codec] * 4)
+        for k in range(4):
+            fleet.run(generation, commits=again or k % 2 == 0)
+    fleet.check()
+
+
+def test_a_fleet_of_different_codecs_loses_nothing_either() -> None:
+    fleet = Fleet(3)
+    codecs = [*FED_BACK[:3], "none"]
+    for _ in range(10):
+        generation = fleet.generation(codecs)
+        for _ in range(3):
+            fleet.run(generation)
+    fleet.check()
+    assert not residual(fleet.states[3]).any()
+
+
+@pytest.mark.parametrize("codec", FED_BACK)
+@pytest.mark.parametrize("heavier", [3, 30, None])
+def test_what_is_held_stays_small_whatever_weights_samples_have(codec: str, heavier: int | None) -> None:
+    """Every other step each sample weighs so many times as much, as longer texts do; None: by chance."""
+    rng, generator = random.Random(5), torch.Generator().manual_seed(5)
+    states = [CodecStates(LAYOUT) for _ in range(2)]
+    reduction, held = Reduction(record_of([1, 1], [1, 0], codec=codec), LAYOUT, states), []
+    for step in range(120):
+        factor = rng.lognormvariate(0, 1) if heavier is None else heavier if step % 2 else 1.0
+        gradients = [torch.randn(NUMEL, generator=generator) * 16 * factor for _ in range(2)]
+        reduction.run(gradients, [16 * factor] * 2, at=step, num_samples=32)
+        reduction.commit()
+        held.append(float(sum(residual(of_worker) for of_worker in states).norm()))
+    assert max(held[60:]) < 3 * max(held[20:60]), "it does not grow"
+    assert max(held) < 40 * NUMEL**0.5
+
+
+def test_a_worker_without_a_share_keeps_what_it_held_and_sends_it_with_its_next_one() -> None:
+    states = [CodecStates(LAYOUT) for _ in range(2)]
+    one, applied, kept = torch.arange(1.0, NUMEL + 1), torch.zeros(NUMEL), []
+    for step, shares in enumerate([[1, 1], [1, 0], [1, 0], *[[1, 1]] * 60]):
+        reduction = Reduction(record_of(shares, [1, 0], codec="topk(density=0.05)"), LAYOUT, states)
+        gradients = [one.clone() if step == 0 else torch.zeros(NUMEL) if share else None for share in shares]
+        outs, _ = reduction.run(gradients, [float(s) for s in shares], at=step)
+        reduction.commit()
+        applied += torch.cat(outs[0])
+        kept.append(residual(states[1]))
+    assert kept[0].any()
+    assert torch.equal(kept[0], kept[2])
+    assert kept[-1].norm() < 0.02 * kept[2].norm()
+    torch.testing.assert_close(applied, one, rtol=0, atol=0.05 * NUMEL)
+
+
+def test_a_damaged_message_names_worker_and_parameters_and_is_not_applied() -> None:
+    reduction = Reduction(record_of([1, 1], [1, 0], codec="int8"), LAYOUT)
+    carry = reduction.wire.carry
+
+    def damaging() -> None:
+        for _, inp in reduction.wire.launched.values():
+            if len(inp.buffer) > 300:
+                inp.buffer[300] ^= 1
+        carry()
+
+    reduction.wire.carry = damaging  # type: ignore[method-assign]
+    one = torch.ones(NUMEL)
+    with pytest.raises(ProtocolError, match=r"does not decode.*worker 11, with parameters 'c' to 'b'.*not applied"):
+        reduction.run([one, one], [1.0, 1.0])
