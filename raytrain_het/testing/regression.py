@@ -51,6 +51,9 @@ class Regression:
     """How long each step takes at least."""
     patience_s: float = 0.0
     """How long a step pauses while a slot is not filled, so that its next worker comes before the end."""
+    waits_at: tuple[int, ...] = ()
+    """No worker begins these steps (0 is the first) before :func:`go_on` has named them: what the lab does at a step
+    happens before the end, however late it comes to it."""
 
     @property
     def plan(self) -> DataPlan:
@@ -95,6 +98,7 @@ class Regression:
         loss = torch.zeros(())
         for _ in loader.epochs(self.epochs):
             for x, y in loader:
+                self._wait_for_the_lab(session, directory)
                 time.sleep(max(self.pace_s, self.patience_s if het.num_participants() < session.num_slots else 0.0))
                 loss = F.mse_loss(model(x), y)
                 if session.slot == 1 and session.engine is not None and session.engine.cursor.step in self.nan_steps:
@@ -124,12 +128,26 @@ class Regression:
                 cursor = plan.next_epoch(cursor)
         return flat(model.parameters())
 
+    def _wait_for_the_lab(self, session: sessions.Session, directory: str) -> None:
+        if session.engine is not None and (step := session.engine.cursor.step) in self.waits_at:
+            while not _mark(directory, step).exists():
+                time.sleep(0.002)
+
     def _update(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
+
+
+def go_on(directory: str | os.PathLike[str], step: int) -> None:
+    """Let all workers begin a step that :attr:`Regression.waits_at` names."""
+    _mark(directory, step).touch()
+
+
+def _mark(directory: str | os.PathLike[str], step: int) -> Path:
+    return Path(directory) / f"go_on_{step}"
 
 
 def flat(tensors: Any) -> torch.Tensor:
