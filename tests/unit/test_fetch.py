@@ -249,7 +249,7 @@ def test_a_dataset_that_cannot_be_sent_is_refused_at_once(fetcher_of):
         torch.eye(3).to_sparse(),
         torch.nn.Parameter(torch.ones(2)),
     ],
-    ids=str,
+    ids=["complex", "transposed", "scalar", "empty", "requires_grad", "sparse", "parameter"],
 )
 def test_any_tensor_arrives_as_it_was_sent(tensor):
     sample = {"tensor": tensor, "again": tensor, "array": np.arange(6, dtype=np.int16).reshape(2, 3).T}
