@@ -21,8 +21,12 @@ class Option:
     fits: Callable[[Any], bool]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_density(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-6 <= value <= 1
+    return _is_number(value) and 1e-6 <= value <= 1
 
 
 _DENSITY = Option(0.01, "a number from 1e-6 to 1: the kept fraction", _is_density)
@@ -40,24 +44,37 @@ OPTIONS: dict[str, dict[str, Option]] = {
 }
 """By codec: its options."""
 
+_ERROR = Option(
+    0.97, "a number from 0 to 1: |x - decoded(x)| / |x|", lambda value: _is_number(value) and 0 <= value <= 1
+)
+AUTO: dict[str, Option] = {"error": _ERROR}
+"""Options of ``auto``, which is no codec: it chooses one for each worker."""
+AUTO_CODECS = (
+    "none", "bf16", "int8(error_feedback=true)", "int4(error_feedback=true)", "topk(density=0.1)",
+    "topk(density=0.03)", "topk",
+)  # fmt: skip
+"""What ``auto`` chooses from: what loses nothing first. Those that need other hyperparameters are not among them."""
 
-def one_word(value: str | Mapping[str, Any]) -> str:
+
+def one_word(value: str | Mapping[str, Any], *, auto: bool = False) -> str:
     """``int8``, or ``topk(density=0.01)``: the codec with those of its options that are not the default.
 
     Args:
         value: a codec's name, ``{name: {option: value}}``, or what this function has returned.
+        auto: whether it may be ``auto``, too.
 
     Raises:
         ConfigError: no such codec or option, or a value that is not allowed.
     """
     name, options = _taken_apart(value)
-    if name not in OPTIONS:
-        near = difflib.get_close_matches(name, list(OPTIONS), n=1, cutoff=0.5)
+    choices = {**OPTIONS, "auto": AUTO} if auto else OPTIONS
+    if name not in choices:
+        near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
         raise ConfigError(
-            f"compression={value!r} is not valid: allowed is {', '.join(OPTIONS)}, or one of them with options. Write "
+            f"compression={value!r} is not valid: allowed is {', '.join(choices)}, or one of them with options. Write "
             f"compression={(near or ['int8'])[0]!r}, or compression={{'topk': {{'density': 0.01}}}}."
         )
-    known = OPTIONS[name]
+    known = choices[name]
     for option, chosen in options.items():
         if option not in known:
             right = {name: {k: o.default for k, o in known.items()}} if known else name

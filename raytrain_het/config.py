@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from raytrain_het.codec_options import one_word
+from raytrain_het.codec_options import AUTO, AUTO_CODECS, one_word, parsed
 from raytrain_het.errors import ConfigError
 
 
@@ -95,7 +95,9 @@ class HetConfig:
     compression: str | dict[str, dict[str, Any] | None] | tuple[str | dict[str, dict[str, Any] | None], ...] = "none"
     """How gradients travel: a codec's name (``none`` is fp32; ``bf16``, ``fp16``, ``int8``, ``int4``,
     ``sign``, ``topk``, ``randomk``), one with options, such as ``{"topk": {"density": 0.01}}``, or one of
-    these for each worker. Read back, a codec is one word, options at their defaults left out."""
+    these for each worker. ``auto`` measures links and codecs, and chooses one for each worker where that makes steps
+    shorter; ``{"auto": {"error": 0.2}}`` leaves out those that lose more of a message than that. Read back, a codec
+    is one word, options at their defaults left out."""
 
     backend: Literal["tcp", "nccl"] = "tcp"
     """What carries the messages.
@@ -183,22 +185,28 @@ class HetConfig:
 
     @property
     def codecs(self) -> tuple[str, ...]:
-        """``compression`` in words: one for all workers, or one for each."""
+        """``compression`` in words: one for all workers, or one for each; or ``auto``."""
         if isinstance(self.compression, Sequence) and not isinstance(self.compression, str):
             _require(
                 len(self.compression) > 0, "compression", self.compression, "one codec, or one for each worker",
                 "Write compression='none'.",
             )  # fmt: skip
             return tuple(map(one_word, self.compression))
-        return (one_word(self.compression),)
+        return (one_word(self.compression, auto=True),)
+
+    @property
+    def compression_error(self) -> float | None:
+        """How much ``auto`` may lose of a message; None where codecs are given."""
+        name, options = parsed(self.codecs[0])
+        return float(options.get("error", AUTO["error"].default)) if name == "auto" else None
 
     def codecs_for(self, num_workers: int) -> tuple[str, ...]:
-        """A codec for each of so many workers.
+        """A codec for each of so many workers, with which the run starts.
 
         Raises:
             ConfigError: there are several, and not as many.
         """
-        codecs = self.codecs
+        codecs = self.codecs if self.compression_error is None else AUTO_CODECS[:1]
         _require(
             len(codecs) in (1, num_workers), "compression", self.compression,
             f"one codec, or one for each of the run's {num_workers} workers",
@@ -207,9 +215,15 @@ class HetConfig:
         return codecs if len(codecs) == num_workers else codecs * num_workers
 
     @property
+    def possible_codecs(self) -> tuple[str, ...]:
+        """All that some worker may use."""
+        return self.codecs if self.compression_error is None else AUTO_CODECS
+
+    @property
     def follows_speeds(self) -> bool:
-        """Whether anything depends on how fast workers' hardware is."""
-        return self.shares == "auto" or self.alpha != 0 or self.score_policy != "train_step"
+        """Whether anything depends on how fast workers are."""
+        by_speed = self.shares == "auto" or self.alpha != 0 or self.score_policy != "train_step"
+        return by_speed or self.compression_error is not None
 
     @property
     def given_shares(self) -> tuple[float, ...] | None:

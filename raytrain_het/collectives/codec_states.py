@@ -50,10 +50,17 @@ class CodecStates:
         """By bucket: the elements of which means are remembered, and not what was sent."""
 
     def use(self, codec: Codec, device: torch.device) -> None:
-        """From now on gradients are encoded by this codec, on this device; another one than before begins anew."""
-        if codec is not self._codec or device != self._device:
-            self._codec, self._device = codec, device
-            self.reset()
+        """From now on gradients are encoded by this codec, on this device.
+
+        What another one before has left out, this one sends, if it remembers such things.
+        """
+        if codec is self._codec and device == self._device:
+            return
+        before, self._codec, self._device = self._kept, codec, device
+        self.reset()
+        for state, known in zip(self._kept, before, strict=True):
+            for name in state.keys() & known.keys():
+                state[name].copy_(known[name])
 
     def reset(self) -> None:
         """Begin anew."""

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from raytrain_het.collectives import points, replay
 from raytrain_het.collectives.building import GroupBuilder
 from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, Wire, one_to_all
+from raytrain_het.collectives.fidelity import Fidelity
 from raytrain_het.collectives.group import Group, GroupError
 from raytrain_het.collectives.jobs import ConfirmJob, Job, ResyncJob, StepJob
 from raytrain_het.collectives.layout import Layout
@@ -66,6 +68,7 @@ class Communicator:
         self._poller = Poller()
         self.patience = Patience(agent, self._poller, hang_limit_s=hang_limit_s)
         self.paths = PathWatch()
+        self.fidelity = Fidelity()
         self._jobs: collections.deque[Job] = collections.deque()
         self._group: Group | None = None
         self._rounds: Rounds | None = None
@@ -97,6 +100,11 @@ class Communicator:
         """Where gradients of a step of this generation can be gathered, by bucket."""
         rounds = self._rounds
         return rounds.exchange.wires if rounds is not None and rounds.exchange.record is record else None
+
+    def of_messages(self) -> dict[str, Any]:
+        """What the hub is told of them: how long they were on the way, and what codecs have lost of them."""
+        told = {"paths": self.paths.take(), "errors": self.fidelity.take()}
+        return {name: what for name, what in told.items() if what}
 
     def close(self) -> None:
         """Stop the thread, which leaves the group."""
@@ -218,7 +226,7 @@ class Communicator:
             self.patience.poll_s = group.poll_s
         self._collect_traffic()
         self.paths.forget(new_group=group is not before)
-        exchange = Exchange(record, rank, self.layout, group, self.codec_states)
+        exchange = Exchange(record, rank, self.layout, group, self.codec_states, self.fidelity)
         self._rounds = Rounds(exchange, self.layout, self.agent, self.patience)
         replayed = self._replay(record, rank) if record.behind else None
         if self.agent.uid in record.unhealed and self.followed_to != record.cursor:

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 
 from raytrain_het.collectives.codec_states import CodecStates
+from raytrain_het.collectives.fidelity import Fidelity
 from raytrain_het.collectives.group import Group, Operation, Parts
 from raytrain_het.collectives.header import Header, HeaderPlace, header_bytes, header_place, read_header, write_header
 from raytrain_het.collectives.layout import Bucket, Layout, aligned, shard_bounds
-from raytrain_het.compression import CODECS, Codec, Stamp, State, mix
+from raytrain_het.compression import CODECS, RESIDUAL, Codec, Stamp, State, mix
 from raytrain_het.errors import ProtocolError
 from raytrain_het.membership.record import Record
 
@@ -97,9 +98,14 @@ class Exchange:
         layout: the buckets.
         group: the process group.
         states: what this member's codec remembers, from earlier generations too.
+        fidelity: looks now and then at what encoding loses.
     """
 
-    def __init__(self, record: Record, rank: int, layout: Layout, group: Group, states: CodecStates) -> None:
+    def __init__(
+        self, record: Record, rank: int, layout: Layout, group: Group, states: CodecStates,
+        fidelity: Fidelity | None = None,
+    ) -> None:  # fmt: skip
+        self._fidelity = fidelity or Fidelity()
         self.record, self.rank, self.layout, self.group, self.states = record, rank, layout, group, states
         self.traffic = Traffic()
         self._weight = 1.0
@@ -250,7 +256,12 @@ class Exchange:
             if state[0]:
                 shard = shard.to(self.group.device)  # Where state and payload are.
         stamp = self._stamp(codec, bucket, header.step, start, self._weight, stage=0)
-        codec.encode(shard, body[: codec.capacity_bytes(stop - start, bucket.dtype)], stamp, *state)
+        payload = body[: codec.capacity_bytes(stop - start, bucket.dtype)]
+        codec.encode(shard, payload, stamp, *state)
+        if header.contributes and self._fidelity.is_due(header.step, bucket.index, len(self.layout.buckets)):
+            left_out = state[1][RESIDUAL] * self._weight if RESIDUAL in state[1] else None
+            word = self.record.codecs[self.rank]
+            self._fidelity.look(header.step, word, codec, payload, shard=shard, left_out=left_out)
 
     def _stamp(self, codec: Codec, bucket: Bucket, step: int, start: int, weight: float, *, stage: int) -> Stamp:
         if not codec.uses_stamp:

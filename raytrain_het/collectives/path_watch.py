@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from raytrain_het.collectives.exchange import Exchange
 
@@ -14,6 +15,7 @@ class PathWatch:
 
     def __init__(self) -> None:
         self._seen: list[tuple[int, float, float]] = []
+        self._gradient_bytes = 0
         self._sent: dict[int, tuple[int, float]] = {}
         self._looked_at = 0.0
 
@@ -29,14 +31,14 @@ class PathWatch:
         if now - self._looked_at < LOOK_AGAIN_S or self._seen:
             return
         self._looked_at, before, members = now, self._sent, exchange.record.members
-        self._sent = exchange.group.sent()
+        self._sent, self._gradient_bytes = exchange.group.sent(), exchange.gradient_bytes
         for rank, (num_bytes, busy_s) in self._sent.items():
             bytes_before, busy_before_s = before.get(rank, (0, 0.0))
             gradients = (num_bytes - bytes_before) / exchange.gradient_bytes
             self._seen.append((members[rank].slot, gradients, busy_s - busy_before_s))
 
-    def take(self) -> list[tuple[int, float, float]]:
-        """What was seen since the last call: (slot, how many of this member's gradients went there, and the seconds
-        for which some of that was on the way)."""
+    def take(self) -> dict[str, Any] | None:
+        """What was seen since the last call, if anything: ``to``, of (slot, how many of this member's gradients went
+        there, and the seconds for which some of that was on the way); and ``gradient_bytes``, of such a gradient."""
         seen, self._seen = self._seen, []
-        return seen
+        return {"to": seen, "gradient_bytes": self._gradient_bytes} if seen else None

@@ -21,14 +21,19 @@ class Paths:
 
     def __init__(self) -> None:
         self._paths: dict[tuple[int, int], deque[tuple[float, float]]] = {}
+        self._gradient_bytes: dict[int, int] = {}
 
-    def observe(self, slot: int, sent: Mapping[int, tuple[float, float]]) -> None:
+    def observe(self, slot: int, sent: Mapping[int, tuple[float, float]], gradient_bytes: int = 1) -> None:
         """A member has looked at what it sent since it last did.
 
         Args:
             slot: the member's.
             sent: by the peer's slot, how many whole gradients, and seconds for which some of that was on the way.
+            gradient_bytes: of a gradient as this member encodes it; 1 where nobody asks for :meth:`byte_s`.
         """
+        if self._gradient_bytes.get(slot, gradient_bytes) != gradient_bytes:  # Another codec: other measures.
+            self._paths = {ends: seen for ends, seen in self._paths.items() if slot != ends[0]}
+        self._gradient_bytes[slot] = gradient_bytes
         for peer, (gradients, busy_s) in sent.items():
             self._paths.setdefault((slot, peer), deque(maxlen=WINDOW)).append((gradients, busy_s))
 
@@ -38,10 +43,17 @@ class Paths:
         All members send and receive at the same time, so the rates of a link's paths add up, and of the two directions
         the slower one counts. Where the other ends are slower, that is less than the link could carry.
         """
+        return self._links_s(slots, dict.fromkeys(self._gradient_bytes, 1.0))
+
+    def byte_s(self, slots: Collection[int]) -> dict[int, float]:
+        """The same for a byte."""
+        return self._links_s(slots, self._gradient_bytes)
+
+    def _links_s(self, slots: Collection[int], sizes: Mapping[int, float]) -> dict[int, float]:
         links: dict[int, float] = {}
         for slot in slots:
             peers = [peer for peer in slots if peer != slot]
-            ways = [self._way((slot, peer) for peer in peers), self._way((peer, slot) for peer in peers)]
+            ways = [self._way(((slot, peer) for peer in peers), sizes), self._way(((p, slot) for p in peers), sizes)]
             if None in ways:
                 return {}
             rates = [rate for sent, rate in filter(None, ways) if sent >= LEAST_SENT]
@@ -50,9 +62,9 @@ class Paths:
             links[slot] = 1.0 / min(rates)
         return links
 
-    def _way(self, paths: Iterable[tuple[int, int]]) -> tuple[float, float] | None:
-        """All paths of a link in one direction: gradients from look to look, and gradients per second while some of one
-        was on the way. None if not all of them are known."""
+    def _way(self, paths: Iterable[tuple[int, int]], sizes: Mapping[int, float]) -> tuple[float, float] | None:
+        """All paths of a link in one direction: gradients from look to look, and what was sent a second while some of
+        it was on the way, with so much for a sender's gradient. None if not all of them are known."""
         sent = rate = 0.0
         for path in paths:
             seen = self._paths.get(path, ())
@@ -60,7 +72,7 @@ class Paths:
                 return None
             gradients, busy_s = (fmean(values) for values in zip(*seen, strict=True))
             sent += gradients
-            rate += gradients / max(busy_s, LEAST_S)
+            rate += sizes[path[0]] * gradients / max(busy_s, LEAST_S)
         return sent, rate
 
     def forget(self, slot: int) -> None:

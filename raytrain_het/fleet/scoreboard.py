@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from raytrain_het.allocation.batch_shares import StepCost, apportion, balanced_shares, proportional_shares
 from raytrain_het.allocation.learning_rate import lr_scales, normalised_scores
 from raytrain_het.allocation.owner_shards import busiest_link_s, owner_parts
+from raytrain_het.fleet.compression import Compression
 from raytrain_het.fleet.paths import Paths
 from raytrain_het.fleet.profile import Profile
 from raytrain_het.fleet.scores import Policy
@@ -42,11 +44,18 @@ class Table:
     reason: str
     links_s: dict[int, float] = dataclasses.field(default_factory=dict)
     """Seconds for a whole gradient over a worker's link, where links are slow enough to matter; else empty."""
+    codecs: dict[int, str] = dataclasses.field(default_factory=dict)
+    """That were chosen for each worker; empty where they are given."""
 
     def links_of(self, slots: Iterable[int]) -> list[float]:
         """``links_s`` in that order, the median for who is not in it; empty if links do not matter."""
         usual = statistics.median(self.links_s.values()) if self.links_s else 0.0
         return [self.links_s.get(slot, usual) for slot in slots] if self.links_s else []
+
+    def codecs_of(self, slots: Iterable[int], default: str) -> list[str]:
+        """``codecs`` in that order, most workers' for who is not in it; the default if there are none."""
+        (usual, _), *_ = [*Counter(self.codecs.values()).most_common(1), (default, 0)]
+        return [self.codecs.get(slot, usual) for slot in slots]
 
     @property
     def unhurried_s(self) -> float:
@@ -68,12 +77,14 @@ class Scoreboard:
         spares: whether a worker that costs more than it gives may be held at a share of 0.
         policy: how a profile becomes a score (:mod:`raytrain_het.fleet.scores`). With ``train_step`` shares balance the
             step times; with any other they are in proportion to the scores.
+        compression: chooses codecs; None where they are given.
     """
 
     def __init__(
         self, *, alpha: float = 0.0, balance: bool = True, shares: Sequence[float] | None = None, spares: bool = False,
-        policy: str | Policy = "train_step",
+        policy: str | Policy = "train_step", compression: Compression | None = None,
     ) -> None:  # fmt: skip
+        self.compression = compression
         self.alpha, self.balance, self.given, self.spares, self.policy = alpha, balance, shares, spares, policy
         self.table: Table | None = None
         self.global_batch_size = 0
@@ -95,9 +106,9 @@ class Scoreboard:
         """See :meth:`Speeds.round_is_over`. For whoever looks for no better table."""
         return self._speeds.round_is_over(slots)
 
-    def observe_paths(self, slot: int, sent: Mapping[int, tuple[float, float]]) -> None:
+    def observe_paths(self, slot: int, sent: Mapping[int, tuple[float, float]], gradient_bytes: int = 1) -> None:
         """See :meth:`Paths.observe`."""
-        self._paths.observe(slot, sent)
+        self._paths.observe(slot, sent, gradient_bytes)
 
     # ---------------------------------------------------------------- tables
 
@@ -138,25 +149,48 @@ class Scoreboard:
             shares: samples of a full global batch that each has now.
         """
         slots = sorted(slots)
-        if self.policy != "train_step" or not self._speeds.round_is_over(slots):
+        if not self._speeds.round_is_over(slots):
             return None
         costs = self._speeds.costs(slots)
         seen = self._speeds.num_observed(slots)
         if len(costs) < len(slots) or seen < NUM_NEEDED or self.global_batch_size < len(slots):
             return None
         now = {slot: shares.get(slot, 0) for slot in slots}
-        best = self._balanced(costs, spares=self.spares) if self.balance else now
+        by_steps = self.policy == "train_step"
+        best = self._balanced(costs, spares=self.spares) if self.balance and by_steps else now
         self._speeds.judge_round(costs, now)
         besides_s = self._speeds.besides_s  # It stays, whatever the shares.
         before, after = slowest(costs, now) + besides_s, slowest(costs, best) + besides_s
-        scores = self._scores_of(costs)
+        scores = self._scores_of(costs) if by_steps or self.table is None else self.table.scores
         if after < (1 - MIN_GAIN - self._speeds.uncertainty(slots)) * before:
             reason = f"a step of {1000 * before:.4g} ms becomes one of {1000 * after:.4g} ms"
             return self._issue(scores, best, reason + _spares(best), step_s=after, besides_s=besides_s)
-        if self.alpha != 0 and (self.table is None or self._moved(scores, self.table.scores)):
+        if self.alpha != 0 and by_steps and (self.table is None or self._moved(scores, self.table.scores)):
             reason = "scores are known now" if self.table is None else "scores have changed"
             return self._issue(scores, now, reason, step_s=before, besides_s=besides_s)
-        return self._lighter_links(scores, now, step_s=before, besides_s=besides_s)
+        other_codecs = self._other_codecs(scores, now, compute_s=before - besides_s, besides_s=besides_s)
+        return other_codecs or self._lighter_links(scores, now, step_s=before, besides_s=besides_s)
+
+    def _other_codecs(
+        self, scores: dict[int, float], shares: dict[int, int], *, compute_s: float, besides_s: float
+    ) -> Table | None:
+        """The same shares, and codecs with which steps are shorter."""
+        if self.compression is None:
+            return None
+        now = [self.compression.allowed[0]] * len(scores)
+        if self.table is not None:
+            now = self.table.codecs_of(scores, now[0])
+        by_slot = dict(zip(scores, now, strict=True))
+        byte_s = self._paths.byte_s(scores)
+        choice = self.compression.better(by_slot, byte_s, scores, compute_s=compute_s, besides_s=besides_s)
+        if choice is None:
+            return None
+        self._speeds.messages_change()
+        return self._issue(
+            scores, shares, choice.reason, step_s=choice.step_s, besides_s=choice.step_s - compute_s,
+            links_s=choice.links_s if max(choice.links_s.values()) > LINK_PART * choice.step_s else {},
+            codecs=choice.codecs,
+        )  # fmt: skip
 
     def _lighter_links(
         self, scores: dict[int, float], shares: dict[int, int], *, step_s: float, besides_s: float
@@ -207,15 +241,17 @@ class Scoreboard:
 
     def _issue(
         self, scores: dict[int, float], shares: dict[int, int], reason: str, *, step_s: float | None = None,
-        besides_s: float = 0.0, links_s: Mapping[int, float] | None = None,
+        besides_s: float = 0.0, links_s: Mapping[int, float] | None = None, codecs: Mapping[int, str] | None = None,
     ) -> Table:  # fmt: skip
         before = self.table.links_s if self.table is not None else {}
+        if codecs is None:
+            codecs = self.table.codecs if self.table is not None else {}
         if before and links_s is None:  # They matter: as they are by now.
             links_s = self._paths.links_s(scores) or before
         self.table = Table(
             version=self.table.version + 1 if self.table is not None else 1, scores=scores,
             lr_scales=lr_scales(scores, self.alpha), shares=shares, predicted_step_s=step_s, reason=reason,
-            links_s=dict(links_s or {}),
+            links_s=dict(links_s or {}), codecs=dict(codecs),
         )  # fmt: skip
         self._besides_s = besides_s
         self._speeds.table_issued()

@@ -178,6 +178,11 @@ class Speeds:
             self._besides.append(statistics.fmean(self._round_cycles) - slowest(costs, samples))
             self._round_cycles.clear()
 
+    def messages_change(self) -> None:
+        """From now on they take another time."""
+        self._besides.clear()
+        self._round_cycles.clear()
+
     @property
     def besides_s(self) -> float:
         """What a step takes besides its slowest worker: the way of the messages, and chance.

@@ -48,7 +48,7 @@ class ProbeWorker:
             self._step = make_step(kind, config, self.device)
             self._step.micro_batch_size = settings.micro_batch_size
             self._step(1)
-        return max(map(self._step.gradient_bytes, settings.codecs))
+        return max(map(self._step.gradient_bytes, settings.possible_codecs))
 
     def step(self, sizes: Sequence[int], seconds: float) -> tuple[Profile, float]:
         """Measure the step that was prepared, and keep its cost for the runs of this model.

@@ -198,6 +198,8 @@ class Hub:
         if hello["known"]:
             self._tables.board.global_batch_size = hello["known"]["global_batch_size"]
             self._tables.board.introduce(member.slot, Profile.from_json(hello["known"]["profile"]))
+            if self._tables.board.compression is not None and "codecs" in hello["known"]:
+                self._tables.board.compression.introduce(member.slot, hello["known"]["codecs"])
         self._core.hello(
             member,
             cursor=hello["cursor"],
@@ -246,7 +248,7 @@ class Hub:
                 core.progress(uid, m["step"], now)
                 self._stats[slot] = m | {"uid": uid}
             case "timing":
-                self._tables.board.observe_paths(slot, {peer: (sent, s) for peer, sent, s in m.get("paths", [])})
+                self._tables.heard_of_messages(slot, m)
                 self._tables.observe(slot, m["global_batch_size"], m["steps"], now)
             case "meet":
                 self._pass_on(uid, m)

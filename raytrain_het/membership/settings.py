@@ -26,6 +26,8 @@ class HubSettings:
     lr_scale_normalisation: str = "mean"
     codecs: tuple[str, ...] = ("none",)
     """By which each slot encodes what it sends; a single one is everybody's."""
+    compression_error: float | None = None
+    """Other codecs may be chosen, that lose no more than this of a message; None: those above stay."""
     backend: str = "tcp"
     host: str = "127.0.0.1"
     """Address of the machine the actor runs on, as the workers reach it."""

@@ -23,7 +23,7 @@ from raytrain_het.membership.peers import ZERO, Cursor, Peer, Phase, Succession,
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.suspicion import Suspicion
-from raytrain_het.membership.tables import lr_scales_of, owners_of, shares_of, speeds_of, table_of
+from raytrain_het.membership.tables import codecs_of, lr_scales_of, owners_of, shares_of, speeds_of, table_of
 
 MAX_GONE = 1000
 """So many of the members that were let go are remembered, to be told so should they come back."""
@@ -450,7 +450,7 @@ class Membership:
             table=self.table.version if self.table else 0,
             speeds=speeds,
             owners=owners_of(self.table, speeds, peers),
-            codecs=tuple(self.settings.codecs[p.member.slot % len(self.settings.codecs)] for p in peers),
+            codecs=codecs_of(self.table, self.settings.codecs, peers),
             cursor=base,
             source=source.member.uid,
             behind=behind,
@@ -668,7 +668,7 @@ class Membership:
         record, self._recovering = self._recovering, None
         assert record is not None
         highest, self.record, self.number = max(self.number, record.number), record, record.number
-        self.table = table_of(record)
+        self.table = table_of(record, codecs_chosen=self.settings.compression_error is not None)
         members = {m.uid for m in record.members}
         self._log("recovered", now, number=record.number)
         for peer in [p for p in self._required() if p.member.uid not in members]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from raytrain_het.allocation.batch_shares import apportion
+from raytrain_het.fleet.compression import Compression
 from raytrain_het.fleet.scoreboard import Scoreboard, Table
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.settings import HubSettings
@@ -16,9 +20,10 @@ class TableKeeper:
         self.board = Scoreboard(
             alpha=settings.alpha, balance=settings.balance, shares=settings.shares, spares=settings.warm_spares,
             policy=settings.score_policy,
+            compression=Compression(settings.compression_error) if settings.compression_error is not None else None,
         )  # fmt: skip
         self._core = core
-        self._follows = bool(settings.balance or settings.alpha)
+        self._follows = bool(settings.balance or settings.alpha or self.board.compression)
         core.table_for = self._table_for
 
     def observe(self, slot: int, global_batch_size: int, steps: list[list[float]], now: float) -> None:
@@ -41,6 +46,14 @@ class TableKeeper:
             return
         if table is not None:
             core.follow(table, now)
+
+    def heard_of_messages(self, slot: int, told: Mapping[str, Any]) -> None:
+        """How long a worker's messages were on the way, and how much of them its codec has lost."""
+        if sent := told.get("paths"):
+            self.board.observe_paths(slot, {peer: (part, s) for peer, part, s in sent["to"]}, sent["gradient_bytes"])
+        if self.board.compression is not None:
+            for word, error in told.get("errors", ()):
+                self.board.compression.observe_error(slot, word, error)
 
     def samples(self, record: Record | None) -> dict[int, int]:
         """By slot: samples of a full global batch."""

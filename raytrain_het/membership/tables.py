@@ -42,8 +42,20 @@ def owners_of(table: Table | None, speeds: Sequence[float], peers: Sequence[Peer
     return tuple(owner_parts(healed, links, table.unhurried_s if table is not None else 0.0))
 
 
-def table_of(record: Record) -> Table | None:
-    """The table that a record follows, as far as it can be seen from there: who is healing has a share of 0 for now."""
+def codecs_of(table: Table | None, given: Sequence[str], peers: Sequence[Peer]) -> tuple[str, ...]:
+    """The table's codecs; ``given`` by slot without a table of them."""
+    if table is None or not table.codecs:
+        return tuple(given[p.member.slot % len(given)] for p in peers)
+    return tuple(table.codecs_of((p.member.slot for p in peers), given[0]))
+
+
+def table_of(record: Record, *, codecs_chosen: bool = False) -> Table | None:
+    """The table that a record follows, as far as it can be seen from there: who is healing has a share of 0 for now.
+
+    Args:
+        record: the generation's.
+        codecs_chosen: whether its codecs are the table's, and not given.
+    """
     if record.table == 0:
         return None
     slots = {m.slot: rank for rank, m in enumerate(record.members)}
@@ -53,6 +65,7 @@ def table_of(record: Record) -> Table | None:
         lr_scales={slot: record.lr_scales[rank] for slot, rank in slots.items()},
         shares={m.slot: round(record.shares[slots[m.slot]]) for m in record.members if m.uid not in record.unhealed},
         predicted_step_s=None,
+        codecs={slot: record.codecs[rank] for slot, rank in slots.items()} if codecs_chosen else {},
         reason="the membership actor was restarted",
     )
 

@@ -48,7 +48,9 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "given_up": lambda e: f"worker {e['slot']} is given up: {e['reason']}",
     "checkpoint_failed": lambda e: f"the checkpoint of step {e['step']} is lost: {_without_class(e['error'])}",
     "table": lambda e: (
-        f"table {e['version']}: shares {', '.join(str(b) for _, b in sorted(e['shares'].items()))} ({e['reason']})"
+        f"table {e['version']}: shares {', '.join(str(b) for _, b in sorted(e['shares'].items()))}"
+        + (f", codecs {', '.join(word for _, word in sorted(e['codecs'].items()))}" if e.get("codecs") else "")
+        + f" ({e['reason']})"
     ),
     "failed": lambda e: f"the run fails: {_in_a_line(e['message'])}",
     "table_kept": lambda e: f"shares and scores stay as they are: {e['reason']}",

@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -30,13 +29,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from raytrain_het.testing import networks
 from raytrain_het.testing.cgroups import CpuQuota, LabError, available, leftovers, members
 
-_TOOLS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}
-"""What is run, and the packages it is in."""
-_PREFIX = "rhl"
 _GROUP = "node"
-_NETWORK = re.compile(r"\b(\d+\.\d+\.\d+)\.\d+\b")
 _NO_LIMIT = 1000.0
 """Cores: as if there were no quota."""
 _START_S = 120.0
@@ -84,16 +80,14 @@ class RayLab:
     def __init__(self, nodes: Sequence[Node], *, plain: bool = False) -> None:
         if not nodes or len(nodes) > 200:
             raise ValueError(f"nodes has {len(nodes)} entries: allowed are 1 to 200. Write RayLab([Node(cores=0.5)]).")
-        for i, node in enumerate(nodes):
-            if node.rate_mbit is not None and not 0.1 <= node.rate_mbit <= 100_000:
-                raise ValueError(f"nodes[{i}].rate_mbit={node.rate_mbit!r}: allowed is 0.1 to 100000, or None.")
         self.nodes, self.plain = tuple(nodes), plain
         self.address = ""
         self.node_ips: list[str] = []
-        self._name = f"{_PREFIX}{os.getpid()}{next(_letters)}"
+        self._name = f"{networks.PREFIX}{os.getpid()}{next(_letters)}"
         self._folder = _parent_folder() / self._name
         self._groups: list[CpuQuota] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._network: networks.Network | None = None
         self._cluster: Any = None
         self._plain_nodes: list[Any] = []
 
@@ -140,8 +134,9 @@ class RayLab:
         for process in self._processes:
             process.wait()
         self._groups, self._processes = [], []
-        if not self.plain:
-            _remove_network(self._name)
+        if self._network is not None:
+            self._network.close()
+            self._network = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _disconnect(self) -> None:
@@ -153,11 +148,8 @@ class RayLab:
                 ray.shutdown()
 
     def _start(self) -> None:
-        network = _free_network()
-        head_ip, self.node_ips = f"{network}.1", [f"{network}.{i + 2}" for i in range(len(self.nodes))]
-        _run(f"ip link add {self._name} type bridge")
-        _run(f"ip addr add {head_ip}/24 dev {self._name}")
-        _run(f"ip link set {self._name} up")
+        self._network = networks.Network(self._name, [node.rate_mbit for node in self.nodes])
+        head_ip, self.node_ips = self._network.host, self._network.ips
         port, *others = _free_ports(4)
         self.address = f"{head_ip}:{port}"
         self._launch("head", [], [
@@ -166,9 +158,10 @@ class RayLab:
             f"--dashboard-port={others[2]}",
         ])  # fmt: skip
         self._await_start(0)
-        for i, (node, ip) in enumerate(zip(self.nodes, self.node_ips, strict=True)):
-            self._plug_in(f"{self._name}{i}", ip, node.rate_mbit)
-            self._launch(f"node {i}", ["nsenter", f"--net=/run/netns/{self._name}{i}"], [
+        for i, (node, ip, namespace) in enumerate(
+            zip(self.nodes, self.node_ips, self._network.namespaces, strict=True)
+        ):
+            self._launch(f"node {i}", ["nsenter", f"--net=/run/netns/{namespace}"], [
                 f"--address={self.address}", f"--node-ip-address={ip}", f"--num-cpus={node.num_cpus:g}",
                 f"--resources={json.dumps(dict(node.resources))}",
             ])  # fmt: skip
@@ -176,21 +169,6 @@ class RayLab:
             self._await_start(i)
             if node.cores is not None:
                 self._groups[i].set(node.cores)
-
-    def _plug_in(self, name: str, ip: str, rate_mbit: float | None) -> None:
-        """A network namespace with one link, to the bridge."""
-        _run(f"ip netns add {name}")
-        _run(f"ip link add {name} type veth peer name eth0 netns {name}")
-        _run(f"ip link set {name} master {self._name} up")
-        _run(f"ip -n {name} addr add {ip}/24 dev eth0")
-        _run(f"ip -n {name} link set eth0 up")
-        _run(f"ip -n {name} link set lo up")
-        if rate_mbit is not None:
-            # What may come at once: what the rate is in 10 ms, and no less than a packet of 64 KiB.
-            burst = max(round(rate_mbit * 1e6 / 8 * 0.01), 70_000)
-            rate = f"root tbf rate {rate_mbit:g}mbit burst {burst} latency 50ms"
-            _run(f"tc qdisc add dev {name} {rate}")
-            _run(f"tc -n {name} qdisc add dev eth0 {rate}")
 
     def _launch(self, what: str, prefix: list[str], arguments: list[str]) -> None:
         """``ray start`` in a group of its own."""
@@ -257,12 +235,12 @@ def check() -> None:
     Raises:
         LabError: something is missing.
     """
-    tools = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    tools = [tool for tool in networks.TOOLS if shutil.which(tool) is None]
     missing = [] if sys.platform == "linux" else ["Linux"]
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         missing.append("root")
     if tools:
-        packages = dict.fromkeys(_TOOLS[tool] for tool in tools)
+        packages = dict.fromkeys(networks.TOOLS[tool] for tool in tools)
         missing.append(f"{', '.join(tools)} (of {' and '.join(packages)})")
     if not available():
         missing.append("a CPU controller for control groups that may be written to")
@@ -276,29 +254,15 @@ def remove_leftovers() -> None:
     """What labs have left behind whose process is gone: processes, namespaces, links, folders."""
     for group in leftovers(_GROUP):
         _kill(group)
-    links = _run("ip -o link show")
-    names = set(re.findall(rf"\b{_PREFIX}\d+[a-z]", f"{links} {_run('ip netns list')}"))
-    folders = {path.name: path for path in _parent_folder().glob(f"{_PREFIX}[0-9]*")}
-    for name in names | folders.keys():
-        maker = re.fullmatch(rf"{_PREFIX}(\d+)[a-z]", name)
-        if maker and not Path(f"/proc/{maker[1]}").exists():
-            _remove_network(name)
-            if name in folders:
-                shutil.rmtree(folders[name], ignore_errors=True)
+    networks.remove_leftovers()
+    for path in _parent_folder().glob(f"{networks.PREFIX}[0-9]*[a-z]"):
+        if not networks.maker_lives(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _parent_folder() -> Path:
     """A short path: Ray puts unix sockets below it, and theirs may not exceed 107 bytes."""
     return Path(os.environ.get("RAY_TMPDIR") or "/tmp")
-
-
-def _remove_network(name: str) -> None:
-    """A lab's namespaces, links and bridge."""
-    for namespace in re.findall(rf"^{name}\d+\b", _run("ip netns list"), flags=re.M):
-        _run(f"ip netns del {namespace}")
-    for link in re.findall(rf"^\d+: ({name}\d*)[@:]", _run("ip -o link show"), flags=re.M):
-        with contextlib.suppress(LabError):  # With its namespace a link may go by itself.
-            _run(f"ip link del {link}")
 
 
 def _kill(group: Path) -> None:
@@ -311,26 +275,9 @@ def _kill(group: Path) -> None:
         time.sleep(0.01)
 
 
-def _free_network() -> str:
-    """The first three numbers of a /24 that this machine does not use."""
-    used = {match for text in (_run("ip -o -4 addr"), _run("ip -4 route")) for match in re.findall(_NETWORK, text)}
-    candidates = (f"10.{213 + i // 256}.{i % 256}" for i in range(42 * 256))
-    return next(network for network in candidates if network not in used)
-
-
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
             s.bind(("", 0))
         return [s.getsockname()[1] for s in sockets]
-
-
-def _run(command: str) -> str:
-    try:
-        done = subprocess.run(command.split(), capture_output=True, text=True)
-    except OSError as error:
-        raise LabError(f"no lab of Ray nodes here: `{command}` cannot be run ({error.strerror})") from None
-    if done.returncode != 0:
-        raise LabError(f"no lab of Ray nodes here: `{command}` says {done.stderr.strip()!r}")
-    return done.stdout

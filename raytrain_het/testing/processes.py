@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -34,6 +35,7 @@ from raytrain_het.membership.settings import HubSettings
 from raytrain_het.testing import faults as fault_kit
 from raytrain_het.testing.cgroups import CpuQuota
 from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
+from raytrain_het.testing.networks import PREFIX, Network, enter, remove_leftovers
 from raytrain_het.training import session as sessions
 from raytrain_het.training.checkpoint import LocalStorage, Storage
 from raytrain_het.training.step_record import StepRecord
@@ -41,6 +43,7 @@ from raytrain_het.training.step_record import StepRecord
 MAX_STILLBORN = 3
 """So many processes of a slot may end before they have run a line of their own."""
 
+_letters = itertools.cycle("zyxwvutsrqponmlkjihgfedcba")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["raytrain_het.testing.processes"])
 
@@ -62,9 +65,12 @@ class ProcessLab:
         settings: settings of the hub that differ from what follows from the config (a checkpoint to resume from).
         storage: makes a worker's storage; by default a folder in the lab's directory.
         cores: by slot, how much of a core its workers get (Linux, as root); by default all there is.
+        rates_mbit: by slot, the rate of its workers' link, each way; then every slot has a network namespace of its own
+            (Linux, as root). None in it is as fast as memory is.
 
     Raises:
-        ValueError: ``cores`` has another number of entries than there are slots.
+        ValueError: ``cores`` or ``rates_mbit`` has another number of entries than there are slots.
+        LabError: links are wanted, and cannot be made here.
 
     Attributes:
         events: membership events of the whole run, of hubs that were restarted too; there once it is over.
@@ -77,15 +83,17 @@ class ProcessLab:
         config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True,
         threads: int = 1, ledger: bool = True, settings: dict[str, Any] | None = None,
         storage: Callable[[], Storage] | None = None, cores: Sequence[float] | None = None,
+        rates_mbit: Sequence[float | None] | None = None,
     ) -> None:  # fmt: skip
-        if cores is not None and len(cores) != num_slots:
-            raise ValueError(f"cores has {len(cores)} entries: allowed is one per slot, {num_slots}.")
+        for name, given in (("cores", cores), ("rates_mbit", rates_mbit)):
+            if given is not None and len(given) != num_slots:
+                raise ValueError(f"{name} has {len(given)} entries: allowed is one per slot, {num_slots}.")
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         settings_of_config = HubSettings(
             run_id="lab", num_slots=num_slots, shares=self.config.given_shares,
-            codecs=self.config.codecs_for(num_slots),
+            codecs=self.config.codecs_for(num_slots), compression_error=self.config.compression_error,
             balance=self.config.shares == "auto", warm_spares=self.config.warm_spares,
             score_policy=self.config.score_policy, alpha=self.config.alpha,
             lr_scale_normalisation=self.config.lr_scale_normalisation,
@@ -93,8 +101,25 @@ class ProcessLab:
             start_timeout_s=self.config.start_timeout_s,
         )  # fmt: skip
         self.settings = dataclasses.replace(settings_of_config, **(settings or {}))
+        self._network: Network | None = None
+        if rates_mbit is not None:
+            remove_leftovers()
+            self._network = Network(f"{PREFIX}{os.getpid()}{next(_letters)}", rates_mbit)
+            self.settings = dataclasses.replace(self.settings, host=self._network.host)
+        places = list(zip(self._network.namespaces, self._network.ips, strict=True)) if self._network else None
         where = storage or partial(LocalStorage, Path(self.directory) / "storage")
-        payload = (train_fn, self.directory, self.config, faults or [], threads, ledger, num_slots, where, os.getpid())
+        payload = (
+            train_fn,
+            self.directory,
+            self.config,
+            faults or [],
+            threads,
+            ledger,
+            num_slots,
+            where,
+            os.getpid(),
+            places,
+        )
         self._payload = cloudpickle.dumps(payload)
         self._cores = tuple(cores or ())
         self.quotas: list[CpuQuota] = []
@@ -179,6 +204,9 @@ class ProcessLab:
             quota.close()
         self.quotas.clear()
         self._shut_down_hub()
+        if self._network is not None:
+            self._network.close()
+            self._network = None
 
     def _stacks(self) -> str:
         """What every worker's threads are doing."""
@@ -227,7 +255,10 @@ class ProcessLab:
 
 def _work(slot: int, payload: bytes) -> None:
     """A worker process."""
-    train_fn, directory, config, faults, threads, ledger, num_slots, storage, lab = cloudpickle.loads(payload)
+    train_fn, directory, config, faults, threads, ledger, num_slots, storage, lab, places = cloudpickle.loads(payload)
+    namespace, ip = places[slot] if places is not None else (None, "127.0.0.1")
+    if namespace is not None:
+        enter(namespace)
     threading.Thread(target=_end_with, args=(lab,), name="het-lab", daemon=True).start()
     torch.set_num_threads(threads)
     stacks = (Path(directory) / f"stacks_{slot}_{os.getpid()}").open("w")
@@ -238,7 +269,7 @@ def _work(slot: int, payload: bytes) -> None:
         done = sessions.run_worker(
             lambda: _train(train_fn, directory, faults, slot, ledger),
             config=config, slot=slot, num_slots=num_slots, locate=lambda: pickle.loads(where.read_bytes()),
-            storage=storage(), device=torch.device("cpu"), node_ip="127.0.0.1",
+            storage=storage(), device=torch.device("cpu"), node_ip=ip,
         )  # fmt: skip
         if done is not None:  # Else it was let go before its end.
             kind, value = "result", done[0]

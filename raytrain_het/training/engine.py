@@ -84,7 +84,7 @@ class Engine:
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
         self.counters = Counters()
-        self.timings = Timings(agent, plan.full_batch, communicator.paths.take)
+        self.timings = Timings(agent, plan.full_batch, communicator.of_messages)
         self.opened: Opened | None = None
         self.confirmed = 0
         """Steps up to this one are committed on every member."""

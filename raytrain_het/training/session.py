@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from raytrain_het.collectives import points
 from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.exchange import Sums
 from raytrain_het.collectives.layout import SMALL
-from raytrain_het.compression import CODECS
+from raytrain_het.compression import CODECS, codec_costs
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, LoopOrderError, RunFailedError
 from raytrain_het.membership.agent import MemberAgent, RunOver
@@ -64,7 +65,7 @@ class Session:
         storage: files.Storage, device: torch.device, node_ip: str,
     ) -> None:  # fmt: skip
         self.config, self.slot, self.num_slots = config, slot, num_slots
-        self._codecs = [CODECS[word] for word in config.codecs]
+        self._codecs = [CODECS[word] for word in config.possible_codecs]
         """All workers': what others send is decoded here."""
         self.storage, self.device, self.node_ip = storage, device, node_ip
         self._locate, self._token_value = locate, ""
@@ -151,6 +152,8 @@ class Session:
             model_key = step_key(self.replica.model, plan.dataset_size, self._micro_batch_size)
             self._speed = KnownSpeed(self.device, model_key)
             self.agent.known = self._speed.told(plan.full_batch)
+            if self.config.compression_error is not None:
+                self.agent.known["codecs"] = self._codecs_told()
         self._communicator = Communicator(
             self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
             resync_bytes=self.replica.parameter_bytes(), hang_limit_s=self.config.hang_limit_s,
@@ -286,6 +289,13 @@ class Session:
         """Members that take part in the steps now."""
         record = self.agent.record if self.agent else None
         return len(record.members) - len(record.unhealed) if record else self.num_slots
+
+    def _codecs_told(self) -> dict[str, Any]:
+        """What codecs cost here, and how much there is to encode: for who chooses one."""
+        assert self.gradients is not None
+        costs = codec_costs((word, CODECS[word]) for word in self.config.possible_codecs)
+        num_elements = sum(b.numel for b in self.gradients.layout.buckets if not b.is_dense)
+        return {"costs": {k: list(astuple(cost)) for k, cost in costs.items()}, "num_elements": num_elements}
 
     # ---------------------------------------------------------------- the end
 

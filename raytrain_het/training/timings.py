@@ -67,9 +67,10 @@ class Timings:
     """Collects (samples, own seconds, seconds of the whole step) and sends them now and again."""
 
     def __init__(
-        self, agent: MemberAgent, global_batch_size: int, paths: Callable[[], list[tuple[int, float, float]]] = list
-    ) -> None:
-        self._agent, self._global_batch_size, self._paths = agent, global_batch_size, paths
+        self, agent: MemberAgent, global_batch_size: int,
+        of_messages: Callable[[], dict[str, Any]] = dict,
+    ) -> None:  # fmt: skip
+        self._agent, self._global_batch_size, self._of_messages = agent, global_batch_size, of_messages
         self._latest: deque[tuple[int, float]] = deque(maxlen=NUM_LATEST)
         self._steps: list[tuple[int, float, float]] = []
         self._num_seen = 0
@@ -91,7 +92,7 @@ class Timings:
         now = time.monotonic()
         if now - self._last_sent >= INTERVAL_S:
             self._agent.tell(
-                "timing", global_batch_size=self._global_batch_size, steps=self._steps, paths=self._paths()
+                "timing", global_batch_size=self._global_batch_size, steps=self._steps, **self._of_messages()
             )
             self._steps, self._last_sent = [], now
 

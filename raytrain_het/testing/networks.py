@@ -1,0 +1,131 @@
+"""Network namespaces with one link each, to a common bridge, held back both ways (Linux, as root)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from raytrain_het.testing.cgroups import LabError
+
+TOOLS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}
+"""What is run, and the packages it is in."""
+PREFIX = "rhl"
+_NETWORK = re.compile(r"\b(\d+\.\d+\.\d+)\.\d+\b")
+_CLONE_NEWNET = 0x40000000
+
+
+class Network:
+    """A bridge, and namespaces on it.
+
+    Args:
+        name: of the bridge: ``PREFIX``, the maker's process id and a letter, so that leftovers can be told.
+        rates_mbit: by namespace, its link's rate each way; None is as fast as memory is.
+
+    Attributes:
+        host: the bridge's address, on which this process can be reached from the namespaces.
+        ips: addresses by namespace.
+        namespaces: names.
+
+    Raises:
+        LabError: it can't be made here.
+    """
+
+    def __init__(self, name: str, rates_mbit: Sequence[float | None]) -> None:
+        for i, rate in enumerate(rates_mbit):
+            if rate is not None and not 0.1 <= rate <= 100_000:
+                raise ValueError(f"rates_mbit[{i}]={rate!r}: allowed is 0.1 to 100000, or None.")
+        self.name = name
+        network = _free_network()
+        self.host = f"{network}.1"
+        self.ips = [f"{network}.{i + 2}" for i in range(len(rates_mbit))]
+        self.namespaces = [f"{name}{i}" for i in range(len(rates_mbit))]
+        try:
+            run(f"ip link add {name} type bridge")
+            run(f"ip addr add {self.host}/24 dev {name}")
+            run(f"ip link set {name} up")
+            for namespace, ip, rate in zip(self.namespaces, self.ips, rates_mbit, strict=True):
+                _plug_in(name, namespace, ip, rate)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Remove it."""
+        remove(self.name)
+
+
+def enter(namespace: str) -> None:
+    """From now on the calling thread, and those that it starts, are in that namespace."""
+    with open(f"/run/netns/{namespace}") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET) != 0:
+            raise LabError(f"namespace {namespace} cannot be entered: {os.strerror(ctypes.get_errno())}")
+
+
+def sent() -> tuple[int, int]:
+    """Bytes and packets that the link of the calling thread's namespace has carried away from it."""
+    (line,) = re.findall(r"^\s*eth0:(.*)$", Path("/proc/thread-self/net/dev").read_text(), flags=re.M)
+    num_bytes, num_packets = line.split()[8:10]
+    return int(num_bytes), int(num_packets)
+
+
+def _plug_in(bridge: str, name: str, ip: str, rate_mbit: float | None) -> None:
+    run(f"ip netns add {name}")
+    run(f"ip link add {name} type veth peer name eth0 netns {name}")
+    run(f"ip link set {name} master {bridge} up")
+    run(f"ip -n {name} addr add {ip}/24 dev eth0")
+    run(f"ip -n {name} link set eth0 up")
+    run(f"ip -n {name} link set lo up")
+    if rate_mbit is not None:
+        # What may come at once: what the rate is in 10 ms, and no less than a packet of 64 KiB.
+        burst = max(round(rate_mbit * 1e6 / 8 * 0.01), 70_000)
+        rate = f"root tbf rate {rate_mbit:g}mbit burst {burst} latency 50ms"
+        run(f"tc qdisc add dev {name} {rate}")
+        run(f"tc -n {name} qdisc add dev eth0 {rate}")
+
+
+def remove_leftovers() -> None:
+    """Networks of processes that are gone."""
+    for name in set(re.findall(rf"\b{PREFIX}\d+[a-z]", f"{run('ip -o link show')} {run('ip netns list')}")):
+        if not maker_lives(name):
+            remove(name)
+
+
+def maker_lives(name: str) -> bool:
+    """Whether the process is there whose id is in a network's name."""
+    return Path("/proc", name.removeprefix(PREFIX)[:-1]).exists()
+
+
+def remove(name: str) -> None:
+    """A network's namespaces, links and bridge."""
+    for namespace in re.findall(rf"^{name}\d+\b", run("ip netns list"), flags=re.M):
+        run(f"ip netns del {namespace}")
+    for link in re.findall(rf"^\d+: ({name}\d*)[@:]", run("ip -o link show"), flags=re.M):
+        with contextlib.suppress(LabError):  # With its namespace a link may go by itself.
+            run(f"ip link del {link}")
+
+
+def _free_network() -> str:
+    """The first three numbers of a /24 that this machine does not use."""
+    used = {match for text in (run("ip -o -4 addr"), run("ip -4 route")) for match in re.findall(_NETWORK, text)}
+    candidates = (f"10.{213 + i // 256}.{i % 256}" for i in range(42 * 256))
+    return next(network for network in candidates if network not in used)
+
+
+def run(command: str) -> str:
+    """A command's output.
+
+    Raises:
+        LabError: it is not there, or it failed.
+    """
+    try:
+        done = subprocess.run(command.split(), capture_output=True, text=True)
+    except OSError as error:
+        raise LabError(f"no lab here: `{command}` cannot be run ({error.strerror})") from None
+    if done.returncode != 0:
+        raise LabError(f"no lab here: `{command}` says {done.stderr.strip()!r}")
+    return done.stdout

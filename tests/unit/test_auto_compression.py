@@ -1,0 +1,122 @@
+"""When ``auto`` chooses, when it keeps its choice, and when it thinks again."""
+
+import pytest
+
+from raytrain_het.allocation.codec_choice import CodecCost
+from raytrain_het.codec_options import AUTO_CODECS
+from raytrain_het.compression import CODECS, codec_costs
+from raytrain_het.fleet.compression import ROUNDS, Compression
+from raytrain_het.fleet.paths import NUM_LOOKS
+from raytrain_het.fleet.profile import Measurement, Profile
+from raytrain_het.fleet.scoreboard import Scoreboard
+
+WORDS = ("none", "int8", "topk")
+COSTS = {"none": [4.0, 0.0, 0.0, 0.0], "int8": [1.0, 1e-10, 1e-10, 0.006], "topk": [0.03, 3e-10, 1e-10, 0.95]}
+ELEMENTS = 4_000_000
+SLOW = 8e-6 / 100
+FAST = 8e-6 / 100_000
+STEP = {"compute_s": 0.05, "besides_s": 24e6 * SLOW}
+
+
+def compression(*, slots=range(4), error=0.97):
+    made = Compression(error, WORDS)
+    for slot in slots:
+        made.introduce(slot, {"costs": COSTS, "num_elements": ELEMENTS})
+    return made
+
+
+def codecs(word, slots=range(4)):
+    return dict.fromkeys(slots, word)
+
+
+def rounds(made, now, byte_s, count=ROUNDS, **step):
+    """What it says after so many rounds."""
+    links = dict.fromkeys(now, byte_s) if byte_s else {}
+    speeds = dict.fromkeys(now, 1.0)
+    return [made.better(now, links, speeds, **{**STEP, **step}) for _ in range(count)]
+
+
+def test_slow_links_are_believed_after_some_rounds_and_get_a_codec():
+    *before, choice = rounds(compression(), codecs("none"), SLOW)
+    assert before == [None] * (ROUNDS - 1)
+    assert choice.codecs == codecs("topk")
+    assert choice.step_s < STEP["besides_s"] / 12
+    assert max(choice.links_s.values()) == pytest.approx(0.03 * ELEMENTS * SLOW)
+    assert "compression: a step of" in choice.reason and "MiB" in choice.reason
+
+
+def test_nothing_is_chosen_before_links_are_known_or_of_a_worker_that_has_told_nothing():
+    assert rounds(compression(), codecs("none"), 0.0, 10) == [None] * 10
+    assert rounds(compression(slots=range(3)), codecs("none"), SLOW, 10) == [None] * 10
+
+
+def test_fast_links_stay_uncompressed():
+    assert rounds(compression(), codecs("none"), FAST, 10, besides_s=0.001) == [None] * 10
+
+
+def test_a_choice_stays_as_long_as_nobody_comes():
+    made = compression()
+    choice = rounds(made, codecs("none"), SLOW)[-1]
+    step = {"besides_s": choice.step_s - STEP["compute_s"]}
+    assert rounds(made, choice.codecs, SLOW, 20, **step) == [None] * 20
+    worse = {**COSTS, "topk": [0.03, 3e-10, 1e-10, 0.99]}
+    made.introduce(4, {"costs": worse, "num_elements": ELEMENTS})
+    assert rounds(made, codecs("topk", range(5)), SLOW, **step)[-1].codecs == codecs("int8", range(5))
+
+
+def test_what_loses_more_of_real_gradients_than_is_allowed_is_given_up():
+    made = compression()
+    choice = rounds(made, codecs("none"), SLOW)[-1]
+    step = {"besides_s": choice.step_s - STEP["compute_s"]}
+    made.observe_error(2, "topk", 0.9)
+    assert rounds(made, choice.codecs, SLOW, 5, **step) == [None] * 5
+    made.observe_error(2, "topk", 0.99)
+    assert rounds(made, choice.codecs, SLOW, **step)[-1].codecs == codecs("int8")
+
+
+def test_steps_that_take_much_longer_than_was_promised_are_a_reason_to_think_again():
+    made = compression()
+    assert rounds(made, codecs("none"), FAST, 5, besides_s=0.001) == [None] * 5
+    said = rounds(made, codecs("none"), SLOW, 10 * ROUNDS)
+    assert [choice.codecs for choice in said if choice][:1] == [codecs("topk")]
+
+
+def test_a_scoreboard_issues_the_choice_with_shares_and_scores_as_they_are():
+    board = Scoreboard(balance=False, compression=compression(slots=range(3)))
+    board.global_batch_size = 12
+    for slot in range(3):
+        board.introduce(slot, Profile(hardware="x", device="cpu", cores=1, num_threads=1,
+                                      flops={"fp32": Measurement(1e9, 0.0, 3)}))  # fmt: skip
+    table = None
+    for _ in range(20):
+        for slot in range(3):
+            others = {peer: (0.5, 0.5 * 4 * ELEMENTS * SLOW) for peer in range(3) if peer != slot}
+            board.observe_paths(slot, others, 4 * ELEMENTS)
+            board.observe(slot, 4, 0.05, 1.5)
+        table = table or board.better(range(3), dict.fromkeys(range(3), 4))
+    assert table is not None
+    assert table.codecs == codecs("topk", range(3))
+    assert table.shares == dict.fromkeys(range(3), 4) and set(table.lr_scales.values()) == {1.0}
+    now = dict.fromkeys(range(3), 4)
+    assert board.expected_samples_per_s(now) == pytest.approx(12 / 0.05)  # What messages took before says nothing now.
+
+
+def test_paths_tell_seconds_of_a_byte_whatever_a_gradient_takes():
+    from raytrain_het.fleet.paths import Paths
+
+    paths = Paths()
+    for _ in range(NUM_LOOKS):
+        paths.observe(0, {1: (1.0, 2.0)}, 1000)
+        paths.observe(1, {0: (1.0, 0.5)}, 250)
+    assert paths.byte_s([0, 1]) == pytest.approx({0: 0.002, 1: 0.002})
+    paths.observe(0, {1: (1.0, 1.0)}, 10)  # Another codec: what was seen of its messages does not count any more.
+    assert paths.byte_s([0, 1]) == {}
+
+
+def test_costs_are_measured_of_every_codec_that_auto_knows():
+    costs = codec_costs((word, CODECS[word]) for word in AUTO_CODECS)
+    assert costs["none"] == CodecCost(4.0, 0.0, 0.0, 0.0)
+    sizes, errors = [cost.num_bytes for cost in costs.values()], [cost.error for cost in costs.values()]
+    assert sizes == sorted(sizes, reverse=True) and errors == sorted(errors)
+    assert all(cost.encode_s > 0 and cost.decode_s > 0 for word, cost in costs.items() if word not in ("none", "bf16"))
+    assert costs["topk"].error < 0.97

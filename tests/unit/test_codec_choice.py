@@ -1,0 +1,87 @@
+"""The choice of codecs against what can be worked out by hand and by trying all of them."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytrain_het.allocation.codec_choice import ALIKE, MIN_GAIN, CodecCost, Fleet, choose, predict
+
+PLAIN = CodecCost(4.0, 0.0, 0.0, 0.0)
+HALF = CodecCost(2.0, 1e-10, 1e-10, 0.002)
+SMALL = CodecCost(0.5, 1e-9, 1e-9, 0.12)
+TINY = CodecCost(0.03, 3e-9, 1e-9, 0.95)
+COSTS = {"plain": PLAIN, "half": HALF, "small": SMALL, "tiny": TINY}
+ALLOWED = list(COSTS)
+MBIT = 8e-6
+
+
+def fleet(*rates_mbit, num_elements=4_000_000, **others):
+    size = len(rates_mbit)
+    byte_s = [MBIT / rate for rate in rates_mbit]
+    return Fleet(num_elements, [COSTS] * size, byte_s, [1.0] * size, **others)
+
+
+def test_equal_links_carry_what_an_all_reduce_by_owners_sends():
+    """``2 (N - 1) / N`` of the gradient, each way."""
+    prediction = predict(fleet(100, 100, 100, 100, compute_s=0.1), ["plain"] * 4)
+    assert prediction.num_bytes == pytest.approx([1.5 * 16e6] * 4)
+    assert prediction.exchange_s == pytest.approx(1.5 * 16e6 * MBIT / 100)
+    assert prediction.step_s == pytest.approx(0.1 + prediction.exchange_s)
+
+
+def test_coding_takes_its_time_before_and_after():
+    fast = fleet(1e6, 1e6)
+    prediction = predict(fast, ["small", "small"])
+    # All is encoded once; decoded are half of the other's, the other's means, and the own means.
+    assert prediction.exchange_s == pytest.approx(4e6 * (1e-9 + (0.5 + 0.5 + 0.5) * 1e-9), rel=0.01)
+
+
+def test_what_passes_beside_the_backward_pass_costs_nothing():
+    hidden = fleet(100, 100, hidden_s=10.0, compute_s=0.2)
+    assert predict(hidden, ["plain"] * 2).step_s == 0.2
+    assert choose(hidden, ALLOWED, 1.0) == ("plain", "plain")
+
+
+def test_a_single_worker_sends_nothing():
+    assert predict(fleet(1), ["plain"]).exchange_s == 0.0
+    assert choose(fleet(1), ALLOWED, 1.0) == ("plain",)
+
+
+def test_fast_links_are_left_alone():
+    assert choose(fleet(*[1e6] * 4, compute_s=0.02), ALLOWED, 1.0) == ("plain",) * 4
+
+
+def test_slow_links_take_the_strongest_codec_that_may_lose_so_much():
+    slow = fleet(20, 20, 20, 20, compute_s=0.02)
+    assert choose(slow, ALLOWED, 1.0) == ("tiny",) * 4
+    assert choose(slow, ALLOWED, 0.2) == ("small",) * 4
+    assert choose(slow, ALLOWED, 0.0) == ("plain",) * 4
+
+
+def test_one_slow_link_does_not_make_the_others_lose_more_than_helps_it():
+    """What fast workers send of their own gradients goes to each other only, if the slow one owns nothing; the slow
+    one receives their means."""
+    mixed = fleet(2000, 2000, 2000, 10, compute_s=0.02)
+    chosen = choose(mixed, ALLOWED, 1.0)
+    single = min((predict(mixed, [word] * 4).step_s, word) for word in ALLOWED)
+    assert predict(mixed, chosen).step_s <= (1 + ALIKE) ** 4 * single[0]
+    assert chosen[3] == "tiny"
+
+
+def test_a_gain_of_less_than_a_twentieth_is_not_worth_a_loss():
+    nearly = fleet(100, 100, compute_s=0.0)
+    long = fleet(100, 100, compute_s=20 * predict(nearly, ["plain"] * 2).exchange_s)
+    assert choose(long, ALLOWED, 1.0) == ("plain", "plain")
+
+
+@given(st.lists(st.floats(1, 1e5), min_size=2, max_size=3), st.floats(0, 1), st.floats(0.001, 1))
+def test_no_other_choice_is_much_better(rates, error, compute_s):
+    """Of all combinations. Workers change one after another, so a joint change of several may be missed, by little."""
+    some = fleet(*rates, compute_s=compute_s)
+    chosen = choose(some, ALLOWED, error)
+    assert all(COSTS[word].error <= error or word == "plain" for word in chosen)
+    within = [word for word in ALLOWED if COSTS[word].error <= error or word == "plain"]
+    best_s = min(predict(some, each).step_s for each in itertools.product(within, repeat=len(rates)))
+    assert predict(some, chosen).step_s <= (1 + MIN_GAIN) * (1 + ALIKE) ** len(rates) * best_s * (1 + 1e-9)
