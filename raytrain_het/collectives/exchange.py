@@ -292,7 +292,7 @@ class Exchange:
             if stop > start:
                 mine = owner == self.rank
                 payload = self._gather_in[bucket.index].buffer if mine else self._gathered[bucket.index].buffer[place:]
-                self._decode(owner, bucket, payload, out[start:stop])
+                self._decode(owner, payload, bucket, out[start:stop])
             place += length
 
     # ---------------------------------------------------------------- inside
@@ -323,26 +323,38 @@ class Exchange:
         if not sent:
             total.zero_()
             return
-        first = self._values(*sent[0], bucket, total)
+        first = self._seen(*sent[0], bucket)
+        if first is None:
+            self._decode(*sent[0], bucket, total)
+            first = total
         for sender, body in sent[1:]:
-            first = torch.add(first, self._values(sender, body, bucket, self._scratch[bucket.dtype]), out=total)
+            values = self._seen(sender, body, bucket)
+            if values is not None:
+                first = torch.add(first, values, out=total)
+            else:
+                if first is not total:
+                    total.copy_(first)
+                    first = total
+                self._decode(sender, body, bucket, total, add=True)
         if first is not total:
             total.copy_(first)
 
-    def _values(self, sender: int, body: torch.Tensor, bucket: Bucket, room: torch.Tensor) -> torch.Tensor:
-        """A sender's part of the owned shard: seen in place if that can be, else decoded into ``room``."""
+    def _seen(self, sender: int, body: torch.Tensor, bucket: Bucket) -> torch.Tensor | None:
+        """A sender's part of the owned shard, in its message, if it can be seen there."""
         codec, (start, stop) = self._codec(sender, bucket), self._plans[bucket.index].bounds[self.rank]
         codec = self._dense if sender == self.rank else codec
-        values = codec.in_place(body[: codec.capacity_bytes(stop - start, bucket.dtype)], bucket.dtype)
-        if values is None:
-            values = room[: stop - start]
-            self._decode(sender, bucket, body, values)
-        return values
+        return codec.in_place(body[: codec.capacity_bytes(stop - start, bucket.dtype)], bucket.dtype)
 
-    def _decode(self, sender: int, bucket: Bucket, payload: torch.Tensor, out: torch.Tensor) -> None:
+    def _decode(
+        self, sender: int, payload: torch.Tensor, bucket: Bucket, out: torch.Tensor, *, add: bool = False
+    ) -> None:
         codec = self._codec(sender, bucket)
+        payload = payload[: codec.capacity_bytes(out.numel(), bucket.dtype)]
         try:
-            codec.decode(payload[: codec.capacity_bytes(out.numel(), bucket.dtype)], out)
+            if add:
+                codec.add(payload, out, self._scratch[bucket.dtype][: out.numel()])
+            else:
+                codec.decode(payload, out)
         except ProtocolError as error:
             names = [s.name for s in bucket.segments]
             raise ProtocolError(

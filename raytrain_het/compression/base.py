@@ -84,6 +84,11 @@ class Codec(abc.ABC):
             ProtocolError: the payload does not decode.
         """
 
+    def add(self, payload: torch.Tensor, total: torch.Tensor, scratch: torch.Tensor) -> None:
+        """Add what a payload decodes to to ``total`` (n,); ``scratch`` (n,) may be written over."""
+        self.decode(payload, scratch)
+        total.add_(scratch)
+
 
 _HEAD_BYTES = 16
 """True length of what follows and the key, 4 bytes each; a checksum."""
@@ -140,21 +145,33 @@ class PackedCodec(Codec):
         head[0], head[1] = first, _checksum(first, body)
 
     def decode(self, payload: torch.Tensor, out: torch.Tensor) -> None:
+        body, shared_key = self._opened(payload, out.numel())
+        values = out
+        if out.dtype != torch.float32 or out.device != payload.device:
+            values = torch.empty(out.numel(), dtype=torch.float32, device=payload.device)
+        self.unpack(body, shared_key, values)
+        if values is not out:
+            out.copy_(values)
+
+    def add(self, payload: torch.Tensor, total: torch.Tensor, scratch: torch.Tensor) -> None:
+        if total.dtype != torch.float32 or total.device != payload.device:
+            super().add(payload, total, scratch)
+            return
+        body, shared_key = self._opened(payload, total.numel())
+        self.unpack_and_add(body, shared_key, total, scratch)
+
+    def _opened(self, payload: torch.Tensor, num_elements: int) -> tuple[torch.Tensor, int]:
+        """The body, and the shared key, if all is as it was sent."""
         body = payload[_HEAD_BYTES:]
         first, checksum = payload[:_HEAD_BYTES].view(torch.int64).tolist()
         length, shared_key = first & 0xFFFFFFFF, first >> 32
-        most = self.body_bytes(out.numel())
+        most = self.body_bytes(num_elements)
         if checksum != _checksum(first, body) or length > most or (length < most and not self.length_varies):
             raise ProtocolError(
                 f"a payload of {payload.numel()} bytes in codec {self.name!r} does not decode: its checksum or its "
                 "length is wrong. It was damaged on its way, or sender and receiver run different versions."
             )
-        values = out
-        if out.dtype != torch.float32 or out.device != payload.device:
-            values = torch.empty(out.numel(), dtype=torch.float32, device=payload.device)
-        self.unpack(body[:length], shared_key, values)
-        if values is not out:
-            out.copy_(values)
+        return body[:length], shared_key
 
     @abc.abstractmethod
     def body_bytes(self, num_elements: int) -> int:
@@ -171,6 +188,11 @@ class PackedCodec(Codec):
     @abc.abstractmethod
     def unpack(self, body: torch.Tensor, shared_key: int, out: torch.Tensor) -> None:
         """Decode ``body`` (length,) uint8 into ``out`` (n,) fp32."""
+
+    def unpack_and_add(self, body: torch.Tensor, shared_key: int, total: torch.Tensor, scratch: torch.Tensor) -> None:
+        """Add what :meth:`unpack` would give to ``total`` (n,) fp32; ``scratch`` (n,) may be written over."""
+        self.unpack(body, shared_key, scratch)
+        total.add_(scratch)
 
 
 def mix(*parts: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import float32, int32, int64, njit, uint8, uint32
+from numba import float32, int8, int32, int64, njit, uint8, uint16, uint32
 
 TINY = np.float32(2.0**-119)
 """Below that a block counts as zeros: its scale would be a denormal number."""
@@ -41,7 +41,7 @@ def round_blocks(
     """Each block of ``y`` to whole numbers from ``-levels`` to ``levels``, rounded up or down by chance."""
     fed, word, inverse_weight = residual.size > 0, np.empty(1, np.int32), float32(1) / weight
     value, source = word.view(np.float32), error if fed else x
-    bits = source.view(np.int32)
+    bits, limit, above_zero = source.view(np.int32), float32(levels) + float32(0.5), float32(levels + 1)
     for b in range((x.size + block - 1) // block):
         low = b * block
         m = min(block, x.size - low)
@@ -50,10 +50,11 @@ def round_blocks(
             own_x, own_residual = x[low : low + m], residual[low : low + m]
             for i in range(m):
                 own[i] = own_x[i] + weight * own_residual[i]
-        top = int32(0)
+        top = uint32(0)
         for i in range(m):  # Of the bits, which goes by the vector; they are in the order of the absolute values.
-            top = max(top, own_bits[i] & int32(0x7FFFFFFF))
-        word[0] = top
+            absolute = uint32(uint32(own_bits[i]) & uint32(0x7FFFFFFF))
+            top = absolute if absolute > top else top
+        word[0] = int32(top)
         largest = value[0]
         if largest > TINY:
             inverse, scale = float32(levels) / largest, largest / float32(levels)
@@ -66,8 +67,9 @@ def round_blocks(
             h = uint32(uint32(h ^ uint32(h >> uint32(16))) * uint32(0x45D9F3B))
             h = uint32(h ^ uint32(h >> uint32(13)))
             chance = float32(int32(h >> uint32(8))) * float32(2.0**-24)
-            v = int32(np.floor(own[i] * inverse + chance))
-            own_q[i] = min(max(v, -levels), levels)
+            number = own[i] * inverse + chance
+            number = number if number < limit else limit
+            own_q[i] = int8(int32(int32(number + above_zero) - levels - 1))  # Down, as that is cut off.
         if fed:
             for i in range(m):
                 own[i] = (own[i] - float32(own_q[i]) * scale) * inverse_weight
@@ -164,28 +166,107 @@ def give_signs(packed: Array, block: int, scales: Array, out: Array) -> None:
                 part[i] = scale if own_packed[i] >> uint8(k) & uint8(1) else -scale
 
 
-@_compiled("int64(float32[::1],float32,int32[::1],float32[::1],float32[::1],float32)")
-def above(x: Array, threshold: float, places: Array, residual: Array, error: Array, weight: float) -> int:
-    """Where ``|y| >= threshold``, in order, as many as there is room for; returns how many. ``error`` becomes ``y``."""
-    fed, word, found, room = residual.size > 0, np.empty(1, np.float32), 0, places.size - 1
+@_compiled("int64(float32[::1],float32,int32[::1],float32[::1],float32[::1],float32[::1],float32)")
+def above(x: Array, threshold: float, places: Array, kept: Array, residual: Array, left: Array, weight: float) -> int:
+    """Where ``|y| >= threshold``, in order, and these values, as many as there is room for; returns how many. ``left``
+    becomes ``y / weight``: as if nothing were sent."""
+    fed, found, room, inverse_weight = residual.size > 0, 0, places.size - 1, float32(1) / weight
+    word, y, hits = np.empty(1, np.float32), np.zeros(64, np.float32), np.empty(64, np.uint8)
     word[0] = threshold
-    least, source = word.view(np.int32)[0], error if fed else x
-    bits = source.view(np.int32)
-    for low in range(0, x.size, 32):
-        m = min(32, x.size - low)
-        own, own_bits = source[low : low + m], bits[low : low + m]
-        if fed:
-            own_x, own_residual = x[low : low + m], residual[low : low + m]
+    least, bits, groups = word.view(np.uint32)[0], y.view(np.uint32), hits.view(np.uint64)
+    for low in range(0, x.size, 64):
+        m = min(64, x.size - low)
+        own = x[low : low + m]
+        if m < 64:
+            y[:] = 0
+        if not fed:
+            y[:m] = own
+        elif m == 64:  # Said apart, so that it goes by the vector and without a rest.
+            own_residual, own_left = residual[low : low + 64], left[low : low + 64]
+            for i in range(64):
+                value = own[i] + weight * own_residual[i]
+                y[i] = value
+                own_left[i] = value * inverse_weight
+        else:
             for i in range(m):
-                own[i] = own_x[i] + weight * own_residual[i]
-        top = int32(0)
-        for i in range(m):
-            top = max(top, own_bits[i] & int32(0x7FFFFFFF))
-        if top >= least:  # Most have none.
-            for i in range(m):
-                places[found] = low + i
-                found = min(found + ((own_bits[i] & int32(0x7FFFFFFF)) >= least), room)
+                y[i] = own[i] + weight * residual[low + i]
+                left[low + i] = y[i] * inverse_weight
+        top = uint32(0)
+        for i in range(64):
+            absolute = uint32(bits[i] & uint32(0x7FFFFFFF))
+            top = absolute if absolute > top else top
+        if top < least:  # Most have none, with few elements to keep.
+            continue
+        for i in range(64):
+            hits[i] = uint32(bits[i] & uint32(0x7FFFFFFF)) >= least
+        for g in range(8):
+            if groups[g] != 0:
+                for i in range(8 * g, 8 * g + 8):
+                    places[found] = low + i
+                    kept[found] = y[i]
+                    found = min(found + hits[i], room)
     return found
+
+
+@_compiled("void(int32[::1],int32,int32[::1],uint16[::1])")
+def write_places(places: Array, chunk: int, counts: Array, low_halves: Array) -> None:
+    """How many there are in each chunk, and each place in its chunk."""
+    for c in range(counts.size):
+        counts[c] = 0
+    for i in range(places.size):
+        counts[places[i] // chunk] += 1
+        low_halves[i] = uint16(places[i] % chunk)
+
+
+@_compiled("int64(int32[::1],int32,uint16[::1],int64,int32[::1])")
+def read_places(counts: Array, chunk: int, low_halves: Array, num_elements: int, places: Array) -> int:
+    """The inverse; returns how many places are good: they grow, and are below the number of elements."""
+    found, last = 0, -1
+    for c in range(counts.size):
+        for _ in range(counts[c]):
+            if found == places.size:
+                return -1
+            place = c * chunk + int64(low_halves[found])
+            if place <= last or place >= num_elements:
+                return -1
+            places[found] = last = place
+            found += 1
+    return found
+
+
+@_compiled("void(int32[::1],uint8[::1])")
+def write_bits(places: Array, packed: Array) -> None:
+    """Bit ``i % 8`` of byte ``i // 8`` for place ``i``."""
+    packed[:] = 0
+    for i in range(places.size):
+        packed[places[i] >> 3] |= uint8(1 << (places[i] & 7))
+
+
+@_compiled("int64(uint8[::1],int64,int32[::1])")
+def read_bits(packed: Array, num_elements: int, places: Array) -> int:
+    """The inverse; returns how many places there are, -1 if not as many as there is room for."""
+    found, room = 0, places.size
+    for b in range(packed.size):
+        byte = packed[b]
+        if byte != 0:
+            for k in range(8):
+                if byte >> uint8(k) & uint8(1):
+                    if found == room or 8 * b + k >= num_elements:
+                        return -1
+                    places[found] = 8 * b + k
+                    found += 1
+    return found
+
+
+@_compiled("void(int32[::1],float32[::1],float32[::1],boolean)")
+def put(places: Array, values: Array, out: Array, add: bool) -> None:
+    """``out[places] = values``, or ``+=``."""
+    if add:
+        for i in range(places.size):
+            out[places[i]] += values[i]
+    else:
+        for i in range(places.size):
+            out[places[i]] = values[i]
 
 
 @_compiled("int64(int64[::1])")
