@@ -67,7 +67,7 @@ def round_blocks(
             h = uint32(uint32(h ^ uint32(h >> uint32(16))) * uint32(0x45D9F3B))
             h = uint32(h ^ uint32(h >> uint32(13)))
             chance = float32(int32(h >> uint32(8))) * float32(2.0**-24)
-            number = own[i] * inverse + chance
+            number: Any = own[i] * inverse + chance
             number = number if number < limit else limit
             own_q[i] = int8(int32(int32(number + above_zero) - levels - 1))  # Down, as that is cut off.
         if fed:

@@ -12,7 +12,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from raytrain_het.collectives.layout import SMALL
 from raytrain_het.compression import CODECS, codec_costs
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, LoopOrderError, RunFailedError
+from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
@@ -294,8 +294,13 @@ class Session:
         """What codecs cost here, and how much there is to encode: for who chooses one."""
         assert self.gradients is not None
         costs = codec_costs((word, CODECS[word]) for word in self.config.possible_codecs)
+        slower = 1 / min(1.0, cpu_limit().cores)
+        told = {
+            word: [cost.num_bytes, slower * cost.encode_s, slower * cost.decode_s, cost.error]
+            for word, cost in costs.items()
+        }
         num_elements = sum(b.numel for b in self.gradients.layout.buckets if not b.is_dense)
-        return {"costs": {k: list(astuple(cost)) for k, cost in costs.items()}, "num_elements": num_elements}
+        return {"costs": told, "num_elements": num_elements}
 
     # ---------------------------------------------------------------- the end
 
