@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="override a key of the job, such as global_batch_size=1024 or workers=auto; may be repeated",
     )
+    probe.add_argument(
+        "--compression",
+        action="store_true",
+        help="also predict the job's steps and bytes with each codec, and what compression=auto would choose",
+    )
     probe.add_argument("--json", action="store_true", dest="as_json", help="one JSON object on stdout, nothing else")
     probe.set_defaults(run=_probe)
     return parser
@@ -197,7 +202,8 @@ def _probe(arguments: argparse.Namespace) -> int:
         from raytrain_het.jobs.probe import run_probe
         from raytrain_het.jobs.probe_report import show
 
-        show(run_probe(job=job, address=arguments.address, say=say), as_json=arguments.as_json)
+        found = run_probe(job=job, address=arguments.address, say=say, compression=arguments.compression)
+        show(found, as_json=arguments.as_json)
     except (ConfigError, ResourceError) as error:
         return _failed(arguments, f"raytrain-het: {error}", 2)
     except HetError as error:

@@ -108,6 +108,11 @@ class Layout:
         dtype = wire_dtype(named[0][1].dtype)
         self.buckets.append(Bucket(len(self.buckets), dtype, tuple(segments), is_state, is_dense))
 
+    @property
+    def num_compressed(self) -> int:
+        """Elements that do not travel as they are whatever the codec."""
+        return sum(bucket.numel for bucket in self.buckets if not bucket.is_dense)
+
     @cached_property
     def fingerprint(self) -> str:
         """Short digest of all names, shapes and places; equal on all workers of a run."""

@@ -14,16 +14,17 @@ NUM_ELEMENTS = 1 << 17
 REPEATS = 3
 
 
-def codec_costs(codecs: Iterable[tuple[str, Codec]]) -> dict[str, CodecCost]:
+def codec_costs(codecs: Iterable[tuple[str, Codec]], *, cores: float) -> dict[str, CodecCost]:
     """By name, on one thread of the CPU, where messages are made: the least of a few runs, in some ten milliseconds.
 
-    Seconds are CPU time: while a run starts, all else on the machine is busy too, and says nothing of later.
+    Seconds are CPU time over the cores that there are, at most one: while a run starts, all else on the machine is
+    busy too, and says nothing of later.
     """
     x = torch.randn(NUM_ELEMENTS, generator=torch.Generator().manual_seed(0))
-    return {name: _cost(codec, x) for name, codec in codecs}
+    return {name: _cost(codec, x, 1 / min(1.0, cores)) for name, codec in codecs}
 
 
-def _cost(codec: Codec, x: torch.Tensor) -> CodecCost:
+def _cost(codec: Codec, x: torch.Tensor, slower: float) -> CodecCost:
     codec.prepare()
     size = codec.capacity_bytes(x.numel(), x.dtype)
     payload, out = torch.empty(size, dtype=torch.uint8), torch.empty_like(x)
@@ -38,7 +39,8 @@ def _cost(codec: Codec, x: torch.Tensor) -> CodecCost:
         between = time.thread_time()
         codec.decode(payload, out)
         encode_s, decode_s = min(encode_s, between - began), min(decode_s, time.thread_time() - between)
-    return CodecCost(size / x.numel(), encode_s / x.numel(), decode_s / x.numel(), relative_error(x, out))
+    by_element = slower / x.numel()
+    return CodecCost(size / x.numel(), by_element * encode_s, by_element * decode_s, relative_error(x, out))
 
 
 def relative_error(x: torch.Tensor, decoded: torch.Tensor) -> float:

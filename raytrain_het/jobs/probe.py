@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from raytrain_het.allocation.codec_choice import CodecCost, Fleet
+from raytrain_het.codec_options import AUTO, AUTO_CODECS
 from raytrain_het.errors import ConfigError
+from raytrain_het.fleet.codec_advice import CodecAdvice, codec_advice
 from raytrain_het.fleet.links import Link, probe_links, slowest_link
 from raytrain_het.fleet.prediction import Advice, Machine, advice
 from raytrain_het.fleet.profile import Profile
@@ -46,6 +49,8 @@ class ModelResult:
     workers: list[Device]
     """One per worker; the profile holds its step."""
     advice: Advice
+    codecs: CodecAdvice | None = None
+    """If asked for."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class ProbeResult:
 
 def run_probe(
     *, job: JobConfig | None = None, address: str | None = None, say: Say = print,
-    seconds_each: float = SECONDS_EACH, step_seconds: float = STEP_SECONDS,
+    seconds_each: float = SECONDS_EACH, step_seconds: float = STEP_SECONDS, compression: bool = False,
 ) -> ProbeResult:  # fmt: skip
     """Measure a cluster, or this machine where none is named, by ``address`` or ``RAY_ADDRESS``.
 
@@ -70,11 +75,14 @@ def run_probe(
         say: told what is being done.
         seconds_each: for each quantity of a device.
         step_seconds: for the job's step.
+        compression: predict every codec for the job, too.
 
     Raises:
-        ConfigError: the job cannot be measured here.
+        ConfigError: ``compression`` without a job; or the job cannot be measured here.
         ResourceError: the cluster cannot hold its workers.
     """
+    if compression and job is None:
+        raise ConfigError("--compression predicts steps of a job: add --model JOB.yaml")
     if job is not None:
         job = with_absolute_paths(job)
         _global_batch_size(job)
@@ -84,18 +92,19 @@ def run_probe(
 
         with ray_session(address, num_cpus=1), ray_workers(job, say) as workers:
             devices = _hardware_of(workers, seconds_each, say)
-            return _finish(devices, job, workers, step_seconds, say)
+            return _finish(devices, job, workers, step_seconds, say, compression)
     _warn_if_busy(say)
     devices = _local_hardware(seconds_each, say)
     with local_workers(job, say) as workers:
-        return _finish(devices, job, workers, step_seconds, say)
+        return _finish(devices, job, workers, step_seconds, say, compression)
 
 
 def _finish(
-    devices: list[Device], job: JobConfig | None, workers: Sequence[Handle], seconds: float, say: Say
-) -> ProbeResult:
+    devices: list[Device], job: JobConfig | None, workers: Sequence[Handle], seconds: float, say: Say,
+    compression: bool,
+) -> ProbeResult:  # fmt: skip
     links = _links(workers, say)
-    model = _model(job, workers, links, seconds, say) if job is not None else None
+    model = _model(job, workers, links, seconds, say, compression) if job is not None else None
     return ProbeResult(devices, links, model)
 
 
@@ -147,7 +156,9 @@ def _links(workers: Sequence[Handle], say: Say) -> Links:
     return {(members[i].node, members[j].node): link for (i, j), link in probe_links(members).items()}
 
 
-def _model(job: JobConfig, workers: Sequence[Handle], links: Links, seconds: float, say: Say) -> ModelResult:
+def _model(
+    job: JobConfig, workers: Sequence[Handle], links: Links, seconds: float, say: Say, compression: bool
+) -> ModelResult:
     batch, count = _global_batch_size(job), len(workers)
     if batch < count:
         raise ConfigError(
@@ -176,15 +187,31 @@ def _model(job: JobConfig, workers: Sequence[Handle], links: Links, seconds: flo
                 spread=spread,
             )
         )
+    advised = advice(
+        machines, global_batch_size=batch, gradient_bytes=gradient_bytes, max_batch_size=BATCH_BOUND * batch
+    )
     return ModelResult(
         job=job,
         global_batch_size=batch,
         gradient_bytes=gradient_bytes,
         workers=[Device(worker.node, profile) for worker, (profile, _) in zip(workers, measured, strict=True)],
-        advice=advice(
-            machines, global_batch_size=batch, gradient_bytes=gradient_bytes, max_batch_size=BATCH_BOUND * batch
-        ),
+        advice=advised,
+        codecs=_codecs(job, workers, machines, advised, say) if compression else None,
     )
+
+
+def _codecs(
+    job: JobConfig, workers: Sequence[Handle], machines: Sequence[Machine], advised: Advice, say: Say
+) -> CodecAdvice:
+    say("measuring the codecs on all workers at once")
+    told: list[tuple[dict[str, CodecCost], int]] = call_all(workers, "codecs")
+    fleet = Fleet(
+        num_elements=told[0][1], costs=[costs for costs, _ in told],
+        byte_s=[1 / machine.bandwidth for machine in machines], speeds=list(advised.solo_samples_per_s),
+        compute_s=advised.prediction.compute_s + advised.prediction.chance_s,
+    )  # fmt: skip
+    error = job.het.compression_error
+    return codec_advice(fleet, AUTO_CODECS, error if error is not None else AUTO["error"].default)
 
 
 def _global_batch_size(job: JobConfig) -> int:

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from raytrain_het.fleet.codec_advice import CodecAdvice
 from raytrain_het.fleet.links import Link
 from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.fleet.scores import scores
@@ -80,6 +81,21 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
         "best_samples_per_s": given.best_samples_per_s,
         "enough_global_batch_size": given.enough_batch_size,
         "max_global_batch_size": BATCH_BOUND * model.global_batch_size,
+        "compression": _codecs_json(model.codecs) if model.codecs is not None else None,
+    }  # fmt: skip
+
+
+def _codecs_json(advice: CodecAdvice) -> dict[str, Any]:
+    return {
+        "codecs": [
+            {
+                "codec": word, "bytes": max(prediction.num_bytes), "step_s": prediction.step_s,
+                "messages_s": prediction.exchange_s, "break_even_bytes_per_s": advice.break_even.get(word),
+                "error": max(costs[word].error for costs in advice.fleet.costs),
+            }
+            for word, prediction in advice.by_codec.items()
+        ],
+        "chosen": list(advice.chosen), "step_s": advice.step_s, "why": advice.why,
     }  # fmt: skip
 
 
@@ -92,6 +108,8 @@ def tables(result: ProbeResult) -> RenderableType:
         parts.append(_link_table(result.links))
     if result.model is not None:
         parts += [_worker_table(result.model), *_sentences(result.model)]
+        if result.model.codecs is not None:
+            parts += [_codec_table(result.model.codecs), *_codec_sentences(result.model.codecs)]
     return Group(*parts)
 
 
@@ -164,6 +182,27 @@ def _worker_table(model: ModelResult) -> Table:
             "-" if math.isinf(given.gains[i]) else f"{given.gains[i]:.3g}",
         )  # fmt: skip
     return table
+
+
+def _codec_table(advice: CodecAdvice) -> Table:
+    table = _table("Codecs, if all workers used one: bytes are what the busiest worker sends in a step")
+    table.add_column("codec", overflow="fold")
+    for name in ("bytes", "step ms", "of it messages", "loses of a message", "shorter steps below B/s"):
+        table.add_column(name, justify="right")
+    for word, prediction in advice.by_codec.items():
+        below = advice.break_even.get(word)
+        error = max(costs[word].error for costs in advice.fleet.costs)
+        table.add_row(
+            word, _rate(max(prediction.num_bytes)), f"{1000 * prediction.step_s:.4g}",
+            f"{1000 * prediction.exchange_s:.3g}", f"{error:.2g}", "-" if below is None else _rate(below),
+        )  # fmt: skip
+    return table
+
+
+def _codec_sentences(advice: CodecAdvice) -> list[str]:
+    words = list(dict.fromkeys(advice.chosen))
+    chosen = words[0] if len(words) == 1 else ", ".join(f"{word} on worker {i}" for i, word in enumerate(advice.chosen))
+    return [f"compression=auto would choose {chosen}: {advice.why}"]
 
 
 def _sentences(model: ModelResult) -> list[str]:

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from raytrain_het.allocation.codec_choice import CodecCost
+from raytrain_het.codec_options import AUTO_CODECS
+from raytrain_het.compression import CODECS, codec_costs
 from raytrain_het.config import HetConfig
 from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.fleet.links import Address, Link, LinkServer, probe_link
@@ -64,6 +67,12 @@ class ProbeWorker:
             num_threads=torch.get_num_threads(), step=cost,
         )  # fmt: skip
         return profile, statistics.median(measured.spread for measured in times.values())
+
+    def codecs(self) -> tuple[dict[str, CodecCost], int]:
+        """What ``auto``'s codecs cost here, and how many elements of the prepared job's gradient they save bytes of."""
+        assert self._step is not None
+        costs = codec_costs(((word, CODECS[word]) for word in AUTO_CODECS), cores=cpu_limit().cores)
+        return costs, self._step.num_compressed
 
     def listen(self) -> Address:
         """See :class:`raytrain_het.fleet.links.Member`."""

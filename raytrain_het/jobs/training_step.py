@@ -54,8 +54,16 @@ class TrainingStep:
         """Under which a run of this model looks for what its steps take."""
         return step_key(self.model, len(self._order), self.micro_batch_size)
 
+    @property
+    def num_compressed(self) -> int:
+        """Elements of its gradient that codecs save bytes of."""
+        return self._layout(small_apart=True).num_compressed
+
+    def _layout(self, *, small_apart: bool) -> Layout:
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return Layout(named, [], 1, small_apart=small_apart)
+
     def gradient_bytes(self, codec: str) -> int:
         """What a whole gradient takes on the wire."""
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        layout = Layout(named, [], 1, small_apart=CODECS[codec].spares_small)
+        layout = self._layout(small_apart=CODECS[codec].spares_small)
         return sum(CODECS["none" if b.is_dense else codec].capacity_bytes(b.numel, b.dtype) for b in layout.buckets)

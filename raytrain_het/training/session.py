@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -293,14 +294,12 @@ class Session:
     def _codecs_told(self) -> dict[str, Any]:
         """What codecs cost here, and how much there is to encode: for who chooses one."""
         assert self.gradients is not None
-        costs = codec_costs((word, CODECS[word]) for word in self.config.possible_codecs)
-        slower = 1 / min(1.0, cpu_limit().cores)
-        told = {
-            word: [cost.num_bytes, slower * cost.encode_s, slower * cost.decode_s, cost.error]
-            for word, cost in costs.items()
+        codecs = ((word, CODECS[word]) for word in self.config.possible_codecs)
+        costs = codec_costs(codecs, cores=cpu_limit().cores)
+        return {
+            "costs": {word: list(astuple(cost)) for word, cost in costs.items()},
+            "num_elements": self.gradients.layout.num_compressed,
         }
-        num_elements = sum(b.numel for b in self.gradients.layout.buckets if not b.is_dense)
-        return {"costs": told, "num_elements": num_elements}
 
     # ---------------------------------------------------------------- the end
 

@@ -114,7 +114,7 @@ def test_paths_tell_seconds_of_a_byte_whatever_a_gradient_takes():
 
 
 def test_costs_are_measured_of_every_codec_that_auto_knows():
-    costs = codec_costs((word, CODECS[word]) for word in AUTO_CODECS)
+    costs = codec_costs(((word, CODECS[word]) for word in AUTO_CODECS), cores=1)
     assert costs["none"] == CodecCost(4.0, 0.0, 0.0, 0.0)
     sizes, errors = [cost.num_bytes for cost in costs.values()], [cost.error for cost in costs.values()]
     assert sizes == sorted(sizes, reverse=True) and errors == sorted(errors)

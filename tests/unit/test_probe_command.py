@@ -12,6 +12,7 @@ import pytest
 
 from raytrain_het.allocation.batch_shares import StepCost
 from raytrain_het.cli import main
+from raytrain_het.codec_options import AUTO_CODECS
 from raytrain_het.errors import HetError
 from raytrain_het.fleet.links import Link
 from raytrain_het.fleet.prediction import Machine, advice
@@ -54,10 +55,13 @@ def test_a_machine_that_others_keep_busy_is_said_to_be(
 
 def test_a_jobs_workers_are_measured_together_and_advice_follows(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", str(JOBS / "tabular.yaml"), "--set", "rows=1000", "--set", "global_batch_size=64"]
-    assert main(["probe", *arguments, "--json"]) == 0
+    assert main(["probe", *arguments, "--compression", "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     model = found["model"]
+    assert [entry["codec"] for entry in model["compression"]["codecs"]] == list(AUTO_CODECS)
+    assert model["compression"]["chosen"] == ["none", "none"]
+    assert model["compression"]["why"].startswith("every parameter is too small")
     assert [w["num_threads"] for w in model["workers"]] == [1, 1]
     assert sum(w["share"] for w in model["workers"]) == model["global_batch_size"] == 64
     assert model["gradient_bytes"] == 4 * 11
