@@ -52,10 +52,10 @@ def codec_advice(fleet: Fleet, codecs: Sequence[str], error: float) -> CodecAdvi
             f"{1 - by_codec[best].step_s / plain_s:.0%}"
         )
     else:
-        why = f"steps become {plain_s / step_s:.3g} times as short: {1000 * step_s:.4g} ms instead of {1000 * plain_s:.4g}"
-    return CodecAdvice(
-        fleet, by_codec, {word: _break_even(fleet, plain, word) for word in codecs[1:]}, chosen, step_s, why
-    )
+        factor = plain_s / step_s
+        why = f"steps become {factor:.3g} times as short: {1000 * step_s:.4g} ms instead of {1000 * plain_s:.4g}"
+    break_even = {word: _break_even(fleet, plain, word) for word in codecs[1:]}
+    return CodecAdvice(fleet, by_codec, break_even, chosen, step_s, why)
 
 
 def _break_even(fleet: Fleet, plain: str, word: str) -> float | None:

@@ -193,8 +193,8 @@ def _codec_table(advice: CodecAdvice) -> Table:
         below = advice.break_even.get(word)
         error = max(costs[word].error for costs in advice.fleet.costs)
         table.add_row(
-            word, _rate(max(prediction.num_bytes)), f"{1000 * prediction.step_s:.4g}",
-            f"{1000 * prediction.exchange_s:.3g}", f"{error:.2g}", "-" if below is None else _rate(below),
+            word, _si(max(prediction.num_bytes)), f"{1000 * prediction.step_s:.4g}",
+            f"{1000 * prediction.exchange_s:.3g}", f"{error:.2g}", "-" if below is None else _si(below),
         )  # fmt: skip
     return table
 

@@ -1,6 +1,7 @@
 """What is said of codecs before a run."""
 
 import dataclasses
+import io
 
 import pytest
 from rich.console import Console
@@ -48,7 +49,7 @@ def test_why_nothing_is_compressed_is_said():
 
 
 def test_the_table_fits_in_100_columns_and_names_each_workers_codec_where_they_differ():
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, record=True, file=io.StringIO())
     advice = codec_advice(SLOW, list(COSTS), 0.97)
     console.print(_codec_table(advice))
     text = console.export_text()
