@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 
 from raytrain_het.compression import Codec, relative_error
@@ -13,7 +15,7 @@ class Fidelity:
     """Of one worker. Used by its communication thread; what it has seen is taken by another."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[str, float]] = []
+        self._seen: deque[tuple[str, float]] = deque(maxlen=64)
         self._looked_at = -1
 
     def is_due(self, step: int, bucket: int, num_buckets: int) -> bool:
@@ -37,5 +39,7 @@ class Fidelity:
 
     def take(self) -> list[tuple[str, float]]:
         """Codecs and their errors since the last call."""
-        seen, self._seen = self._seen, []
+        seen = list(self._seen)
+        for _ in seen:  # In one go: another thread appends.
+            self._seen.popleft()
         return seen

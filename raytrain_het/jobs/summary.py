@@ -43,6 +43,7 @@ WORKER_KEYS = (
     "wait_s",
     "bytes_sent",
     "bytes_received",
+    "codec",
 )
 
 

@@ -66,6 +66,7 @@ def _of_peer(peer: Peer, record: Record | None) -> dict[str, Any]:
         "healed": peer.healed, "phase": peer.phase.value,
         "share": record.shares[rank] / total if record and rank is not None and total else 0.0,
         "lr_scale": record.lr_scales[rank] if record and rank is not None else None,
+        "codec": record.codecs[rank] if record and rank is not None else None,
     }  # fmt: skip
 
 

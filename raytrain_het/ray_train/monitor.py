@@ -21,7 +21,7 @@ OnUpdate = Callable[[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]
 _INTERVAL_S = 0.5
 _WORKER_KEYS = ("device", "node_ip", "batch_share", "compute_s", "wait_s", "bytes_sent", "bytes_received")
 _RUN_SPEEDS = ("effective_batch_size", "fraction_of_aggregate", "samples_per_s", "predicted_samples_per_s")
-_SPEED_KEYS = ("score", "lr_scale", "solo_samples_per_s")
+_LASTING_KEYS = ("score", "lr_scale", "solo_samples_per_s", "codec")
 
 
 class Monitor:
@@ -46,6 +46,8 @@ class Monitor:
         self._events_seen = self._reports_seen = 0
         self._stopped = threading.Event()
         self._workers: dict[int, dict[str, Any]] = {}
+        self._sent: dict[int, tuple[str, int, int]] = {}
+        """By slot: the process, its steps, and the bytes that it had sent, when they were last written down."""
         self._status: dict[str, Any] = {}
         self._last_report: dict[str, Any] = {}
         self._speeds: dict[str, float | None] = dict.fromkeys(_RUN_SPEEDS)
@@ -160,8 +162,9 @@ class Monitor:
                 self._workers[slot] = {"world_rank": slot} | {key: member.get(key) for key in _WORKER_KEYS}
                 # Not known any more once a worker has gone: what was last known of it stays.
                 self._workers[slot] |= {
-                    k: v if (v := member.get(k)) is not None else before.get(k) for k in _SPEED_KEYS
+                    k: v if (v := member.get(k)) is not None else before.get(k) for k in _LASTING_KEYS
                 }
+                self._note_traffic(member)
             # Not known any more at the end, when workers go: what was last known stays.
             self._speeds |= {k: status[k] for k in _RUN_SPEEDS if status.get(k) is not None}
         log_update(events, reports)
@@ -170,3 +173,13 @@ class Monitor:
                 self._on_update(status, events, reports)
             except Exception as error:
                 self._complain(error)
+
+    def _note_traffic(self, member: dict[str, Any]) -> None:
+        """What a worker's messages take by step, since it last told."""
+        told = (member.get("uid", ""), member.get("steps", 0), member.get("bytes_sent", 0))
+        uid, steps, sent = self._sent.get(member["slot"], ("", 0, 0))
+        if told[0] != uid:
+            self._sent[member["slot"]] = told
+        elif told[1] > steps:
+            self._sent[member["slot"]] = told
+            self._folder.add_bytes_per_step(member["slot"], (told[2] - sent) / (told[1] - steps), member["step"])

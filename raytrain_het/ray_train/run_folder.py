@@ -120,6 +120,10 @@ class RunFolder:
                 if not isinstance(value, bool) and isinstance(value, numbers.Real):
                     self._add_scalar(name, float(value), int(report.get("step", 0)))
 
+    def add_bytes_per_step(self, world_rank: int, num_bytes: float, step: int) -> None:
+        """What a worker has sent in each of its last steps, as a TensorBoard scalar."""
+        self._add_scalar(f"worker_{world_rank}/bytes_sent_per_step", num_bytes, step)
+
     def add_events(self, events: list[dict[str, Any]]) -> None:
         """One line per membership event."""
         self._append("events.jsonl", "".join(json.dumps(e, default=_plain) + "\n" for e in events))
