@@ -80,6 +80,8 @@ class RayLab:
     def __init__(self, nodes: Sequence[Node], *, plain: bool = False) -> None:
         if not nodes or len(nodes) > 200:
             raise ValueError(f"nodes has {len(nodes)} entries: allowed are 1 to 200. Write RayLab([Node(cores=0.5)]).")
+        for i, node in enumerate(nodes):
+            networks.check_rate(f"nodes[{i}].rate_mbit", node.rate_mbit)
         self.nodes, self.plain = tuple(nodes), plain
         self.address = ""
         self.node_ips: list[str] = []

@@ -37,10 +37,9 @@ class Network:
 
     def __init__(self, name: str, rates_mbit: Sequence[float | None]) -> None:
         for i, rate in enumerate(rates_mbit):
-            if rate is not None and not 0.1 <= rate <= 100_000:
-                raise ValueError(f"rates_mbit[{i}]={rate!r}: allowed is 0.1 to 100000, or None.")
+            check_rate(f"rates_mbit[{i}]", rate)
         self.name = name
-        network = _free_network()
+        network = free_network()
         self.host = f"{network}.1"
         self.ips = [f"{network}.{i + 2}" for i in range(len(rates_mbit))]
         self.namespaces = [f"{name}{i}" for i in range(len(rates_mbit))]
@@ -57,6 +56,16 @@ class Network:
     def close(self) -> None:
         """Remove it."""
         remove(self.name)
+
+
+def check_rate(name: str, rate_mbit: float | None) -> None:
+    """Refuse a rate that a link cannot be given.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if rate_mbit is not None and not 0.1 <= rate_mbit <= 100_000:
+        raise ValueError(f"{name}={rate_mbit!r}: allowed is 0.1 to 100000, or None.")
 
 
 def enter(namespace: str) -> None:
@@ -109,7 +118,7 @@ def remove(name: str) -> None:
             run(f"ip link del {link}")
 
 
-def _free_network() -> str:
+def free_network() -> str:
     """The first three numbers of a /24 that this machine does not use."""
     used = {match for text in (run("ip -o -4 addr"), run("ip -4 route")) for match in re.findall(_NETWORK, text)}
     candidates = (f"10.{213 + i // 256}.{i % 256}" for i in range(42 * 256))

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 import raytrain_het as het
-from raytrain_het.testing import cluster
+from raytrain_het.testing import cluster, networks
 from raytrain_het.testing.cgroups import CpuQuota, LabError, leftovers
 from raytrain_het.testing.cluster import Node, RayLab
 
@@ -132,28 +132,23 @@ def test_a_worker_behind_a_slow_link_comes_to_own_less_of_the_reduction(ray_lab:
 
 @needs_root
 def test_links_have_their_rate_and_nodes_an_address_each() -> None:
-    lab = RayLab([Node(), Node()])
+    shaped = networks.Network(f"{networks.PREFIX}{os.getpid()}q", [100, 100])
     try:
-        subnet = cluster._free_network()
-        cluster._run(f"ip link add {lab._name} type bridge")
-        cluster._run(f"ip link set {lab._name} up")
-        for i in range(2):
-            lab._plug_in(f"{lab._name}{i}", f"{subnet}.{i + 2}", 100)
         # 4 MB through 100 Mbit/s, 12.5 MB/s: never in less time, and nothing like what memory would take.
         receive = "import socket; s = socket.create_server(('', 5000)); print(1, flush=True); c = s.accept()[0]\n"
         receive += "while c.recv(1 << 16): pass\nc.send(b'.')"
-        send = f"import socket, time; s = socket.create_connection(('{subnet}.3', 5000)); t = time.monotonic()\n"
+        send = f"import socket, time; s = socket.create_connection(('{shaped.ips[1]}', 5000)); t = time.monotonic()\n"
         send += "s.sendall(bytes(4_000_000)); s.shutdown(socket.SHUT_WR); s.recv(1); print(time.monotonic() - t)"
-        inside = [["ip", "netns", "exec", f"{lab._name}{i}", "python3", "-c"] for i in range(2)]
+        inside = [["ip", "netns", "exec", namespace, "python3", "-c"] for namespace in shaped.namespaces]
         receiver = subprocess.Popen([*inside[1], receive], stdout=subprocess.PIPE, text=True)
         receiver.stdout.readline()
         taken_s = float(subprocess.run([*inside[0], send], check=True, capture_output=True, text=True).stdout)
         receiver.communicate()
     finally:
-        lab.close()
+        shaped.close()
     # At a tenth of the rate, as with a bucket that is too small for a packet, it would take 3.2 s.
     assert 0.9 * 4 / 12.5 < taken_s < 2.5
-    assert lab._name not in network()
+    assert shaped.name not in network()
 
 
 @needs_root
@@ -161,10 +156,7 @@ def test_leftovers_of_a_killed_lab_are_removed() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     name = f"rhl{gone.pid}a"
-    cluster._run(f"ip link add {name} type bridge")
-    dead = RayLab([Node()])
-    dead._name = name
-    dead._plug_in(f"{name}0", "10.255.255.2", None)
+    networks.Network(name, [None])
     group = CpuQuota(0.5, kind="node")
     path = group.path.rename(group.path.with_name(re.sub(r"_\d+_", f"_{gone.pid}_", group.path.name)))
     process = subprocess.Popen(["sleep", "600"])
@@ -194,7 +186,7 @@ def test_without_ip_the_lab_says_so_and_nothing_else(monkeypatch: pytest.MonkeyP
     with pytest.raises(LabError, match="missing: .*ip, tc, nsenter"), RayLab([Node()]):
         pass
     with pytest.raises(LabError, match="`ip netns list` cannot be run"):
-        cluster._run("ip netns list")
+        networks.run("ip netns list")
 
 
 def test_a_lab_that_breaks_while_it_is_built_fails_the_test_and_a_lack_skips_it(
@@ -227,8 +219,8 @@ def test_a_network_that_there_is_only_a_route_to_is_not_free(monkeypatch: pytest
         "ip -o -4 addr": "2: eth0    inet 10.213.0.7/24 brd 10.213.0.255",
         "ip -4 route": "10.213.1.0/24 dev eth1\n",
     }
-    monkeypatch.setattr(cluster, "_run", said.__getitem__)
-    assert cluster._free_network() == "10.213.2"
+    monkeypatch.setattr(networks, "run", said.__getitem__)
+    assert networks.free_network() == "10.213.2"
 
 
 def test_a_plain_lab_says_that_its_nodes_are_not_slow() -> None:
