@@ -100,9 +100,12 @@ class Compression:
             byte_s=[self._byte_s[slot] for slot in slots], speeds=[speeds.get(slot, 1.0) for slot in slots],
             compute_s=compute_s,
         )  # fmt: skip
-        # What of the messages is seen besides computing is what they take, but for what passes beside it.
+        # What of the messages is not seen besides computing has passed beside it, as far as there was anything to pass
+        # beside; the rest says that links are faster than they looked.
         exchange_s = predict(fleet, list(now.values())).exchange_s
-        fleet = dataclasses.replace(fleet, hidden_s=max(0.0, exchange_s - besides_s))
+        hidden_s = min(max(0.0, exchange_s - besides_s), compute_s)
+        faster = min(1.0, (besides_s + hidden_s) / exchange_s) if exchange_s > 0 else 1.0
+        fleet = dataclasses.replace(fleet, hidden_s=hidden_s, byte_s=[faster * s for s in fleet.byte_s])
         chosen = choose(fleet, self.allowed, self.error)
         before, after = predict(fleet, list(now.values())), predict(fleet, chosen)
         self._promised_s = after.step_s

@@ -45,6 +45,13 @@ def test_slow_links_are_believed_after_some_rounds_and_get_a_codec():
     assert "compression: a step of" in choice.reason and "MiB" in choice.reason
 
 
+def test_links_that_look_slower_than_steps_are_do_not_count_for_hidden_messages():
+    """More than computing there is nothing to hide behind."""
+    choice = rounds(compression(), codecs("none"), 1.4 * SLOW)[-1]
+    assert choice.codecs == codecs("topk")
+    assert choice.step_s < STEP["compute_s"] + STEP["besides_s"] / 12
+
+
 def test_nothing_is_chosen_before_links_are_known_or_of_a_worker_that_has_told_nothing():
     assert rounds(compression(), codecs("none"), 0.0, 10) == [None] * 10
     assert rounds(compression(slots=range(3)), codecs("none"), SLOW, 10) == [None] * 10
