@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
 """By codec: its options."""
 
 _ERROR = Option(
-    0.97, "a number from 0 to 1: |x - decoded(x)| / |x|", lambda value: _is_number(value) and 0 <= value <= 1
+    0.2, "a number from 0 to 1: |x - decoded(x)| / |x|", lambda value: _is_number(value) and 0 <= value <= 1
 )
 AUTO: dict[str, Option] = {"error": _ERROR}
 """Options of ``auto``, which is no codec: it chooses one for each worker."""

@@ -96,8 +96,8 @@ class HetConfig:
     """How gradients travel: a codec's name (``none`` is fp32; ``bf16``, ``fp16``, ``int8``, ``int4``,
     ``sign``, ``topk``, ``randomk``), one with options, such as ``{"topk": {"density": 0.01}}``, or one of
     these for each worker. ``auto`` measures links and codecs, and chooses one for each worker where that makes steps
-    shorter; ``{"auto": {"error": 0.2}}`` leaves out those that lose more of a message than that. Read back, a codec
-    is one word, options at their defaults left out."""
+    shorter; it leaves out those that lose more of a message than ``{"auto": {"error": 0.2}}``, the default. Read back,
+    a codec is one word, options at their defaults left out."""
 
     backend: Literal["tcp", "nccl"] = "tcp"
     """What carries the messages.
