@@ -18,7 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import raytrain_het as het
 
 INPUTS, CLASSES = 256, 10
 
@@ -40,6 +43,20 @@ def make_data(samples: int) -> TensorDataset:
     return TensorDataset(
         torch.randn(samples, INPUTS, generator=generator), torch.randint(0, CLASSES, (samples,), generator=generator)
     )
+
+
+def het_steps(model: nn.Module, data: TensorDataset, total: int) -> Iterator[None]:
+    """A model that raytrain_het trains with a global batch of ``total`` samples, a step at a time, without an end."""
+    model = het.prepare_model(model)
+    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    loader = het.prepare_data_loader(DataLoader(data, shuffle=True, drop_last=True), global_batch_size=total)
+    for _ in loader.epochs(10**6):
+        for x, y in loader:
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield
 
 
 def bootstrap_interval(

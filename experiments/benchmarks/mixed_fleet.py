@@ -26,7 +26,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import raytrain_het as het
 from experiments.benchmarks import common
@@ -88,24 +88,11 @@ class HetSide:
     """The copy that raytrain_het trains: its loop, a step at a time."""
 
     def __init__(self, data: TensorDataset, total: int) -> None:
-        self.model = het.prepare_model(make_net())
-        self.optimizer = het.prepare_optimizer(torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9))
-        loader = DataLoader(data, shuffle=True, drop_last=True)
-        self.loader = het.prepare_data_loader(loader, global_batch_size=total)
-        self._steps = self._loop()
+        self._steps = common.het_steps(make_net(), data, total)
 
     def step(self) -> None:
         """One step."""
         next(self._steps)
-
-    def _loop(self) -> Iterator[None]:
-        for _ in self.loader.epochs(10**6):
-            for x, y in self.loader:
-                loss = F.cross_entropy(self.model(x), y)
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-                yield
 
 
 class Oracle:

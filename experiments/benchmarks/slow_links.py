@@ -18,7 +18,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import raytrain_het as het
 from experiments.benchmarks import common
@@ -80,20 +80,6 @@ def ddp_step(kind: str, data: TensorDataset, batch: int) -> Callable[[], None]:
     return step
 
 
-def het_steps(data: TensorDataset, total: int) -> Iterator[None]:
-    """The copy that raytrain_het trains, a step at a time."""
-    model = het.prepare_model(make_net())
-    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
-    loader = het.prepare_data_loader(DataLoader(data, shuffle=True, drop_last=True), global_batch_size=total)
-    for _ in loader.epochs(10**6):
-        for x, y in loader:
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            yield
-
-
 def timed(steps: int, run: Callable[[], None]) -> dict[str, float]:
     """Seconds and bytes per step of a block that starts and ends at a barrier, after a step that is not counted."""
     run()
@@ -113,8 +99,7 @@ def train(directory: str, *, size: int, batch: int, fixed: list[str], rounds: in
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
     dist.init_process_group("gloo", init_method=f"file://{directory}/ddp", rank=session.slot, world_size=size)
     data = make_data()
-    taken = het_steps(data, batch * size)
-    own = iter(taken)
+    own = common.het_steps(make_net(), data, batch * size)
 
     def codecs() -> list[str]:
         """Of the last step, the same on all workers."""
