@@ -29,6 +29,10 @@ def _is_density(value: Any) -> bool:
     return _is_number(value) and 1e-6 <= value <= 1
 
 
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1024
+
+
 _DENSITY = Option(0.01, "a number from 1e-6 to 1: the kept fraction", _is_density)
 _ERROR_FEEDBACK = Option(False, "true or false", lambda value: isinstance(value, bool))
 
@@ -41,8 +45,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "sign": {},
     "topk": {"density": _DENSITY},
     "randomk": {"density": _DENSITY},
+    "lowrank": {"rank": Option(4, "a whole number from 1 to 1024", _is_rank)},
 }
 """By codec: its options."""
+TOGETHER = frozenset({"lowrank"})
+"""Codecs of which all workers add up the parts: it is used by all of them or by none."""
 
 _ERROR = Option(
     0.2, "a number from 0 to 1: |x - decoded(x)| / |x|", lambda value: _is_number(value) and 0 <= value <= 1
@@ -50,8 +57,8 @@ _ERROR = Option(
 AUTO: dict[str, Option] = {"error": _ERROR}
 """Options of ``auto``, which is no codec: it chooses one for each worker."""
 AUTO_CODECS = (
-    "none", "bf16", "int8(error_feedback=true)", "int4(error_feedback=true)", "topk(density=0.1)",
-    "topk(density=0.03)", "topk",
+    "none", "bf16", "int8(error_feedback=true)", "int4(error_feedback=true)", "lowrank(rank=16)", "lowrank",
+    "topk(density=0.1)", "topk(density=0.03)", "topk",
 )  # fmt: skip
 """What ``auto`` chooses from: what loses nothing first. Those that need other hyperparameters are not among them."""
 
@@ -93,6 +100,11 @@ def one_word(value: str | Mapping[str, Any], *, auto: bool = False) -> str:
         if k in options and options[k] != option.default
     ]
     return f"{name}({', '.join(said)})" if said else name
+
+
+def used_together(word: str) -> bool:
+    """Whether all workers have to use it, if one does."""
+    return parsed(word)[0] in TOGETHER
 
 
 def parsed(word: str) -> tuple[str, dict[str, Any]]:

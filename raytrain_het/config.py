@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from raytrain_het.codec_options import AUTO, AUTO_CODECS, one_word, parsed
+from raytrain_het.codec_options import AUTO, AUTO_CODECS, one_word, parsed, used_together
 from raytrain_het.errors import ConfigError
 
 
@@ -191,7 +191,14 @@ class HetConfig:
                 len(self.compression) > 0, "compression", self.compression, "one codec, or one for each worker",
                 "Write compression='none'.",
             )  # fmt: skip
-            return tuple(map(one_word, self.compression))
+            words = tuple(map(one_word, self.compression))
+            together = [word for word in words if used_together(word)]
+            _require(
+                not together or len(set(words)) == 1, "compression", self.compression,
+                f"{' or '.join(together)} for all workers or for none: its parts are added up before they are decoded",
+                f"Write compression={(together or words)[0]!r}.",
+            )  # fmt: skip
+            return words
         return (one_word(self.compression, auto=True),)
 
     @property

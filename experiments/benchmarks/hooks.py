@@ -27,8 +27,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.benchmarks import common
-from raytrain_het.collectives.exchange import Sums
 from raytrain_het.collectives.jobs import StepJob
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.training.gradients import Gradients
 
 

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from experiments.benchmarks import common
-from raytrain_het.collectives.exchange import Exchange
+from raytrain_het.collectives.messages import Messages
 from raytrain_het.collectives.patience import Patience
 from raytrain_het.collectives.tcp import TcpGroup
 from raytrain_het.testing.processes import ProcessLab
@@ -115,7 +115,7 @@ def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> 
     """Runs in every worker; milliseconds per step by part."""
     on_gradients = Stopwatch((gradients_module.Gradients, "_gather"), (gradients_module, "is_finite"))
     on_messages = Stopwatch(
-        *((Exchange, name) for name in ("_encode_shard", "_sum_shard", "decode")),
+        *((Messages, name) for name in ("_encode_shard", "_sum_shard", "decode")),
         *((TcpGroup, name) for name in ("_serve", "_give")),
     )
     on_waiting = PeersStopwatch()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raytrain_het.allocation.owner_shards import owner_parts
+from raytrain_het.codec_options import used_together
 
 MIN_GAIN = 0.05
 """Compression is worth it if steps become shorter by this part."""
@@ -90,7 +91,7 @@ def choose(fleet: Fleet, allowed: Sequence[str], error: float) -> tuple[str, ...
     """By worker the codec with which steps are shortest; of those that are alike in that, the one that loses least.
 
     The best single codec for all comes first. Then each worker in turn takes the codec of least error that leaves the
-    step as short (but for 1 %), or a better one, until nobody changes.
+    step as short (but for 1 %), or a better one, until nobody changes. Codecs that all use together stand against that.
 
     Args:
         fleet: the workers; each has costs of all codecs that are allowed.
@@ -103,20 +104,24 @@ def choose(fleet: Fleet, allowed: Sequence[str], error: float) -> tuple[str, ...
     size = len(fleet.costs)
     within = [word for word in allowed if all(costs[word].error <= error for costs in fleet.costs)] or [allowed[0]]
     plain = (allowed[0],) * size
-    best = min(((word,) * size for word in within), key=lambda choice: predict(fleet, choice).step_s)
+    apart = [word for word in within if not used_together(word)] or [allowed[0]]
+    best = min(((word,) * size for word in apart), key=lambda choice: predict(fleet, choice).step_s)
     for _ in range(size):
         before = best
         for i in range(size):
-            best = _mildest(fleet, [(*best[:i], word, *best[i + 1 :]) for word in within], i)
+            best = _mildest(fleet, [(*best[:i], word, *best[i + 1 :]) for word in apart], [i])
         if best == before:
             break
+    best = _mildest(fleet, [best, *((word,) * size for word in within if used_together(word))], range(size))
     return best if predict(fleet, best).step_s < (1 - MIN_GAIN) * predict(fleet, plain).step_s else plain
 
 
-def _mildest(fleet: Fleet, choices: Sequence[tuple[str, ...]], i: int) -> tuple[str, ...]:
+def _mildest(fleet: Fleet, choices: Sequence[tuple[str, ...]], slots: Sequence[int]) -> tuple[str, ...]:
+    """Of those with which steps are as short as with any, that with which these workers lose least."""
     took = {choice: predict(fleet, choice).step_s for choice in choices}
     limit_s = (1 + ALIKE) * min(took.values())
-    return min((c for c in choices if took[c] <= limit_s), key=lambda c: (fleet.costs[i][c[i]].error, took[c]))
+    lost = {choice: max(fleet.costs[i][choice[i]].error for i in slots) for choice in choices}
+    return min((c for c in choices if took[c] <= limit_s), key=lambda c: (lost[c], took[c]))
 
 
 def _owners(fleet: Fleet, own: Sequence[CodecCost]) -> list[float]:

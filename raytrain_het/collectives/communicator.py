@@ -19,15 +19,18 @@ import torch
 from raytrain_het.collectives import points, replay
 from raytrain_het.collectives.building import GroupBuilder
 from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.exchange import Exchange, Sums, Traffic, Wire, one_to_all
+from raytrain_het.collectives.exchange import Exchange
 from raytrain_het.collectives.fidelity import Fidelity
 from raytrain_het.collectives.group import Group, GroupError
 from raytrain_het.collectives.jobs import ConfirmJob, Job, ResyncJob, StepJob
 from raytrain_het.collectives.layout import Layout
+from raytrain_het.collectives.messages import Traffic, Wire
+from raytrain_het.collectives.one_to_all import one_to_all
 from raytrain_het.collectives.path_watch import PathWatch
 from raytrain_het.collectives.patience import Interrupted, Patience
 from raytrain_het.collectives.poller import Poller
 from raytrain_het.collectives.rounds import Rounds
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.errors import ProtocolError, RunFailedError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.meeting import MeetingPlace
@@ -341,7 +344,4 @@ class Communicator:
 
     def _collect_traffic(self) -> None:
         if self._rounds is not None:
-            exchange = self._rounds.exchange
-            self.traffic.sent += exchange.traffic.sent
-            self.traffic.received += exchange.traffic.received
-            exchange.traffic = Traffic()
+            self.traffic.take(self._rounds.exchange.traffic)

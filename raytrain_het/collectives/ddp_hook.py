@@ -20,10 +20,11 @@ from torch import nn
 
 from raytrain_het.codec_options import one_word
 from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.exchange import Exchange, Sums
+from raytrain_het.collectives.exchange import Exchange
 from raytrain_het.collectives.group import Parts
 from raytrain_het.collectives.header import Header
 from raytrain_het.collectives.layout import Layout, is_finite
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.compression import CODECS, State
 from raytrain_het.membership.record import Member, Record
 
@@ -221,10 +222,10 @@ class _Bucket:
                 step=self._step, generation=0, bucket=bucket.index, want=0, weight=work.weight, finite=finite,
                 contributes=work.weight > 0, digest=0, used=sum(bool(part.any()) << k for k, part in enumerate(parts)),
             )  # fmt: skip
-            exchange.scatter(bucket, header, local.mul_(work.weight / work.loss_scale), expected_weight=total_weight)
-            exchange.reduce(bucket, sums)
             outs.append(torch.empty_like(local))
-            exchange.decode(bucket, outs[-1])
+            local.mul_(work.weight / work.loss_scale)
+            for operation in exchange.all_reduce(bucket, header, local, outs[-1], sums, expected_weight=total_weight):
+                operation.result()
         for bucket, out in zip(self.layout.buckets, outs, strict=True):
             for k, segment in enumerate(bucket.segments):
                 gradient = gradients[self._place[segment.name]]

@@ -34,8 +34,12 @@ class Fidelity:
         out = torch.empty(shard.numel(), dtype=shard.dtype, device=payload.device)
         codec.decode(payload, out)
         y = out + left_out if left_out is not None else shard.to(out.device)
+        self.note(step, word, relative_error(y, out))
+
+    def note(self, step: int, word: str, error: float) -> None:
+        """So much was lost, as whoever has encoded it knows."""
         self._looked_at = step
-        self._seen.append((word, relative_error(y, out)))
+        self._seen.append((word, error))
 
     def take(self) -> list[tuple[str, float]]:
         """Codecs and their errors since the last call."""

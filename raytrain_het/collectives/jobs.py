@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from raytrain_het.collectives.exchange import Sums
+from raytrain_het.collectives.sums import Sums
 
 
 @dataclass(eq=False)

@@ -111,7 +111,12 @@ class Layout:
     @property
     def num_compressed(self) -> int:
         """Elements that do not travel as they are whatever the codec."""
-        return sum(bucket.numel for bucket in self.buckets if not bucket.is_dense)
+        return sum(map(math.prod, self.compressed_shapes))
+
+    @property
+    def compressed_shapes(self) -> list[tuple[int, ...]]:
+        """Of those tensors."""
+        return [segment.shape for bucket in self.buckets if not bucket.is_dense for segment in bucket.segments]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -31,10 +31,10 @@ class PathWatch:
         if now - self._looked_at < LOOK_AGAIN_S or self._seen:
             return
         self._looked_at, before, members = now, self._sent, exchange.record.members
-        self._sent, self._gradient_bytes = exchange.group.sent(), exchange.gradient_bytes
+        self._sent, self._gradient_bytes = exchange.group.sent(), exchange.messages.gradient_bytes
         for rank, (num_bytes, busy_s) in self._sent.items():
             bytes_before, busy_before_s = before.get(rank, (0, 0.0))
-            gradients = (num_bytes - bytes_before) / exchange.gradient_bytes
+            gradients = (num_bytes - bytes_before) / exchange.messages.gradient_bytes
             self._seen.append((members[rank].slot, gradients, busy_s - busy_before_s))
 
     def take(self) -> dict[str, Any] | None:

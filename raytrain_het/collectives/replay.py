@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from raytrain_het.collectives.exchange import Exchange, Sums
+from raytrain_het.collectives.exchange import Exchange
 from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.layout import Layout
+from raytrain_het.collectives.sums import Sums
 
 _ALIGNMENT = 16
 

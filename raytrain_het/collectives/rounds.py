@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 
 from raytrain_het.collectives import points
-from raytrain_het.collectives.exchange import Exchange, Sums, one_to_all
+from raytrain_het.collectives.exchange import Exchange
 from raytrain_het.collectives.group import Operation, Parts
 from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.jobs import ConfirmJob, ResyncJob, StepJob
 from raytrain_het.collectives.layout import Bucket, Layout
+from raytrain_het.collectives.one_to_all import one_to_all
 from raytrain_het.collectives.patience import Patience
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.membership.agent import MemberAgent
+
+_UnderWay = tuple[Iterator[Operation], Operation]
+"""What is left to do of a bucket, and what it waits for."""
 
 _CONFIRM = Bucket(0xFFFF, torch.uint8, ())
 
@@ -32,34 +38,33 @@ class Rounds:
         self._layout, self._agent, self._patience = layout, agent, patience
 
     def step(self, job: StepJob) -> Sums:
-        """Scatter of bucket k+1 is launched before the gather of bucket k: one order on all members."""
+        """Each bucket's next operation is launched after the one of the bucket behind it: one order on all members."""
         exchange, buckets = self.exchange, self._layout.buckets
         sums = Sums(step=job.step)
-        scatters: list[Operation] = []
-        gathers: list[Operation] = []
+        under_way: list[_UnderWay] = []
         exchange.expect()
         expected = exchange.states.expected_weight(job.num_samples)
-        for k in range(len(buckets) + 1):
+        k = 0
+        while k < len(buckets) or under_way:
+            before, under_way = under_way, []
             if k < len(buckets):
                 self._patience.until(functools.partial(_is_ready, job, k), job.generation, job.step, peers=False)
                 self._patience.position = job.step * 1000 + k
                 local = job.locals[k] if job.locals is not None else None
-                header = self._header(job, buckets[k])
-                scatters.append(exchange.scatter(buckets[k], header, local, expected_weight=expected))
+                operations = exchange.all_reduce(
+                    buckets[k], self._header(job, buckets[k]), local, job.outs[k], sums, expected_weight=expected
+                )
+                under_way.append((operations, next(operations)))
             if k == 1:
                 points.reach("between_buckets", job.step)
-            if k > 0:
-                self._patience.finish_of_step(scatters[k - 1], job, len(buckets))
-                gathers.append(exchange.reduce(buckets[k - 1], sums))
-            if k > 1:
-                self._decode(gathers[k - 2], buckets[k - 2], job)
-        self._decode(gathers[-1], buckets[-1], job)
+            for operations, operation in before:
+                self._patience.finish_of_step(operation, job, len(buckets))
+                following = next(operations, None)
+                if following is not None:
+                    under_way.append((operations, following))
+            k += 1
         exchange.states.saw_weight(sums.total_weight, job.num_samples)
         return sums
-
-    def _decode(self, gather: Operation, bucket: Bucket, job: StepJob) -> None:
-        self._patience.finish_of_step(gather, job, len(self._layout.buckets))
-        self.exchange.decode(bucket, job.outs[bucket.index])
 
     def _header(self, job: StepJob, bucket: Bucket) -> Header:
         k = bucket.index
@@ -95,7 +100,7 @@ class Rounds:
         exchange.traffic.received += (size - 1) * length
         for rank in range(size):
             theirs = read_header(out[rank * length :], 0)
-            exchange.check(theirs, _CONFIRM, job.step, rank)
+            exchange.messages.check(theirs, _CONFIRM, job.step, rank)
             job.want = max(job.want, theirs.want)
 
     def resync(self, job: ResyncJob, num_bytes: int) -> None:

@@ -10,12 +10,13 @@ from raytrain_het.compression.blockwise import Int4, Int8
 from raytrain_het.compression.calibration import codec_costs, relative_error
 from raytrain_het.compression.dense import Bf16, NoCodec
 from raytrain_het.compression.fp16 import Fp16
+from raytrain_het.compression.lowrank import LowRank
 from raytrain_het.compression.randomk import RandomK
 from raytrain_het.compression.sign import Sign
 from raytrain_het.compression.topk import TopK
 
 KINDS: dict[str, Callable[..., Codec]] = {
-    kind.name: kind for kind in (NoCodec, Bf16, Fp16, Int8, Int4, Sign, TopK, RandomK)
+    kind.name: kind for kind in (NoCodec, Bf16, Fp16, Int8, Int4, Sign, TopK, RandomK, LowRank)
 }  # fmt: skip
 
 
@@ -30,4 +31,4 @@ class _Codecs(dict[str, Codec]):
 
 CODECS = _Codecs()
 
-__all__ = ["CODECS", "KINDS", "RESIDUAL", "Codec", "Stamp", "State", "codec_costs", "mix", "relative_error"]
+__all__ = ["CODECS", "KINDS", "RESIDUAL", "Codec", "LowRank", "Stamp", "State", "codec_costs", "mix", "relative_error"]

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from raytrain_het.allocation.codec_choice import CodecCost
 from raytrain_het.compression.base import Codec, Stamp
+from raytrain_het.compression.lowrank import LowRank, leave, multiply, orthonormalise
 
 NUM_ELEMENTS = 1 << 17
 REPEATS = 3
 
 
-def codec_costs(codecs: Iterable[tuple[str, Codec]], *, cores: float) -> dict[str, CodecCost]:
+def codec_costs(
+    codecs: Iterable[tuple[str, Codec]], *, cores: float, shapes: Sequence[Sequence[int]]
+) -> dict[str, CodecCost]:
     """By name, on one thread of the CPU, where messages are made: the least of a few runs, in some ten milliseconds.
 
-    Seconds are CPU time over the cores that there are, at most one: while a run starts, all else on the machine is
-    busy too, and says nothing of later.
+    ``shapes`` are those of all tensors that are compressed. Seconds are CPU time over the cores that there are, at most
+    one: while a run starts, all else on the machine is busy too, and says nothing of later.
     """
     x = torch.randn(NUM_ELEMENTS, generator=torch.Generator().manual_seed(0))
-    return {name: _cost(codec, x, 1 / min(1.0, cores)) for name, codec in codecs}
+    slower = 1 / min(1.0, cores)
+    return {
+        name: _cost_of_factors(codec, shapes, slower) if isinstance(codec, LowRank) else _cost(codec, x, slower)
+        for name, codec in codecs
+    }
 
 
 def _cost(codec: Codec, x: torch.Tensor, slower: float) -> CodecCost:
@@ -41,6 +49,30 @@ def _cost(codec: Codec, x: torch.Tensor, slower: float) -> CodecCost:
         encode_s, decode_s = min(encode_s, between - began), min(decode_s, time.thread_time() - between)
     by_element = slower / x.numel()
     return CodecCost(size / x.numel(), by_element * encode_s, by_element * decode_s, relative_error(x, out))
+
+
+def _cost_of_factors(codec: LowRank, shapes: Sequence[Sequence[int]], slower: float) -> CodecCost:
+    """As for the largest matrix, or as many of its rows as are enough to measure."""
+    num_bytes = 4 * sum(map(codec.num_travelling, shapes)) / max(1, sum(map(math.prod, shapes)))
+    matrices = [matrix for shape in shapes if (matrix := codec.matrix(shape)) is not None]
+    if not matrices:
+        return CodecCost(num_bytes, 0.0, 0.0, 0.0)
+    codec.prepare()
+    rows, cols = max(matrices, key=math.prod)
+    rows = min(rows, max(codec.rank, NUM_ELEMENTS // cols))
+    x = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
+    y, out, first = torch.empty_like(x), torch.empty_like(x), torch.ones(codec.rank, cols)
+    p, q, took_s = torch.empty(codec.rank, rows), torch.empty(codec.rank, cols), float("inf")
+    for _ in range(REPEATS):
+        began = time.thread_time()
+        torch.add(x, x, alpha=0.5, out=y)
+        torch.mm(first, y.t(), out=p)
+        orthonormalise(p)
+        torch.mm(p, y, out=q)
+        leave(p, q, 1.0, y)
+        multiply(p, q, out)
+        took_s, first = min(took_s, time.thread_time() - began), q.clone()
+    return CodecCost(num_bytes, slower * took_s / x.numel(), 0.0, relative_error(x, out))
 
 
 def relative_error(x: torch.Tensor, decoded: torch.Tensor) -> float:

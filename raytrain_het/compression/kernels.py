@@ -23,9 +23,11 @@ Array = np.ndarray[Any, Any]
 _SAFE_MATH = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 
 
-def _compiled(signature: str) -> Callable[[Callable[..., Any]], Any]:
+def _compiled(signature: str | list[str], *, exact: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """``exact``: each operation is rounded by itself, in the order that is written, on every CPU."""
+
     def compile_it(function: Callable[..., Any]) -> Any:
-        options: dict[str, Any] = {"nogil": True, "fastmath": _SAFE_MATH, "error_model": "numpy"}
+        options: dict[str, Any] = {"nogil": True, "fastmath": not exact and _SAFE_MATH, "error_model": "numpy"}
         try:
             return njit(signature, cache=True, **options)(function)
         except Exception:  # It can be kept nowhere, or what was kept is damaged.
@@ -276,3 +278,62 @@ def weighted_sum(words: Array) -> Any:
     for i in range(words.size):
         total += words[i] * int64(2 * i + 1)
     return total
+
+
+@_compiled(["void(float32[:,::1],float64[:,::1],float64)", "void(float64[:,::1],float64[:,::1],float64)"], exact=True)
+def orthonormalise(rows: Array, wide: Array, least: float) -> None:
+    """Gram and Schmidt, twice over, in fp64 (``wide``, of the same shape). A row of which less than the part ``least``
+    is left becomes zeros."""
+    for k in range(rows.shape[0]):
+        row, before = wide[k], 0.0
+        for i in range(row.size):
+            row[i] = rows[k, i]
+            before += row[i] * row[i]
+        for _ in range(2):
+            for j in range(k):
+                dot = 0.0
+                for i in range(row.size):
+                    dot += row[i] * wide[j, i]
+                for i in range(row.size):
+                    row[i] -= dot * wide[j, i]
+        after = 0.0
+        for i in range(row.size):
+            after += row[i] * row[i]
+        factor = 1.0 / np.sqrt(after) if after > least * least * before else 0.0
+        for i in range(row.size):
+            row[i] = row[i] * factor if factor > 0 else 0.0
+            rows[k, i] = row[i]
+
+
+@_compiled(
+    ["void(float32[:,::1],float32[:,::1],float32[:,::1])", "void(float64[:,::1],float64[:,::1],float64[:,::1])"],
+    exact=True,
+)
+def multiply(p: Array, q: Array, out: Array) -> None:
+    """``out = p^T q``, one row of the factors after the other."""
+    for i in range(out.shape[0]):
+        own = out[i]
+        for k in range(p.shape[0]):
+            factor, row = p[k, i], q[k]
+            if k == 0:
+                for j in range(own.size):
+                    own[j] = factor * row[j]
+            else:
+                for j in range(own.size):
+                    own[j] += factor * row[j]
+
+
+@_compiled([
+    "void(float32[:,::1],float32[:,::1],float32,float32[:,::1])",
+    "void(float64[:,::1],float64[:,::1],float64,float64[:,::1])",
+])  # fmt: skip
+def leave(p: Array, q: Array, factor: float, y: Array) -> None:
+    """``y = factor (y - p^T q)``."""
+    for i in range(y.shape[0]):
+        own = y[i]
+        for k in range(p.shape[0]):
+            part, row = p[k, i], q[k]
+            for j in range(own.size):
+                own[j] -= part * row[j]
+        for j in range(own.size):
+            own[j] *= factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -71,8 +72,8 @@ class ProbeWorker:
     def codecs(self) -> tuple[dict[str, CodecCost], int]:
         """What ``auto``'s codecs cost here, and how many elements of the prepared job's gradient they save bytes of."""
         assert self._step is not None
-        costs = codec_costs(((word, CODECS[word]) for word in AUTO_CODECS), cores=cpu_limit().cores)
-        return costs, self._step.num_compressed
+        codecs, shapes = ((word, CODECS[word]) for word in AUTO_CODECS), self._step.compressed_shapes
+        return codec_costs(codecs, cores=cpu_limit().cores, shapes=shapes), sum(map(math.prod, shapes))
 
     def listen(self) -> Address:
         """See :class:`raytrain_het.fleet.links.Member`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrain_het.collectives.layout import Layout
-from raytrain_het.compression import CODECS
+from raytrain_het.compression import CODECS, LowRank
 from raytrain_het.training.cursor import micro_batches
 from raytrain_het.training.data_loader import to_device
 from raytrain_het.training.fetch import SampleFetcher
@@ -55,9 +55,9 @@ class TrainingStep:
         return step_key(self.model, len(self._order), self.micro_batch_size)
 
     @property
-    def num_compressed(self) -> int:
-        """Elements of its gradient that codecs save bytes of."""
-        return self._layout(small_apart=True).num_compressed
+    def compressed_shapes(self) -> list[tuple[int, ...]]:
+        """Of the tensors that codecs save bytes of."""
+        return self._layout(small_apart=True).compressed_shapes
 
     def _layout(self, *, small_apart: bool) -> Layout:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -65,5 +65,10 @@ class TrainingStep:
 
     def gradient_bytes(self, codec: str) -> int:
         """What a whole gradient takes on the wire."""
-        layout = self._layout(small_apart=CODECS[codec].spares_small)
-        return sum(CODECS["none" if b.is_dense else codec].capacity_bytes(b.numel, b.dtype) for b in layout.buckets)
+        chosen, found = CODECS[codec], 0
+        for bucket in self._layout(small_apart=chosen.spares_small).buckets:
+            if isinstance(chosen, LowRank) and not bucket.is_dense:
+                found += sum(chosen.num_travelling(s.shape) for s in bucket.segments) * bucket.dtype.itemsize
+            else:
+                found += CODECS["none" if bucket.is_dense else codec].capacity_bytes(bucket.numel, bucket.dtype)
+        return found

@@ -18,8 +18,8 @@ import torch
 
 from raytrain_het.collectives import points
 from raytrain_het.collectives.communicator import Communicator
-from raytrain_het.collectives.exchange import Sums
 from raytrain_het.collectives.jobs import ConfirmJob, ResyncJob, StepJob
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import LoopOrderError, NonFiniteGradientError
 from raytrain_het.membership.agent import MemberAgent

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from raytrain_het.collectives import points
-from raytrain_het.collectives.exchange import Sums, Wire
 from raytrain_het.collectives.jobs import StepJob
 from raytrain_het.collectives.layout import Layout, is_finite
+from raytrain_het.collectives.messages import Wire
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.errors import ConfigError, LoopOrderError
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from raytrain_het.collectives.communicator import Communicator
-from raytrain_het.collectives.exchange import Sums
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.errors import EvictedError
 from raytrain_het.membership.agent import Impatience, MemberAgent
 from raytrain_het.membership.record import Record

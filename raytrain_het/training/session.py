@@ -20,8 +20,8 @@ from torch import nn
 
 from raytrain_het.collectives import points
 from raytrain_het.collectives.communicator import Communicator
-from raytrain_het.collectives.exchange import Sums
 from raytrain_het.collectives.layout import SMALL
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.compression import CODECS, codec_costs
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, LoopOrderError, RunFailedError
@@ -295,10 +295,11 @@ class Session:
         """What codecs cost here, and how much there is to encode: for who chooses one."""
         assert self.gradients is not None
         codecs = ((word, CODECS[word]) for word in self.config.possible_codecs)
-        costs = codec_costs(codecs, cores=cpu_limit().cores)
+        layout = self.gradients.layout
+        costs = codec_costs(codecs, cores=cpu_limit().cores, shapes=layout.compressed_shapes)
         return {
             "costs": {word: list(astuple(cost)) for word, cost in costs.items()},
-            "num_elements": self.gradients.layout.num_compressed,
+            "num_elements": layout.num_compressed,
         }
 
     # ---------------------------------------------------------------- the end

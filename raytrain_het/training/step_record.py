@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from raytrain_het.collectives.exchange import Sums
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Opened
 

@@ -1,4 +1,5 @@
-"""Eight workers, each with a codec of its own, and 200 buckets: nothing hangs, and replicas stay identical.
+"""Eight workers, each with a codec of its own or all with low rank, and 200 buckets: nothing hangs, and replicas stay
+identical.
 
 Few steps, since they are long ones on two cores; HET_TEST_STEPS=500 makes them more.
 """
@@ -6,15 +7,18 @@ Few steps, since they are long ones on two cores; HET_TEST_STEPS=500 makes them 
 import os
 from dataclasses import dataclass
 
+import pytest
 import torch
 from labs import run
 from torch import nn
 
+from raytrain_het.codec_options import used_together
 from raytrain_het.collectives import layout
 from raytrain_het.compression import KINDS
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.regression import Regression
 
+EACH = [name for name in KINDS if not used_together(name)]
 LAYERS = 100
 STEPS = int(os.environ.get("HET_TEST_STEPS", "3"))
 
@@ -54,8 +58,9 @@ class Many(Regression):
         return super().__call__(directory)
 
 
-def test_eight_workers_with_a_codec_each_and_200_buckets_do_not_hang_and_stay_identical(tmp_path):
-    config = HetConfig(bucket_mib=1e-6, compression=tuple(KINDS), shares=(1, 2, 1, 2, 1, 2, 1, 2))
+@pytest.mark.parametrize("compression", [tuple(EACH), {"lowrank": {"rank": 2}}], ids=["one each", "lowrank"])
+def test_eight_workers_and_200_buckets_do_not_hang_and_stay_identical(tmp_path, compression):
+    config = HetConfig(bucket_mib=1e-6, compression=compression, shares=(1, 2, 1, 2, 1, 2, 1, 2))
     task = Many()
     done = run(task, tmp_path, num_slots=8, config=config, timeout_s=240.0 + STEPS)
     parameters = [result["parameters"] for result in done.results.values()]

@@ -8,7 +8,7 @@ import torch
 from labs import run, wait_until
 from remembering import Counting
 
-from raytrain_het.collectives.rounds import Rounds
+from raytrain_het.collectives.exchange import Exchange
 from raytrain_het.compression import CODECS
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import Regression
@@ -53,15 +53,17 @@ class TakenOverAndPassedOn:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         if session.slot in (1, 2):
-            decode = Rounds._decode
+            all_reduce = Exchange.all_reduce
 
-            def stuck(self, gather, bucket, job):
-                if (job.step, job.generation) == (STEP, 1) and bucket is self._layout.buckets[-1]:
-                    # What worker 3 had yet to send has reached worker 0 only.
-                    self._patience.until(lambda: False, job.generation, job.step, peers=True)
-                decode(self, gather, bucket, job)
+            def stuck(exchange, bucket, header, *args, **kwargs):
+                for k, operation in enumerate(all_reduce(exchange, bucket, header, *args, **kwargs)):
+                    last = bucket is exchange.layout.buckets[-1] and k == 1
+                    if last and (header.step, header.generation) == (STEP, 1):
+                        # What worker 3 had yet to send has reached worker 0 only.
+                        session._communicator.patience.until(lambda: False, 1, STEP, peers=True)
+                    yield operation
 
-            Rounds._decode = stuck
+            Exchange.all_reduce = stuck
         CODECS["counting"] = Counting()
         return Task(report=False)(directory) | {"counts": Counting.counts(session._communicator.codec_states)}
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.exchange import Exchange, Sums
+from raytrain_het.collectives.exchange import Exchange
 from raytrain_het.collectives.group import Parts
 from raytrain_het.collectives.header import Header
 from raytrain_het.collectives.layout import Layout
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.membership.record import Member, Record
 
 
@@ -95,6 +97,7 @@ class Reduction:
         for exchange in self.exchanges:
             exchange.expect()
         for bucket in self.layout.buckets:
+            under_way = []
             for rank, exchange in enumerate(self.exchanges):
                 values = {"finite": True, "want": 3, "digest": 0, "used": 2 ** len(bucket.segments) - 1}
                 if used_bits is not None:
@@ -107,15 +110,17 @@ class Reduction:
                 gradient = gradients[rank]
                 part = None if gradient is None else gradient[place : place + bucket.numel]
                 samples = num_samples or max(1, round(sum(weights)))
-                exchange.scatter(bucket, header, part, expected_weight=exchange.states.expected_weight(samples))
-            self.wire.carry()
-            for rank, exchange in enumerate(self.exchanges):
-                exchange.reduce(bucket, sums[rank])
-            self.wire.carry()
-            for rank, exchange in enumerate(self.exchanges):
-                out = torch.full((bucket.numel,), torch.nan, dtype=bucket.dtype)
-                exchange.decode(bucket, out)
-                outs[rank].append(out)
+                outs[rank].append(torch.full((bucket.numel,), torch.nan, dtype=bucket.dtype))
+                expected = exchange.states.expected_weight(samples)
+                under_way.append(
+                    exchange.all_reduce(bucket, header, part, outs[rank][-1], sums[rank], expected_weight=expected)
+                )
+            while True:
+                launched = [_advance(operations) for operations in under_way]
+                assert len(set(launched)) == 1, "all take part in the same operations"
+                if not launched[0]:
+                    break
+                self.wire.carry()
             place += bucket.numel
         self.sums = sums
         for exchange, seen in zip(self.exchanges, sums, strict=True):
@@ -126,3 +131,12 @@ class Reduction:
         """What was run last is committed by all."""
         for exchange, sums in zip(self.exchanges, self.sums, strict=True):
             exchange.states.commit(sums.step, sums.total_weight, sums.used)
+
+
+def _advance(operations: Iterator[Any]) -> bool:
+    """Whether another operation was launched."""
+    try:
+        next(operations)
+    except StopIteration:
+        return False
+    return True

@@ -3,7 +3,7 @@
 import pytest
 
 from raytrain_het.allocation.codec_choice import CodecCost
-from raytrain_het.codec_options import AUTO_CODECS
+from raytrain_het.codec_options import AUTO_CODECS, used_together
 from raytrain_het.compression import CODECS, codec_costs
 from raytrain_het.fleet.compression import ROUNDS, Compression
 from raytrain_het.fleet.paths import NUM_LOOKS
@@ -121,9 +121,16 @@ def test_paths_tell_seconds_of_a_byte_whatever_a_gradient_takes():
 
 
 def test_costs_are_measured_of_every_codec_that_auto_knows():
-    costs = codec_costs(((word, CODECS[word]) for word in AUTO_CODECS), cores=1)
+    shapes = [(300, 40, 3), (256, 256), (20, 70)]
+    costs = codec_costs(((word, CODECS[word]) for word in AUTO_CODECS), cores=1, shapes=shapes)
     assert costs["none"] == CodecCost(4.0, 0.0, 0.0, 0.0)
-    sizes, errors = [cost.num_bytes for cost in costs.values()], [cost.error for cost in costs.values()]
+    apart = {word: cost for word, cost in costs.items() if not used_together(word)}
+    sizes, errors = [cost.num_bytes for cost in apart.values()], [cost.error for cost in apart.values()]
     assert sizes == sorted(sizes, reverse=True) and errors == sorted(errors)
-    assert all(cost.encode_s > 0 and cost.decode_s > 0 for word, cost in costs.items() if word not in ("none", "bf16"))
+    assert all(cost.encode_s > 0 and cost.decode_s > 0 for word, cost in apart.items() if word not in ("none", "bf16"))
+    numel, wide = 36_000 + 65_536 + 1400, 16 * (300 + 120 + 256 + 256)
+    assert costs["lowrank(rank=16)"].num_bytes == pytest.approx(4 * (wide + 1400) / numel), "20 x 70 travels whole"
+    assert costs["lowrank"].num_bytes == pytest.approx(4 * (wide / 4 + 4 * 90) / numel)
+    assert costs["lowrank(rank=16)"].error < costs["lowrank"].error < 1
+    assert costs["lowrank"].encode_s > 0 == costs["lowrank"].decode_s
     assert costs["topk"].error < 0.97

@@ -1,5 +1,6 @@
 """The choice of codecs against what can be worked out by hand and by trying all of them."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -85,3 +86,20 @@ def test_no_other_choice_is_much_better(rates, error, compute_s):
     within = [word for word in ALLOWED if COSTS[word].error <= error or word == "plain"]
     best_s = min(predict(some, each).step_s for each in itertools.product(within, repeat=len(rates)))
     assert predict(some, chosen).step_s <= (1 + MIN_GAIN) * (1 + ALIKE) ** len(rates) * best_s * (1 + 1e-9)
+
+
+def test_what_all_use_together_stands_against_the_best_of_what_each_may_use():
+    """One slow link: whoever is behind it alone would use it, if that could be."""
+    thin = CodecCost(0.1, 1e-9, 0.0, 0.8)
+    costs = COSTS | {"lowrank": thin}
+    allowed = [*ALLOWED, "lowrank"]
+    for rates in [(20, 1000, 1000, 1000), (20, 20, 20, 20), (1000,) * 4]:
+        together = dataclasses.replace(fleet(*rates, compute_s=0.02), costs=[costs] * 4)
+        chosen = choose(together, allowed, 0.9)
+        assert len(set(chosen)) == 1 or "lowrank" not in chosen
+        apart = choose(together, ALLOWED, 0.9)
+        times = {c: predict(together, c).step_s for c in (chosen, apart, ("lowrank",) * 4)}
+        assert times[chosen] <= 1.011 * min(times.values()) or set(chosen) == {"plain"}
+    few = dataclasses.replace(fleet(20, 20), costs=[costs] * 2)
+    assert choose(few, allowed, 0.9) == ("lowrank",) * 2
+    assert "lowrank" not in choose(few, allowed, 0.5)

@@ -77,8 +77,8 @@ def test_a_step_first_tried_with_a_share_and_committed_without_one_leaves_no_tra
     of = reduction()
     step(of, 5)
     first = of.exchanges[1].states
-    again = Reduction(record_of([1, 0], codec="counting"), LAYOUT)
-    again.exchanges[1].states = first
+    states = [exchange.states for exchange in of.exchanges]
+    again = Reduction(record_of([1, 0], codec="counting"), LAYOUT, states)
     step(again, 5, [1.0, 0.0])
     commit(first, 5)
     assert counts(of, 1) == {0.0, 1.0}, "of what it owns, once"

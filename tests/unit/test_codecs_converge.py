@@ -62,7 +62,14 @@ def accuracy(*codecs: str) -> float:
 
 @pytest.mark.parametrize(
     ("codec", "points"),
-    [("int8", 1.0), ("int4", 1.0), ("sign", 7.0), ("topk(density=0.05)", 3.0), ("randomk(density=0.5)", 3.0)],
+    [
+        ("int8", 1.0),
+        ("int4", 1.0),
+        ("sign", 7.0),
+        ("topk(density=0.05)", 3.0),
+        ("randomk(density=0.5)", 3.0),
+        ("lowrank", 1.5),
+    ],
 )
 def test_accuracy_at_equal_steps_is_within_the_stated_points_of_dense(codec: str, points: float) -> None:
     assert accuracy(*["none"] * 4) >= 95

@@ -8,9 +8,9 @@ from collectives_fakes import Reduction, record_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_het.collectives.exchange import one_to_all
 from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.layout import ALIGN_BYTES, Layout, aligned, shard_bounds
+from raytrain_het.collectives.one_to_all import one_to_all
 from raytrain_het.compression import CODECS, Stamp
 from raytrain_het.errors import ProtocolError
 

@@ -16,7 +16,7 @@ from raytrain_het.errors import ProtocolError
 
 LAYOUT = Layout([("a", torch.zeros(30, 50)), ("b", torch.zeros(700)), ("c", torch.zeros(9))], [], 4000)
 NUMEL = sum(bucket.numel for bucket in LAYOUT.buckets)
-FED_BACK = ["sign", "topk(density=0.05)", "randomk(density=0.1)", "int4(error_feedback=true)"]
+FED_BACK = ["sign", "topk(density=0.05)", "randomk(density=0.1)", "int4(error_feedback=true)", "lowrank"]
 
 
 def residual(states: CodecStates) -> torch.Tensor:
@@ -105,6 +105,15 @@ def test_a_fleet_of_different_codecs_loses_nothing_either() -> None:
             fleet.run(generation)
     fleet.check()
     assert not residual(fleet.states[3]).any()
+
+
+def test_what_one_codec_has_left_out_is_sent_by_the_next_one() -> None:
+    fleet = Fleet(4)
+    for codec in [*FED_BACK, *FED_BACK[::-1]]:
+        generation = fleet.generation([codec] * 4)
+        for _ in range(3):
+            fleet.run(generation)
+    fleet.check()
 
 
 @pytest.mark.parametrize("codec", FED_BACK)

@@ -140,7 +140,7 @@ def test_the_poisonous_step_survives_pickling() -> None:
         ({"warm_spares": 1}, "true or false, and true with shares='auto' only"),
         (
             {"compression": "zip"},
-            "none, bf16, fp16, int8, int4, sign, topk, randomk, auto, or one of them with options",
+            "none, bf16, fp16, int8, int4, sign, topk, randomk, lowrank, auto, or one of them with options",
         ),
         ({"micro_batch_size": 0}, "a whole number from 1, or None"),
         ({"micro_batch_size": 1.5}, "a whole number from 1, or None"),

@@ -18,11 +18,12 @@ from collectives_fakes import record_of
 from raytrain_het.collectives import tcp
 from raytrain_het.collectives.building import GroupBuilder, connect
 from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.exchange import Exchange, Sums
+from raytrain_het.collectives.exchange import Exchange
 from raytrain_het.collectives.group import GroupError, Parts
 from raytrain_het.collectives.header import Header
 from raytrain_het.collectives.layout import Layout
 from raytrain_het.collectives.poller import Poller
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.collectives.tcp import TcpGroup
 
 LONG = 6_000_000
@@ -481,10 +482,9 @@ class Steps:
             for start, stop, values in wires or ():
                 values.copy_(local[start:stop])
             header = Header(step, record.number, bucket.index, 0, 1.0, True, contributes, 0, 0)
-            self.finish(exchange.scatter(bucket, header, None if wires else local))
-            self.finish(exchange.reduce(bucket, sums))
             out = torch.full((bucket.numel,), torch.nan)
-            exchange.decode(bucket, out)
+            for operation in exchange.all_reduce(bucket, header, None if wires else local, out, sums):
+                self.finish(operation)
             senders = [rank for rank, share in enumerate(record.shares) if share > 0]
             parts = [self.gradient(step, rank, bucket.index, bucket.numel) for rank in senders]
             if not torch.allclose(out, torch.stack(parts).mean(dim=0), atol=0.1):
