@@ -9,6 +9,8 @@ One state serves both halves of the all-reduce: of the elements that a worker do
 of what it sent, of those that it owns what it left out of their mean. So whoever owns an element next takes nothing
 over: what the last owner still has of it goes the way of all gradients.
 
+A codec that remembers nothing sends what the one before it has left out along with its first gradients.
+
 State belongs to a worker and its gradients: it is cut by parameter name where it leaves this class. A worker that heals
 begins with none.
 """
@@ -25,6 +27,8 @@ from raytrain_het.compression import RESIDUAL, Codec, State
 _RISE = 0.02
 """So much more weight a sample is expected at most from one step to the next."""
 _ROUNDING = 1e-9
+_FLUSHES = 8
+"""After so many committed steps nothing is left of what is sent along: of each, what was expected too little stays."""
 
 
 class CodecStates:
@@ -42,6 +46,11 @@ class CodecStates:
         self._next: list[State] = [{} for _ in layout.buckets]
         self._written: int | None = None
         """The step whose payloads the next state belongs to."""
+        self._left: dict[int, torch.Tensor] = {}
+        """By bucket: what an earlier codec has left out, and this one, which remembers nothing, sends along."""
+        self._flushed: set[int] = set()
+        """Buckets with which it was sent in the step that is under way."""
+        self._flushes = 0
         self.weight_per_sample: float | None = None
         """Of the last steps the least, about; None before the first one."""
         self._expected: list[float | None] = [None] * len(layout.buckets)
@@ -52,24 +61,33 @@ class CodecStates:
     def use(self, codec: Codec, device: torch.device) -> None:
         """From now on gradients are encoded by this codec, on this device.
 
-        What another one before has left out, this one sends, if it remembers such things.
+        What another one before has left out, this one sends.
         """
         if codec is self._codec and device == self._device:
             return
-        before, self._codec, self._device = self._kept, codec, device
-        self.reset()
-        for state, known in zip(self._kept, before, strict=True):
-            for name in state.keys() & known.keys():
-                state[name].copy_(known[name])
+        before, self._codec, self._device = self.by_parameter(), codec, device
+        self.load(before)
 
     def reset(self) -> None:
         """Begin anew."""
         self._kept, self._next = self._initial(), self._initial()
-        self._written = None
+        self._written, self._left, self._flushed, self._flushes = None, {}, set(), 0
 
     def begin(self) -> None:
         """A step is tried, perhaps again: nothing of it is written yet."""
-        self._written = None
+        self._written, self._flushed = None, set()
+
+    @property
+    def flushes(self) -> bool:
+        """Whether something is to be sent along by :meth:`flush`."""
+        return bool(self._left)
+
+    def flush(self, bucket: Bucket, local: torch.Tensor, weight: float) -> None:
+        """Add to a gradient (n,), which is about to be sent, what an earlier codec has left out of it."""
+        left = self._left.get(bucket.index)
+        if left is not None:
+            local.add_(left.to(local), alpha=weight)
+            self._flushed.add(bucket.index)
 
     def of_shard(self, bucket: Bucket, start: int, stop: int, step: int) -> tuple[State, State]:
         """The states that encoding elements ``start`` to ``stop`` of a bucket in this step reads and writes."""
@@ -115,6 +133,8 @@ class CodecStates:
             total_weight: the sum of weights ``W``.
             used: by bucket: bit ``k`` is set if anybody used its tensor ``k``.
         """
+        if self._flushed:
+            self._commit_flushed(total_weight, used)
         if self._written != step:
             return
         for bucket, kept, following in zip(self._layout.buckets, self._kept, self._next, strict=True):
@@ -130,10 +150,22 @@ class CodecStates:
                     after[segment.offset : segment.stop].copy_(before[segment.offset : segment.stop])
         self._kept, self._next, self._written = self._next, self._kept, None
 
+    def _commit_flushed(self, total_weight: float, used: Sequence[int]) -> None:
+        for index in self._flushed:
+            expected = self._expected[index]
+            factor = 1 - expected / total_weight if expected is not None else 0.0
+            for k, segment in enumerate(self._layout.buckets[index].segments):
+                if used[index] >> k & 1:
+                    self._left[index][segment.offset : segment.stop].mul_(factor)
+        self._flushed, self._flushes = set(), self._flushes + 1
+        if self._flushes == _FLUSHES:
+            self._left, self._flushes = {}, 0
+
     def by_parameter(self) -> dict[str, State]:
         """Copies on the CPU, for a checkpoint: a parameter's elements (numel, ...) flat, by name."""
         found: dict[str, State] = {}
-        for bucket, state in zip(self._layout.buckets, self._kept, strict=True):
+        for bucket, kept in zip(self._layout.buckets, self._kept, strict=True):
+            state = kept | ({RESIDUAL: self._left[bucket.index]} if bucket.index in self._left else {})
             for segment in bucket.segments if state else ():
                 found[segment.name] = {
                     name: values[segment.offset : segment.stop].to("cpu", copy=True) for name, values in state.items()
@@ -141,13 +173,27 @@ class CodecStates:
         return found
 
     def load(self, by_parameter: Mapping[str, State]) -> None:
-        """The inverse of :meth:`by_parameter`. What is not there, as after a change of the codec, begins anew."""
+        """The inverse of :meth:`by_parameter`. What is not there, as after a change of the codec, begins anew; what
+        was left out is sent by any."""
         self.reset()
         for bucket, state in zip(self._layout.buckets, self._kept, strict=True):
             for segment in bucket.segments:
                 for name, values in by_parameter.get(segment.name, {}).items():
-                    if name in state and len(values) == segment.numel:
+                    if name in state and name != RESIDUAL and len(values) == segment.numel:
                         state[name][segment.offset : segment.stop].copy_(values)
+        self.adopt(by_parameter)
+
+    def adopt(self, by_parameter: Mapping[str, State]) -> None:
+        """What a worker has left out that is not there any more: this one sends it, too."""
+        for bucket, state in zip(self._layout.buckets, self._kept, strict=True):
+            for segment in bucket.segments if not bucket.is_dense else ():
+                left_out = by_parameter.get(segment.name, {}).get(RESIDUAL)
+                if left_out is None or len(left_out) != segment.numel or not left_out.any():
+                    continue
+                if RESIDUAL not in state and bucket.index not in self._left:
+                    self._left[bucket.index] = torch.zeros(bucket.numel, dtype=bucket.dtype, device=self._device)
+                held = state[RESIDUAL] if RESIDUAL in state else self._left[bucket.index]
+                held[segment.offset : segment.stop].add_(left_out.to(self._device))
 
     def _initial(self) -> list[State]:
         codec = self._codec

@@ -102,6 +102,8 @@ class Communicator:
     def wires(self, record: Record) -> list[list[Wire] | None] | None:
         """Where gradients of a step of this generation can be gathered, by bucket."""
         rounds = self._rounds
+        if self.codec_states.flushes:
+            return None
         return rounds.exchange.wires if rounds is not None and rounds.exchange.record is record else None
 
     def of_messages(self) -> dict[str, Any]:

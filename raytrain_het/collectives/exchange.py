@@ -92,6 +92,8 @@ class Exchange:
         if factors is not None:
             yield from self._reduce_factors(bucket, factors, header, local, sums, weight)
         else:
+            if local is not None and header.contributes:
+                self.states.flush(bucket, local, weight)
             yield self.messages.scatter(bucket, header, local, weight)
             yield self.messages.reduce(bucket, sums)
         self.decode(bucket, out)

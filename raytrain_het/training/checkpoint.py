@@ -187,3 +187,10 @@ def read_worker(directory: str, slot: int) -> dict[str, Any] | None:
     """``worker_<slot>.pt``; None if that worker was lost, or the fleet was smaller, when it was written."""
     path = Path(directory) / f"worker_{slot}.pt"
     return torch.load(path, map_location="cpu", weights_only=False) if path.exists() else None
+
+
+def read_left_over(directory: str, slot: int, num_slots: int) -> list[dict[str, Any]]:
+    """The files of workers that a fleet of ``num_slots`` has no slot for: each is given to one of its workers."""
+    slots = (int(path.stem.removeprefix("worker_")) for path in Path(directory).glob("worker_*.pt"))
+    found = (read_worker(directory, s) for s in sorted(slots) if s >= num_slots and s % num_slots == slot)
+    return [own for own in found if own is not None]

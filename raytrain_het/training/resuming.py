@@ -18,6 +18,7 @@ class Resuming:
 
     storage: files.Storage
     slot: int
+    num_slots: int
     plan: DataPlan
     parameters: dict[str, list[int]]
     """By name: the shape."""
@@ -42,6 +43,8 @@ class Resuming:
             try:
                 self.replica.load(files.read_state(directory))
                 self.codec_states.load(own["codec"] if own is not None else {})
+                for other in files.read_left_over(directory, self.slot, self.num_slots):
+                    self.codec_states.adopt(other["codec"])
                 self.codec_states.weight_per_sample = own.get("weight_per_sample") if own is not None else None
             except CheckpointError as error:
                 raise CheckpointError(f"checkpoint {path}: {error}") from None

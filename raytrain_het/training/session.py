@@ -20,7 +20,6 @@ from torch import nn
 
 from raytrain_het.collectives import points
 from raytrain_het.collectives.communicator import Communicator
-from raytrain_het.collectives.layout import SMALL
 from raytrain_het.collectives.sums import Sums
 from raytrain_het.compression import CODECS, codec_costs
 from raytrain_het.config import HetConfig
@@ -29,6 +28,7 @@ from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
+from raytrain_het.training.codec_warnings import warn_of_model, warn_of_optimizer
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance
 from raytrain_het.training.evaluations import Evaluations
@@ -97,17 +97,15 @@ class Session:
             raise LoopOrderError("prepare_model() was called twice: one model per run. Wrap several in one nn.Module.")
         apart = any(codec.spares_small for codec in self._codecs)
         self.gradients = Gradients(model, int(self.config.bucket_mib * 2**20), small_apart=apart)
-        if all(bucket.is_dense for bucket in self.gradients.layout.buckets):
-            logger.warning(
-                "compression=%r does nothing here: every parameter of the model has one dimension or fewer than %d "
-                "elements, and those travel as they are. Leave it out.", self.config.compression, SMALL,
-            )  # fmt: skip
+        if apart:
+            warn_of_model(self.config.compression, self.config.possible_codecs, self.gradients.layout)
         self.replica.model = model
 
     def set_optimizer(self, optimizer: torch.optim.Optimizer, inner_step: Callable[[], Any]) -> None:
         """Keep the optimizer and its own ``step``."""
         if self.replica.optimizer is not None:
             raise LoopOrderError("prepare_optimizer() was called twice: one optimizer per run, with parameter groups.")
+        warn_of_optimizer(self.config.compression, self.config.possible_codecs, optimizer)
         self.replica.optimizer, self._inner_step = optimizer, inner_step
 
     def set_data(self, plan: DataPlan, micro_batch_size: int | None, fingerprint: str = "") -> None:
@@ -164,7 +162,7 @@ class Session:
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
             server=self._server, token=self._token, update=self._inner_step,
             load_checkpoint=Resuming(
-                self.storage, self.slot, plan, self._parameters(), self._data(), self.replica,
+                self.storage, self.slot, self.num_slots, plan, self._parameters(), self._data(), self.replica,
                 self._communicator.codec_states,
             ).load,
         )  # fmt: skip

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from labs import run
 from remembering import Counting
 
-from raytrain_het.compression import CODECS
+from raytrain_het.collectives import layout
+from raytrain_het.collectives.codec_states import CodecStates
+from raytrain_het.compression import CODECS, RESIDUAL
+from raytrain_het.config import HetConfig
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import Regression
@@ -63,3 +67,35 @@ def test_a_resumed_run_goes_on_with_what_each_worker_remembered(tmp_path):
     done = run(TASK, tmp_path / "second", num_slots=4, settings=settings)
     half = TASK.num_steps / 2
     assert [done.results[slot]["counts"] for slot in range(4)] == [[2 * half]] * 3 + [[half]], "the fourth is new"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeavingOut(Regression):
+    """Also returns what the worker's codec has left out: what it began with of others, and at its end."""
+
+    def __call__(self, directory: str) -> dict[str, Any]:
+        layout.SMALL, adopt, begun = 1, CodecStates.adopt, {}
+
+        def adopting(states, by_parameter):
+            adopt(states, by_parameter)
+            begun.update(residuals(states))
+
+        CodecStates.adopt = adopting
+        result = super().__call__(directory)
+        return result | {"begun": begun, "left": residuals(sessions.current()._communicator.codec_states)}
+
+
+def residuals(states):
+    return {name: state[RESIDUAL].clone() for name, state in states.by_parameter().items()}
+
+
+def test_a_smaller_fleet_takes_over_what_those_that_are_gone_had_left_out(tmp_path):
+    config = HetConfig(compression={"topk": {"density": 0.1}}, shares=None)
+    first = run(LeavingOut(epochs=2), tmp_path / "first", num_slots=4, config=config)
+    path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
+    settings = {"checkpoint": str(path), "checkpoint_cursor": read_meta(str(path))["cursor"]}
+    done = run(LeavingOut(), tmp_path / "second", num_slots=3, config=config, settings=settings)
+    for name, left in first.results[0]["left"].items():
+        torch.testing.assert_close(done.results[0]["begun"][name], left + first.results[3]["left"][name])
+    assert [done.results[slot]["begun"] for slot in (1, 2)] == [{}, {}]
+    assert any(left.any() for left in first.results[3]["left"].values())

@@ -131,6 +131,6 @@ def test_costs_are_measured_of_every_codec_that_auto_knows():
     numel, wide = 36_000 + 65_536 + 1400, 16 * (300 + 120 + 256 + 256)
     assert costs["lowrank(rank=16)"].num_bytes == pytest.approx(4 * (wide + 1400) / numel), "20 x 70 travels whole"
     assert costs["lowrank"].num_bytes == pytest.approx(4 * (wide / 4 + 4 * 90) / numel)
-    assert costs["lowrank(rank=16)"].error < costs["lowrank"].error < 1
+    assert costs["lowrank(rank=16)"].error < costs["lowrank"].error < 0.85
     assert costs["lowrank"].encode_s > 0 == costs["lowrank"].decode_s
     assert costs["topk"].error < 0.97

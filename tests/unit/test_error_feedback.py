@@ -108,12 +108,32 @@ def test_a_fleet_of_different_codecs_loses_nothing_either() -> None:
 
 
 def test_what_one_codec_has_left_out_is_sent_by_the_next_one() -> None:
+    """Also by one that remembers nothing."""
     fleet = Fleet(4)
-    for codec in [*FED_BACK, *FED_BACK[::-1]]:
+    for k, codec in enumerate([*FED_BACK, "none", *FED_BACK[::-1], "none"]):
         generation = fleet.generation([codec] * 4)
-        for _ in range(3):
-            fleet.run(generation)
+        for again in range(3):
+            fleet.run(generation, commits=k % 2 == 0 or again == 1)
     fleet.check()
+
+
+def test_a_codec_that_remembers_nothing_sends_along_what_was_left_out_and_is_done_with_it() -> None:
+    states = [CodecStates(LAYOUT) for _ in range(2)]
+    sparse = Reduction(record_of([1, 1], codec="topk(density=0.05)"), LAYOUT, states)
+    one, applied = torch.arange(1.0, NUMEL + 1), torch.zeros(NUMEL)
+    for step, weight in enumerate([1.0, 2.0, 2.0]):  # The weight is not what was expected.
+        outs, _ = sparse.run([one * weight, one * weight], [weight] * 2, at=step, num_samples=2)
+        sparse.commit()
+        applied += torch.cat(outs[0])
+    plain = Reduction(record_of([1, 1], codec="none"), LAYOUT, states)
+    for step in range(3, 12):
+        assert all(of_worker.flushes for of_worker in states) == (step < 11)
+        weight = 2.0 if step < 6 else 1.0
+        outs, _ = plain.run([one * weight, one * weight], [weight] * 2, at=step, num_samples=2)
+        plain.commit()
+        applied += torch.cat(outs[0])
+    torch.testing.assert_close(applied, 12 * one, rtol=1e-4, atol=0)
+    assert not any(residual(of_worker).any() for of_worker in states)
 
 
 @pytest.mark.parametrize("codec", FED_BACK)
