@@ -29,7 +29,7 @@ def warn_of_model(compression: Any, words: Sequence[str], layout: Layout) -> Non
         whole = [name for name, shape in shapes.items() if codec.matrix(shape) is None]
         if whole:
             logger.warning(
-                "compression=%r: %d of %d matrices travel as they are, since two factors of rank %d would be no smaller "
+                "compression=%r: %d of %d matrices travel as they are, since factors of rank %d would be no smaller "
                 "(%s%s). Write a lower rank if they are to be compressed.", compression, len(whole), len(shapes),
                 codec.rank, ", ".join(f"{name} {list(shapes[name])}" for name in whole[:3]),
                 ", ..." if len(whole) > 3 else "",
@@ -40,7 +40,7 @@ def warn_of_optimizer(compression: Any, words: Sequence[str], optimizer: torch.o
     """Of signs for one that divides by what gradients vary."""
     if any(isinstance(CODECS[word], Sign) for word in words) and "betas" in optimizer.defaults:
         logger.warning(
-            "compression=%r does not suit %s: it divides by a mean of squared gradients, and with signs all elements of "
-            "a block have the same square. Use SGD with momentum, or another codec, such as 'int8'.", compression,
+            "compression=%r does not suit %s: it divides by a mean of squared gradients, and with signs all elements "
+            "of a block have the same square. Use SGD with momentum, or another codec, such as 'int8'.", compression,
             type(optimizer).__name__,
         )  # fmt: skip
