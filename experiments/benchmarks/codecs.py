@@ -3,10 +3,13 @@
 For each codec, of ``--elements`` values in fp32: encoding as a worker does it (with error feedback, where the codec
 has it), decoding, and the bytes of the payload. Speeds are in GB/s of the fp32 values, so that they compare with each
 other and with a plain copy of those values, measured between them; the median of ``--repeats``, taken in turns.
+``lowrank`` is measured on a square matrix of so many values, all of its steps but the messages: what all members do for
+the mean counts as decoding.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,14 +18,19 @@ from typing import Any
 import torch
 
 from experiments.benchmarks import common
-from raytrain_het.compression import CODECS, KINDS, Stamp
+from raytrain_het.collectives.factors import Factors
+from raytrain_het.collectives.layout import Layout
+from raytrain_het.compression import CODECS, KINDS, LowRank, Stamp
 
-WORDS = [*KINDS, "int8(error_feedback=true)", "int4(error_feedback=true)", "topk(density=0.001)", "topk(density=0.1)"]
+WORDS = [*KINDS, "int8(error_feedback=true)", "int4(error_feedback=true)", "topk(density=0.001)", "topk(density=0.1)",
+         "lowrank(rank=16)"]  # fmt: skip
 
 
 def pieces(word: str, x: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None], int]:
     """Encoding, decoding, and the payload's bytes."""
     codec = CODECS[word]
+    if isinstance(codec, LowRank):
+        return pieces_of_factors(codec, x)
     payload = torch.empty(codec.capacity_bytes(x.numel(), x.dtype), dtype=torch.uint8, device=x.device)
     states = [codec.init(x.numel(), x.dtype, x.device) for _ in range(2)]
     out, stamp = torch.empty_like(x), Stamp(3, 4, 64.0)
@@ -33,6 +41,25 @@ def pieces(word: str, x: torch.Tensor) -> tuple[Callable[[], None], Callable[[],
 
     encode()
     return encode, lambda: codec.decode(payload, out), payload.numel()
+
+
+def pieces_of_factors(codec: LowRank, x: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None], int]:
+    """The same of a square matrix and its factors, as if this worker's were the mean."""
+    side = math.isqrt(x.numel())
+    x = x[: side * side]
+    (bucket,) = Layout([("w", x.view(side, side))], [], 1 << 40).buckets
+    factors = Factors(bucket, codec, second=1, seed=0, device=x.device)
+    residual, y, out = torch.zeros_like(x), torch.empty_like(x), torch.empty_like(x)
+
+    def encode() -> None:
+        torch.add(x, residual, alpha=64.0, out=y)
+        factors.p.copy_(factors.project(y))
+        factors.orthonormalise()
+        factors.q.copy_(factors.project_back(y))
+        factors.leave(y, 64.0)
+
+    encode()
+    return encode, lambda: factors.multiply(out), 4 * codec.num_travelling((side, side))
 
 
 def measure(device: str, elements: int, repeats: int) -> list[dict[str, Any]]:
