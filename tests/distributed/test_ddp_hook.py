@@ -71,7 +71,8 @@ def reference():
 
 def test_codecs_under_ddp_give_the_weighted_mean_and_identical_replicas(tmp_path):
     many, one = 0.001, 25
-    codecs = {"none": many, "bf16": one, "int8" + FED: many, "topk(density=0.2)": many, "sign": one}
+    codecs = {"none": many, "bf16": one, "int8" + FED: many, "topk(density=0.2)": many, "sign": one,
+              "lowrank": many}  # fmt: skip
     mp.start_processes(train, (str(tmp_path), list(codecs.items())), nprocs=SIZE, start_method="spawn")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(SIZE)]
     expected = reference()
@@ -79,7 +80,7 @@ def test_codecs_under_ddp_give_the_weighted_mean_and_identical_replicas(tmp_path
         assert all(torch.equal(found[0][codec], other[codec]) for other in found[1:]), codec
     torch.testing.assert_close(found[0]["none"], expected, rtol=1e-12, atol=1e-14)
     moved = (expected - torch.cat([p.detach().view(-1) for p in net().double().parameters()])).norm()
-    for codec, part in (("bf16", 0.02), ("topk(density=0.2)", 0.5), ("sign", 0.6)):
+    for codec, part in (("bf16", 0.02), ("topk(density=0.2)", 0.5), ("sign", 0.6), ("lowrank", 0.5)):
         assert (found[0][codec] - expected).norm() < part * moved, codec
     assert found[0][f"int8{FED} skipped"] == found[2][f"int8{FED} skipped"] == 5, "a NaN on one process reaches all"
     assert found[0]["bf16 bytes"] > 1.6 * found[0][f"int8{FED} bytes"] > 1.6 * 2 * found[0]["topk(density=0.2) bytes"]
