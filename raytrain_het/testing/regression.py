@@ -44,7 +44,9 @@ class Regression:
     scheduled: bool = False
     """Whether a scheduler, registered, lowers the rate after every step."""
     nan_steps: tuple[int, ...] = ()
-    """Steps (0 is the first) in which the loss of slot 1 is not a number."""
+    """Steps (0 is the first) in which the loss of ``nan_slot`` is not a number."""
+    nan_slot: int = 1
+    """One that is there in those steps, whatever happens to others."""
     report: bool = True
     micro_batch_size: int | None = None
     pace_s: float = 0.0
@@ -101,7 +103,7 @@ class Regression:
                 self._wait_for_the_lab(session, directory)
                 time.sleep(max(self.pace_s, self.patience_s if het.num_participants() < session.num_slots else 0.0))
                 loss = F.mse_loss(model(x), y)
-                if session.slot == 1 and session.engine is not None and session.engine.cursor.step in self.nan_steps:
+                if session.slot == self.nan_slot and self._step(session) in self.nan_steps:
                     loss = loss * math.nan
                 optimizer.zero_grad()
                 loss.backward()
@@ -109,6 +111,10 @@ class Regression:
             if self.report:
                 het.report({"loss": loss.item()})
         return {"parameters": flat(model.parameters()), "buffers": flat(model.buffers()), "rates": rates}
+
+    @staticmethod
+    def _step(session: sessions.Session) -> int | None:
+        return session.engine.cursor.step if session.engine is not None else None
 
     def plain(self) -> torch.Tensor:
         """The parameters (flat) after the same training with torch alone, each global batch in one piece."""
