@@ -105,7 +105,8 @@ class Compression:
         exchange_s = predict(fleet, list(now.values())).exchange_s
         hidden_s = min(max(0.0, exchange_s - besides_s), compute_s)
         faster = min(1.0, (besides_s + hidden_s) / exchange_s) if exchange_s > 0 else 1.0
-        fleet = dataclasses.replace(fleet, hidden_s=hidden_s, byte_s=[faster * s for s in fleet.byte_s])
+        hidden = hidden_s / (besides_s + hidden_s) if hidden_s > 0 else 0.0
+        fleet = dataclasses.replace(fleet, hidden=hidden, byte_s=[faster * s for s in fleet.byte_s])
         chosen = choose(fleet, self.allowed, self.error)
         before, after = predict(fleet, list(now.values())), predict(fleet, chosen)
         self._promised_s = after.step_s

@@ -40,9 +40,11 @@ def test_coding_takes_its_time_before_and_after():
 
 
 def test_what_passes_beside_the_backward_pass_costs_nothing():
-    hidden = fleet(100, 100, hidden_s=10.0, compute_s=0.2)
+    hidden = fleet(100, 100, hidden=1.0, compute_s=0.2)
     assert predict(hidden, ["plain"] * 2).step_s == 0.2
     assert choose(hidden, ALLOWED, 1.0) == ("plain", "plain")
+    half = fleet(100, 100, hidden=0.5, compute_s=0.2)
+    assert choose(half, ALLOWED, 1.0) == ("tiny", "tiny"), "whose messages are hidden by half too"
 
 
 def test_a_single_worker_sends_nothing():
