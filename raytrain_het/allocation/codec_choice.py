@@ -43,7 +43,8 @@ class Fleet:
     compute_s: float = 0.0
     """A step without its messages."""
     hidden: float = 0.0
-    """The part of the messages' time that costs nothing, because it passes beside the backward pass."""
+    """The part of the messages' time that costs nothing, because it passes beside the backward pass; no more than
+    ``compute_s`` can."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def predict(fleet: Fleet, choice: Sequence[str]) -> Prediction:
         ``wire_i = l_i n max((1 + (N - 2) o_i) e_i, sum_{j != i} (o_i + o_j) e_j)``,
 
     and encoding and decoding take their time before and after. The slowest worker counts:
-    ``step = compute + (1 - hidden) max_i (wire_i + coding_i)``.
+    ``step = compute + max((1 - hidden) T, T - compute)`` with ``T = max_i (wire_i + coding_i)``.
 
     Args:
         fleet: the workers.
@@ -84,7 +85,7 @@ def predict(fleet: Fleet, choice: Sequence[str]) -> Prediction:
         coding_s = n * (own[i].encode_s + there + part * own[i].decode_s)
         slowest = max(slowest, byte_s * n * max(out, into) + coding_s)
         sent.append(n * out)
-    return Prediction(fleet.compute_s + (1 - fleet.hidden) * slowest, slowest, sent)
+    return Prediction(fleet.compute_s + max((1 - fleet.hidden) * slowest, slowest - fleet.compute_s), slowest, sent)
 
 
 def choose(fleet: Fleet, allowed: Sequence[str], error: float) -> tuple[str, ...]:

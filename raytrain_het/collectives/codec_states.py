@@ -27,8 +27,8 @@ from raytrain_het.compression import RESIDUAL, Codec, State
 _RISE = 0.02
 """So much more weight a sample is expected at most from one step to the next."""
 _ROUNDING = 1e-9
-_FLUSHES = 8
-"""After so many committed steps nothing is left of what is sent along: of each, what was expected too little stays."""
+_NOTHING = 1e-6
+"""So small a part of what was to be sent along is nothing."""
 
 
 class CodecStates:
@@ -41,6 +41,7 @@ class CodecStates:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._codec: Codec | None = None
+        self._wanted: tuple[Codec, torch.device] | None = None
         self._device = torch.device("cpu")
         self._kept: list[State] = [{} for _ in layout.buckets]
         self._next: list[State] = [{} for _ in layout.buckets]
@@ -50,7 +51,8 @@ class CodecStates:
         """By bucket: what an earlier codec has left out, and this one, which remembers nothing, sends along."""
         self._flushed: set[int] = set()
         """Buckets with which it was sent in the step that is under way."""
-        self._flushes = 0
+        self._much: dict[int, float] = {}
+        """By bucket: the largest of what there was to send along."""
         self.weight_per_sample: float | None = None
         """Of the last steps the least, about; None before the first one."""
         self._expected: list[float | None] = [None] * len(layout.buckets)
@@ -59,22 +61,29 @@ class CodecStates:
         """By bucket: the elements of which means are remembered, and not what was sent."""
 
     def use(self, codec: Codec, device: torch.device) -> None:
-        """From now on gradients are encoded by this codec, on this device.
+        """From the next step on gradients are encoded by this codec, on this device: the last one may yet be committed.
 
         What another one before has left out, this one sends.
         """
-        if codec is self._codec and device == self._device:
+        self._wanted = codec, device
+        if self._codec is None:
+            self._change()
+
+    def _change(self) -> None:
+        if self._wanted is None or self._wanted == (self._codec, self._device):
             return
-        before, self._codec, self._device = self.by_parameter(), codec, device
+        before = self.by_parameter()
+        self._codec, self._device = self._wanted
         self.load(before)
 
     def reset(self) -> None:
         """Begin anew."""
         self._kept, self._next = self._initial(), self._initial()
-        self._written, self._left, self._flushed, self._flushes = None, {}, set(), 0
+        self._written, self._left, self._flushed, self._much = None, {}, set(), {}
 
     def begin(self) -> None:
         """A step is tried, perhaps again: nothing of it is written yet."""
+        self._change()
         self._written, self._flushed = None, set()
 
     @property
@@ -157,9 +166,9 @@ class CodecStates:
             for k, segment in enumerate(self._layout.buckets[index].segments):
                 if used[index] >> k & 1:
                     self._left[index][segment.offset : segment.stop].mul_(factor)
-        self._flushed, self._flushes = set(), self._flushes + 1
-        if self._flushes == _FLUSHES:
-            self._left, self._flushes = {}, 0
+            if float(self._left[index].abs().max()) <= _NOTHING * self._much[index]:
+                del self._left[index], self._much[index]
+        self._flushed = set()
 
     def by_parameter(self) -> dict[str, State]:
         """Copies on the CPU, for a checkpoint: a parameter's elements (numel, ...) flat, by name."""
@@ -194,6 +203,7 @@ class CodecStates:
                     self._left[bucket.index] = torch.zeros(bucket.numel, dtype=bucket.dtype, device=self._device)
                 held = state[RESIDUAL] if RESIDUAL in state else self._left[bucket.index]
                 held[segment.offset : segment.stop].add_(left_out.to(self._device))
+        self._much = {index: float(left.abs().max()) for index, left in self._left.items()}
 
     def _initial(self) -> list[State]:
         codec = self._codec

@@ -116,13 +116,15 @@ class Exchange:
             y = torch.add(local, kept[RESIDUAL], alpha=weight, out=following[RESIDUAL])
         else:
             self.states.carry(bucket, 0, bucket.numel, header.step)
-        yield messages.scatter(factors.first, header, factors.project(y) if y is not None else None, weight)
+        there = messages.scatter(factors.first, header, factors.project(y) if y is not None else None, weight)
+        if second is None:  # All has been sent: others may commit the step, and this one may take it over.
+            self._leave(bucket, factors, y, header.step, weight)
+        yield there
         yield messages.reduce(factors.first, sums)
         messages.decode(factors.first, factors.p)
-        factors.orthonormalise()
         if second is None:
-            self._leave(bucket, factors, y, header.step, weight)
             return
+        factors.orthonormalise()
         again = header._replace(bucket=second.index, used=0)
         back = messages.scatter(second, again, factors.project_back(y) if y is not None else None, weight)
         self._leave(bucket, factors, y, header.step, weight)  # While that is on its way.
@@ -134,7 +136,7 @@ class Exchange:
         """What the factors lack is kept."""
         if y is None:
             return
-        due = self._fidelity.is_due(step, bucket.index, len(self.layout.buckets))
+        due = factors.is_warm and self._fidelity.is_due(step, bucket.index, len(self.layout.buckets))
         norm = float(torch.linalg.vector_norm(y)) if due else 0.0
         factors.leave(y, weight)
         if norm > 0:

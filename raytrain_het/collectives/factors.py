@@ -48,12 +48,14 @@ class Factors:
         )
         """Means of the factors, as all members have them."""
         self._own_p, self._own_q = torch.zeros_like(self.p), torch.zeros_like(self.q)
+        self._num_projected = 0
 
     def project(self, y: torch.Tensor) -> torch.Tensor:
         """The first bucket's values ``P_i = Q y^T`` of this member's gradient ``y`` (n,)."""
-        self._refresh()
+        self._num_projected += 1
+        self._start_from_means()
         for m in self._matrices:
-            torch.mm(self._of(self.q, m.second), y[m.whole].view(m.shape).t(), out=self._of(self._own_p, m.first))
+            torch.mm(self._of(self._own_q, m.second), y[m.whole].view(m.shape).t(), out=self._of(self._own_p, m.first))
         for whole, first in self._kept:
             self._own_p[first] = y[whole]
         return self._own_p
@@ -90,11 +92,18 @@ class Factors:
     def _of(self, flat: torch.Tensor, place: slice) -> torch.Tensor:
         return flat[place].view(self._rank, -1)
 
-    def _refresh(self) -> None:
-        """Rows of ``Q`` that are nothing, or not finite, would stay so."""
+    @property
+    def is_warm(self) -> bool:
+        """Whether the iteration has left its random start behind."""
+        return self._num_projected > 2
+
+    def _start_from_means(self) -> None:
+        """Rows of ``Q`` that are nothing, or not finite, would stay so. ``q`` itself stays as it is: who has the last
+        step's sums may yet be asked for them."""
+        self._own_q.copy_(self.q)
         for m in self._matrices:
-            q = self._of(self.q, m.second)
-            norms = torch.linalg.vector_norm(q, dim=1)
+            q = self._of(self._own_q, m.second)
+            norms = torch.linalg.vector_norm(q.double(), dim=1)
             for k in torch.nonzero(~((norms > 0) & (norms < torch.inf))).flatten().tolist():
                 q[k] = torch.from_numpy(self._random.standard_normal(q.shape[1])).to(q)
 

@@ -40,9 +40,12 @@ def test_coding_takes_its_time_before_and_after():
 
 
 def test_what_passes_beside_the_backward_pass_costs_nothing():
-    hidden = fleet(100, 100, hidden=1.0, compute_s=0.2)
-    assert predict(hidden, ["plain"] * 2).step_s == 0.2
+    hidden = fleet(100, 100, hidden=1.0, compute_s=2.0)
+    assert predict(hidden, ["plain"] * 2).step_s == 2.0
     assert choose(hidden, ALLOWED, 1.0) == ("plain", "plain")
+    little = fleet(100, 100, hidden=1.0, compute_s=0.2)
+    assert predict(little, ["plain"] * 2).step_s == pytest.approx(1.28), "no more hides than there is to compute"
+    assert choose(little, ALLOWED, 1.0) != ("plain", "plain"), "though what is used by now should be hidden whole"
     half = fleet(100, 100, hidden=0.5, compute_s=0.2)
     assert choose(half, ALLOWED, 1.0) == ("tiny", "tiny"), "whose messages are hidden by half too"
 

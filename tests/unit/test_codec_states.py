@@ -107,8 +107,11 @@ def test_another_codec_begins_anew_and_the_same_one_goes_on() -> None:
     states = of.exchanges[0].states
     commit(states, 5)
     states.use(CODECS["counting"], torch.device("cpu"))
+    states.begin()
     assert counts(of, 0) == {1.0}
     states.use(CODECS["none"], torch.device("cpu"))
+    states.begin()
     assert states.by_parameter() == {}
     states.use(CODECS["counting"], torch.device("cpu"))
+    states.begin()
     assert counts(of, 0) == {0.0}

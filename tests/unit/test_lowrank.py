@@ -12,8 +12,10 @@ from collectives_fakes import Reduction, record_of
 from raytrain_het.codec_options import AUTO_CODECS, used_together
 from raytrain_het.collectives import replay
 from raytrain_het.collectives.codec_states import CodecStates
+from raytrain_het.collectives.header import Header
 from raytrain_het.collectives.layout import Layout
-from raytrain_het.compression import CODECS, LowRank, compiled
+from raytrain_het.collectives.sums import Sums
+from raytrain_het.compression import CODECS, RESIDUAL, LowRank, compiled
 from raytrain_het.compression.lowrank import leave, multiply, orthonormalise
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
@@ -198,3 +200,42 @@ def test_all_use_it_or_none() -> None:
     with pytest.raises(ConfigError, match=r"allowed for 'rank' is a whole number from 1"):
         HetConfig(compression={"lowrank": {"rank": 0}})
     assert isinstance(CODECS["lowrank(rank=2)"], LowRank)
+
+
+def test_who_takes_a_step_over_when_all_it_sends_has_gone_holds_what_it_has_not_sent() -> None:
+    """The step is over for the others, though not for this one: of what travels whole nothing is left out."""
+    states = [CodecStates(LAYOUT) for _ in range(2)]
+    reduction = Reduction(record_of([1.0, 1.0], codec="lowrank"), LAYOUT, states)
+    (bucket,) = [b for b in LAYOUT.buckets if {s.name for s in b.segments} == {"small", "b"}]
+    sums = [Sums(step=5) for _ in range(2)]
+    ways = []
+    for exchange, seen in zip(reduction.exchanges, sums, strict=True):
+        exchange.expect()
+        header = Header(5, 3, bucket.index, 3, 1.0, True, True, 0, 3)
+        out = torch.empty(bucket.numel)
+        ways.append(exchange.all_reduce(bucket, header, torch.ones(bucket.numel), out, seen, expected_weight=2.0))
+    for way in ways:
+        next(way)
+    reduction.wire.carry()
+    for way in ways:
+        next(way)  # The sums are on their way to whoever will never hear them.
+    states[1].commit(5, 2.0, [2 ** len(b.segments) - 1 for b in LAYOUT.buckets])
+    held = states[1].by_parameter()
+    assert not held["b"][RESIDUAL].any() and not held["small"][RESIDUAL].any()
+
+
+def test_kept_sums_stay_as_they_are_while_the_next_step_is_begun() -> None:
+    """Also where they are so small that the iteration starts from other rows."""
+    reduction = Reduction(record_of([1.0], codec="lowrank"), LAYOUT)
+    for size in (1.0, 1e-24, 0.0):
+        outs, _ = reduction.run([of_rank(3, 0) * size], [1.0])
+        (exchange,) = reduction.exchanges
+        for bucket in LAYOUT.buckets:
+            header = Header(6, 3, bucket.index, 3, 1.0, True, True, 0, 3)
+            local, ignored = torch.ones(bucket.numel), torch.empty(bucket.numel)
+            next(exchange.all_reduce(bucket, header, local, ignored, Sums(step=6)))
+            again = torch.empty(bucket.numel)
+            if bucket.index in exchange._factors and exchange._factors[bucket.index].second is not None:
+                exchange.decode(bucket, again)
+                assert torch.equal(again, outs[0][bucket.index])
+        reduction.wire.launched.clear()
