@@ -21,11 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
-
-import raytrain_het as het
 from experiments.benchmarks import common
 from raytrain_het.collectives import points
 from raytrain_het.testing.processes import ProcessLab
@@ -69,15 +64,8 @@ def train(directory: str) -> None:
     else:
         meter = Meter(Path(directory) / f"usage_{session.slot}_{os.getpid()}.jsonl", refills)
         session.listeners.append(lambda note: meter.sample())
-    model = het.prepare_model(common.make_model("tiny"))
-    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
-    loader = het.prepare_data_loader(DataLoader(common.make_data(600), shuffle=True), global_batch_size=6)
-    for _ in loader.epochs(10**9):
-        for x, y in loader:
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    for _ in common.het_steps(common.make_model("tiny"), common.make_data(600), 6):
+        pass
 
 
 def arrange_death(refills: Path) -> None:

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from experiments.benchmarks import common
@@ -85,38 +84,29 @@ def train(directory: str, *, size: int, blocks: int, steps: int, step_s: float, 
     data = common.make_data(SAMPLES)
     ddp = PlainDDP(data, rank, size)
     batch = batch or ddp.choose_batch(step_s)
-    model = het.prepare_model(common.make_model())
-    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
-    loader = het.prepare_data_loader(DataLoader(data, shuffle=True, drop_last=True), global_batch_size=size * batch)
     results: list[dict[str, Any]] = []
     count, block, started, cpu = 0, -1, 0.0, 0.0  # The first block of either side warms up.
-    for _ in loader.epochs(10**6):
-        for x, y in loader:
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            count += 1
-            if count < steps:
-                continue
-            dist.barrier()
-            taken = time.perf_counter() - started
-            ours = {"wall_s": taken / steps, "cpu_s": (cpu_seconds() - cpu) / steps}
-            # ABBA: after every even block of ours both DDP blocks come; then two of ours.
-            if block < 0:
-                ddp.block(batch, steps)
-            else:
-                results.append({"side": "het", "block": block, "batch": batch, **ours})
-                if block % 2 == 0:
-                    results += [
-                        {"side": "ddp", "block": b, "batch": batch, **ddp.block(batch, steps)}
-                        for b in (block, block + 1)
-                    ]
-            block += 1
-            if block == blocks:
-                return results
-            dist.barrier()
-            count, started, cpu = 0, time.perf_counter(), cpu_seconds()
+    for _ in common.het_steps(common.make_model(), data, size * batch):
+        count += 1
+        if count < steps:
+            continue
+        dist.barrier()
+        taken = time.perf_counter() - started
+        ours = {"wall_s": taken / steps, "cpu_s": (cpu_seconds() - cpu) / steps}
+        # ABBA: after every even block of ours both DDP blocks come; then two of ours.
+        if block < 0:
+            ddp.block(batch, steps)
+        else:
+            results.append({"side": "het", "block": block, "batch": batch, **ours})
+            if block % 2 == 0:
+                results += [
+                    {"side": "ddp", "block": b, "batch": batch, **ddp.block(batch, steps)} for b in (block, block + 1)
+                ]
+        block += 1
+        if block == blocks:
+            return results
+        dist.barrier()
+        count, started, cpu = 0, time.perf_counter(), cpu_seconds()
     return results
 
 
