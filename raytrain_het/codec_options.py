@@ -29,27 +29,34 @@ def _is_density(value: Any) -> bool:
     return _is_number(value) and 1e-6 <= value <= 1
 
 
+def _is_number_of_epochs(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1000
+
+
 def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1024
 
 
 _DENSITY = Option(0.01, "a number from 1e-6 to 1: the kept fraction", _is_density)
-_ERROR_FEEDBACK = Option(False, "true or false", lambda value: isinstance(value, bool))
+_WARMUP = Option(
+    0, "a whole number from 0 to 1000: the epochs in which the density falls from 0.25", _is_number_of_epochs
+)
+_SWITCH = Option(False, "true or false", lambda value: isinstance(value, bool))
 
 OPTIONS: dict[str, dict[str, Option]] = {
     "none": {},
     "bf16": {},
     "fp16": {},
-    "int8": {"error_feedback": _ERROR_FEEDBACK},
-    "int4": {"error_feedback": _ERROR_FEEDBACK},
+    "int8": {"error_feedback": _SWITCH},
+    "int4": {"error_feedback": _SWITCH},
     "sign": {},
-    "topk": {"density": _DENSITY},
-    "randomk": {"density": _DENSITY},
+    "topk": {"density": _DENSITY, "warmup_epochs": _WARMUP, "all_gather": _SWITCH},
+    "randomk": {"density": _DENSITY, "warmup_epochs": _WARMUP},
     "lowrank": {"rank": Option(4, "a whole number from 1 to 1024", _is_rank)},
 }
 """By codec: its options."""
 TOGETHER = frozenset({"lowrank"})
-"""Codecs of which all workers add up the parts: it is used by all of them or by none."""
+"""Codecs of which all workers add up the parts: used by all of them or by none, as is what they all gather."""
 
 _ERROR = Option(
     0.2, "a number from 0 to 1: |x - decoded(x)| / |x|", lambda value: _is_number(value) and 0 <= value <= 1
@@ -104,7 +111,8 @@ def one_word(value: str | Mapping[str, Any], *, auto: bool = False) -> str:
 
 def used_together(word: str) -> bool:
     """Whether all workers have to use it, if one does."""
-    return parsed(word)[0] in TOGETHER
+    name, options = parsed(word)
+    return name in TOGETHER or bool(options.get("all_gather"))
 
 
 def parsed(word: str) -> tuple[str, dict[str, Any]]:

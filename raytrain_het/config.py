@@ -195,7 +195,7 @@ class HetConfig:
             together = [word for word in words if used_together(word)]
             _require(
                 not together or len(set(words)) == 1, "compression", self.compression,
-                f"{' or '.join(together)} for all workers or for none: its parts are added up before they are decoded",
+                f"{' or '.join(together)} for all workers or for none: its messages take another way",
                 f"Write compression={(together or words)[0]!r}.",
             )  # fmt: skip
             return words

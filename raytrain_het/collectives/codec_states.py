@@ -9,6 +9,8 @@ One state serves both halves of the all-reduce: of the elements that a worker do
 of what it sent, of those that it owns what it left out of their mean. So whoever owns an element next takes nothing
 over: what the last owner still has of it goes the way of all gradients.
 
+What a worker that leaves has left out is added to the kept state of another one, between two steps.
+
 A codec that remembers nothing sends what the one before it has left out along with its first gradients.
 
 State belongs to a worker and its gradients: it is cut by parameter name where it leaves this class. A worker that heals
@@ -17,7 +19,9 @@ begins with none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import collections
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -51,6 +55,8 @@ class CodecStates:
         """By bucket: what an earlier codec has left out, and this one, which remembers nothing, sends along."""
         self._flushed: set[int] = set()
         """Buckets with which it was sent in the step that is under way."""
+        self._inherited: collections.deque[Mapping[str, State]] = collections.deque()
+        """What others had left out, from the next step on this worker's."""
         self._much: dict[int, float] = {}
         """By bucket: the largest of what there was to send along."""
         self.weight_per_sample: float | None = None
@@ -74,10 +80,14 @@ class CodecStates:
             return
         before = self.by_parameter()
         self._codec, self._device = self._wanted
-        self.load(before)
+        self._load(before)
 
     def reset(self) -> None:
         """Begin anew."""
+        self._inherited.clear()
+        self._reset()
+
+    def _reset(self) -> None:
         self._kept, self._next = self._initial(), self._initial()
         self._written, self._left, self._flushed, self._much = None, {}, set(), {}
 
@@ -85,6 +95,18 @@ class CodecStates:
         """A step is tried, perhaps again: nothing of it is written yet."""
         self._change()
         self._written, self._flushed = None, set()
+        while self._inherited:
+            self.adopt(self._inherited.popleft())
+
+    def inherit(self, by_parameter: Mapping[str, State]) -> float:
+        """As :meth:`adopt`, from any thread: when the next step begins. Returns the norm of what is left out there."""
+        self._inherited.append(by_parameter)
+        return _norm(state[RESIDUAL] for state in by_parameter.values() if RESIDUAL in state)
+
+    def norm(self) -> float | None:
+        """About ``|r|`` of all that is left out, while steps go on; None for a codec that leaves nothing."""
+        held = [state[RESIDUAL] for state in self._kept if RESIDUAL in state]
+        return _norm([*held, *self._left.values()]) if held or self._left else None
 
     @property
     def flushes(self) -> bool:
@@ -184,7 +206,11 @@ class CodecStates:
     def load(self, by_parameter: Mapping[str, State]) -> None:
         """The inverse of :meth:`by_parameter`. What is not there, as after a change of the codec, begins anew; what
         was left out is sent by any."""
-        self.reset()
+        self._inherited.clear()
+        self._load(by_parameter)
+
+    def _load(self, by_parameter: Mapping[str, State]) -> None:
+        self._reset()
         for bucket, state in zip(self._layout.buckets, self._kept, strict=True):
             for segment in bucket.segments:
                 for name, values in by_parameter.get(segment.name, {}).items():
@@ -211,3 +237,7 @@ class CodecStates:
             codec.init(b.numel, b.dtype, self._device) if codec is not None and not b.is_dense else {}
             for b in self._layout.buckets
         ]
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(torch.linalg.vector_norm(t)) ** 2 for t in tensors))

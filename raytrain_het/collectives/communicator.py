@@ -8,6 +8,7 @@ the group.
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import time
@@ -19,7 +20,7 @@ import torch
 from raytrain_het.collectives import points, replay
 from raytrain_het.collectives.building import GroupBuilder
 from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.exchange import Exchange
+from raytrain_het.collectives.exchange import Exchange, Exchanges
 from raytrain_het.collectives.fidelity import Fidelity
 from raytrain_het.collectives.group import Group, GroupError
 from raytrain_het.collectives.jobs import ConfirmJob, Job, ResyncJob, StepJob
@@ -99,12 +100,12 @@ class Communicator:
             job.ready = count
             self._poller.wake()
 
-    def wires(self, record: Record) -> list[list[Wire] | None] | None:
-        """Where gradients of a step of this generation can be gathered, by bucket."""
+    def wires(self, record: Record, epoch: int) -> list[list[Wire] | None] | None:
+        """Where gradients of the next step, one of this generation and epoch, can be gathered, by bucket."""
         rounds = self._rounds
         if self.codec_states.flushes:
             return None
-        return rounds.exchange.wires if rounds is not None and rounds.exchange.record is record else None
+        return rounds.exchanges.at(epoch).wires if rounds is not None and rounds.exchanges.record is record else None
 
     def of_messages(self) -> dict[str, Any]:
         """What the hub is told of them: how long they were on the way, and what codecs have lost of them."""
@@ -231,8 +232,8 @@ class Communicator:
             self.patience.poll_s = group.poll_s
         self._collect_traffic()
         self.paths.forget(new_group=group is not before)
-        exchange = Exchange(record, rank, self.layout, group, self.codec_states, self.fidelity)
-        self._rounds = Rounds(exchange, self.layout, self.agent, self.patience)
+        make = functools.partial(Exchange, record, rank, self.layout, group, self.codec_states, self.fidelity)
+        self._rounds = Rounds(Exchanges(record, make), self.layout, self.agent, self.patience)
         replayed = self._replay(record, rank) if record.behind else None
         if self.agent.uid in record.unhealed and self.followed_to != record.cursor:
             # What was followed so far does not lead here: healing starts again from a new snapshot.
@@ -315,7 +316,8 @@ class Communicator:
         """Take part in the next step with a header only, and keep its sums for the replay."""
         assert self.followed_to is not None
         number, step = record.number, self.followed_to["step"] + 1
-        job = StepJob(number, step, outs=self._outs, ready=len(self.layout.buckets))
+        epoch = self.followed_to["epoch"]
+        job = StepJob(number, step, outs=self._outs, ready=len(self.layout.buckets), epoch=epoch)
         if not self._guard(lambda: self._step(job), number):
             return
         sums = job.sums

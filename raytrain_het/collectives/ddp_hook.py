@@ -6,6 +6,7 @@ buckets, on a process group of its own, and never waits inside of a callback: so
 
 from __future__ import annotations
 
+import functools
 import math
 import queue
 import threading
@@ -20,7 +21,7 @@ from torch import nn
 
 from raytrain_het.codec_options import one_word
 from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.exchange import Exchange
+from raytrain_het.collectives.exchange import Exchange, Exchanges
 from raytrain_het.collectives.group import Parts
 from raytrain_het.collectives.header import Header
 from raytrain_het.collectives.layout import Layout, is_finite
@@ -59,6 +60,8 @@ class CompressedState:
         before ``backward()`` where batches differ."""
         self.loss_scale = 1.0
         """What the loss was multiplied by (``scaler.get_scale()``): error feedback is kept without it."""
+        self.epoch = 0
+        """For codecs that warm up: to be set by all processes before each epoch's first ``backward()``."""
         CODECS[self.codec].prepare()
         group = process_group or dist.new_group(backend=dist.get_backend())
         self._group = _TorchGroup(group)
@@ -107,7 +110,8 @@ class CompressedState:
         future: Any = torch.futures.Future(devices=[flat.device] if flat.is_cuda else None)
         if flat.is_cuda:
             torch.cuda.current_stream(flat.device).synchronize()
-        work = _Work(self._buckets[names], index, flat, gradients, self.weight, self.loss_scale, future)
+        bucket = self._buckets[names]
+        work = _Work(bucket, index, flat, gradients, self.weight, self.loss_scale, self.epoch, future)
         self._worker.do(work)
         return future
 
@@ -150,6 +154,7 @@ class _Work:
     gradients: Sequence[torch.Tensor]
     weight: float
     loss_scale: float
+    epoch: int
     future: Any
 
 
@@ -204,13 +209,14 @@ class _Bucket:
     ) -> None:  # fmt: skip
         self.layout = Layout(named, [], _WHOLE, small_apart=small_apart)
         self.states = CodecStates(self.layout)
-        self._exchange = Exchange(record, group.rank, self.layout, group, self.states)
+        make = functools.partial(Exchange, record, group.rank, self.layout, group, self.states, None)
+        self._exchanges = Exchanges(record, make)
         self._place = {name: k for k, (name, _) in enumerate(named)}
         self._step = first_step  # Of its own for each bucket: random numbers follow from it.
 
     def all_reduce(self, work: _Work, total_weight: float) -> int:
         """In place; returns the bytes sent."""
-        exchange, gradients, sums = self._exchange, work.gradients, Sums(step=self._step)
+        exchange, gradients, sums = self._exchanges.open(work.epoch), work.gradients, Sums(step=self._step)
         before = exchange.traffic.sent
         exchange.expect()
         finite = all(is_finite(g) for g in gradients)

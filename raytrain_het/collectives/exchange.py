@@ -8,7 +8,7 @@ factors go that way, one after the other (:mod:`raytrain_het.collectives.factors
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -21,8 +21,13 @@ from raytrain_het.collectives.header import Header
 from raytrain_het.collectives.layout import Bucket, Layout
 from raytrain_het.collectives.messages import Messages, Traffic, Wire
 from raytrain_het.collectives.sums import Sums
-from raytrain_het.compression import RESIDUAL
+from raytrain_het.compression import CODECS, RESIDUAL, Codec
 from raytrain_het.membership.record import Record
+
+
+def codecs_at(record: Record, epoch: int) -> tuple[Codec, ...]:
+    """By rank."""
+    return tuple(CODECS[word].at_epoch(epoch) for word in record.codecs)
 
 
 class Exchange:
@@ -35,18 +40,21 @@ class Exchange:
         group: the process group.
         states: what this member's codec remembers, from earlier generations too.
         fidelity: looks now and then at what encoding loses.
+        epoch: that it is for, where codecs warm up; the generation's first one.
     """
 
     def __init__(
         self, record: Record, rank: int, layout: Layout, group: Group, states: CodecStates,
-        fidelity: Fidelity | None = None,
+        fidelity: Fidelity | None = None, epoch: int | None = None,
     ) -> None:  # fmt: skip
         self.record, self.rank, self.layout, self.group, self.states = record, rank, layout, group, states
         self._fidelity = fidelity or Fidelity()
-        self._factors = factors_of(record, layout, group.device)
+        self.codecs = codecs_at(record, record.cursor["epoch"] if epoch is None else epoch)
+        states.use(self.codecs[rank], group.device)
+        self._factors = factors_of(record, self.codecs[0], layout, group.device)
         travelling = [self._factors[b.index].first if b.index in self._factors else b for b in layout.buckets]
         travelling += [f.second for f in self._factors.values() if f.second is not None]
-        self.messages = Messages(record, rank, travelling, group, states, self._fidelity)
+        self.messages = Messages(record, rank, self.codecs, travelling, group, states, self._fidelity)
 
     @cached_property
     def wires(self) -> list[list[Wire] | None]:
@@ -64,6 +72,7 @@ class Exchange:
 
     def expect(self) -> None:
         """A step is opened: what others send is taken from now on, whenever this member is ready itself."""
+        self.states.use(self.codecs[self.rank], self.group.device)
         self.states.begin()
         self.messages.expect()
 
@@ -95,7 +104,7 @@ class Exchange:
             if local is not None and header.contributes:
                 self.states.flush(bucket, local, weight)
             yield self.messages.scatter(bucket, header, local, weight)
-            yield self.messages.reduce(bucket, sums)
+            yield from self.messages.reduce(bucket, sums)
         self.decode(bucket, out)
 
     def decode(self, bucket: Bucket, out: torch.Tensor) -> None:
@@ -120,7 +129,7 @@ class Exchange:
         if second is None:  # All has been sent: others may commit the step, and this one may take it over.
             self._leave(bucket, factors, y, header.step, weight)
         yield there
-        yield messages.reduce(factors.first, sums)
+        yield from messages.reduce(factors.first, sums)
         messages.decode(factors.first, factors.p)
         if second is None:
             return
@@ -129,7 +138,7 @@ class Exchange:
         back = messages.scatter(second, again, factors.project_back(y) if y is not None else None, weight)
         self._leave(bucket, factors, y, header.step, weight)  # While that is on its way.
         yield back
-        yield messages.reduce(second, sums, first=False)
+        yield from messages.reduce(second, sums, first=False)
         messages.decode(second, factors.q)
 
     def _leave(self, bucket: Bucket, factors: Factors, y: torch.Tensor | None, step: int, weight: float) -> None:
@@ -142,3 +151,36 @@ class Exchange:
         if norm > 0:
             error = weight * float(torch.linalg.vector_norm(y)) / norm
             self._fidelity.note(step, self.record.codecs[self.rank], error)
+
+
+class Exchanges:
+    """One generation's, epoch by epoch: where codecs warm up, messages have other sizes then.
+
+    Args:
+        record: the generation.
+        make: one for an epoch.
+    """
+
+    def __init__(self, record: Record, make: Callable[[int], Exchange]) -> None:
+        self.record = record
+        self._make = make
+        self.current = make(record.cursor["epoch"])
+        """That of the last step."""
+        self._next: Exchange | None = None
+
+    def at(self, epoch: int) -> Exchange:
+        """The one for this epoch or, at its beginning, the one for the next: the same as long as sizes stay."""
+        codecs = codecs_at(self.record, epoch)
+        if codecs == self.current.codecs:
+            return self.current
+        if self._next is None or self._next.codecs != codecs:
+            self._next = self._make(epoch)
+        return self._next
+
+    def open(self, epoch: int) -> Exchange:
+        """A step of this epoch begins."""
+        following = self.at(epoch)
+        if following is not self.current:
+            following.traffic.take(self.current.traffic)
+            self.current, self._next = following, None
+        return following

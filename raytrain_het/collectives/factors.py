@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from raytrain_het.collectives.layout import Bucket, Layout, Segment
-from raytrain_het.compression import CODECS
+from raytrain_het.compression import Codec
 from raytrain_het.compression.lowrank import LowRank, leave, multiply, orthonormalise
 from raytrain_het.membership.record import Record
 
@@ -108,9 +108,8 @@ class Factors:
                 q[k] = torch.from_numpy(self._random.standard_normal(q.shape[1])).to(q)
 
 
-def factors_of(record: Record, layout: Layout, device: torch.device) -> dict[int, Factors]:
+def factors_of(record: Record, codec: Codec, layout: Layout, device: torch.device) -> dict[int, Factors]:
     """By bucket, if a generation's members use ``lowrank``. Second buckets are counted on behind the layout's."""
-    codec = CODECS[record.codecs[0]]
     if not isinstance(codec, LowRank):
         return {}
     assert len(set(record.codecs)) == 1, f"codecs {record.codecs}: low rank is used by all members or by none"

@@ -46,6 +46,8 @@ class StepJob(Job):
     used: list[int] = field(default_factory=list)
     digest: int = 0
     sums: Sums | None = None
+    epoch: int = 0
+    """That the step belongs to."""
     waited_s: float = 0.0
     """Time spent waiting for peers after this member had given its last bucket."""
 

@@ -7,6 +7,9 @@
 
 What a member sends to itself stays as and where it is, but for the header: its own part is added up unencoded.
 
+Where a codec has all gather what each sends (*whole* buckets), the first of these goes to all members, the same to
+each; there is no second one. All add up the same payloads in the same order, their own among them.
+
 Sizes of all messages are pure functions of (record, bucket): a message of another length is an error.
 
 Shapes: ``N`` members, ``n`` elements of a bucket, ``n_j`` those of owner ``j``'s shard.
@@ -14,7 +17,7 @@ Shapes: ``N`` members, ``n`` elements of a bucket, ``n_j`` those of owner ``j``'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,7 +60,10 @@ class _Plan:
     """Sizes and places of one bucket's messages for this rank."""
 
     header: int
+    whole: bool
+    """Whether all add up all of it."""
     bounds: list[tuple[int, int]]
+    """Of elements: what each rank adds up."""
     own: int
     """Bytes of an encoded sum of this rank's shard."""
     scatter_in: list[int]
@@ -71,6 +77,7 @@ class Messages:
     Args:
         record: the generation.
         rank: this member's rank in it.
+        codecs: by rank.
         buckets: all that travel, by index.
         group: the process group.
         states: what this member's codec remembers, from earlier generations too.
@@ -78,8 +85,8 @@ class Messages:
     """
 
     def __init__(
-        self, record: Record, rank: int, buckets: Sequence[Bucket], group: Group, states: CodecStates,
-        fidelity: Fidelity,
+        self, record: Record, rank: int, codecs: Sequence[Codec], buckets: Sequence[Bucket], group: Group,
+        states: CodecStates, fidelity: Fidelity,
     ) -> None:  # fmt: skip
         self.record, self.rank, self.group = record, rank, group
         self._states, self._fidelity = states, fidelity
@@ -87,9 +94,8 @@ class Messages:
         size = len(record.members)
         self._buckets = list(buckets)
         self._sends = [share > 0 for share in record.shares]
-        self._codecs = [CODECS[name] for name in record.codecs]
+        self._codecs = list(codecs)
         self._dense = CODECS["none"]
-        states.use(self._codecs[rank], group.device)
         self._plans = [self._plan(bucket, size) for bucket in self._buckets]
         device = group.device
 
@@ -103,7 +109,7 @@ class Messages:
         self._scatter_in = [parts(p.scatter_in) for p in self._plans]
         self._scatter_out = [parts(p.scatter_out) for p in self._plans]
         others = [other for other in range(size) if other != rank]
-        self._gather_in = [Parts.copies(buffer(p.own), others, size) for p in self._plans]
+        self._gather_in = [Parts.copies(buffer(p.own), others if not p.whole else [], size) for p in self._plans]
         self._gathered = [parts(p.gather_out) for p in self._plans]
         self._outgoing = [_split(m, len(b.segments)) for b, m in zip(self._buckets, self._scatter_in, strict=True)]
         """By bucket and owner: where the header of what this member sends is, and the payload."""
@@ -114,6 +120,11 @@ class Messages:
         self._own: list[torch.Tensor | None] = [None] * len(self._plans)
         """By bucket: this member's payload for its own shard, wherever it is."""
         self._own_wires = self._own.copy()
+        self._means = [
+            torch.empty(b.numel if p.whole else 0, dtype=b.dtype, device=device)
+            for b, p in zip(self._buckets, self._plans, strict=True)
+        ]
+        """Those of whole buckets."""
         self._expected: list[Any] = [None] * len(self._plans)
         most = dict.fromkeys({b.dtype for b in self._buckets}, 0)
         for bucket, plan in zip(self._buckets, self._plans, strict=True):
@@ -123,8 +134,9 @@ class Messages:
         self._scratch = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in most.items()}
 
     def owned(self, bucket: Bucket) -> tuple[int, int]:
-        """(start, stop) of the elements that this member adds up."""
-        return self._plans[bucket.index].bounds[self.rank]
+        """(start, stop) of the elements whose mean this member encodes."""
+        plan = self._plans[bucket.index]
+        return plan.bounds[self.rank] if not plan.whole else (0, 0)
 
     @cached_property
     def gradient_bytes(self) -> int:
@@ -135,7 +147,8 @@ class Messages:
         return self._dense if bucket.is_dense else self._codecs[rank]
 
     def _plan(self, bucket: Bucket, size: int) -> _Plan:
-        bounds = shard_bounds(bucket.numel, self.record.owners)
+        whole = self._codec(self.rank, bucket).all_gather
+        bounds = [(0, bucket.numel)] * size if whole else shard_bounds(bucket.numel, self.record.owners)
         header = header_bytes(len(bucket.segments))
 
         def payload(sender: int, owner: int) -> int:
@@ -147,11 +160,12 @@ class Messages:
         me = self.rank
         return _Plan(
             header=header,
+            whole=whole,
             bounds=bounds,
             own=payload(me, me),
             scatter_in=[header + (payload(me, j) if self._sends[me] and j != me else 0) for j in range(size)],
             scatter_out=[header + (payload(i, me) if self._sends[i] and i != me else 0) for i in range(size)],
-            gather_out=[payload(j, j) if j != me else 0 for j in range(size)],
+            gather_out=[payload(j, j) if j != me and not whole else 0 for j in range(size)],
         )
 
     def wires_of(self, bucket: Bucket) -> list[Wire] | None:
@@ -179,12 +193,14 @@ class Messages:
 
     def expect(self) -> None:
         """A step is opened: what others send is taken from now on, whenever this member is ready itself."""
-        self._states.begin()
         self._expected = [self.group.expect(out) for out in self._scatter_out]
 
     def decode(self, bucket: Bucket, out: torch.Tensor) -> None:
         """Decode what the owners sent into ``out`` (n,). May be called again while the step is kept."""
         plan, place = self._plans[bucket.index], 0
+        if plan.whole:
+            out.copy_(self._means[bucket.index])
+            return
         for owner, length in enumerate(plan.gather_out):
             start, stop = plan.bounds[owner]
             if stop > start:
@@ -208,12 +224,16 @@ class Messages:
             self._own[bucket.index] = self._own_wires[bucket.index]
         outgoing = self._outgoing[bucket.index]
         write_header(header, len(bucket.segments), *(place for place, _ in outgoing))
+        whole = self._plans[bucket.index].whole
         if local is not None and self._sends[self.rank]:
-            for owner, (_, body) in enumerate(outgoing):
-                self._encode_shard(bucket, owner, local, body, header, weight)
+            if whole:
+                self._encode_for_all(bucket, local, [body for _, body in outgoing], header, weight)
+            else:
+                for owner, (_, body) in enumerate(outgoing):
+                    self._encode_shard(bucket, owner, local, body, header, weight)
         if not bucket.is_dense and not (self._sends[self.rank] and header.contributes):
             for owner, (start, stop) in enumerate(self._plans[bucket.index].bounds):
-                if owner != self.rank and stop > start:
+                if (owner == self.rank) == whole and stop > start:
                     self._states.carry(bucket, start, stop, header.step)
         expected, self._expected[bucket.index] = self._expected[bucket.index], None
         return self._launch(self._scatter_out[bucket.index], self._scatter_in[bucket.index], expected)
@@ -221,13 +241,29 @@ class Messages:
     def _encode_shard(
         self, bucket: Bucket, owner: int, local: torch.Tensor, body: torch.Tensor, header: Header, weight: float
     ) -> None:
-        codec, (start, stop) = self._codec(self.rank, bucket), self._plans[bucket.index].bounds[owner]
+        start, stop = self._plans[bucket.index].bounds[owner]
         if stop == start:
             return
         shard = local[start:stop]
         if owner == self.rank:
             self._own[bucket.index] = shard.to(self.group.device).view(torch.uint8)
-            return
+        else:
+            self._encode(bucket, start, shard, body, header, weight)
+
+    def _encode_for_all(
+        self, bucket: Bucket, local: torch.Tensor, bodies: list[torch.Tensor], header: Header, weight: float
+    ) -> None:
+        own = self._gather_in[bucket.index].buffer
+        self._encode(bucket, 0, local, own, header, weight)
+        self._own[bucket.index] = own
+        for rank, body in enumerate(bodies):
+            if rank != self.rank:
+                body.copy_(own)
+
+    def _encode(
+        self, bucket: Bucket, start: int, shard: torch.Tensor, body: torch.Tensor, header: Header, weight: float
+    ) -> None:
+        codec, stop = self._codec(self.rank, bucket), start + shard.numel()
         state: tuple[State, State] = ({}, {})
         if header.contributes and not bucket.is_dense:  # What nobody will use leaves no trace.
             state = self._states.of_shard(bucket, start, stop, header.step)
@@ -248,8 +284,8 @@ class Messages:
         slot = self.record.members[self.rank].slot
         return Stamp(mix(step, bucket.index, start, slot, stage), mix(step, bucket.index, start), weight)
 
-    def reduce(self, bucket: Bucket, sums: Sums, *, first: bool = True) -> Operation:
-        """Read all headers, add up the owned shard, and send it to all.
+    def reduce(self, bucket: Bucket, sums: Sums, *, first: bool = True) -> Iterator[Operation]:
+        """Read all headers, add up the owned shard, and send it to all, unless all have all of it.
 
         What headers say is noted in ``sums``, but of a gradient's second bucket.
         """
@@ -265,7 +301,8 @@ class Messages:
         if own is not None:
             bodies[self.rank] = own
         self._sum_shard(headers, bodies, bucket, sums)
-        return self._launch(self._gathered[bucket.index], self._gather_in[bucket.index])
+        if not self._plans[bucket.index].whole:
+            yield self._launch(self._gathered[bucket.index], self._gather_in[bucket.index])
 
     def _sum_shard(self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, sums: Sums) -> None:
         """The owned shard's mean, encoded."""
@@ -274,15 +311,23 @@ class Messages:
         if stop == start:
             return
         codec = self._codec(self.rank, bucket)
+        if plan.whole:
+            self._mean(headers, bodies, bucket, sums, self._means[bucket.index])
+            return
         payload = out[: codec.capacity_bytes(stop - start, bucket.dtype)]
         in_place = codec.in_place(payload, bucket.dtype)
         total = self._sum[bucket.dtype][: stop - start] if in_place is None else in_place
-        self._add_up(headers, bodies, bucket, total)
-        if sums.total_weight > 0 and (self.record.normalised or bucket.is_state):
-            total.div_(sums.total_weight)
+        self._mean(headers, bodies, bucket, sums, total)
         if in_place is None:
             state = self._states.of_shard(bucket, start, stop, sums.step)
             codec.encode(total, payload, self._stamp(codec, bucket, sums.step, start, 1.0, stage=1), *state)
+
+    def _mean(
+        self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, sums: Sums, total: torch.Tensor
+    ) -> None:
+        self._add_up(headers, bodies, bucket, total)
+        if sums.total_weight > 0 and (self.record.normalised or bucket.is_state):
+            total.div_(sums.total_weight)
 
     def _add_up(self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, total: torch.Tensor) -> None:
         sent: list[tuple[int, torch.Tensor]] = [
@@ -312,7 +357,7 @@ class Messages:
     def _seen(self, sender: int, body: torch.Tensor, bucket: Bucket) -> torch.Tensor | None:
         """A sender's part of the owned shard, in its message, if it can be seen there."""
         codec, (start, stop) = self._codec(sender, bucket), self._plans[bucket.index].bounds[self.rank]
-        codec = self._dense if sender == self.rank else codec
+        codec = self._dense if sender == self.rank and not self._plans[bucket.index].whole else codec
         return codec.in_place(body[: codec.capacity_bytes(stop - start, bucket.dtype)], bucket.dtype)
 
     def _decode(

@@ -31,7 +31,10 @@ class PathWatch:
         if now - self._looked_at < LOOK_AGAIN_S or self._seen:
             return
         self._looked_at, before, members = now, self._sent, exchange.record.members
+        size_before = self._gradient_bytes
         self._sent, self._gradient_bytes = exchange.group.sent(), exchange.messages.gradient_bytes
+        if size_before not in (0, self._gradient_bytes):
+            return  # Some of what was sent was of another size.
         for rank, (num_bytes, busy_s) in self._sent.items():
             bytes_before, busy_before_s = before.get(rank, (0, 0.0))
             gradients = (num_bytes - bytes_before) / exchange.messages.gradient_bytes

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from raytrain_het.collectives import points
-from raytrain_het.collectives.exchange import Exchange
+from raytrain_het.collectives.exchange import Exchange, Exchanges
 from raytrain_het.collectives.group import Operation, Parts
 from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
 from raytrain_het.collectives.jobs import ConfirmJob, ResyncJob, StepJob
@@ -33,13 +33,18 @@ class Rounds:
         ProtocolError: (each of its methods) a peer is at another step.
     """
 
-    def __init__(self, exchange: Exchange, layout: Layout, agent: MemberAgent, patience: Patience) -> None:
-        self.exchange = exchange
+    def __init__(self, exchanges: Exchanges, layout: Layout, agent: MemberAgent, patience: Patience) -> None:
+        self.exchanges = exchanges
         self._layout, self._agent, self._patience = layout, agent, patience
+
+    @property
+    def exchange(self) -> Exchange:
+        """That of the last step."""
+        return self.exchanges.current
 
     def step(self, job: StepJob) -> Sums:
         """Each bucket's next operation is launched after the one of the bucket behind it: one order on all members."""
-        exchange, buckets = self.exchange, self._layout.buckets
+        exchange, buckets = self.exchanges.open(job.epoch), self._layout.buckets
         sums = Sums(step=job.step)
         under_way: list[_UnderWay] = []
         exchange.expect()

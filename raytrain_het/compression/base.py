@@ -48,6 +48,9 @@ class Codec(abc.ABC):
     biased: ClassVar[bool] = False
     """Whether the decoded value's expectation differs from the input's (then it needs error feedback)."""
 
+    all_gather: bool = False
+    """Whether what a member sends goes to all, who add it up themselves, and not to owners, who encode the mean."""
+
     def init(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> State:
         """State for a bucket of so many elements; empty for a stateless codec."""
         return {}
@@ -55,6 +58,11 @@ class Codec(abc.ABC):
     def prepare(self) -> None:
         """Load what the first encoding would have to wait for: called before peers wait."""
         return None
+
+    def at_epoch(self, epoch: int) -> Codec:
+        """The codec that is used in this epoch, counted from 0: the same object each time. Itself, unless it warms
+        up."""
+        return self
 
     @abc.abstractmethod
     def capacity_bytes(self, num_elements: int, dtype: torch.dtype) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from raytrain_het.compression.base import Feedback, PackedCodec, Stamp
+from raytrain_het.compression.warmup import warm_densities
 
 
 class RandomK(PackedCodec):
@@ -15,15 +16,20 @@ class RandomK(PackedCodec):
 
     Args:
         density: the kept fraction, above 0 and at most 1.
+        warmup_epochs: in so many epochs more is kept, see :func:`~raytrain_het.compression.warmup.warm_densities`.
     """
 
     name = "randomk"
     biased = True
     error_feedback = True
 
-    def __init__(self, *, density: float = 0.01) -> None:
+    def __init__(self, *, density: float = 0.01, warmup_epochs: int = 0) -> None:
         self.density = density
+        self._warming = [RandomK(density=warm) for warm in warm_densities(density, warmup_epochs)]
         self.group = max(1, round(1 / density))
+
+    def at_epoch(self, epoch: int) -> RandomK:
+        return self._warming[epoch] if epoch < len(self._warming) else self
 
     def body_bytes(self, num_elements: int) -> int:
         return 4 * -(-num_elements // self.group)

@@ -11,6 +11,7 @@ import torch
 from raytrain_het.compression.base import Feedback, PackedCodec, Stamp
 from raytrain_het.compression.blockwise import Int8
 from raytrain_het.compression.compiled import array, arrays, loops_for
+from raytrain_het.compression.warmup import warm_densities
 from raytrain_het.errors import ProtocolError
 
 _CHUNK = 65536
@@ -35,8 +36,13 @@ class TopK(PackedCodec):
     (``density > 1/16``). At 1 % that is 130 times fewer bytes than fp32. Error feedback is always on; momentum of a
     high factor wants a warm-up. (Aji, Heafield 2017; Lin et al. 2018; Stich et al. 2018.)
 
+    The owner of a shard keeps ``k`` of its mean, too, so that ``2 (N - 1)/N`` times a payload is sent, of which the
+    second half chooses again. With ``all_gather`` everything that anybody has chosen counts, for ``N - 1`` payloads.
+
     Args:
         density: the kept fraction, above 0 and at most 1.
+        warmup_epochs: in so many epochs more is kept, see :func:`~raytrain_het.compression.warmup.warm_densities`.
+        all_gather: see above. By all workers or none.
     """
 
     name = "topk"
@@ -44,9 +50,13 @@ class TopK(PackedCodec):
     error_feedback = True
     length_varies = True
 
-    def __init__(self, *, density: float = 0.01) -> None:
-        self.density = density
+    def __init__(self, *, density: float = 0.01, warmup_epochs: int = 0, all_gather: bool = False) -> None:
+        self.density, self.all_gather = density, all_gather
+        self._warming = [TopK(density=d, all_gather=all_gather) for d in warm_densities(density, warmup_epochs)]
         self._values = Int8()
+
+    def at_epoch(self, epoch: int) -> TopK:
+        return self._warming[epoch] if epoch < len(self._warming) else self
 
     def num_kept(self, num_elements: int) -> int:
         """``k``."""

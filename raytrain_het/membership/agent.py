@@ -52,6 +52,9 @@ class MemberAgent:
         """Why this member is no part of the run any more."""
         self.failing: BaseException | None = None
         self.finished = False
+        self.heir: dict[str, Any] | None = None
+        """Where the state server of the member is that takes over what this one has left to send, once it was let go.
+        """
         self.position: Callable[[], int] = lambda: 0
         self.batch: Callable[[], list[int] | None] = lambda: None
         self.patience = 0
@@ -265,6 +268,7 @@ class MemberAgent:
             elif kind == "fail":
                 self.failing = self.gone = RunFailedError(m["message"], m.get("poison"))
             elif kind in ("bye", "end"):
+                self.heir = m.get("heir")
                 self.finished = True
                 self.gone = RunOver()
             self.condition.notify_all()

@@ -42,6 +42,8 @@ class Peer:
     """Steps it has committed, as it told in passing: for people and for the count of deaths, never for a base."""
     position: int = 0
     """How far into the protocol it is, for telling who holds up the others."""
+    left_out: float | None = None
+    """The norm of what its codec has left out, as it told in passing: for people."""
     confirmed: bool = False
     returning: bool = False
     """Its function has returned, and its reports wait for the others, which may wait for its next step."""

@@ -245,7 +245,7 @@ class Hub:
             case "verified":
                 core.verified(uid, now)
             case "stats":
-                core.progress(uid, m["step"], now)
+                core.progress(uid, m["step"], now, m.get("left_out"))
                 self._stats[slot] = m | {"uid": uid}
             case "timing":
                 self._tables.heard_of_messages(slot, m)

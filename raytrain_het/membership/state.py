@@ -12,7 +12,7 @@ answered or is gone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from raytrain_het.errors import ConfigError
@@ -250,11 +250,12 @@ class Membership:
             peer.fresh = False
             self._form_if_all_have_verified(now)
 
-    def progress(self, uid: str, step: int, now: float) -> None:
-        """A member has committed a step; told from time to time only."""
+    def progress(self, uid: str, step: int, now: float, left_out: float | None = None) -> None:
+        """A member has committed a step, and its codec has left out gradients of such a norm; told from time to time
+        only."""
         peer = self._heard(uid, now)
         if peer is not None:
-            peer.reached = max(peer.reached, step)
+            peer.reached, peer.left_out = max(peer.reached, step), left_out
         if peer is not None and step > max(peer.first_base, 0) and peer.first_base >= 0:
             self._deaths.commit(peer.member.slot)
 
@@ -401,9 +402,10 @@ class Membership:
     def _issue(self, answered: list[Peer], now: float) -> None:
         assert self.record is not None
         after = succession(answered, joining=any(p.phase is Phase.JOINING for p in self.peers.values()))
-        for peer in after.going:
-            self._release(peer.member.uid, "finished" if peer.phase is Phase.FINISHED else "left", now)
         staying = [p for p in answered if p not in after.going]
+        for peer in after.going:
+            how = "finished" if peer.phase is Phase.FINISHED else "left"
+            self._release(peer.member.uid, how, now, heir=_heir(peer, staying, after.base))
         self._publish(staying, after, now)
         source = after.source
         if source is not None and source.phase is not Phase.IN and source.member.uid in self.peers:
@@ -518,13 +520,14 @@ class Membership:
 
     # ---------------------------------------------------------------- leaving, dying, ending
 
-    def _release(self, uid: str, how: str, now: float) -> None:
+    def _release(self, uid: str, how: str, now: float, heir: Member | None = None) -> None:
         peer = self.peers.pop(uid)
         self._forget(uid, f"it had {how}")
         if how == "finished":
             self.finished_slots.add(peer.member.slot)
         self._log(how, now, slot=peer.member.slot, uid=uid, step=peer.cursor["step"])
-        self._send(uid, type="bye", how=how)
+        whom = {"host": heir.host, "port": heir.state_port} if heir is not None else None
+        self._send(uid, type="bye", how=how, heir=whom)
         self._end_if_nobody_trains()
 
     def _end_if_nobody_trains(self) -> bool:
@@ -565,7 +568,8 @@ class Membership:
         self._forget(uid, reason)
         slot = peer.member.slot
         expected = {"expected": True} if self.failure is not None else {}
-        self._log("lost" if died else "evicted", now, slot=slot, uid=uid, reason=reason, **expected)
+        gone_with_it = {"left_out": peer.left_out} if peer.left_out else {}
+        self._log("lost" if died else "evicted", now, slot=slot, uid=uid, reason=reason, **expected, **gone_with_it)
         if not died:
             self._send(uid, type="evicted", reason=reason)
         if self.failure is not None:
@@ -724,3 +728,10 @@ class Membership:
     def _log(self, kind: str, now: float, **values: Any) -> None:
         generation = self.record.number if self.record else 0
         self.log.note({"kind": kind, "generation": generation, **values})
+
+
+def _heir(leaver: Peer, staying: Sequence[Peer], base: Cursor | None) -> Member | None:
+    """Who takes over what a member that leaves has left to send: nobody where that member has not seen the last step
+    through, and does not know what of it was sent."""
+    heirs = (p.member for p in staying if p.phase is Phase.IN and p.healed and not p.fresh)
+    return next(heirs, None) if leaver.cursor == base else None

@@ -37,10 +37,19 @@ def _in_a_line(message: str) -> str:
     return f"{first} {rest[-1]}" if rest else first
 
 
+def _gone_with_it(event: Mapping[str, Any]) -> str:
+    if "left_out" not in event:
+        return ""
+    return f"; what its codec had left out is lost with it (norm {number(event['left_out'])} of the mean gradient's)"
+
+
 _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "joined": lambda e: f"worker {e['slot']} is there ({e['device']} on {e['host']})",
-    "lost": lambda e: f"worker {e['slot']} is lost: {e['reason']}",
-    "evicted": lambda e: f"worker {e['slot']} is dropped: {e['reason']}",
+    "lost": lambda e: f"worker {e['slot']} is lost: {e['reason']}{_gone_with_it(e)}",
+    "evicted": lambda e: f"worker {e['slot']} is dropped: {e['reason']}{_gone_with_it(e)}",
+    "handed_on": lambda e: (
+        f"worker {e['slot']} sends what worker {e['by']} has left out of its gradients (norm {number(e['norm'])})"
+    ),
     "left": lambda e: f"worker {e['slot']} has left after step {e['step']}",
     "finished": lambda e: f"worker {e['slot']} has finished at step {e['step']}",
     "healed": lambda e: f"worker {e['slot']} has caught up at step {e['step']} by {e['by']}",

@@ -168,12 +168,13 @@ class Engine:
         micro = self._passes(own) if len(own) else [self._stand_in(batch)]
         step = cursor.step + 1
         job = StepJob(
-            record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step), num_samples=len(batch)
-        )
+            record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step), num_samples=len(batch),
+            epoch=cursor.epoch,
+        )  # fmt: skip
         opened = Opened(record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale)
         self.gradients.begin(
             job,
-            wires=self.comm.wires(record),
+            wires=self.comm.wires(record, cursor.epoch),
             on_ready=lambda count: self._ready(opened, count),
             on_backward_done=lambda last: self._backward_done(opened, last),
         )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import secrets
 import threading
@@ -33,6 +34,7 @@ from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance
 from raytrain_het.training.evaluations import Evaluations
 from raytrain_het.training.gradients import Gradients
+from raytrain_het.training.handing_on import HandingOn
 from raytrain_het.training.healing import Healing
 from raytrain_het.training.memory import MemoryLimit
 from raytrain_het.training.replica import Replica
@@ -46,6 +48,8 @@ from raytrain_het.training.timings import KnownSpeed
 logger = logging.getLogger("raytrain_het")
 
 STATS_INTERVAL_S = 0.5
+LEFT_OUT_INTERVAL_S = 5.0
+"""A pass over as many numbers as there are parameters."""
 
 
 class Session:
@@ -88,6 +92,9 @@ class Session:
         self._epoch = 0
         self._evaluations = Evaluations()
         self._leaving = False
+        self._handing_on: HandingOn | None = None
+        self._left_out: tuple[float, float | None] = (-math.inf, None)
+        """When it was looked at, and the norm of what the codec has left out."""
 
     # ---------------------------------------------------------------- preparing
 
@@ -157,6 +164,7 @@ class Session:
             self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
             resync_bytes=self.replica.parameter_bytes(), hang_limit_s=self.config.hang_limit_s,
         )  # fmt: skip
+        self._handing_on = HandingOn(self.agent, self._server, self._token, self._communicator.codec_states)
         assert self._inner_step is not None
         healing = Healing(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
@@ -223,8 +231,16 @@ class Session:
             redone=counters.redone, compute_s=counters.compute_s, wait_s=counters.wait_s,
             bytes_sent=communicator.traffic.sent, bytes_received=communicator.traffic.received,
             batch_share=self._batch_share(), device=str(self.device), node_ip=self.node_ip, pid=os.getpid(),
-            step_s=communicator.patience.step_s,
+            step_s=communicator.patience.step_s, left_out=self._norm_left_out(communicator),
         )  # fmt: skip
+
+    def _norm_left_out(self, communicator: Communicator) -> float | None:
+        looked_at, norm = self._left_out
+        now = time.monotonic()
+        if not norm or now - looked_at >= LEFT_OUT_INTERVAL_S:
+            norm = communicator.codec_states.norm()
+            self._left_out = now, norm
+        return norm
 
     def _batch_share(self) -> int:
         """Samples of a full global batch that are this worker's, under the record in force."""
@@ -283,6 +299,14 @@ class Session:
         """Leave the run in good order after the step under way: the others go on without this worker."""
         self._leaving = True
         self._agent().tell("leave")
+
+    def let_go(self) -> None:
+        """The others go on without this worker: what it has left to give goes to one of them."""
+        if self._leaving and self._handing_on is not None and not self._handing_on.hand_on():
+            logger.warning(
+                "worker %d leaves, and what its codec has left out of its gradients is lost: nobody stands where it "
+                "does, or nobody came for it.", self.slot,
+            )  # fmt: skip
 
     def num_participants(self) -> int:
         """Members that take part in the steps now."""
@@ -410,6 +434,7 @@ def run_worker(train_fn: Callable[[], Any], **kwargs: Any) -> Any:
         session.finish()
         return result
     except RunOver:
+        session.let_go()
         return None
     except EvictedError:
         raise

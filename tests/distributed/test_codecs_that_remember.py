@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from raytrain_het.compression import CODECS, RESIDUAL
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.ledger import read_ledgers
-from raytrain_het.testing.regression import Regression
+from raytrain_het.testing.regression import Regression, go_on
 from raytrain_het.training import session as sessions
 from raytrain_het.training.checkpoint import read_meta
+from raytrain_het.training.handing_on import HandingOn
 
 SETTINGS = {"codecs": ("counting",)}
 
@@ -101,3 +103,52 @@ def test_a_smaller_fleet_takes_over_what_those_that_are_gone_had_left_out(tmp_pa
         torch.testing.assert_close(begun[0], left[0][name] + left[3][name])
         assert torch.equal(begun[1], left[1][name]) and torch.equal(begun[2], left[2][name])
     assert any(values.any() for values in left[3].values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandingOver(LeavingOut):
+    """Notes what a worker has left out when it was let go, and returns what others have handed on to it."""
+
+    def __call__(self, directory: str) -> dict[str, Any]:
+        session, inherited = sessions.current(), {}
+        hand_on, inherit = HandingOn.hand_on, CodecStates.inherit
+
+        def noting(handing_on):
+            torch.save(residuals(session._communicator.codec_states), Path(directory) / f"left_out_{session.slot}.pt")
+            return hand_on(handing_on)
+
+        def inheriting(states, by_parameter):
+            inherited.update({name: state[RESIDUAL] for name, state in by_parameter.items()})
+            return inherit(states, by_parameter)
+
+        HandingOn.hand_on, CodecStates.inherit = noting, inheriting
+        return super().__call__(directory) | {"inherited": inherited}
+
+
+@pytest.mark.parametrize("compression", [{"topk": {"density": 0.1}}, {"lowrank": {"rank": 1}}])
+@pytest.mark.parametrize("slot", [0, 2])
+def test_what_a_worker_that_leaves_has_left_out_is_sent_by_another_one(tmp_path, slot, compression):
+    config, task = HetConfig(compression=compression, shares=None), HandingOver(waits_at=(30,))
+    faults = [Fault(slot=slot, step=17, point="slice", kind="leave")]
+
+    def on_poll(lab):
+        if any(e["kind"] == "handed_on" for e in lab.hub.events(0)):
+            go_on(tmp_path, 30)
+
+    done = run(task, tmp_path, config=config, faults=faults, refill=False, on_poll=on_poll)
+    left_out = torch.load(tmp_path / f"left_out_{slot}.pt")
+    heir = 0 if slot else 1
+    inherited = done.results[heir]["inherited"]
+    assert left_out.keys() == inherited.keys() and any(values.any() for values in left_out.values())
+    assert all(torch.equal(left_out[name], inherited[name]) for name in left_out)
+    norm = sum(float(values.norm()) ** 2 for values in left_out.values()) ** 0.5
+    assert [(e["slot"], e["by"]) for e in done.kinds("handed_on")] == [(heir, slot)]
+    assert done.kinds("handed_on")[0]["norm"] == pytest.approx(norm)
+
+
+def test_a_killed_worker_takes_what_it_has_left_out_with_it_and_its_norm_is_told(tmp_path):
+    config, task = HetConfig(compression={"topk": {"density": 0.1}}, shares=None), LeavingOut()
+    faults = [Fault(slot=1, step=25, point="slice")]
+    done = run(task, tmp_path, config=config, faults=faults, refill=False)
+    (lost,) = done.kinds("lost")
+    assert lost["left_out"] > 0

@@ -185,11 +185,47 @@ class Compressed(Regression):
         return super().__call__(directory)
 
 
-@pytest.mark.parametrize(("point", "codec"), [("backward", "int8"), ("updated", "topk(density=0.5)")])
+@pytest.mark.parametrize(
+    ("point", "codec"),
+    [
+        ("backward", "int8"),
+        ("updated", "topk(density=0.5)"),
+        ("decoded", "topk(density=0.5, all_gather=true)"),
+        ("between_buckets", "topk(density=0.5, all_gather=true)"),
+    ],
+)
 def test_replicas_stay_identical_under_codecs_and_faults(tmp_path, point, codec):
     config = dataclasses.replace(SMALL_BUCKETS, compression=codec, shares=(3, 2, 1))
     faults = [Fault(slot=0, step=13, point=point), Fault(slot=1, step=21, point=point, kind="leave")]
     run(Compressed(), tmp_path, faults=faults, config=config).check(Compressed(), error=5e-2)
+
+
+@pytest.mark.parametrize("point", ["backward", "decoded"])
+@pytest.mark.parametrize("step", [STEPS, STEPS + 1])
+def test_a_worker_killed_where_an_epoch_of_another_density_begins(tmp_path, point, step):
+    config = dataclasses.replace(SMALL_BUCKETS, compression="topk(density=0.1, warmup_epochs=2)", shares=(3, 2, 1))
+    task = Densities(patience_s=0.05)
+    done = run(task, tmp_path, faults=[Fault(slot=1, step=step, point=point)], config=config)
+    done.check(task, error=1.0)
+    by_epoch = done.results[0]["densities"]
+    assert by_epoch == {0: [0.25], 1: [pytest.approx((0.25 * 0.1) ** 0.5)], 2: [0.1], 3: [0.1]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Densities(Compressed):
+    """Also returns, by epoch, the densities that this worker has encoded with."""
+
+    def __call__(self, directory):
+        session, seen = current(), {}
+
+        def look(note):
+            codec = session._communicator._rounds.exchange.codecs[0]
+            epoch = note.step // STEPS
+            if codec.density not in seen.setdefault(epoch, []):
+                seen[epoch].append(codec.density)
+
+        session.listeners.append(look)
+        return super().__call__(directory) | {"densities": seen}
 
 
 def test_micro_batches_are_done_again_too(tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.exchange import Exchange
+from raytrain_het.collectives.exchange import Exchange, Exchanges
 from raytrain_het.collectives.group import Parts
 from raytrain_het.collectives.header import Header
 from raytrain_het.collectives.layout import Layout
@@ -73,11 +74,24 @@ class Reduction:
     def __init__(self, record: Record, layout: Layout, states: list[CodecStates] | None = None) -> None:
         self.record, self.layout = record, layout
         self.wire = Wire(len(record.members))
-        states = states or [CodecStates(layout) for _ in record.members]
-        self.exchanges = [
-            Exchange(record, rank, layout, group, states[rank])  # type: ignore[arg-type]
-            for rank, group in enumerate(self.wire.groups)
+        self._states = states or [CodecStates(layout) for _ in record.members]
+        self._by_epoch = [
+            Exchanges(record, functools.partial(self._exchange, rank)) for rank in range(len(record.members))
         ]
+
+    def _exchange(self, rank: int, epoch: int) -> Exchange:
+        group: Any = self.wire.groups[rank]
+        return Exchange(self.record, rank, self.layout, group, self._states[rank], epoch=epoch)
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """By rank, those of the last step."""
+        return [exchanges.current for exchanges in self._by_epoch]
+
+    def open(self, epoch: int) -> None:
+        """The next step is of this epoch."""
+        for exchanges in self._by_epoch:
+            exchanges.open(epoch)
 
     def run(
         self,

@@ -354,6 +354,15 @@ def test_what_is_no_codec_is_told_with_the_nearest_right_one(written: object, sa
         one_word(written)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["topk", "randomk"])
+def test_a_density_that_warms_up_falls_by_the_same_factor_every_epoch(name: str) -> None:
+    codec = CODECS[f"{name}(density=0.001, warmup_epochs=4)"]
+    densities = [codec.at_epoch(epoch).density for epoch in range(6)]  # type: ignore[attr-defined]
+    assert densities == pytest.approx([0.25, 0.25 * 0.004**0.25, 0.25 * 0.004**0.5, 0.25 * 0.004**0.75, 0.001, 0.001])
+    assert codec.at_epoch(2) is codec.at_epoch(2) and codec.at_epoch(4) is codec
+    assert CODECS[f"{name}(density=0.5, warmup_epochs=2)"].at_epoch(0).density == 0.5  # type: ignore[attr-defined]
+
+
 def test_each_worker_may_have_a_codec_of_its_own() -> None:
     config = HetConfig(compression=["none", {"topk": {"density": 0.1}}])  # type: ignore[arg-type]
     assert config.compression == config.codecs == ("none", "topk(density=0.1)")

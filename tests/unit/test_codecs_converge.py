@@ -67,6 +67,7 @@ def accuracy(*codecs: str) -> float:
         ("int4", 1.0),
         ("sign", 7.0),
         ("topk(density=0.05)", 3.0),
+        ("topk(density=0.05, all_gather=true)", 2.0),
         ("randomk(density=0.5)", 3.0),
         ("lowrank", 1.5),
     ],

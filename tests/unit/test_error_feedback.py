@@ -10,13 +10,16 @@ import torch
 from collectives_fakes import Reduction, record_of
 
 from raytrain_het.collectives.codec_states import CodecStates
+from raytrain_het.collectives.header import header_bytes
 from raytrain_het.collectives.layout import Layout
+from raytrain_het.compression import CODECS
 from raytrain_het.compression.base import RESIDUAL
 from raytrain_het.errors import ProtocolError
 
 LAYOUT = Layout([("a", torch.zeros(30, 50)), ("b", torch.zeros(700)), ("c", torch.zeros(9))], [], 4000)
 NUMEL = sum(bucket.numel for bucket in LAYOUT.buckets)
-FED_BACK = ["sign", "topk(density=0.05)", "randomk(density=0.1)", "int4(error_feedback=true)", "lowrank"]
+FED_BACK = ["sign", "topk(density=0.05)", "randomk(density=0.1)", "int4(error_feedback=true)", "lowrank",
+            "topk(density=0.05, all_gather=true)"]  # fmt: skip
 
 
 def residual(states: CodecStates) -> torch.Tensor:
@@ -154,6 +157,39 @@ def test_what_is_held_stays_small_whatever_weights_samples_have(codec: str, heav
     assert max(held) < 40 * NUMEL**0.5
 
 
+def test_densities_that_fall_from_epoch_to_epoch_lose_nothing() -> None:
+    states = [CodecStates(LAYOUT) for _ in range(2)]
+    reduction = Reduction(record_of([1, 1], codec="topk(density=0.02, warmup_epochs=3)"), LAYOUT, states)
+    one, applied, sent = torch.arange(1.0, NUMEL + 1), torch.zeros(NUMEL), []
+    for step in range(10):
+        reduction.open(epoch=step // 2)
+        before = reduction.exchanges[0].traffic.sent
+        outs, _ = reduction.run([one.clone(), one.clone()], [1.0, 1.0], at=step)
+        sent.append(reduction.exchanges[0].traffic.sent - before)
+        reduction.commit()
+        applied += torch.cat(outs[0])
+    held = sum(residual(of_worker) for of_worker in states)
+    torch.testing.assert_close(applied.double() + held, 10.0 * one.double(), rtol=1e-5, atol=1e-2)
+    assert sent[0] == sent[1] > sent[2] == sent[3] > sent[4] == sent[5] > sent[6] == sent[-1]
+
+
+def test_all_gather_takes_as_many_messages_as_peers_and_encodes_no_mean() -> None:
+    """Values that int8 loses nothing of, in places of which each worker has its own: all of them arrive."""
+    word, size = "topk(density=0.25, all_gather=true)", 3
+    gradients = [torch.zeros(NUMEL) for _ in range(size)]
+    for rank, gradient in enumerate(gradients):
+        gradient[rank::7] = 127.0 * (rank + 1)
+    reduction = Reduction(record_of([1] * size, codec=word), LAYOUT)
+    outs, _ = reduction.run([g.clone() for g in gradients], [1.0] * size)
+    assert torch.equal(torch.cat(outs[0]), sum(gradients) / size)
+    payloads = sum(CODECS[word].capacity_bytes(b.numel, b.dtype) for b in LAYOUT.buckets)
+    heads = sum(header_bytes(len(b.segments)) + 16 for b in LAYOUT.buckets)
+    assert 2 * payloads <= reduction.exchanges[0].traffic.sent <= 2 * (payloads + heads)
+    again = torch.empty(LAYOUT.buckets[0].numel)
+    reduction.exchanges[1].decode(LAYOUT.buckets[0], again)
+    assert torch.equal(again, outs[1][0])
+
+
 def test_a_worker_without_a_share_keeps_what_it_held_and_sends_it_with_its_next_one() -> None:
     states = [CodecStates(LAYOUT) for _ in range(2)]
     one, applied, kept = torch.arange(1.0, NUMEL + 1), torch.zeros(NUMEL), []
@@ -212,3 +248,18 @@ def test_a_step_that_is_committed_when_another_codec_was_chosen_already_counts()
     outs, _ = reduction.run([one.clone(), one.clone()], [1.0, 1.0], at=9)
     reduction.commit()
     torch.testing.assert_close(applied + torch.cat(outs[0]), 6 * one, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("heirs_codec", [*FED_BACK, "none"])
+def test_what_a_leaver_hands_on_is_sent_by_its_heir(heirs_codec: str) -> None:
+    fleet, codecs = Fleet(8), ["topk(density=0.05)"] * 4 if heirs_codec != "lowrank" else ["lowrank"] * 4
+    for _ in range(3):
+        fleet.run(fleet.generation(codecs))
+    left = fleet.states[3].by_parameter()
+    assert fleet.states[1].inherit(left) == pytest.approx(float(residual(fleet.states[3]).norm()))
+    fleet.states[3].reset()
+    together = "all_gather" in heirs_codec or heirs_codec == "lowrank"
+    after = [heirs_codec] * 4 if together else [codecs[0], heirs_codec, *codecs[2:]]
+    for k in range(4):
+        fleet.run(fleet.generation(after), commits=k > 0)
+    fleet.check()

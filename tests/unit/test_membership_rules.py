@@ -588,6 +588,28 @@ def test_the_next_actors_lives_are_later_ones_even_if_nobody_was_left_to_tell_of
 # ---------------------------------------------------------------- leaving and ending
 
 
+@pytest.mark.parametrize(("stands_at", "heir"), [(7, {"host": "host", "port": 1}), (6, None)])
+def test_who_leaves_is_told_who_takes_over_what_it_has_left_to_send(
+    stands_at: int, heir: dict[str, Any] | None
+) -> None:
+    """Nobody, where it has not seen the last step through and does not know what of it was sent."""
+    run = started(base=5)
+    run.core.leave("2-a", 0.0)
+    run.answer("0-a", "1-a", step=7)
+    run.answer("2-a", step=stands_at)
+    (bye,) = [m for uid, m in run.core.drain() if (uid, m["type"]) == ("2-a", "bye")]
+    assert (bye["how"], bye["heir"]) == ("left", heir)
+
+
+def test_the_norm_of_what_is_lost_with_a_worker_is_told() -> None:
+    run = started()
+    run.core.progress("1-a", 3, 0.0, left_out=0.25)
+    run.core.progress("2-a", 3, 0.0)
+    run.core.closed("1-a", 1.0)
+    run.core.closed("2-a", 1.0)
+    assert [e.get("left_out") for e in run.core.log.since(0) if e["kind"] == "lost"] == [0.25, None]
+
+
 def test_the_last_holder_of_the_state_leaves_only_when_a_joiner_has_healed() -> None:
     run = Run(replace(SETTINGS, num_slots=2))
     run.core.slot_vacant(1, "later", 0.0)

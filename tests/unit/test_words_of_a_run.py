@@ -221,6 +221,8 @@ def test_a_trainer_without_a_display_logs_what_happens(tmp_path: Path, caplog: p
     caplog.set_level(logging.INFO, "raytrain_het")
     watch = Monitor("id", RunFolder(StorageContext(str(tmp_path), "run")))
     event = {"seq": 0, "kind": "lost", "slot": 1, "reason": "its connection closed", "time": 7.0}
+    more = "; what its codec had left out is lost with it (norm 0.25 of the mean gradient's)"
+    assert event_line(event | {"left_out": 0.25}) == f"worker 1 is lost: its connection closed{more}"
     reports = [{"seq": k, "step": 5 + k, "epoch": 0, "metrics": {"loss": 1.0}, "time": 6.0 + 2 * k} for k in range(2)]
     watch._take({}, [event], reports)
     lost = "worker 1 is lost: its connection closed"
