@@ -733,5 +733,5 @@ class Membership:
 def _heir(leaver: Peer, staying: Sequence[Peer], base: Cursor | None) -> Member | None:
     """Who takes over what a member that leaves has left to send: nobody where that member has not seen the last step
     through, and does not know what of it was sent."""
-    heirs = (p.member for p in staying if p.phase is Phase.IN and p.healed and not p.fresh)
-    return next(heirs, None) if leaver.cursor == base else None
+    heirs = [p.member for p in staying if p.phase is Phase.IN and p.healed and not p.fresh]
+    return min(heirs, key=lambda m: m.slot, default=None) if leaver.cursor == base else None
