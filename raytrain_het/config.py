@@ -99,6 +99,10 @@ class HetConfig:
     shorter; it leaves out those that lose more of a message than ``{"auto": {"error": 0.2}}``, the default. Read back,
     a codec is one word, options at their defaults left out."""
 
+    hierarchy: bool = False
+    """Whether gradients of workers on one machine are added up there, uncompressed, so that only their
+    sum crosses the machine's link. It pays where that is slow."""
+
     backend: Literal["tcp", "nccl"] = "tcp"
     """What carries the messages.
 
@@ -152,6 +156,9 @@ class HetConfig:
         )
         each = isinstance(self.compression, Sequence) and not isinstance(self.compression, str)
         object.__setattr__(self, "compression", self.codecs if each else self.codecs[0])
+        _require(
+            isinstance(self.hierarchy, bool), "hierarchy", self.hierarchy, "true or false", "Write hierarchy=False."
+        )
         _require(self.backend in ("tcp", "nccl"), "backend", self.backend, "'tcp' or 'nccl'", "Write backend='tcp'.")
         _require(
             self.micro_batch_size is None or _is_whole(self.micro_batch_size, 1),

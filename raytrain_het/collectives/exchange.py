@@ -3,7 +3,8 @@
 Every bucket's shards go to their owners, are added up there and sent to all
 (:mod:`raytrain_het.collectives.messages`): so replicas are identical to the bit whatever the codec, and a gradient is
 quantised twice, whatever the number of members. A codec that all members use together, ``lowrank``, has two buckets of
-factors go that way, one after the other (:mod:`raytrain_het.collectives.factors`).
+factors go that way, one after the other (:mod:`raytrain_het.collectives.factors`). Where workers share a machine, their
+gradients may be added up there first (:mod:`raytrain_het.collectives.hierarchy`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from raytrain_het.collectives.factors import Factors, factors_of
 from raytrain_het.collectives.fidelity import Fidelity
 from raytrain_het.collectives.group import Group, Operation
 from raytrain_het.collectives.header import Header
+from raytrain_het.collectives.hierarchy import Hierarchy, is_hierarchical, leaders_of
 from raytrain_het.collectives.layout import Bucket, Layout
 from raytrain_het.collectives.messages import Messages, Traffic, Wire
 from raytrain_het.collectives.sums import Sums
@@ -50,11 +52,16 @@ class Exchange:
         self.record, self.rank, self.layout, self.group, self.states = record, rank, layout, group, states
         self._fidelity = fidelity or Fidelity()
         self.codecs = codecs_at(record, record.cursor["epoch"] if epoch is None else epoch)
-        states.use(self.codecs[rank], group.device)
         self._factors = factors_of(record, self.codecs[0], layout, group.device)
+        hierarchical = is_hierarchical(record)
+        # Who only passes its gradients on to its machine's leader leaves nothing out.
+        passes_on = hierarchical and leaders_of(record)[rank] != rank and not self._factors
+        self._codec = CODECS["none"] if passes_on else self.codecs[rank]
+        states.use(self._codec, group.device)
         travelling = [self._factors[b.index].first if b.index in self._factors else b for b in layout.buckets]
         travelling += [f.second for f in self._factors.values() if f.second is not None]
-        self.messages = Messages(record, rank, self.codecs, travelling, group, states, self._fidelity)
+        kind = Hierarchy if hierarchical else Messages
+        self.messages: Messages | Hierarchy = kind(record, rank, self.codecs, travelling, group, states, self._fidelity)
 
     @cached_property
     def wires(self) -> list[list[Wire] | None]:
@@ -72,7 +79,7 @@ class Exchange:
 
     def expect(self) -> None:
         """A step is opened: what others send is taken from now on, whenever this member is ready itself."""
-        self.states.use(self.codecs[self.rank], self.group.device)
+        self.states.use(self._codec, self.group.device)
         self.states.begin()
         self.messages.expect()
 

@@ -50,6 +50,16 @@ class Parts:
         parts._num_copies = len(ranks)
         return parts
 
+    def spread(self, ranks: Sequence[int], size: int) -> Parts:
+        """The same message, to or from these ranks, in order, of a group of this size: it was made for a group of them
+        alone."""
+        lengths = [0] * size
+        for rank, length in zip(ranks, self.lengths, strict=True):
+            lengths[rank] = length
+        parts = Parts(self.buffer, lengths)
+        parts._num_copies = self._num_copies
+        return parts
+
     def in_a_row(self) -> torch.Tensor:
         """All parts one after the other: the buffer itself, unless it goes to nobody or to several."""
         return self.buffer if self._num_copies in (None, 1) else self.buffer.repeat(self._num_copies)

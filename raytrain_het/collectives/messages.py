@@ -63,7 +63,9 @@ class _Plan:
     whole: bool
     """Whether all add up all of it."""
     bounds: list[tuple[int, int]]
-    """Of elements: what each rank adds up."""
+    """Of elements: what this member sends to each rank, which adds it up."""
+    adds: tuple[int, int]
+    """What this member adds up."""
     own: int
     """Bytes of an encoded sum of this rank's shard."""
     scatter_in: list[int]
@@ -82,11 +84,12 @@ class Messages:
         group: the process group.
         states: what this member's codec remembers, from earlier generations too.
         fidelity: looks now and then at what encoding loses.
+        collectors: by rank, who adds up all that it sends, for :meth:`collect`; None where owners do.
     """
 
     def __init__(
         self, record: Record, rank: int, codecs: Sequence[Codec], buckets: Sequence[Bucket], group: Group,
-        states: CodecStates, fidelity: Fidelity,
+        states: CodecStates, fidelity: Fidelity, collectors: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.record, self.rank, self.group = record, rank, group
         self._states, self._fidelity = states, fidelity
@@ -96,6 +99,7 @@ class Messages:
         self._sends = [share > 0 for share in record.shares]
         self._codecs = list(codecs)
         self._dense = CODECS["none"]
+        self._collectors = collectors
         self._plans = [self._plan(bucket, size) for bucket in self._buckets]
         device = group.device
 
@@ -121,14 +125,14 @@ class Messages:
         """By bucket: this member's payload for its own shard, wherever it is."""
         self._own_wires = self._own.copy()
         self._means = [
-            torch.empty(b.numel if p.whole else 0, dtype=b.dtype, device=device)
+            torch.empty(b.numel if p.whole and p.adds[1] else 0, dtype=b.dtype, device=device)
             for b, p in zip(self._buckets, self._plans, strict=True)
         ]
-        """Those of whole buckets."""
+        """Those of whole buckets; where a member collects, sums."""
         self._expected: list[Any] = [None] * len(self._plans)
         most = dict.fromkeys({b.dtype for b in self._buckets}, 0)
         for bucket, plan in zip(self._buckets, self._plans, strict=True):
-            start, stop = plan.bounds[rank]
+            start, stop = plan.adds
             most[bucket.dtype] = max(most[bucket.dtype], stop - start)
         self._sum = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in most.items()}
         self._scratch = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in most.items()}
@@ -136,7 +140,7 @@ class Messages:
     def owned(self, bucket: Bucket) -> tuple[int, int]:
         """(start, stop) of the elements whose mean this member encodes."""
         plan = self._plans[bucket.index]
-        return plan.bounds[self.rank] if not plan.whole else (0, 0)
+        return plan.adds if not plan.whole else (0, 0)
 
     @cached_property
     def gradient_bytes(self) -> int:
@@ -147,12 +151,18 @@ class Messages:
         return self._dense if bucket.is_dense else self._codecs[rank]
 
     def _plan(self, bucket: Bucket, size: int) -> _Plan:
-        whole = self._codec(self.rank, bucket).all_gather
-        bounds = [(0, bucket.numel)] * size if whole else shard_bounds(bucket.numel, self.record.owners)
+        whole = self._codec(self.rank, bucket).all_gather or self._collectors is not None
+        shards = shard_bounds(bucket.numel, self.record.owners) if not whole else []
+
+        def bounds(sender: int, receiver: int) -> tuple[int, int]:
+            if whole:
+                return (0, bucket.numel if self._collectors is None or self._collectors[sender] == receiver else 0)
+            return shards[receiver]
+
         header = header_bytes(len(bucket.segments))
 
-        def payload(sender: int, owner: int) -> int:
-            start, stop = bounds[owner]
+        def payload(sender: int, receiver: int) -> int:
+            start, stop = bounds(sender, receiver)
             return (
                 aligned(self._codec(sender, bucket).capacity_bytes(stop - start, bucket.dtype)) if stop > start else 0
             )
@@ -161,8 +171,9 @@ class Messages:
         return _Plan(
             header=header,
             whole=whole,
-            bounds=bounds,
-            own=payload(me, me),
+            bounds=[bounds(me, j) for j in range(size)],
+            adds=bounds(me, me),
+            own=payload(me, me) if self._collectors is None else 0,
             scatter_in=[header + (payload(me, j) if self._sends[me] and j != me else 0) for j in range(size)],
             scatter_out=[header + (payload(i, me) if self._sends[i] and i != me else 0) for i in range(size)],
             gather_out=[payload(j, j) if j != me and not whole else 0 for j in range(size)],
@@ -226,7 +237,7 @@ class Messages:
         write_header(header, len(bucket.segments), *(place for place, _ in outgoing))
         whole = self._plans[bucket.index].whole
         if local is not None and self._sends[self.rank]:
-            if whole:
+            if whole and self._collectors is None:
                 self._encode_for_all(bucket, local, [body for _, body in outgoing], header, weight)
             else:
                 for owner, (_, body) in enumerate(outgoing):
@@ -289,6 +300,21 @@ class Messages:
 
         What headers say is noted in ``sums``, but of a gradient's second bucket.
         """
+        self._sum_shard(*self._arrived(bucket, sums, first=first), bucket, sums)
+        if not self._plans[bucket.index].whole:
+            yield self._launch(self._gathered[bucket.index], self._gather_in[bucket.index])
+
+    def collect(self, bucket: Bucket, sums: Sums, *, first: bool = True) -> tuple[torch.Tensor, bool]:
+        """Instead of :meth:`reduce`, with collectors: the sum (n,) of what has come here, nothing (0,) elsewhere; and
+        whether anything has."""
+        headers, bodies = self._arrived(bucket, sums, first=first)
+        total = self._means[bucket.index]
+        if total.numel():
+            self._add_up(headers, bodies, bucket, total)
+        return total, any(h.contributes and body.numel() > 0 for h, body in zip(headers, bodies, strict=True))
+
+    def _arrived(self, bucket: Bucket, sums: Sums, *, first: bool) -> tuple[list[Header], list[torch.Tensor]]:
+        """By rank: headers and payloads."""
         headers, bodies = [], []
         for sender, (place, body) in enumerate(self._incoming[bucket.index]):
             header = read_header(place, len(bucket.segments))
@@ -300,14 +326,12 @@ class Messages:
         own = self._own[bucket.index]
         if own is not None:
             bodies[self.rank] = own
-        self._sum_shard(headers, bodies, bucket, sums)
-        if not self._plans[bucket.index].whole:
-            yield self._launch(self._gathered[bucket.index], self._gather_in[bucket.index])
+        return headers, bodies
 
     def _sum_shard(self, headers: list[Header], bodies: list[torch.Tensor], bucket: Bucket, sums: Sums) -> None:
         """The owned shard's mean, encoded."""
         plan, out = self._plans[bucket.index], self._gather_in[bucket.index].buffer
-        start, stop = plan.bounds[self.rank]
+        start, stop = plan.adds
         if stop == start:
             return
         codec = self._codec(self.rank, bucket)
@@ -333,7 +357,7 @@ class Messages:
         sent: list[tuple[int, torch.Tensor]] = [
             (sender, body)
             for sender, (header, body) in enumerate(zip(headers, bodies, strict=True))
-            if header.contributes
+            if header.contributes and body.numel() > 0
         ]
         if not sent:
             total.zero_()
@@ -356,7 +380,7 @@ class Messages:
 
     def _seen(self, sender: int, body: torch.Tensor, bucket: Bucket) -> torch.Tensor | None:
         """A sender's part of the owned shard, in its message, if it can be seen there."""
-        codec, (start, stop) = self._codec(sender, bucket), self._plans[bucket.index].bounds[self.rank]
+        codec, (start, stop) = self._codec(sender, bucket), self._plans[bucket.index].adds
         codec = self._dense if sender == self.rank and not self._plans[bucket.index].whole else codec
         return codec.in_place(body[: codec.capacity_bytes(stop - start, bucket.dtype)], bucket.dtype)
 

@@ -53,6 +53,8 @@ class Record:
     worker's part of it does not eat its gain. 0 for those that are not healed."""
     codecs: tuple[str, ...]
     """Codec by which each rank encodes what it sends."""
+    hierarchy: bool = False
+    """Whether gradients of members on one host are added up there first."""
     cursor: dict[str, int]
     """Position (epoch, offset, step) after the base step, from which all go on."""
     source: str | None

@@ -453,6 +453,7 @@ class Membership:
             speeds=speeds,
             owners=owners_of(self.table, speeds, peers),
             codecs=codecs_of(self.table, self.settings.codecs, peers),
+            hierarchy=self.settings.hierarchy,
             cursor=base,
             source=source.member.uid,
             behind=behind,

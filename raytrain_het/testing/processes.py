@@ -67,9 +67,12 @@ class ProcessLab:
         cores: by slot, how much of a core its workers get (Linux, as root); by default all there is.
         rates_mbit: by slot, the rate of its workers' link, each way; then every slot has a network namespace of its own
             (Linux, as root). None in it is as fast as memory is.
+        machines: by slot, the number of the machine that it is on, from 0: those of one have an address in common, and
+            a link; rates are by machine then.
 
     Raises:
-        ValueError: ``cores`` or ``rates_mbit`` has another number of entries than there are slots.
+        ValueError: ``cores``, ``rates_mbit`` or ``machines`` has another number of entries than there are slots, or
+            machines.
         LabError: links are wanted, and cannot be made here.
 
     Attributes:
@@ -83,11 +86,16 @@ class ProcessLab:
         config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True,
         threads: int = 1, ledger: bool = True, settings: dict[str, Any] | None = None,
         storage: Callable[[], Storage] | None = None, cores: Sequence[float] | None = None,
-        rates_mbit: Sequence[float | None] | None = None,
+        rates_mbit: Sequence[float | None] | None = None, machines: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
-        for name, given in (("cores", cores), ("rates_mbit", rates_mbit)):
-            if given is not None and len(given) != num_slots:
-                raise ValueError(f"{name} has {len(given)} entries: allowed is one per slot, {num_slots}.")
+        links = max(machines) + 1 if machines else num_slots
+        for name, given, size in (
+            ("cores", cores, num_slots),
+            ("rates_mbit", rates_mbit, links),
+            ("machines", machines, num_slots),
+        ):
+            if given is not None and len(given) != size:
+                raise ValueError(f"{name} has {len(given)} entries: allowed is one per slot or machine, {size}.")
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
@@ -98,7 +106,7 @@ class ProcessLab:
             score_policy=self.config.score_policy, alpha=self.config.alpha,
             lr_scale_normalisation=self.config.lr_scale_normalisation,
             silence_s=self.config.silence_s, hang_limit_s=self.config.hang_limit_s,
-            start_timeout_s=self.config.start_timeout_s,
+            start_timeout_s=self.config.start_timeout_s, hierarchy=self.config.hierarchy,
         )  # fmt: skip
         self.settings = dataclasses.replace(settings_of_config, **(settings or {}))
         self._network: Network | None = None
@@ -106,7 +114,10 @@ class ProcessLab:
             remove_leftovers()
             self._network = Network(f"{PREFIX}{os.getpid()}{next(_letters)}", rates_mbit)
             self.settings = dataclasses.replace(self.settings, host=self._network.host)
-        places = list(zip(self._network.namespaces, self._network.ips, strict=True)) if self._network else None
+        places: list[tuple[str | None, str]] = [(None, f"127.0.0.{1 + k * bool(machines)}") for k in range(links)]
+        if self._network is not None:
+            places = list(zip(self._network.namespaces, self._network.ips, strict=True))
+        places = [places[k] for k in machines or range(num_slots)]
         where = storage or partial(LocalStorage, Path(self.directory) / "storage")
         payload = (
             train_fn,
@@ -256,7 +267,7 @@ class ProcessLab:
 def _work(slot: int, payload: bytes) -> None:
     """A worker process."""
     train_fn, directory, config, faults, threads, ledger, num_slots, storage, lab, places = cloudpickle.loads(payload)
-    namespace, ip = places[slot] if places is not None else (None, "127.0.0.1")
+    namespace, ip = places[slot]
     if namespace is not None:
         enter(namespace)
     threading.Thread(target=_end_with, args=(lab,), name="het-lab", daemon=True).start()

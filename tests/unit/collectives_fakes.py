@@ -17,9 +17,15 @@ from raytrain_het.collectives.sums import Sums
 from raytrain_het.membership.record import Member, Record
 
 
-def record_of(shares: list[float], owners: list[float] | None = None, codec: str = "none", **values: Any) -> Record:
-    """A generation with a member for each share."""
-    members = tuple(Member(uid=f"{k}-a", slot=10 + k, host="h", state_port=1, device="cpu") for k in range(len(shares)))
+def record_of(
+    shares: list[float], owners: list[float] | None = None, codec: str = "none", hosts: str | None = None, **values: Any
+) -> Record:
+    """A generation with a member for each share; with ``hosts`` (a letter for each member) a hierarchical one."""
+    members = tuple(
+        Member(uid=f"{k}-a", slot=10 + k, host=hosts[k] if hosts else "h", state_port=1, device="cpu")
+        for k in range(len(shares))
+    )
+    values.setdefault("hierarchy", hosts is not None)
     return Record(
         **{
             "number": 3, "incarnation": 1, "group": "g", "members": members, "shares": tuple(shares),
@@ -37,6 +43,7 @@ class FakeGroup:
 
     def __init__(self, wire: Wire, rank: int, size: int) -> None:
         self.wire, self.rank, self.size, self.device = wire, rank, size, torch.device("cpu")
+        self.key, self.poll_s = "g", None
 
     def expect(self, out: Parts) -> None:
         pass
