@@ -7,13 +7,17 @@ prepared by raytrain_het under ``HetConfig(compression="auto", shares=None)``.
 
 That one first trains until ``auto`` has chosen; from its first step to that is *settling*. Then all take turns in
 blocks, round after round, in an order that moves on by one each round. Between its blocks the last one's codecs are
-changed, as ``auto`` would change them; a block begins with a step that is not counted. Step times are medians over
+changed, as ``auto`` would change them; a block begins with steps that are not counted. Step times are medians over
 rounds, ratios are taken within a round. Bytes are what the link's own counter says that the busiest worker has sent in
 a step, all headers and acknowledgements of the network included.
+
+With ``--machines`` several workers share a namespace and its link; each fixed codec is then measured with
+``HetConfig(hierarchy=True)`` too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -80,9 +84,10 @@ def ddp_step(kind: str, data: TensorDataset, batch: int) -> Callable[[], None]:
     return step
 
 
-def timed(steps: int, run: Callable[[], None]) -> dict[str, float]:
-    """Seconds and bytes per step of a block that starts and ends at a barrier, after a step that is not counted."""
-    run()
+def timed(warm: int, steps: int, run: Callable[[], None]) -> dict[str, float]:
+    """Seconds and bytes per step of a block that starts and ends at a barrier, after ``warm`` that are not counted."""
+    for _ in range(warm):
+        run()
     dist.barrier()
     began, (before, _) = time.perf_counter(), sent()
     for _ in range(steps):
@@ -93,7 +98,13 @@ def timed(steps: int, run: Callable[[], None]) -> dict[str, float]:
     return {"step_s": took, "bytes": max(told) / steps}
 
 
-def train(directory: str, *, size: int, batch: int, fixed: list[str], rounds: int, steps: int) -> dict[str, Any]:
+BY_MACHINE = " by machine"
+"""Ends the name of a side with a hierarchy."""
+
+
+def train(
+    directory: str, *, size: int, batch: int, fixed: list[str], rounds: int, warm: int, steps: int, shared: bool
+) -> dict[str, Any]:
     """Runs in every worker; returns the figures, the same on all."""
     session = current()
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
@@ -101,10 +112,11 @@ def train(directory: str, *, size: int, batch: int, fixed: list[str], rounds: in
     data = make_data()
     own = common.het_steps(make_net(), data, batch * size)
 
-    def codecs() -> list[str]:
-        """Of the last step, the same on all workers."""
+    def in_force() -> tuple[list[str], bool]:
+        """Codecs of the last step, the same on all workers, and whether there was a hierarchy."""
         assert session.engine is not None and session.engine.opened is not None
-        return list(session.engine.opened.record.codecs)
+        record = session.engine.opened.record
+        return list(record.codecs), record.hierarchy
 
     def table() -> int:
         assert session.engine is not None and session.engine.opened is not None
@@ -116,8 +128,9 @@ def train(directory: str, *, size: int, batch: int, fixed: list[str], rounds: in
         next(own)
         settling += 1
     settled_s = time.perf_counter() - began
-    chosen = codecs()
-    sides: dict[str, list[str]] = {"auto": chosen, **{word: [word] * size for word in fixed}}
+    chosen, _ = in_force()
+    sides = {"auto": (chosen, False), **{word: ([word] * size, False) for word in fixed}}
+    sides |= {word + BY_MACHINE: ([word] * size, True) for word in fixed if shared}
     others = {kind: ddp_step(kind, data, batch) for kind in DDP}
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
@@ -128,19 +141,19 @@ def train(directory: str, *, size: int, batch: int, fixed: list[str], rounds: in
         loss.backward()
         optimizer.step()
 
-    def change_to(wanted: list[str]) -> None:
+    def change_to(wanted: tuple[list[str], bool]) -> None:
         if session.slot == 0:
             part = Path(directory, f"{WANTED}.part")
             part.write_text(json.dumps(wanted))
             part.rename(Path(directory, WANTED))
-        while codecs() != wanted:
+        while in_force() != wanted:
             next(own)
 
     def block(name: str) -> dict[str, float]:
         if name in sides:
             change_to(sides[name])
-            return timed(steps, lambda: next(own))
-        return timed(steps, others.get(name, compute))
+            return timed(warm, steps, lambda: next(own))
+        return timed(warm, steps, others.get(name, compute))
 
     order, results = [*others, *sides, "compute"], []
     for i in range(rounds):
@@ -149,7 +162,7 @@ def train(directory: str, *, size: int, batch: int, fixed: list[str], rounds: in
 
 
 class Switch:
-    """In the lab: has the hub use the codecs that the workers want, in place of its own choice.
+    """In the lab: has the hub use what the workers want, in place of its own choice.
 
     Owner shards follow the links, as they would.
     """
@@ -167,8 +180,10 @@ class Switch:
         hub._tables.board.compression = None
 
         links_s = self._links_s
+        codecs, hierarchy = json.loads(wanted)
 
         def follow() -> None:
+            hub._core.settings = dataclasses.replace(hub._core.settings, hierarchy=hierarchy)
             before = hub._core.table
             slots = range(lab.num_slots)
             equal = dict.fromkeys(slots, 1.0)
@@ -176,7 +191,7 @@ class Switch:
                 Table(
                     version=before.version + 1 if before else 1, scores=before.scores if before else equal,
                     lr_scales=equal, shares=dict.fromkeys(slots, 1), predicted_step_s=None, reason="a benchmark",
-                    links_s=links_s, codecs=dict(enumerate(json.loads(wanted))),
+                    links_s=links_s, codecs=dict(enumerate(codecs)),
                 ), hub._clock.now(),
             )  # fmt: skip
 
@@ -185,17 +200,22 @@ class Switch:
 
 def measure(args: Any) -> dict[str, Any]:
     """Run it and evaluate the rounds."""
-    size = len(args.rates)
+    machines = args.machines or list(range(len(args.rates)))
+    size = len(machines)
     fixed = [word for word in args.codecs or [*AUTO_CODECS, "int8", "sign"] if word]
-    switch = Switch(args.rates)
+    switch = Switch([args.rates[machine] for machine in machines])
 
     def run(directory: str) -> dict[str, Any]:
-        return train(directory, size=size, batch=args.batch, fixed=fixed, rounds=args.rounds, steps=args.steps)
+        return train(
+            directory, size=size, batch=args.batch, fixed=fixed, rounds=args.rounds, warm=args.warm, steps=args.steps,
+            shared=len(set(machines)) < size,
+        )  # fmt: skip
 
     rates = [rate if rate > 0 else None for rate in args.rates]
     with common.scratch() as directory:
         config = het.HetConfig(compression={"auto": {"error": args.error}}, shares=None, replica_check_steps=0)
-        lab = ProcessLab(run, directory, num_slots=size, config=config, ledger=False, rates_mbit=rates)
+        lab = ProcessLab(run, directory, num_slots=size, config=config, ledger=False, rates_mbit=rates,
+                         machines=machines)  # fmt: skip
         result = lab.run(timeout_s=7200, on_poll=lambda: switch(lab))[0]
         tables = [e for e in lab.events if e["kind"] == "table" and e["reason"] != "a benchmark"]
     rounds, sides = result["rounds"], {}
@@ -213,9 +233,13 @@ def measure(args: Any) -> dict[str, Any]:
 
 def main() -> None:
     def add(parser: Any) -> None:
-        parser.add_argument("--rates", type=float, nargs="+", default=[100.0] * 4, help="Mbit/s by worker; 0: unshaped")
+        parser.add_argument(
+            "--rates", type=float, nargs="+", default=[100.0] * 4, help="Mbit/s by machine; 0: unshaped"
+        )
+        parser.add_argument("--machines", type=int, nargs="+", help="by worker, from 0; by default one each")
         parser.add_argument("--batch", type=int, default=16, help="samples of each worker")
         parser.add_argument("--rounds", type=int, default=5)
+        parser.add_argument("--warm", type=int, default=1, help="steps of a block that are not counted")
         parser.add_argument("--steps", type=int, default=3, help="counted steps in a block")
         parser.add_argument("--error", type=float, default=0.97, help="what auto may lose of a message")
         parser.add_argument("--codecs", nargs="*", help="fixed ones to compare with")
