@@ -99,9 +99,10 @@ class HetConfig:
     shorter; it leaves out those that lose more of a message than ``{"auto": {"error": 0.2}}``, the default. Read back,
     a codec is one word, options at their defaults left out."""
 
-    hierarchy: bool = False
+    hierarchy: bool | Literal["auto"] = "auto"
     """Whether gradients of workers on one machine are added up there, uncompressed, so that only their
-    sum crosses the machine's link. It pays where that is slow."""
+    sum crosses the machine's link. ``auto``: with ``compression="auto"`` where steps become shorter,
+    else not."""
 
     backend: Literal["tcp", "nccl"] = "tcp"
     """What carries the messages.
@@ -157,7 +158,11 @@ class HetConfig:
         each = isinstance(self.compression, Sequence) and not isinstance(self.compression, str)
         object.__setattr__(self, "compression", self.codecs if each else self.codecs[0])
         _require(
-            isinstance(self.hierarchy, bool), "hierarchy", self.hierarchy, "true or false", "Write hierarchy=False."
+            isinstance(self.hierarchy, bool) or self.hierarchy == "auto",
+            "hierarchy",
+            self.hierarchy,
+            "true, false or 'auto'",
+            "Write hierarchy='auto'.",
         )
         _require(self.backend in ("tcp", "nccl"), "backend", self.backend, "'tcp' or 'nccl'", "Write backend='tcp'.")
         _require(
@@ -213,6 +218,13 @@ class HetConfig:
         """How much ``auto`` may lose of a message; None where codecs are given."""
         name, options = parsed(self.codecs[0])
         return float(options.get("error", AUTO["error"].default)) if name == "auto" else None
+
+    @property
+    def given_hierarchy(self) -> bool | None:
+        """None where it is chosen together with codecs."""
+        if isinstance(self.hierarchy, bool):
+            return self.hierarchy
+        return None if self.compression_error is not None else False
 
     def codecs_for(self, num_workers: int) -> tuple[str, ...]:
         """A codec for each of so many workers, with which the run starts.

@@ -128,8 +128,8 @@ def train(
         next(own)
         settling += 1
     settled_s = time.perf_counter() - began
-    chosen, _ = in_force()
-    sides = {"auto": (chosen, False), **{word: ([word] * size, False) for word in fixed}}
+    chosen, by_machine = in_force()
+    sides = {"auto": (chosen, by_machine), **{word: ([word] * size, False) for word in fixed}}
     sides |= {word + BY_MACHINE: ([word] * size, True) for word in fixed if shared}
     others = {kind: ddp_step(kind, data, batch) for kind in DDP}
     net = make_net()
@@ -158,7 +158,13 @@ def train(
     order, results = [*others, *sides, "compute"], []
     for i in range(rounds):
         results.append({name: block(name) for name in order[i % len(order) :] + order[: i % len(order)]})
-    return {"chosen": chosen, "settling_steps": settling, "settling_s": settled_s, "rounds": results}
+    return {
+        "chosen": chosen,
+        "by_machine": by_machine,
+        "settling_steps": settling,
+        "settling_s": settled_s,
+        "rounds": results,
+    }
 
 
 class Switch:
@@ -248,7 +254,8 @@ def main() -> None:
     result = measure(args)
     rows = [{"side": name, **figures} for name, figures in result["sides"].items()]
     common.show(f"Links of {args.rates} Mbit/s, 4.2 million parameters, batch {args.batch} a worker", rows)
-    print(f"auto chose {result['chosen']} after {result['settling_steps']} steps, {result['settling_s']:.3g} s")
+    way = ", added up on each machine first," if result["by_machine"] else ""
+    print(f"auto chose {result['chosen']}{way} after {result['settling_steps']} steps, {result['settling_s']:.3g} s")
     for reason in result["reasons"]:
         print(f"  {reason}")
     common.keep(args.json, {"benchmark": "slow_links", **result})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,11 @@ MIN_GAIN = 0.05
 """Compression is worth it if steps become shorter by this part."""
 ALIKE = 0.01
 """Of choices that promise the same step but for this part, that which loses least is taken."""
+
+
+INSIDE_BYTE_S = 1.5e-9
+"""What a byte takes that goes from one worker to another on the same machine, to be sent, received and added; about,
+and much more than a slow link's part of it where anything depends on that."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Fleet:
     speeds: Sequence[float]
     compute_s: float = 0.0
     """A step without its messages."""
+    hosts: Sequence[str] = ()
+    """The machine that each is on, with a link in common; empty: each on one of its own."""
     hidden: float = 0.0
     """The part of the messages' time that costs nothing, because it passes beside the backward pass; no more than
     ``compute_s`` can."""
@@ -58,7 +66,7 @@ class Prediction:
     """That each worker sends."""
 
 
-def predict(fleet: Fleet, choice: Sequence[str]) -> Prediction:
+def predict(fleet: Fleet, choice: Sequence[str], *, by_machine: bool = False) -> Prediction:
     """A step's time if each worker encodes by this codec.
 
     Worker ``i`` of ``N``, which owns the part ``o_i`` of ``n`` elements, sends ``(1 - o_i) n`` of its own, encodes the
@@ -68,24 +76,80 @@ def predict(fleet: Fleet, choice: Sequence[str]) -> Prediction:
         ``wire_i = l_i n max((1 + (N - 2) o_i) e_i, sum_{j != i} (o_i + o_j) e_j)``,
 
     and encoding and decoding take their time before and after. The slowest worker counts:
-    ``step = compute + max((1 - hidden) T, T - compute)`` with ``T = max_i (wire_i + coding_i)``.
+    ``step = compute + max((1 - hidden) T, T - compute)`` with ``T = max_i (wire_i + coding_i)``. What goes from one
+    worker to another on the same machine does not count.
 
     Args:
         fleet: the workers.
         choice: a codec for each.
+        by_machine: whether a machine's gradients are added up there, and one worker sends them on: it has the link to
+            itself then, and takes 4 bytes of each element from each other one, and gives them back.
     """
+    if by_machine:
+        return _predict_by_machine(fleet, choice)
     size, n = len(choice), fleet.num_elements
     own = [costs[word] for costs, word in zip(fleet.costs, choice, strict=True)]
-    parts = _owners(fleet, own)
+    parts, hosts = _owners(fleet, own), fleet.hosts if len(set(fleet.hosts)) > 1 else range(size)
     slowest, sent = 0.0, []
     for i, (costs, part, byte_s) in enumerate(zip(fleet.costs, parts, fleet.byte_s, strict=True)):
-        out = (1 + (size - 2) * part) * own[i].num_bytes if size > 1 else 0.0
-        into = sum((part + parts[j]) * own[j].num_bytes for j in range(size) if j != i)
+        elsewhere = [j for j in range(size) if hosts[j] != hosts[i]]
+        out = own[i].num_bytes * sum(part + parts[j] for j in elsewhere)
+        into = sum((part + parts[j]) * own[j].num_bytes for j in elsewhere)
         there = sum((part + parts[j]) * costs[choice[j]].decode_s for j in range(size) if j != i)
         coding_s = n * (own[i].encode_s + there + part * own[i].decode_s)
         slowest = max(slowest, byte_s * n * max(out, into) + coding_s)
         sent.append(n * out)
-    return Prediction(fleet.compute_s + max((1 - fleet.hidden) * slowest, slowest - fleet.compute_s), slowest, sent)
+    return Prediction(_step_s(fleet, slowest), slowest, sent)
+
+
+def _step_s(fleet: Fleet, exchange_s: float) -> float:
+    return fleet.compute_s + max((1 - fleet.hidden) * exchange_s, exchange_s - fleet.compute_s)
+
+
+def _predict_by_machine(fleet: Fleet, choice: Sequence[str]) -> Prediction:
+    places = _machines(fleet)
+    leaders = [workers[0] for workers in places]
+    across = predict(_leaders(fleet), [choice[k] for k in leaders])
+    most = max(map(len, places)) - 1
+    exchange_s = across.exchange_s + 2 * most * 4 * fleet.num_elements * INSIDE_BYTE_S
+    sent = dict(zip(leaders, across.num_bytes, strict=True))
+    return Prediction(_step_s(fleet, exchange_s), exchange_s, [sent.get(k, 0.0) for k in range(len(choice))])
+
+
+def _machines(fleet: Fleet) -> list[list[int]]:
+    """By machine, its workers, the fastest first."""
+    found: dict[str, list[int]] = {}
+    for k in sorted(range(len(fleet.hosts)), key=lambda k: -fleet.speeds[k]):
+        found.setdefault(fleet.hosts[k], []).append(k)
+    return list(found.values())
+
+
+def _leaders(fleet: Fleet) -> Fleet:
+    places = _machines(fleet)
+    first = [workers[0] for workers in places]
+    return dataclasses.replace(
+        fleet, costs=[fleet.costs[k] for k in first], hosts=(),
+        speeds=[sum(fleet.speeds[k] for k in workers) for workers in places],
+        byte_s=[fleet.byte_s[workers[0]] / len(workers) for workers in places],
+    )  # fmt: skip
+
+
+def choose_way(fleet: Fleet, allowed: Sequence[str], error: float) -> tuple[tuple[str, ...], bool]:
+    """As :func:`choose`, and whether gradients had better be added up on each machine first: where that makes steps
+    shorter by 5 %."""
+    flat = choose(fleet, allowed, error)
+    if not 1 < len(set(fleet.hosts)) < len(fleet.costs):
+        return flat, False
+    by_machine = choose_by_machine(fleet, allowed, error)
+    shorter = predict(fleet, by_machine, by_machine=True).step_s < (1 - MIN_GAIN) * predict(fleet, flat).step_s
+    return (by_machine, True) if shorter else (flat, False)
+
+
+def choose_by_machine(fleet: Fleet, allowed: Sequence[str], error: float) -> tuple[str, ...]:
+    """As :func:`choose`, where gradients are added up on each machine first: by worker its machine's codec."""
+    chosen = zip(_machines(fleet), choose(_leaders(fleet), allowed, error), strict=True)
+    by_worker = {k: word for workers, word in chosen for k in workers}
+    return tuple(by_worker[k] for k in range(len(fleet.costs)))
 
 
 def choose(fleet: Fleet, allowed: Sequence[str], error: float) -> tuple[str, ...]:

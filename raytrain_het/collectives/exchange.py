@@ -19,7 +19,7 @@ from raytrain_het.collectives.factors import Factors, factors_of
 from raytrain_het.collectives.fidelity import Fidelity
 from raytrain_het.collectives.group import Group, Operation
 from raytrain_het.collectives.header import Header
-from raytrain_het.collectives.hierarchy import Hierarchy, is_hierarchical, leaders_of
+from raytrain_het.collectives.hierarchy import Hierarchy
 from raytrain_het.collectives.layout import Bucket, Layout
 from raytrain_het.collectives.messages import Messages, Traffic, Wire
 from raytrain_het.collectives.sums import Sums
@@ -53,9 +53,9 @@ class Exchange:
         self._fidelity = fidelity or Fidelity()
         self.codecs = codecs_at(record, record.cursor["epoch"] if epoch is None else epoch)
         self._factors = factors_of(record, self.codecs[0], layout, group.device)
-        hierarchical = is_hierarchical(record)
+        hierarchical = record.is_hierarchical
         # Who only passes its gradients on to its machine's leader leaves nothing out.
-        passes_on = hierarchical and leaders_of(record)[rank] != rank and not self._factors
+        passes_on = hierarchical and record.leaders[rank] != rank and not self._factors
         self._codec = CODECS["none"] if passes_on else self.codecs[rank]
         states.use(self._codec, group.device)
         travelling = [self._factors[b.index].first if b.index in self._factors else b for b in layout.buckets]

@@ -26,21 +26,6 @@ from raytrain_het.compression import CODECS, Codec
 from raytrain_het.membership.record import Record
 
 
-def leaders_of(record: Record) -> list[int]:
-    """By rank, the rank of its machine's leader: who owns most there, and of these the first."""
-    first: dict[str, int] = {}
-    for rank, member in enumerate(record.members):
-        leader = first.setdefault(member.host, rank)
-        if record.owners[rank] > record.owners[leader]:
-            first[member.host] = rank
-    return [first[member.host] for member in record.members]
-
-
-def is_hierarchical(record: Record) -> bool:
-    """Whether the record asks for it, and there are several machines, one of them with several members."""
-    return record.hierarchy and 1 < len({m.host for m in record.members}) < len(record.members)
-
-
 class Hierarchy:
     """One generation's messages, with the methods of :class:`~raytrain_het.collectives.messages.Messages`.
 
@@ -59,7 +44,7 @@ class Hierarchy:
         states: CodecStates, fidelity: Fidelity,
     ) -> None:  # fmt: skip
         self._group, self._codecs, self._rank = group, codecs, rank
-        leader_of = leaders_of(record)
+        leader_of = record.leaders
         self.leader = leader_of[rank]
         self._leads = self.leader == rank
         self._under_way: dict[int, tuple[Header, float]] = {}

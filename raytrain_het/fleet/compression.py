@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_het.allocation.codec_choice import CodecCost, Fleet, choose, predict
+from raytrain_het.allocation.codec_choice import CodecCost, Fleet, choose, choose_by_machine, choose_way, predict
 from raytrain_het.codec_options import AUTO_CODECS
 
 ROUNDS = 2
@@ -26,6 +26,8 @@ class Choice:
     links_s: dict[int, float]
     """Seconds for a whole gradient, so encoded, over a worker's link."""
     reason: str
+    by_machine: bool = False
+    """Whether gradients are added up on each machine first."""
 
 
 class Compression:
@@ -38,10 +40,11 @@ class Compression:
     Args:
         error: how much a codec may lose of a message, see :attr:`CodecCost.error`.
         allowed: codecs to choose from, what loses nothing first.
+        hierarchy: whether gradients are added up on each machine first; None: where that is faster.
     """
 
-    def __init__(self, error: float, allowed: Sequence[str] = AUTO_CODECS) -> None:
-        self.error, self.allowed = error, tuple(allowed)
+    def __init__(self, error: float, allowed: Sequence[str] = AUTO_CODECS, *, hierarchy: bool | None = False) -> None:
+        self.error, self.allowed, self.hierarchy = error, tuple(allowed), hierarchy
         self._costs: dict[int, dict[str, CodecCost]] = {}
         self._num_elements = 0
         self._byte_s: dict[int, float] = {}
@@ -70,7 +73,7 @@ class Compression:
 
     def better(
         self, now: Mapping[int, str], byte_s: Mapping[int, float], speeds: Mapping[int, float], *, compute_s: float,
-        besides_s: float,
+        besides_s: float, hosts: Mapping[int, str] | None = None, by_machine: bool = False,
     ) -> Choice | None:  # fmt: skip
         """After a round of steps: another choice, if one promises more.
 
@@ -80,6 +83,8 @@ class Compression:
             speeds: by slot, relative.
             compute_s: a step without what it takes besides its slowest worker.
             besides_s: the rest: messages, mostly.
+            hosts: by slot, the machine it is on; by default one of its own.
+            by_machine: whether gradients are added up on each machine by now.
         """
         slots = list(now)
         if len(slots) < 2 or any(slot not in self._costs for slot in slots):
@@ -98,27 +103,38 @@ class Compression:
         fleet = Fleet(
             num_elements=self._num_elements, costs=[self._costs[slot] for slot in slots],
             byte_s=[self._byte_s[slot] for slot in slots], speeds=[speeds.get(slot, 1.0) for slot in slots],
-            compute_s=compute_s,
+            compute_s=compute_s, hosts=[hosts[slot] for slot in slots] if hosts else (),
         )  # fmt: skip
+        by_machine = by_machine and 1 < len(set(fleet.hosts)) < len(slots)
         # What of the messages is not seen besides computing has passed beside it, as far as there was anything to pass
         # beside; the rest says that links are faster than they looked.
-        exchange_s = predict(fleet, list(now.values())).exchange_s
+        exchange_s = predict(fleet, list(now.values()), by_machine=by_machine).exchange_s
         hidden_s = min(max(0.0, exchange_s - besides_s), compute_s)
         faster = min(1.0, (besides_s + hidden_s) / exchange_s) if exchange_s > 0 else 1.0
         hidden = hidden_s / (besides_s + hidden_s) if hidden_s > 0 else 0.0
         fleet = dataclasses.replace(fleet, hidden=hidden, byte_s=[faster * s for s in fleet.byte_s])
-        chosen = choose(fleet, self.allowed, self.error)
-        before, after = predict(fleet, list(now.values())), predict(fleet, chosen)
+        chosen, will = self._choose(fleet)
+        before = predict(fleet, list(now.values()), by_machine=by_machine)
+        after = predict(fleet, chosen, by_machine=will)
         self._promised_s = after.step_s
-        if chosen == tuple(now.values()):
+        if (chosen, will) == (tuple(now.values()), by_machine):
             return None
         reason = (
             f"compression: a step of {1000 * before.step_s:.4g} ms becomes one of {1000 * after.step_s:.4g} ms, "
             f"its {_mib(before.num_bytes)} MiB of messages {_mib(after.num_bytes)} MiB"
+            f"{', added up on each machine first' if will else ''}"
         )
         codecs = dict(zip(slots, chosen, strict=True))
         links_s = {s: self._byte_s[s] * self._num_elements * self._costs[s][codecs[s]].num_bytes for s in slots}
-        return Choice(codecs, after.step_s, links_s, reason)
+        return Choice(codecs, after.step_s, links_s, reason, will)
+
+    def _choose(self, fleet: Fleet) -> tuple[tuple[str, ...], bool]:
+        if self.hierarchy is None:
+            return choose_way(fleet, self.allowed, self.error)
+        shared = 1 < len(set(fleet.hosts)) < len(fleet.costs)
+        if self.hierarchy and shared:
+            return choose_by_machine(fleet, self.allowed, self.error), True
+        return choose(fleet, self.allowed, self.error), False
 
     def _watch(self, step_s: float) -> None:
         if self._promised_s is None or step_s <= MUCH_SLOWER * self._promised_s:

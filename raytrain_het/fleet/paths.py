@@ -22,6 +22,8 @@ class Paths:
     def __init__(self) -> None:
         self._paths: dict[tuple[int, int], deque[tuple[float, float]]] = {}
         self._gradient_bytes: dict[int, int] = {}
+        self.hosts: Mapping[int, str] = {}
+        """By slot, the machine it is on. What stays there says nothing of its link."""
 
     def observe(self, slot: int, sent: Mapping[int, tuple[float, float]], gradient_bytes: int = 1) -> None:
         """A member has looked at what it sent since it last did.
@@ -53,6 +55,8 @@ class Paths:
         links: dict[int, float] = {}
         for slot in slots:
             peers = [peer for peer in slots if peer != slot]
+            others = [peer for peer in peers if self.hosts.get(peer) != self.hosts.get(slot)]
+            peers = others or peers
             ways = [self._way(((slot, peer) for peer in peers), sizes), self._way(((p, slot) for p in peers), sizes)]
             if None in ways:
                 return {}

@@ -46,6 +46,8 @@ class Table:
     """Seconds for a whole gradient over a worker's link, where links are slow enough to matter; else empty."""
     codecs: dict[int, str] = dataclasses.field(default_factory=dict)
     """That were chosen for each worker; empty where they are given."""
+    hierarchy: bool = False
+    """Whether it was chosen that gradients are added up on each machine first."""
 
     def links_of(self, slots: Iterable[int]) -> list[float]:
         """``links_s`` in that order, the median for who is not in it; empty if links do not matter."""
@@ -89,6 +91,7 @@ class Scoreboard:
         self.table: Table | None = None
         self.global_batch_size = 0
         self._speeds, self._paths = Speeds(), Paths()
+        self._leaders: Mapping[int, int] = {}
         self._link_rounds, self._link_rounds_needed = 0, LINK_ROUNDS
         self._besides_s = 0.0
         """What the table in force reckons with besides its slowest worker."""
@@ -109,6 +112,10 @@ class Scoreboard:
     def observe_paths(self, slot: int, sent: Mapping[int, tuple[float, float]], gradient_bytes: int = 1) -> None:
         """See :meth:`Paths.observe`."""
         self._paths.observe(slot, sent, gradient_bytes)
+
+    def place(self, hosts: Mapping[int, str], leaders: Mapping[int, int]) -> None:
+        """By slot: on which machine workers are and, where gradients are added up there, who sends them on."""
+        self._paths.hosts, self._leaders = hosts, leaders
 
     # ---------------------------------------------------------------- tables
 
@@ -181,16 +188,26 @@ class Scoreboard:
         if self.table is not None:
             now = self.table.codecs_of(scores, now[0])
         by_slot = dict(zip(scores, now, strict=True))
-        byte_s = self._paths.byte_s(scores)
-        choice = self.compression.better(by_slot, byte_s, scores, compute_s=compute_s, besides_s=besides_s)
+        choice = self.compression.better(
+            by_slot, self._byte_s(scores), scores, compute_s=compute_s, besides_s=besides_s, hosts=self._paths.hosts,
+            by_machine=bool(self._leaders),
+        )  # fmt: skip
         if choice is None:
             return None
         self._speeds.messages_change()
         return self._issue(
             scores, shares, choice.reason, step_s=choice.step_s, besides_s=choice.step_s - compute_s,
             links_s=choice.links_s if max(choice.links_s.values()) > LINK_PART * choice.step_s else {},
-            codecs=choice.codecs,
+            codecs=choice.codecs, hierarchy=choice.by_machine,
         )  # fmt: skip
+
+    def _byte_s(self, slots: Collection[int]) -> dict[int, float]:
+        """What a byte takes on each worker's link. With leaders only theirs is seen, which the others would share."""
+        if not self._leaders:
+            return self._paths.byte_s(slots)
+        of_leaders = self._paths.byte_s(sorted(set(self._leaders.values())))
+        sharing = Counter(self._leaders.values())
+        return {slot: of_leaders[k] * sharing[k] for slot in slots if (k := self._leaders.get(slot)) in of_leaders}
 
     def _lighter_links(
         self, scores: dict[int, float], shares: dict[int, int], *, step_s: float, besides_s: float
@@ -242,16 +259,19 @@ class Scoreboard:
     def _issue(
         self, scores: dict[int, float], shares: dict[int, int], reason: str, *, step_s: float | None = None,
         besides_s: float = 0.0, links_s: Mapping[int, float] | None = None, codecs: Mapping[int, str] | None = None,
+        hierarchy: bool | None = None,
     ) -> Table:  # fmt: skip
         before = self.table.links_s if self.table is not None else {}
         if codecs is None:
             codecs = self.table.codecs if self.table is not None else {}
+        if hierarchy is None:
+            hierarchy = self.table is not None and self.table.hierarchy
         if before and links_s is None:  # They matter: as they are by now.
             links_s = self._paths.links_s(scores) or before
         self.table = Table(
             version=self.table.version + 1 if self.table is not None else 1, scores=scores,
             lr_scales=lr_scales(scores, self.alpha), shares=shares, predicted_step_s=step_s, reason=reason,
-            links_s=dict(links_s or {}), codecs=dict(codecs),
+            links_s=dict(links_s or {}), codecs=dict(codecs), hierarchy=hierarchy,
         )  # fmt: skip
         self._besides_s = besides_s
         self._speeds.table_issued()

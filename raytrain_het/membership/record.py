@@ -79,6 +79,21 @@ class Record:
         """The last step that counts as committed when this generation starts."""
         return self.cursor["step"]
 
+    @property
+    def leaders(self) -> list[int]:
+        """By rank, the rank of who adds up and sends on for its host: who owns most there, and of these the first."""
+        first: dict[str, int] = {}
+        for rank, member in enumerate(self.members):
+            leader = first.setdefault(member.host, rank)
+            if self.owners[rank] > self.owners[leader]:
+                first[member.host] = rank
+        return [first[member.host] for member in self.members]
+
+    @property
+    def is_hierarchical(self) -> bool:
+        """Whether it is to be, and there are several hosts, one of them with several members."""
+        return self.hierarchy and 1 < len({m.host for m in self.members}) < len(self.members)
+
     def rank_of(self, uid: str) -> int | None:
         """The group rank of a member, or None."""
         return next((rank for rank, m in enumerate(self.members) if m.uid == uid), None)

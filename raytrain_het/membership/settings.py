@@ -28,8 +28,8 @@ class HubSettings:
     """By which each slot encodes what it sends; a single one is everybody's."""
     compression_error: float | None = None
     """Other codecs may be chosen, that lose no more than this of a message; None: those above stay."""
-    hierarchy: bool = False
-    """Whether gradients of members on one host are added up there first."""
+    hierarchy: bool | None = False
+    """Whether gradients of members on one host are added up there first; None: as a table says."""
     backend: str = "tcp"
     host: str = "127.0.0.1"
     """Address of the machine the actor runs on, as the workers reach it."""

@@ -23,7 +23,15 @@ from raytrain_het.membership.peers import ZERO, Cursor, Peer, Phase, Succession,
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.suspicion import Suspicion
-from raytrain_het.membership.tables import codecs_of, lr_scales_of, owners_of, shares_of, speeds_of, table_of
+from raytrain_het.membership.tables import (
+    codecs_of,
+    hierarchy_of,
+    lr_scales_of,
+    owners_of,
+    shares_of,
+    speeds_of,
+    table_of,
+)
 
 MAX_GONE = 1000
 """So many of the members that were let go are remembered, to be told so should they come back."""
@@ -453,7 +461,7 @@ class Membership:
             speeds=speeds,
             owners=owners_of(self.table, speeds, peers),
             codecs=codecs_of(self.table, self.settings.codecs, peers),
-            hierarchy=self.settings.hierarchy,
+            hierarchy=hierarchy_of(self.table, self.settings.hierarchy),
             cursor=base,
             source=source.member.uid,
             behind=behind,

@@ -20,7 +20,10 @@ class TableKeeper:
         self.board = Scoreboard(
             alpha=settings.alpha, balance=settings.balance, shares=settings.shares, spares=settings.warm_spares,
             policy=settings.score_policy,
-            compression=Compression(settings.compression_error) if settings.compression_error is not None else None,
+            compression=(
+                Compression(settings.compression_error, hierarchy=settings.hierarchy)
+                if settings.compression_error is not None else None
+            ),
         )  # fmt: skip
         self._core = core
         self._follows = bool(settings.balance or settings.alpha or self.board.compression)
@@ -39,6 +42,10 @@ class TableKeeper:
             board.round_is_over(m.slot for m in record.members if m.uid not in record.unhealed)
             return
         self._adopt_predecessors()
+        slots, leaders = [m.slot for m in record.members], record.leaders if record.is_hierarchical else []
+        board.place(
+            {m.slot: m.host for m in record.members}, dict(zip(slots, (slots[k] for k in leaders), strict=False))
+        )
         try:
             table = board.better([m.slot for m in record.members], self.samples(record))
         except ValueError as error:  # A run that is under way goes on as it is.

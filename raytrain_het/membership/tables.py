@@ -49,6 +49,11 @@ def codecs_of(table: Table | None, given: Sequence[str], peers: Sequence[Peer]) 
     return tuple(table.codecs_of((p.member.slot for p in peers), given[0]))
 
 
+def hierarchy_of(table: Table | None, given: bool | None) -> bool:
+    """The table's, where it is not given."""
+    return given if given is not None else table is not None and table.hierarchy
+
+
 def table_of(record: Record, *, codecs_chosen: bool = False) -> Table | None:
     """The table that a record follows, as far as it can be seen from there: who is healing has a share of 0 for now.
 
@@ -66,6 +71,7 @@ def table_of(record: Record, *, codecs_chosen: bool = False) -> Table | None:
         shares={m.slot: round(record.shares[slots[m.slot]]) for m in record.members if m.uid not in record.unhealed},
         predicted_step_s=None,
         codecs={slot: record.codecs[rank] for slot, rank in slots.items()} if codecs_chosen else {},
+        hierarchy=codecs_chosen and record.hierarchy,
         reason="the membership actor was restarted",
     )
 

@@ -70,7 +70,7 @@ class Hub:
             lr_scale_normalisation=config.lr_scale_normalisation,
             codecs=config.codecs_for(num_slots),
             compression_error=config.compression_error,
-            hierarchy=config.hierarchy,
+            hierarchy=config.given_hierarchy,
             backend=config.backend,
             host=ray.util.get_node_ip_address(),
             silence_s=config.silence_s,

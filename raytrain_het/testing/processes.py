@@ -106,7 +106,7 @@ class ProcessLab:
             score_policy=self.config.score_policy, alpha=self.config.alpha,
             lr_scale_normalisation=self.config.lr_scale_normalisation,
             silence_s=self.config.silence_s, hang_limit_s=self.config.hang_limit_s,
-            start_timeout_s=self.config.start_timeout_s, hierarchy=self.config.hierarchy,
+            start_timeout_s=self.config.start_timeout_s, hierarchy=self.config.given_hierarchy,
         )  # fmt: skip
         self.settings = dataclasses.replace(settings_of_config, **(settings or {}))
         self._network: Network | None = None

@@ -134,3 +134,15 @@ def test_costs_are_measured_of_every_codec_that_auto_knows():
     assert costs["lowrank(rank=16)"].error < costs["lowrank"].error < 0.85
     assert costs["lowrank"].encode_s > 0 == costs["lowrank"].decode_s
     assert costs["topk"].error < 0.97
+
+
+def test_auto_adds_up_on_each_machine_where_that_is_faster_and_stays_with_it():
+    made, hosts = compression(error=0.2), dict(enumerate("xxyy"))
+    made.hierarchy = None
+    choice = rounds(made, codecs("none"), SLOW, hosts=hosts)[-1]
+    assert choice.by_machine and choice.codecs == codecs("int8") and "on each machine" in choice.reason
+    step = {"besides_s": choice.step_s - STEP["compute_s"]}
+    assert rounds(made, choice.codecs, SLOW, 20, hosts=hosts, by_machine=True, **step) == [None] * 20
+    made.hierarchy = False
+    made.introduce(3, {"costs": COSTS, "num_elements": ELEMENTS})
+    assert not rounds(made, choice.codecs, SLOW, hosts=hosts, by_machine=True, **step)[-1].by_machine

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_het.allocation.codec_choice import ALIKE, MIN_GAIN, CodecCost, Fleet, choose, predict
+from raytrain_het.allocation.codec_choice import (
+    ALIKE,
+    INSIDE_BYTE_S,
+    MIN_GAIN,
+    CodecCost,
+    Fleet,
+    choose,
+    choose_way,
+    predict,
+)
 
 PLAIN = CodecCost(4.0, 0.0, 0.0, 0.0)
 HALF = CodecCost(2.0, 1e-10, 1e-10, 0.002)
@@ -108,3 +117,29 @@ def test_what_all_use_together_stands_against_the_best_of_what_each_may_use():
     few = dataclasses.replace(fleet(20, 20), costs=[costs] * 2)
     assert choose(few, allowed, 0.9) == ("lowrank",) * 2
     assert "lowrank" not in choose(few, allowed, 0.5)
+
+
+def test_what_stays_on_a_machine_takes_nothing_of_its_link():
+    """Two of four workers on each: of what each sends, to three others, two thirds cross."""
+    shared = fleet(100, 100, 100, 100, hosts="xxyy")
+    apart = fleet(100, 100, 100, 100)
+    assert predict(shared, ["plain"] * 4).exchange_s == pytest.approx(2 / 3 * predict(apart, ["plain"] * 4).exchange_s)
+    alone = fleet(100, 100, 100, 100, hosts="xxxx")
+    assert predict(alone, ["plain"] * 4).exchange_s == predict(apart, ["plain"] * 4).exchange_s
+
+
+def test_by_machine_one_worker_has_the_link_to_itself_and_the_others_gradients_to_add():
+    shared = fleet(100, 100, 100, 100, hosts="xxyy", compute_s=0.1)
+    prediction = predict(shared, ["plain"] * 4, by_machine=True)
+    across = 16e6 * MBIT / 200
+    assert prediction.exchange_s == pytest.approx(across + 2 * 16e6 * INSIDE_BYTE_S)
+    assert prediction.num_bytes == pytest.approx([16e6, 0.0, 16e6, 0.0])
+    assert prediction.step_s == pytest.approx(0.1 + prediction.exchange_s)
+
+
+def test_gradients_are_added_up_on_each_machine_where_links_are_slow():
+    assert choose_way(fleet(10, 10, 10, 10, hosts="xxyy", compute_s=0.02), ALLOWED, 0.2) == (("small",) * 4, True)
+    assert choose_way(fleet(*[1e5] * 4, hosts="xxyy", compute_s=0.02), ALLOWED, 0.2) == (("plain",) * 4, False)
+    assert choose_way(fleet(10, 10, 10, 10, hosts="xxxx", compute_s=0.02), ALLOWED, 0.2)[1] is False
+    mixed = dataclasses.replace(fleet(10, 10, 1000, 1000, hosts="xxyy"), speeds=[1.0, 2.0, 1.0, 1.0])
+    assert choose_way(mixed, ALLOWED, 0.2)[1] is True

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from raytrain_het.collectives import replay
 from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.hierarchy import Hierarchy, is_hierarchical, leaders_of
+from raytrain_het.collectives.hierarchy import Hierarchy
 from raytrain_het.collectives.layout import Layout
 from raytrain_het.compression import RESIDUAL
 
@@ -114,9 +114,9 @@ def test_the_kept_step_can_be_packed_by_any_member() -> None:
 
 
 def test_without_machines_in_common_and_on_a_single_one_there_is_no_hierarchy() -> None:
-    assert is_hierarchical(record_of([1] * 3, hosts="xxy"))
-    assert not is_hierarchical(record_of([1] * 3, hosts="xyz"))
-    assert not is_hierarchical(record_of([1] * 3, hosts="xxx"))
-    assert not is_hierarchical(dataclasses.replace(record_of([1] * 3, hosts="xxy"), hierarchy=False))
-    assert leaders_of(record_of([1] * 5, [1, 2, 2, 0, 0], hosts="xxxyy")) == [1, 1, 1, 3, 3]
+    assert record_of([1] * 3, hosts="xxy").is_hierarchical
+    assert not record_of([1] * 3, hosts="xyz").is_hierarchical
+    assert not record_of([1] * 3, hosts="xxx").is_hierarchical
+    assert not dataclasses.replace(record_of([1] * 3, hosts="xxy"), hierarchy=False).is_hierarchical
+    assert record_of([1] * 5, [1, 2, 2, 0, 0], hosts="xxxyy").leaders == [1, 1, 1, 3, 3]
     assert isinstance(Reduction(record_of([1] * 3, hosts="xxy"), LAYOUT).exchanges[0].messages, Hierarchy)

@@ -152,3 +152,15 @@ def test_a_later_table_has_the_links_as_they_are_by_then() -> None:
             break
     assert table is not None and "a step of" in table.reason
     assert table.links_s[2] == pytest.approx(3 / (50 + 50 + 5))
+
+
+def test_what_stays_on_a_machine_says_nothing_of_its_link():
+    paths = Paths()
+    paths.hosts = {0: "x", 1: "x", 2: "y"}
+    for _ in range(NUM_LOOKS):
+        paths.observe(0, {1: (0.5, 0.001), 2: (0.5, 1.0)}, 1000)
+        paths.observe(1, {0: (0.5, 0.001), 2: (0.5, 1.0)}, 1000)
+        paths.observe(2, {0: (0.5, 1.0), 1: (0.5, 1.0)}, 1000)
+    assert paths.byte_s([0, 1, 2]) == pytest.approx({0: 0.002, 1: 0.002, 2: 0.001})
+    paths.hosts = dict.fromkeys(range(3), "x")
+    assert paths.byte_s([0, 1, 2])[0] < 0.0001
