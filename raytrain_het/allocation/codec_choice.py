@@ -50,6 +50,8 @@ class Fleet:
     """A step without its messages."""
     hosts: Sequence[str] = ()
     """The machine that each is on, with a link in common; empty: each on one of its own."""
+    byte_cpu_s: Sequence[float] = ()
+    """CPU time that each takes for a byte that it sends or receives, twice that; empty: nothing."""
     hidden: float = 0.0
     """The part of the messages' time that costs nothing, because it passes beside the backward pass; no more than
     ``compute_s`` can."""
@@ -64,6 +66,8 @@ class Prediction:
     """The messages, of whoever takes longest for them."""
     num_bytes: list[float]
     """That each worker sends."""
+    cpu_s: float = 0.0
+    """What of ``exchange_s`` is work, and not waiting for a link."""
 
 
 def predict(fleet: Fleet, choice: Sequence[str], *, by_machine: bool = False) -> Prediction:
@@ -75,7 +79,8 @@ def predict(fleet: Fleet, choice: Sequence[str], *, by_machine: bool = False) ->
 
         ``wire_i = l_i n max((1 + (N - 2) o_i) e_i, sum_{j != i} (o_i + o_j) e_j)``,
 
-    and encoding and decoding take their time before and after. The slowest worker counts:
+    and encoding and decoding take their time before and after, as does the system's part in sending and receiving. The
+    slowest worker counts:
     ``step = compute + max((1 - hidden) T, T - compute)`` with ``T = max_i (wire_i + coding_i)``. What goes from one
     worker to another on the same machine does not count.
 
@@ -90,16 +95,19 @@ def predict(fleet: Fleet, choice: Sequence[str], *, by_machine: bool = False) ->
     size, n = len(choice), fleet.num_elements
     own = [costs[word] for costs, word in zip(fleet.costs, choice, strict=True)]
     parts, hosts = _owners(fleet, own), fleet.hosts if len(set(fleet.hosts)) > 1 else range(size)
-    slowest, sent = 0.0, []
+    slowest, cpu_s, sent = 0.0, 0.0, []
+    of_byte = fleet.byte_cpu_s or [0.0] * size
     for i, (costs, part, byte_s) in enumerate(zip(fleet.costs, parts, fleet.byte_s, strict=True)):
         elsewhere = [j for j in range(size) if hosts[j] != hosts[i]]
         out = own[i].num_bytes * sum(part + parts[j] for j in elsewhere)
         into = sum((part + parts[j]) * own[j].num_bytes for j in elsewhere)
         there = sum((part + parts[j]) * costs[choice[j]].decode_s for j in range(size) if j != i)
-        coding_s = n * (own[i].encode_s + there + part * own[i].decode_s)
-        slowest = max(slowest, byte_s * n * max(out, into) + coding_s)
+        work_s = n * (own[i].encode_s + there + part * own[i].decode_s + of_byte[i] / 2 * (out + into))
+        exchange_s = byte_s * n * max(out, into) + work_s
+        if exchange_s >= slowest:
+            slowest, cpu_s = exchange_s, work_s
         sent.append(n * out)
-    return Prediction(_step_s(fleet, slowest), slowest, sent)
+    return Prediction(_step_s(fleet, slowest), slowest, sent, cpu_s)
 
 
 def _step_s(fleet: Fleet, exchange_s: float) -> float:
@@ -111,9 +119,11 @@ def _predict_by_machine(fleet: Fleet, choice: Sequence[str]) -> Prediction:
     leaders = [workers[0] for workers in places]
     across = predict(_leaders(fleet), [choice[k] for k in leaders])
     most = max(map(len, places)) - 1
-    exchange_s = across.exchange_s + 2 * most * 4 * fleet.num_elements * INSIDE_BYTE_S
+    inside_s = 2 * most * 4 * fleet.num_elements * INSIDE_BYTE_S
+    exchange_s = across.exchange_s + inside_s
     sent = dict(zip(leaders, across.num_bytes, strict=True))
-    return Prediction(_step_s(fleet, exchange_s), exchange_s, [sent.get(k, 0.0) for k in range(len(choice))])
+    num_bytes = [sent.get(k, 0.0) for k in range(len(choice))]
+    return Prediction(_step_s(fleet, exchange_s), exchange_s, num_bytes, across.cpu_s + inside_s)
 
 
 def _machines(fleet: Fleet) -> list[list[int]]:
@@ -131,6 +141,7 @@ def _leaders(fleet: Fleet) -> Fleet:
         fleet, costs=[fleet.costs[k] for k in first], hosts=(),
         speeds=[sum(fleet.speeds[k] for k in workers) for workers in places],
         byte_s=[fleet.byte_s[workers[0]] / len(workers) for workers in places],
+        byte_cpu_s=[fleet.byte_cpu_s[k] for k in first] if fleet.byte_cpu_s else (),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from raytrain_het.codec_options import parsed
 from raytrain_het.compression.base import RESIDUAL, Codec, Stamp, State, mix
 from raytrain_het.compression.blockwise import Int4, Int8
-from raytrain_het.compression.calibration import codec_costs, relative_error
+from raytrain_het.compression.calibration import byte_cpu_s, codec_costs, relative_error
 from raytrain_het.compression.dense import Bf16, NoCodec
 from raytrain_het.compression.fp16 import Fp16
 from raytrain_het.compression.lowrank import LowRank
@@ -31,4 +31,7 @@ class _Codecs(dict[str, Codec]):
 
 CODECS = _Codecs()
 
-__all__ = ["CODECS", "KINDS", "RESIDUAL", "Codec", "LowRank", "Stamp", "State", "codec_costs", "mix", "relative_error"]
+__all__ = [
+    "CODECS", "KINDS", "RESIDUAL", "Codec", "LowRank", "Stamp", "State", "byte_cpu_s", "codec_costs", "mix",
+    "relative_error",
+]  # fmt: skip

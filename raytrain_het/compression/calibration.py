@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import socket
 import time
 from collections.abc import Iterable, Sequence
 
@@ -42,17 +44,18 @@ def _cost(codec: Codec, x: torch.Tensor, slower: float) -> CodecCost:
     codec.prepare()
     size = codec.capacity_bytes(x.numel(), x.dtype)
     payload, out = torch.empty(size, dtype=torch.uint8), torch.empty_like(x)
-    if codec.in_place(payload, x.dtype) is not None:
-        return CodecCost(size / x.numel(), 0.0, 0.0, 0.0)
     first = codec.init(x.numel(), x.dtype, x.device)
     following = codec.init(x.numel(), x.dtype, x.device)
-    encode_s, decode_s = float("inf"), float("inf")
+    encode_s, decode_s, scratch = float("inf"), float("inf"), torch.empty_like(x)
     for _ in range(REPEATS):
+        out.zero_()
         began = time.thread_time()
         codec.encode(x, payload, Stamp(1, 1), first, following)
         between = time.thread_time()
-        codec.decode(payload, out)
+        codec.add(payload, out, scratch)
         encode_s, decode_s = min(encode_s, between - began), min(decode_s, time.thread_time() - between)
+    if codec.in_place(payload, x.dtype) is not None:
+        encode_s = 0.0  # Gradients are gathered there.
     by_element = slower / x.numel()
     return CodecCost(size / x.numel(), by_element * encode_s, by_element * decode_s, relative_error(x, out))
 
@@ -96,6 +99,31 @@ def expected_error(codec: LowRank, shapes: Sequence[Sequence[int]]) -> float:
 
 def _harmonic(k: int) -> float:
     return sum(1 / i for i in range(1, k + 1))
+
+
+def byte_cpu_s(*, cores: float) -> float:
+    """What the system takes of the CPU to send a byte by TCP and receive it, both: half of it is each one's."""
+    block = torch.zeros(_BLOCK_BYTES, dtype=torch.uint8).numpy().data
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as out:
+        into, _ = server.accept()
+        with into:
+            out.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            took_s = [_sent_s(out, into, block) for _ in range(_NUM_BLOCKS)]
+    return min(took_s) / _BLOCK_BYTES / min(1.0, cores)
+
+
+_BLOCK_BYTES, _NUM_BLOCKS = 1 << 24, 2
+"""More than caches hold, as gradients are."""
+
+
+def _sent_s(out: socket.socket, into: socket.socket, block: memoryview) -> float:
+    out.setblocking(False)
+    room, began, sent, received = memoryview(bytearray(len(block))), time.thread_time(), 0, 0
+    while received < len(block):
+        with contextlib.suppress(BlockingIOError):
+            sent += out.send(block[sent:]) if sent < len(block) else 0
+        received += into.recv_into(room[received:])
+    return time.thread_time() - began
 
 
 def relative_error(x: torch.Tensor, decoded: torch.Tensor) -> float:

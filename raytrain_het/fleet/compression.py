@@ -47,6 +47,7 @@ class Compression:
         self.error, self.allowed, self.hierarchy = error, tuple(allowed), hierarchy
         self._costs: dict[int, dict[str, CodecCost]] = {}
         self._num_elements = 0
+        self._byte_cpu_s: dict[int, float] = {}
         self._byte_s: dict[int, float] = {}
         """By slot: seconds of a byte, as measured when the most of them went there."""
         self._chosen_for: frozenset[int] = frozenset()
@@ -58,6 +59,7 @@ class Compression:
         """A worker has come: what codecs cost there (``costs``), and its gradient's size (``num_elements``)."""
         self._costs[slot] = {word: CodecCost(*cost) for word, cost in told["costs"].items()}
         self._num_elements = told["num_elements"]
+        self._byte_cpu_s[slot] = told.get("byte_cpu_s", 0.0)
         self._byte_s.pop(slot, None)
         self._chosen_for = frozenset()
 
@@ -81,8 +83,8 @@ class Compression:
             now: by slot of those that take part, its codec.
             byte_s: by slot, seconds of a byte as measured lately; empty while unknown.
             speeds: by slot, relative.
-            compute_s: a step without what it takes besides its slowest worker.
-            besides_s: the rest: messages, mostly.
+            compute_s: of a step what its slowest worker does, for messages too.
+            besides_s: the rest: waiting for messages, mostly.
             hosts: by slot, the machine it is on; by default one of its own.
             by_machine: whether gradients are added up on each machine by now.
         """
@@ -103,16 +105,22 @@ class Compression:
         fleet = Fleet(
             num_elements=self._num_elements, costs=[self._costs[slot] for slot in slots],
             byte_s=[self._byte_s[slot] for slot in slots], speeds=[speeds.get(slot, 1.0) for slot in slots],
-            compute_s=compute_s, hosts=[hosts[slot] for slot in slots] if hosts else (),
+            compute_s=compute_s, byte_cpu_s=[self._byte_cpu_s[slot] for slot in slots],
+            hosts=[hosts[slot] for slot in slots] if hosts else (),
         )  # fmt: skip
         by_machine = by_machine and 1 < len(set(fleet.hosts)) < len(slots)
         # What of the messages is not seen besides computing has passed beside it, as far as there was anything to pass
         # beside; the rest says that links are faster than they looked.
-        exchange_s = predict(fleet, list(now.values()), by_machine=by_machine).exchange_s
+        present = predict(fleet, list(now.values()), by_machine=by_machine)
+        # What workers do for messages was counted as computing.
+        work_s = min(present.cpu_s, compute_s / 2)
+        compute_s, besides_s, exchange_s = compute_s - work_s, besides_s + work_s, present.exchange_s
         hidden_s = min(max(0.0, exchange_s - besides_s), compute_s)
         faster = min(1.0, (besides_s + hidden_s) / exchange_s) if exchange_s > 0 else 1.0
         hidden = hidden_s / (besides_s + hidden_s) if hidden_s > 0 else 0.0
-        fleet = dataclasses.replace(fleet, hidden=hidden, byte_s=[faster * s for s in fleet.byte_s])
+        fleet = dataclasses.replace(
+            fleet, compute_s=compute_s, hidden=hidden, byte_s=[faster * s for s in fleet.byte_s]
+        )
         chosen, will = self._choose(fleet)
         before = predict(fleet, list(now.values()), by_machine=by_machine)
         after = predict(fleet, chosen, by_machine=will)

@@ -204,9 +204,10 @@ def _codecs(
     job: JobConfig, workers: Sequence[Handle], machines: Sequence[Machine], advised: Advice, say: Say
 ) -> CodecAdvice:
     say("measuring the codecs on all workers at once")
-    told: list[tuple[dict[str, CodecCost], int]] = call_all(workers, "codecs")
+    told: list[tuple[dict[str, CodecCost], int, float]] = call_all(workers, "codecs")
     fleet = Fleet(
-        num_elements=told[0][1], costs=[costs for costs, _ in told],
+        num_elements=told[0][1], costs=[costs for costs, _, _ in told],
+        byte_cpu_s=[cpu_s for _, _, cpu_s in told],
         byte_s=[1 / machine.bandwidth for machine in machines], speeds=list(advised.solo_samples_per_s),
         compute_s=advised.prediction.compute_s + advised.prediction.chance_s,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 
 from raytrain_het.allocation.codec_choice import CodecCost
 from raytrain_het.codec_options import AUTO_CODECS
-from raytrain_het.compression import CODECS, codec_costs
+from raytrain_het.compression import CODECS, byte_cpu_s, codec_costs
 from raytrain_het.config import HetConfig
 from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.fleet.links import Address, Link, LinkServer, probe_link
@@ -69,11 +69,13 @@ class ProbeWorker:
         )  # fmt: skip
         return profile, statistics.median(measured.spread for measured in times.values())
 
-    def codecs(self) -> tuple[dict[str, CodecCost], int]:
-        """What ``auto``'s codecs cost here, and how many elements of the prepared job's gradient they save bytes of."""
+    def codecs(self) -> tuple[dict[str, CodecCost], int, float]:
+        """What ``auto``'s codecs cost here, how many elements of the prepared job's gradient they save bytes of, and
+        what a byte costs, see :func:`byte_cpu_s`."""
         assert self._step is not None
         codecs, shapes = ((word, CODECS[word]) for word in AUTO_CODECS), self._step.compressed_shapes
-        return codec_costs(codecs, cores=cpu_limit().cores, shapes=shapes), sum(map(math.prod, shapes))
+        cores = cpu_limit().cores
+        return codec_costs(codecs, cores=cores, shapes=shapes), sum(map(math.prod, shapes)), byte_cpu_s(cores=cores)
 
     def listen(self) -> Address:
         """See :class:`raytrain_het.fleet.links.Member`."""

@@ -22,7 +22,7 @@ from torch import nn
 from raytrain_het.collectives import points
 from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.sums import Sums
-from raytrain_het.compression import CODECS, codec_costs
+from raytrain_het.compression import CODECS, byte_cpu_s, codec_costs
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, LoopOrderError, RunFailedError
 from raytrain_het.fleet.cores import cpu_limit
@@ -322,6 +322,7 @@ class Session:
         return {
             "costs": {word: list(astuple(cost)) for word, cost in costs.items()},
             "num_elements": layout.num_compressed,
+            "byte_cpu_s": byte_cpu_s(cores=cpu_limit().cores),
         }
 
     # ---------------------------------------------------------------- the end

@@ -60,7 +60,7 @@ class Many(Regression):
 
 @pytest.mark.parametrize("compression", [tuple(EACH), {"lowrank": {"rank": 2}}], ids=["one each", "lowrank"])
 def test_eight_workers_and_200_buckets_do_not_hang_and_stay_identical(tmp_path, compression):
-    config = HetConfig(bucket_mib=1e-6, compression=compression, shares=(1, 2, 1, 2, 1, 2, 1, 2))
+    config = HetConfig(bucket_mib=1e-6, compression=compression, shares=(1, 2, 1, 2, 1, 2, 1, 2), silence_s=5.0)
     task = Many()
     done = run(task, tmp_path, num_slots=8, config=config, timeout_s=240.0 + 8 * STEPS)
     parameters = [result["parameters"] for result in done.results.values()]

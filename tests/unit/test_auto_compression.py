@@ -2,9 +2,8 @@
 
 import pytest
 
-from raytrain_het.allocation.codec_choice import CodecCost
 from raytrain_het.codec_options import AUTO_CODECS, used_together
-from raytrain_het.compression import CODECS, codec_costs
+from raytrain_het.compression import CODECS, byte_cpu_s, codec_costs
 from raytrain_het.fleet.compression import ROUNDS, Compression
 from raytrain_het.fleet.paths import NUM_LOOKS
 from raytrain_het.fleet.profile import Measurement, Profile
@@ -123,7 +122,7 @@ def test_paths_tell_seconds_of_a_byte_whatever_a_gradient_takes():
 def test_costs_are_measured_of_every_codec_that_auto_knows():
     shapes = [(300, 40, 3), (256, 256), (20, 70)]
     costs = codec_costs(((word, CODECS[word]) for word in AUTO_CODECS), cores=1, shapes=shapes)
-    assert costs["none"] == CodecCost(4.0, 0.0, 0.0, 0.0)
+    assert (costs["none"].num_bytes, costs["none"].encode_s, costs["none"].error) == (4.0, 0.0, 0.0), "but it is added"
     apart = {word: cost for word, cost in costs.items() if not used_together(word)}
     sizes, errors = [cost.num_bytes for cost in apart.values()], [cost.error for cost in apart.values()]
     assert sizes == sorted(sizes, reverse=True) and errors == sorted(errors)
@@ -146,3 +145,16 @@ def test_auto_adds_up_on_each_machine_where_that_is_faster_and_stays_with_it():
     made.hierarchy = False
     made.introduce(3, {"costs": COSTS, "num_elements": ELEMENTS})
     assert not rounds(made, choice.codecs, SLOW, hosts=hosts, by_machine=True, **step)[-1].by_machine
+
+
+def test_what_the_system_does_for_messages_counts_as_theirs_and_not_as_computing():
+    """Nobody waits for a link that is as fast as memory; what is sent takes time all the same."""
+    made = compression(error=0.2)
+    for slot in range(4):
+        made.introduce(slot, {"costs": COSTS, "num_elements": ELEMENTS, "byte_cpu_s": 1e-9})
+    said = rounds(made, codecs("none"), FAST / 100, compute_s=0.1, besides_s=0.001)[-1]
+    assert said.codecs == codecs("int8")
+    # 24 MB in and 24 MB out, half a nanosecond for a byte; of int8 a quarter, and what encoding it takes.
+    assert said.step_s == pytest.approx(0.101 - 0.024 + 0.006 + 4e6 * 2.5e-10, rel=0.02)
+    assert byte_cpu_s(cores=1) < 1e-8
+    assert byte_cpu_s(cores=0.1) > 2 * byte_cpu_s(cores=1)
