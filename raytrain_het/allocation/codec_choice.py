@@ -138,11 +138,19 @@ def _leaders(fleet: Fleet) -> Fleet:
     places = _machines(fleet)
     first = [workers[0] for workers in places]
     return dataclasses.replace(
-        fleet, costs=[fleet.costs[k] for k in first], hosts=(),
+        fleet, costs=[_worst(fleet, workers) for workers in places], hosts=(),
         speeds=[sum(fleet.speeds[k] for k in workers) for workers in places],
         byte_s=[fleet.byte_s[workers[0]] / len(workers) for workers in places],
         byte_cpu_s=[fleet.byte_cpu_s[k] for k in first] if fleet.byte_cpu_s else (),
     )  # fmt: skip
+
+
+def _worst(fleet: Fleet, workers: Sequence[int]) -> Costs:
+    """The first one's; the errors are those of whoever loses most: any of them may be the one that encodes."""
+    return {
+        word: dataclasses.replace(cost, error=max(fleet.costs[k][word].error for k in workers))
+        for word, cost in fleet.costs[workers[0]].items()
+    }
 
 
 def choose_way(fleet: Fleet, allowed: Sequence[str], error: float) -> tuple[tuple[str, ...], bool]:

@@ -78,7 +78,7 @@ class CodecStates:
     def _change(self) -> None:
         if self._wanted is None or self._wanted == (self._codec, self._device):
             return
-        before = self.by_parameter()
+        before = self._by_parameter()
         self._codec, self._device = self._wanted
         self._load(before)
 
@@ -194,6 +194,14 @@ class CodecStates:
 
     def by_parameter(self) -> dict[str, State]:
         """Copies on the CPU, for a checkpoint: a parameter's elements (numel, ...) flat, by name."""
+        found = self._by_parameter()
+        for inherited in list(self._inherited):
+            for name, state in inherited.items():
+                known = found.setdefault(name, {})
+                known[RESIDUAL] = known[RESIDUAL] + state[RESIDUAL] if RESIDUAL in known else state[RESIDUAL]
+        return found
+
+    def _by_parameter(self) -> dict[str, State]:
         found: dict[str, State] = {}
         for bucket, kept in zip(self._layout.buckets, self._kept, strict=True):
             state = kept | ({RESIDUAL: self._left[bucket.index]} if bucket.index in self._left else {})

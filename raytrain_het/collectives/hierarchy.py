@@ -52,13 +52,13 @@ class Hierarchy:
         dense = [CODECS["none"]] * len(record.members)
         self._inside = Messages(record, rank, dense, as_they_are, group, states, fidelity, leader_of)
         self._across: Messages | None = None
+        self._states, self._idle = states, False
         if self._leads:
             leaders = sorted(set(leader_of))
             subgroup: Group = _SubGroup(group, leaders)
-            self._across = Messages(
-                _of_machines(record, leader_of, leaders), leaders.index(rank), [codecs[k] for k in leaders], buckets,
-                subgroup, states, fidelity,
-            )  # fmt: skip
+            machines, place = _of_machines(record, leader_of, leaders), leaders.index(rank)
+            self._idle = machines.shares[place] == machines.owners[place] == 0
+            self._across = Messages(machines, place, [codecs[k] for k in leaders], buckets, subgroup, states, fidelity)
         local = [k for k, leader in enumerate(leader_of) if leader == rank and k != rank]
         size = len(record.members)
         self._none = Parts(torch.empty(0, dtype=torch.uint8, device=group.device), [0] * size)
@@ -102,6 +102,9 @@ class Hierarchy:
     def scatter(self, bucket: Bucket, header: Header, local: torch.Tensor | None, weight: float) -> Operation:
         """The header to all, and the gradient to the leader."""
         self._under_way[bucket.index] = header, weight
+        if self._idle and not bucket.is_dense:
+            # As all do whose gradients nobody needs: before others know that, and commit the step.
+            self._states.carry(bucket, 0, bucket.numel, header.step)
         return self._inside.scatter(bucket, header, local, 1.0)
 
     def reduce(self, bucket: Bucket, sums: Sums, *, first: bool = True) -> Iterator[Operation]:

@@ -247,7 +247,9 @@ class Messages:
                 if (owner == self.rank) == whole and stop > start:
                     self._states.carry(bucket, start, stop, header.step)
         expected, self._expected[bucket.index] = self._expected[bucket.index], None
-        return self._launch(self._scatter_out[bucket.index], self._scatter_in[bucket.index], expected)
+        # Where owners add up, nobody comes to the next step before they have taken what was sent. Else nothing says so.
+        flush = whole and self._collectors is None
+        return self._launch(self._scatter_out[bucket.index], self._scatter_in[bucket.index], expected, flush=flush)
 
     def _encode_shard(
         self, bucket: Bucket, owner: int, local: torch.Tensor, body: torch.Tensor, header: Header, weight: float
@@ -411,10 +413,10 @@ class Messages:
                 "same loop."
             )
 
-    def _launch(self, out: Parts, inp: Parts, expected: Any = None) -> Operation:
+    def _launch(self, out: Parts, inp: Parts, expected: Any = None, *, flush: bool = False) -> Operation:
         self.traffic.sent += sum(inp.lengths) - inp.lengths[self.rank]
         self.traffic.received += sum(out.lengths) - out.lengths[self.rank]
-        return self.group.all_to_all(out, inp, expected, flush=False)
+        return self.group.all_to_all(out, inp, expected, flush=flush)
 
 
 def _split(message: Parts, num_segments: int) -> list[tuple[HeaderPlace, torch.Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +168,9 @@ class Scoreboard:
         self._speeds.judge_round(costs, now)
         besides_s = self._speeds.besides_s  # It stays, whatever the shares.
         before, after = slowest(costs, now) + besides_s, slowest(costs, best) + besides_s
-        scores = self._scores_of(costs) if by_steps or self.table is None else self.table.scores
+        scores = self._scores_of(costs)
+        if not by_steps and self.table is not None:
+            scores = {slot: self.table.scores.get(slot, 1.0) for slot in slots}
         if after < (1 - MIN_GAIN - self._speeds.uncertainty(slots)) * before:
             reason = f"a step of {1000 * before:.4g} ms becomes one of {1000 * after:.4g} ms"
             return self._issue(scores, best, reason + _spares(best), step_s=after, besides_s=besides_s)
@@ -188,8 +190,9 @@ class Scoreboard:
         if self.table is not None:
             now = self.table.codecs_of(scores, now[0])
         by_slot = dict(zip(scores, now, strict=True))
+        byte_s = self._of_links(self._paths.byte_s, scores)
         choice = self.compression.better(
-            by_slot, self._byte_s(scores), scores, compute_s=compute_s, besides_s=besides_s, hosts=self._paths.hosts,
+            by_slot, byte_s, scores, compute_s=compute_s, besides_s=besides_s, hosts=self._paths.hosts,
             by_machine=bool(self._leaders),
         )  # fmt: skip
         if choice is None:
@@ -201,11 +204,13 @@ class Scoreboard:
             codecs=choice.codecs, hierarchy=choice.by_machine,
         )  # fmt: skip
 
-    def _byte_s(self, slots: Collection[int]) -> dict[int, float]:
-        """What a byte takes on each worker's link. With leaders only theirs is seen, which the others would share."""
+    def _of_links(
+        self, measure: Callable[[Collection[int]], dict[int, float]], slots: Collection[int]
+    ) -> dict[int, float]:
+        """A measure of each worker's link. With leaders only theirs is seen, which the others would share."""
         if not self._leaders:
-            return self._paths.byte_s(slots)
-        of_leaders = self._paths.byte_s(sorted(set(self._leaders.values())))
+            return measure(slots)
+        of_leaders = measure(sorted(set(self._leaders.values())))
         sharing = Counter(self._leaders.values())
         return {slot: of_leaders[k] * sharing[k] for slot in slots if (k := self._leaders.get(slot)) in of_leaders}
 
@@ -213,7 +218,7 @@ class Scoreboard:
         self, scores: dict[int, float], shares: dict[int, int], *, step_s: float, besides_s: float
     ) -> Table | None:
         """The same shares, and owner shards that keep the busiest link much shorter."""
-        links = self._paths.links_s(scores)
+        links = self._of_links(self._paths.links_s, scores)
         if not links:
             return None
         speeds, known, unhurried_s = [1.0] * len(scores), list[float](), 0.0
@@ -267,7 +272,7 @@ class Scoreboard:
         if hierarchy is None:
             hierarchy = self.table is not None and self.table.hierarchy
         if before and links_s is None:  # They matter: as they are by now.
-            links_s = self._paths.links_s(scores) or before
+            links_s = self._of_links(self._paths.links_s, scores) or before
         self.table = Table(
             version=self.table.version + 1 if self.table is not None else 1, scores=scores,
             lr_scales=lr_scales(scores, self.alpha), shares=shares, predicted_step_s=step_s, reason=reason,

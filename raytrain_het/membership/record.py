@@ -81,11 +81,16 @@ class Record:
 
     @property
     def leaders(self) -> list[int]:
-        """By rank, the rank of who adds up and sends on for its host: who owns most there, and of these the first."""
+        """By rank, the rank of who adds up and sends on for its host: of its healed members who owns most, then who has
+        the largest share, and of these the first."""
+
+        def standing(rank: int) -> tuple[bool, float, float]:
+            return self.members[rank].uid not in self.unhealed, self.owners[rank], self.shares[rank]
+
         first: dict[str, int] = {}
         for rank, member in enumerate(self.members):
             leader = first.setdefault(member.host, rank)
-            if self.owners[rank] > self.owners[leader]:
+            if standing(rank) > standing(leader):
                 first[member.host] = rank
         return [first[member.host] for member in self.members]
 

@@ -413,11 +413,20 @@ class Membership:
         staying = [p for p in answered if p not in after.going]
         for peer in after.going:
             how = "finished" if peer.phase is Phase.FINISHED else "left"
-            self._release(peer.member.uid, how, now, heir=_heir(peer, staying, after.base))
+            self._release(peer.member.uid, how, now, heir=self._heir(peer, staying, after.base))
         self._publish(staying, after, now)
         source = after.source
         if source is not None and source.phase is not Phase.IN and source.member.uid in self.peers:
             self._start_forming(void=False, reason=f"slot {source.member.slot} leaves", now=now)
+
+    def _heir(self, leaver: Peer, staying: Sequence[Peer], base: Cursor | None) -> Member | None:
+        """Who takes over what a member that leaves has left to send: of those with a share, as they have something to
+        send. Nobody where that member has not seen the last step through, and does not know what of it was sent."""
+        assert self.record is not None
+        shares = {m.uid: share for m, share in zip(self.record.members, self.record.shares, strict=True)}
+        heirs = [p.member for p in staying if p.phase is Phase.IN and p.healed and not p.fresh]
+        heirs.sort(key=lambda m: (shares.get(m.uid, 0) == 0, m.slot))
+        return heirs[0] if heirs and leaver.cursor == base else None
 
     def _publish(self, staying: list[Peer], after: Succession, now: float) -> None:
         """Issue the record of a new generation: ``staying`` and all that are joining."""
@@ -737,10 +746,3 @@ class Membership:
     def _log(self, kind: str, now: float, **values: Any) -> None:
         generation = self.record.number if self.record else 0
         self.log.note({"kind": kind, "generation": generation, **values})
-
-
-def _heir(leaver: Peer, staying: Sequence[Peer], base: Cursor | None) -> Member | None:
-    """Who takes over what a member that leaves has left to send: nobody where that member has not seen the last step
-    through, and does not know what of it was sent."""
-    heirs = [p.member for p in staying if p.phase is Phase.IN and p.healed and not p.fresh]
-    return min(heirs, key=lambda m: m.slot, default=None) if leaver.cursor == base else None

@@ -44,7 +44,7 @@ class HandingOn:
         left_out: dict[str, State] | None = ask(
             leaver["host"], leaver["port"], self._token(), _LEFT_OUT, give_up=lambda: agent.gone is not None
         )
-        if left_out is None:
+        if left_out is None or agent.gone is not None:
             return False
         norm = self._states.inherit(left_out)
         agent.tell("event", event={"kind": "handed_on", "by": leaver["slot"], "norm": norm})

@@ -158,3 +158,30 @@ def test_what_the_system_does_for_messages_counts_as_theirs_and_not_as_computing
     assert said.step_s == pytest.approx(0.101 - 0.024 + 0.006 + 4e6 * 2.5e-10, rel=0.02)
     assert byte_cpu_s(cores=1) < 1e-8
     assert byte_cpu_s(cores=0.1) > 2 * byte_cpu_s(cores=1)
+
+
+def test_a_choice_is_made_without_a_worker_that_was_lost_whatever_scores_are_from():
+    board = Scoreboard(balance=True, policy="flops", compression=compression(slots=range(3)))
+    board.global_batch_size = 12
+    for slot in range(3):
+        board.introduce(slot, Profile(hardware="x", device="cpu", cores=1, num_threads=1,
+                                      flops={"fp32": Measurement(1e9, 0.0, 3)}))  # fmt: skip
+    assert board.fitting(range(3)) is not None
+    board.place({0: "x", 1: "y"}, {})
+    table = None
+    for _ in range(20):
+        for slot in range(2):
+            board.observe_paths(slot, {1 - slot: (0.5, 0.5 * 4 * ELEMENTS * SLOW)}, 4 * ELEMENTS)
+            board.observe(slot, 4, 0.05, 1.5)
+        table = table or board.better(range(2), dict.fromkeys(range(2), 4))
+    assert table is not None and table.codecs == codecs("topk", range(2))
+
+
+def test_with_leaders_their_links_are_everybodys_on_their_machines():
+    board = Scoreboard(balance=False)
+    board.place(dict(enumerate("xxyy")), {0: 0, 1: 0, 2: 2, 3: 2})
+    for _ in range(NUM_LOOKS):
+        for slot, peer in ((0, 2), (2, 0)):
+            board.observe_paths(slot, {peer: (1.0, 0.5), slot + 1: (1.0, 0.001)}, 1000)
+    assert board._of_links(board._paths.byte_s, range(4)) == pytest.approx(dict.fromkeys(range(4), 0.001))
+    assert board._of_links(board._paths.links_s, range(4)) == pytest.approx(dict.fromkeys(range(4), 1.0))

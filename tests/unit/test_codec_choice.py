@@ -143,3 +143,13 @@ def test_gradients_are_added_up_on_each_machine_where_links_are_slow():
     assert choose_way(fleet(10, 10, 10, 10, hosts="xxxx", compute_s=0.02), ALLOWED, 0.2)[1] is False
     mixed = dataclasses.replace(fleet(10, 10, 1000, 1000, hosts="xxyy"), speeds=[1.0, 2.0, 1.0, 1.0])
     assert choose_way(mixed, ALLOWED, 0.2)[1] is True
+
+
+def test_by_machine_a_codec_is_judged_by_whoever_loses_most_there():
+    """Which of a machine's workers encodes is not known here."""
+    worse = COSTS | {"small": dataclasses.replace(SMALL, error=0.35)}
+    for which in range(2):
+        costs = [worse if k == which else COSTS for k in range(4)]
+        some = dataclasses.replace(fleet(10, 10, 10, 10, hosts="xxyy", compute_s=0.02), costs=costs)
+        chosen, by_machine = choose_way(some, ALLOWED, 0.2)
+        assert by_machine and chosen[:2] == ("half", "half")

@@ -263,3 +263,17 @@ def test_what_a_leaver_hands_on_is_sent_by_its_heir(heirs_codec: str) -> None:
     for k in range(4):
         fleet.run(fleet.generation(after), commits=k > 0)
     fleet.check()
+
+
+def test_what_was_inherited_is_in_a_checkpoint_and_handed_on_before_the_next_step_begins() -> None:
+    fleet = Fleet(9)
+    for _ in range(2):
+        fleet.run(fleet.generation(["topk(density=0.05)"] * 4))
+    fleet.states[1].inherit(fleet.states[3].by_parameter())
+    fleet.states[3].reset()
+    fleet.check()
+    fleet.states[2].inherit(fleet.states[1].by_parameter())
+    fleet.states[1].reset()
+    fleet.check()
+    fleet.run(fleet.generation(["sign"] * 4))
+    fleet.check()

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from raytrain_het.collectives import replay
 from raytrain_het.collectives.codec_states import CodecStates
+from raytrain_het.collectives.header import Header
 from raytrain_het.collectives.hierarchy import Hierarchy
 from raytrain_het.collectives.layout import Layout
+from raytrain_het.collectives.sums import Sums
 from raytrain_het.compression import RESIDUAL
 
 LAYOUT = Layout(
@@ -67,7 +69,7 @@ def test_nothing_of_any_gradient_is_lost_and_leaders_hold_what_is_left_out(codec
         held += torch.cat(parts)
         holders += [rank] * bool(torch.cat(parts).any())
     torch.testing.assert_close(applied + held, wanted, rtol=0, atol=1e-4)
-    assert holders == ([0, 1, 2, 3] if codec == "lowrank" else [1, 2]), "who owns most leads, else the first"
+    assert holders == ([0, 1, 2, 3] if codec == "lowrank" else [1, 3]), "who owns most leads, else who has most samples"
 
 
 def test_what_a_leader_has_left_out_is_sent_when_another_one_leads() -> None:
@@ -120,3 +122,33 @@ def test_without_machines_in_common_and_on_a_single_one_there_is_no_hierarchy() 
     assert not dataclasses.replace(record_of([1] * 3, hosts="xxy"), hierarchy=False).is_hierarchical
     assert record_of([1] * 5, [1, 2, 2, 0, 0], hosts="xxxyy").leaders == [1, 1, 1, 3, 3]
     assert isinstance(Reduction(record_of([1] * 3, hosts="xxy"), LAYOUT).exchanges[0].messages, Hierarchy)
+
+
+def test_no_worker_that_is_healing_leads_while_another_one_is_healed() -> None:
+    record = record_of([1, 1, 0, 1], [1, 1, 0, 0], hosts="xxyy", unhealed=("2-a",))
+    assert record.leaders == [0, 0, 3, 3]
+    assert record_of([1, 1, 0, 0], [1, 1, 0, 0], hosts="xxyy", unhealed=("2-a", "3-a")).leaders == [0, 0, 2, 2]
+    assert record_of([1, 1, 0, 1], [1, 1, 0, 0], hosts="xxyy").leaders == [0, 0, 3, 3], "who has something to send"
+
+
+def test_a_leader_whose_machine_sends_nothing_keeps_what_it_held_though_others_commit_first() -> None:
+    """Its headers of all buckets are sent, and others go on; it takes the step over."""
+    states = [CodecStates(LAYOUT) for _ in range(4)]
+    first = Reduction(record_of([1] * 4, [1] * 4, codec="topk(density=0.05)", hosts="xxyy"), LAYOUT, states)
+    first.run([torch.randn(NUMEL) for _ in range(4)], [1.0] * 4, at=1)
+    first.commit()
+    before = states[2].by_parameter()
+    record = record_of([1, 1, 0, 0], [1, 1, 0, 0], codec="topk(density=0.05)", hosts="xxyy")
+    idle = Reduction(record, LAYOUT, states).exchanges[2]
+    idle.expect()
+    sums = Sums(step=2)
+    for bucket in LAYOUT.buckets:
+        header = Header(2, 3, bucket.index, 3, 0.0, True, False, 0, 0)
+        next(idle.all_reduce(bucket, header, None, torch.empty(bucket.numel), sums, expected_weight=2.0))
+    first_bucket = LAYOUT.buckets[0]  # The sum of nothing goes to the other leaders.
+    header = Header(2, 3, 0, 3, 0.0, True, False, 0, 0)
+    idle.messages._across.scatter(first_bucket, header, torch.zeros(first_bucket.numel), 2.0)  # type: ignore[union-attr]
+    states[2].commit(2, 2.0, [2 ** len(b.segments) - 1 for b in LAYOUT.buckets])
+    after = states[2].by_parameter()
+    assert any(state[RESIDUAL].any() for state in before.values())
+    assert all(torch.equal(before[name][RESIDUAL], after[name][RESIDUAL]) for name in before)

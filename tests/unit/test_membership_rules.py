@@ -17,7 +17,7 @@ SETTINGS = HubSettings(run_id="rules", num_slots=3, silence_s=0.5, hang_limit_s=
 
 
 def member(slot: int, life: str = "a") -> Member:
-    return Member(uid=f"{slot}-{life}", slot=slot, host="host", state_port=1, device="cpu")
+    return Member(uid=f"{slot}-{life}", slot=slot, host="host", state_port=1 + slot, device="cpu")
 
 
 def cursor(step: int) -> dict[str, int]:
@@ -599,6 +599,14 @@ def test_who_leaves_is_told_who_takes_over_what_it_has_left_to_send(
     run.answer("2-a", step=stands_at)
     (bye,) = [m for uid, m in run.core.drain() if (uid, m["type"]) == ("2-a", "bye")]
     assert (bye["how"], bye["heir"]) == ("left", heir)
+
+
+def test_who_takes_over_has_something_to_send_itself() -> None:
+    run = started(replace(SETTINGS, shares=(0.0, 1.0, 1.0)), base=5)
+    run.core.leave("2-a", 0.0)
+    run.answer("0-a", "1-a", "2-a", step=7)
+    (bye,) = [m for uid, m in run.core.drain() if (uid, m["type"]) == ("2-a", "bye")]
+    assert bye["heir"]["port"] == 2, "that of slot 1"
 
 
 def test_the_norm_of_what_is_lost_with_a_worker_is_told() -> None:
