@@ -48,9 +48,9 @@ class Hierarchy:
         self.leader = leader_of[rank]
         self._leads = self.leader == rank
         self._under_way: dict[int, tuple[Header, float]] = {}
-        as_they_are = [dataclasses.replace(bucket, is_dense=True) for bucket in buckets]
+        self._as_they_are = [dataclasses.replace(bucket, is_dense=True) for bucket in buckets]
         dense = [CODECS["none"]] * len(record.members)
-        self._inside = Messages(record, rank, dense, as_they_are, group, states, fidelity, leader_of)
+        self._inside = Messages(record, rank, dense, self._as_they_are, group, states, fidelity, leader_of)
         self._across: Messages | None = None
         self._states, self._idle = states, False
         if self._leads:
@@ -89,7 +89,7 @@ class Hierarchy:
 
     def wires_of(self, bucket: Bucket) -> list[Wire] | None:
         """Where a local gradient can be gathered so that nothing is left to encode."""
-        return self._inside.wires_of(bucket)
+        return self._inside.wires_of(self._as_they_are[bucket.index])
 
     def expect(self) -> None:
         """A step is opened: what others send is taken from now on, whenever this member is ready itself."""
@@ -105,11 +105,12 @@ class Hierarchy:
         if self._idle and not bucket.is_dense:
             # As all do whose gradients nobody needs: before others know that, and commit the step.
             self._states.carry(bucket, 0, bucket.numel, header.step)
-        return self._inside.scatter(bucket, header, local, 1.0)
+        return self._inside.scatter(self._as_they_are[bucket.index], header, local, 1.0)
 
     def reduce(self, bucket: Bucket, sums: Sums, *, first: bool = True) -> Iterator[Operation]:
         """The leaders' all-reduce, and the means for all."""
-        (total, contributes), across = self._inside.collect(bucket, sums, first=first), self._across
+        inside = self._as_they_are[bucket.index]
+        (total, contributes), across = self._inside.collect(inside, sums, first=first), self._across
         header, weight = self._under_way.pop(bucket.index)
         if across is not None:
             yield across.scatter(bucket, header._replace(contributes=contributes, used=0), total, weight)
