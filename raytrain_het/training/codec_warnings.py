@@ -10,7 +10,9 @@ import torch
 
 from raytrain_het.collectives.layout import SMALL, Layout
 from raytrain_het.compression import CODECS, LowRank
+from raytrain_het.compression.randomk import RandomK
 from raytrain_het.compression.sign import Sign
+from raytrain_het.compression.topk import TopK
 
 logger = logging.getLogger("raytrain_het")
 
@@ -44,3 +46,15 @@ def warn_of_optimizer(compression: Any, words: Sequence[str], optimizer: torch.o
             "of a block have the same square. Use SGD with momentum, or another codec, such as 'int8'.", compression,
             type(optimizer).__name__,
         )  # fmt: skip
+
+
+def warn_of_epochs(compression: Any, words: Sequence[str], num_epochs: int) -> None:
+    """Of a density that the run does not come to."""
+    for word in words:
+        codec = CODECS[word]
+        last = codec.at_epoch(num_epochs - 1)
+        if isinstance(codec, TopK | RandomK) and isinstance(last, TopK | RandomK) and last is not codec:
+            logger.warning(
+                "compression=%r: the run has %d epochs, all of them in the warm-up: it ends at a density of %.3g, and "
+                "does not come to %g. Write fewer warmup_epochs.", compression, num_epochs, last.density, codec.density,
+            )  # fmt: skip

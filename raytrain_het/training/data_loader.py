@@ -86,7 +86,7 @@ class HetDataLoader:
         """
         if not isinstance(num_epochs, int) or num_epochs < 1:
             raise ConfigError(f"epochs({num_epochs!r}) is not valid: allowed is a whole number from 1.")
-        engine = self._engine = self._session.begin()
+        engine = self._engine = self._session.begin(num_epochs)
         while engine.cursor.epoch < num_epochs:
             self._epoch = epoch = engine.cursor.epoch
             self._session._epoch = epoch

@@ -29,7 +29,7 @@ from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
-from raytrain_het.training.codec_warnings import warn_of_model, warn_of_optimizer
+from raytrain_het.training.codec_warnings import warn_of_epochs, warn_of_model, warn_of_optimizer
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance
 from raytrain_het.training.evaluations import Evaluations
@@ -134,7 +134,7 @@ class Session:
             )
         self.replica.register(name, obj)
 
-    def begin(self) -> Engine:
+    def begin(self, num_epochs: int) -> Engine:
         """Join the run: called by ``loader.epochs`` when everything has been prepared."""
         if self.engine is not None:
             raise LoopOrderError("loader.epochs() was called twice: one loop over epochs per run.")
@@ -143,6 +143,7 @@ class Session:
                 raise LoopOrderError(f"loader.epochs() was called before {what}(): prepare model and optimizer first.")
         assert self.gradients is not None and self.plan is not None and self.replica.optimizer is not None
         self._check_scheduler()
+        warn_of_epochs(self.config.compression, self.config.possible_codecs, num_epochs)
         for codec in self._codecs:
             codec.prepare()
         plan = self.plan

@@ -8,7 +8,7 @@ from torch import nn
 
 from raytrain_het.codec_options import AUTO_CODECS
 from raytrain_het.collectives.layout import Layout
-from raytrain_het.training.codec_warnings import warn_of_model, warn_of_optimizer
+from raytrain_het.training.codec_warnings import warn_of_epochs, warn_of_model, warn_of_optimizer
 
 
 def layout_of(*modules: nn.Module) -> Layout:
@@ -36,3 +36,11 @@ def test_matrices_that_factors_of_the_rank_would_not_make_smaller_are_named(capl
 def test_signs_for_an_optimizer_that_divides_by_squares_are_warned_of(word, kind, warns, caplog) -> None:
     warn_of_optimizer(word, ["none", word], kind(nn.Linear(2, 2).parameters(), lr=0.1))
     assert ("does not suit" in caplog.text) == warns
+
+
+def test_a_warm_up_as_long_as_the_run_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    word = "topk(density=0.001, warmup_epochs=3)"
+    warn_of_epochs(word, [word, "int8"], 4)
+    assert caplog.text == ""
+    warn_of_epochs(word, [word, "int8"], 3)
+    assert "it ends at a density of 0.0063, and does not come to 0.001" in caplog.text
