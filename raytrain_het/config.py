@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from raytrain_het.codec_options import AUTO, AUTO_CODECS, one_word, parsed, used_together
 from raytrain_het.errors import ConfigError
+from raytrain_het.optim import Schedule, schedule_of
 
 
 def _require(condition: bool, field: str, value: object, allowed: str, fix: str) -> None:
@@ -110,6 +111,16 @@ class HetConfig:
     ``tcp`` works for any mix of CPU and GPU workers, from the CPU. ``nccl`` keeps them on
     the GPUs, where every worker has one of its own; it is untested for want of a machine with several."""
 
+    schedule: str | dict[str, dict[str, Any] | None] | None = None
+    """How the learning rate decays: ``constant``, ``step``, ``exponential``, ``inverse_time``, ``cosine`` or
+    ``linear``, or one with options, such as ``{"cosine": {"floor": 0.01, "warmup_epochs": 1}}``. It multiplies the
+    optimizer's own rate, before each step. None leaves the rate alone; a torch scheduler of your own goes through
+    ``register_state``."""
+
+    clip: dict[str, float] | None = None
+    """``{"norm": 1.0}`` clips the mean gradient of all workers to that norm, ``{"value": 0.5}`` each of its elements;
+    just before the update, when loss scales are off."""
+
     bucket_mib: float = 4.0
     """Target size of a gradient bucket. Smaller overlaps more, larger has less overhead."""
 
@@ -172,6 +183,14 @@ class HetConfig:
             "a whole number from 1, or None",
             "Leave it out for one batch.",
         )
+        if self.schedule is not None:
+            schedule_of(self.schedule)
+        clip = self.clip if self.clip is not None else {"norm": 1.0}
+        _require(
+            isinstance(clip, Mapping) and len(clip) > 0 and set(clip) <= {"norm", "value"}
+            and all(_is_number(limit) and limit > 0 for limit in clip.values()),
+            "clip", self.clip, "None, or a 'norm' or 'value' above 0, or both", "Write clip={'norm': 1.0}.",
+        )  # fmt: skip
         for name, low in (("bucket_mib", 0), ("silence_s", 0), ("hang_limit_s", 0), ("start_timeout_s", 0)):
             value = getattr(self, name)
             _require(
@@ -218,6 +237,11 @@ class HetConfig:
         """How much ``auto`` may lose of a message; None where codecs are given."""
         name, options = parsed(self.codecs[0])
         return float(options.get("error", AUTO["error"].default)) if name == "auto" else None
+
+    @property
+    def decay(self) -> Schedule | None:
+        """``schedule``, parsed."""
+        return schedule_of(self.schedule) if self.schedule is not None else None
 
     @property
     def given_hierarchy(self) -> bool | None:

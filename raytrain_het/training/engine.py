@@ -28,6 +28,7 @@ from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
 from raytrain_het.training.memory import FIRST, MemoryLimit
+from raytrain_het.training.rates import Rates
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.timings import CpuSplit, Timings
 
@@ -70,6 +71,8 @@ class Counters:
     steps: int = 0
     skipped: int = 0
     redone: int = 0
+    clipped: int = 0
+    """Updates before which gradients were clipped, those replayed included."""
     compute_s: float = 0.0
     wait_s: float = 0.0
 
@@ -80,6 +83,7 @@ class Engine:
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, plan: DataPlan,
         config: HetConfig, healing: Healing, micro_batch_size: int | None, memory: MemoryLimit,
+        rates: Rates | None = None,
     ) -> None:  # fmt: skip
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
@@ -90,7 +94,7 @@ class Engine:
         """Steps up to this one are committed on every member."""
         self.on_commit: list[Callable[[Opened, Sums], None]] = []
         self.on_confirm: list[Callable[[int], None]] = []
-        self._micro_batch_size, self._memory = micro_batch_size, memory
+        self._micro_batch_size, self._memory, self._rates = micro_batch_size, memory, rates
         self._light: dict[str, Any] | None = None
         self._redo = False
         self._confirm: ConfirmJob | None = None
@@ -131,11 +135,14 @@ class Engine:
             if self.agent.is_current(record.number):
                 break
         cursor = self.cursor
-        if self._redo and self._light is not None:
-            self.replica.restore_light(self._light)
+        light = self._light if self._redo else None
+        if light is not None:
+            self.replica.restore_light(light)
             self.counters.redone += 1
-        else:
-            self._light = self.replica.light()
+        if self._rates is not None:
+            assert self.replica.optimizer is not None
+            self._rates.set(self.replica.optimizer, cursor)
+        self._light = light or self.replica.light()
         self._redo = False
         self.healing.offer(record, cursor, self._light, self._parameters_digest)
         self._memory.step_begins()

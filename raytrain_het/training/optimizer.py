@@ -30,6 +30,10 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
 
     checked = False
 
+    def update(optimizer: torch.optim.Optimizer) -> Any:
+        session.clip_gradients()
+        return cls.step(optimizer)
+
     def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
         if closure is not None:
             raise LoopOrderError("optimizer.step(closure) is not supported: call backward() yourself, then step().")
@@ -41,7 +45,7 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
         if not checked:
             checked = True
             _check_scaler(_calling_scaler(), session)
-        return session.engine.close(lambda: cls.step(self))
+        return session.engine.close(lambda: update(self))
 
     def zero_grad(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
         # Gradients are gathered in buckets, so there is nothing to keep in p.grad, whatever the flag.
@@ -50,7 +54,7 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
     optimizer.__class__ = type(
         f"Het{cls.__name__}", (cls,), {"step": step, "zero_grad": zero_grad, "__module__": __name__}
     )
-    return lambda: cls.step(optimizer)
+    return lambda: update(optimizer)
 
 
 def _calling_scaler() -> torch.amp.GradScaler | None:

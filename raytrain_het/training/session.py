@@ -29,6 +29,7 @@ from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
+from raytrain_het.training.clipping import Clipping
 from raytrain_het.training.codec_warnings import warn_of_epochs, warn_of_model, warn_of_optimizer
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance
@@ -37,6 +38,7 @@ from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.handing_on import HandingOn
 from raytrain_het.training.healing import Healing
 from raytrain_het.training.memory import MemoryLimit
+from raytrain_het.training.rates import Rates
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.reporter import Report, Reporter, check_metrics
 from raytrain_het.training.resuming import Resuming
@@ -92,6 +94,7 @@ class Session:
         self._epoch = 0
         self._evaluations = Evaluations()
         self._leaving = False
+        self._clipping = Clipping(**config.clip) if config.clip else None
         self._handing_on: HandingOn | None = None
         self._left_out: tuple[float, float | None] = (-math.inf, None)
         """When it was looked at, and the norm of what the codec has left out."""
@@ -146,7 +149,8 @@ class Session:
         warn_of_epochs(self.config.compression, self.config.possible_codecs, num_epochs)
         for codec in self._codecs:
             codec.prepare()
-        plan = self.plan
+        plan, decay = self.plan, self.config.decay
+        rates = Rates(decay, plan, num_epochs) if decay is not None else None
         self._server = StateServer(self.node_ip, self._token)
         member = Member(
             uid=f"{self.slot}-{secrets.token_hex(4)}", slot=self.slot, host=self.node_ip,
@@ -178,7 +182,7 @@ class Session:
         self.engine = Engine(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
             plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
-            memory=MemoryLimit.of(self.device),
+            memory=MemoryLimit.of(self.device), rates=rates,
         )  # fmt: skip
         self.reporter = Reporter(self.agent, self._server, self.storage, self._token)
         self.engine.on_commit.append(self._committed)
@@ -198,6 +202,11 @@ class Session:
                 "a learning-rate scheduler is attached to the optimizer but not registered, so it would count a step "
                 "that is done again twice: call raytrain_het.register_state('scheduler', scheduler) before "
                 "loader.epochs()."
+            )
+        if schedulers and self.config.schedule is not None:
+            raise LoopOrderError(
+                f"the run has schedule={self.config.schedule!r}, and a {type(schedulers[0]).__name__} is registered "
+                "too: both would set the learning rate. Use one of them."
             )
 
     # ---------------------------------------------------------------- while it runs
@@ -229,7 +238,7 @@ class Session:
         self._agent().tell(
             "stats", step=engine.cursor.step, epoch=engine.cursor.epoch, samples=counters.samples,
             global_samples=self._plan().samples_before(engine.cursor), steps=counters.steps, skipped=counters.skipped,
-            redone=counters.redone, compute_s=counters.compute_s, wait_s=counters.wait_s,
+            redone=counters.redone, clipped=counters.clipped, compute_s=counters.compute_s, wait_s=counters.wait_s,
             bytes_sent=communicator.traffic.sent, bytes_received=communicator.traffic.received,
             batch_share=self._batch_share(), device=str(self.device), node_ip=self.node_ip, pid=os.getpid(),
             step_s=communicator.patience.step_s, left_out=self._norm_left_out(communicator),
@@ -300,6 +309,13 @@ class Session:
         """Leave the run in good order after the step under way: the others go on without this worker."""
         self._leaving = True
         self._agent().tell("leave")
+
+    def clip_gradients(self) -> None:
+        """Before an update, of this run or one that is replayed."""
+        if self._clipping is None:
+            return
+        assert self.replica.model is not None and self.engine is not None
+        self.engine.counters.clipped += self._clipping.clip(self.replica.model.parameters())
 
     def let_go(self) -> None:
         """The others go on without this worker: what it has left to give goes to one of them."""

@@ -1,0 +1,74 @@
+"""What a decay schedule is: the learning rate as a pure function of progress."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from raytrain_het.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(abc.ABC):
+    """The factor by which a learning rate is multiplied, after so much progress.
+
+    Progress ``e`` is counted in epochs, and fractions of one by samples. In the first ``w = warmup_epochs`` the factor
+    rises from ``f = warmup_from`` in a line, ``f + (1 - f) e / w``; after them the decay begins, ``decay(e - w)``.
+    Nothing is remembered from step to step, so it is right after a resume, for a step that is done again, and on a
+    worker that has only come.
+    """
+
+    name: ClassVar[str]
+    needs_end: ClassVar[bool] = False
+    """Whether the decay depends on how long the run is."""
+
+    warmup_epochs: float = 0.0
+    """From 0."""
+    warmup_from: float = 0.0
+    """From 0 to 1."""
+    per_epoch: bool = False
+    """Whether the factor changes between epochs only: progress is rounded down to whole epochs."""
+
+    def __post_init__(self) -> None:
+        check(self, "warmup_epochs", is_number(self.warmup_epochs) and self.warmup_epochs >= 0, "a number from 0")
+        check(self, "warmup_from", is_number(self.warmup_from) and 0 <= self.warmup_from <= 1, "a number from 0 to 1")
+        check(self, "per_epoch", isinstance(self.per_epoch, bool), "true or false")
+
+    def factor(self, epochs: float, num_epochs: float) -> float:
+        """After ``epochs`` of a run of ``num_epochs``; 1 is the optimizer's own rate."""
+        if self.per_epoch:
+            epochs = math.floor(epochs)
+        if epochs < self.warmup_epochs:
+            return self.warmup_from + (1 - self.warmup_from) * epochs / self.warmup_epochs
+        return self.decay(epochs - self.warmup_epochs, num_epochs - self.warmup_epochs)
+
+    @abc.abstractmethod
+    def decay(self, epochs: float, num_epochs: float) -> float:
+        """The factor after ``epochs`` of the ``num_epochs`` that follow the warm-up."""
+
+    def check_run(self, num_epochs: float) -> None:
+        """Raises:
+        ConfigError: the warm-up is longer than a run of so many epochs.
+        """
+        check(
+            self, "warmup_epochs", self.warmup_epochs < num_epochs,
+            f"less than the run's {num_epochs:g} epochs: else the decay never begins",
+        )  # fmt: skip
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one, and finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check(schedule: Schedule, field: str, ok: bool, allowed: str) -> None:
+    """Raises:
+    ConfigError: not ``ok``.
+    """
+    if not ok:
+        raise ConfigError(
+            f"schedule {schedule.name!r}: {field}={getattr(schedule, field)!r} is not valid: allowed is {allowed}. "
+            f"Write schedule={{{schedule.name!r}: {{{field!r}: ...}}}}, or leave it out."
+        )
