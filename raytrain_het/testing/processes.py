@@ -89,13 +89,13 @@ class ProcessLab:
         rates_mbit: Sequence[float | None] | None = None, machines: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         links = max(machines) + 1 if machines else num_slots
-        for name, given, size in (
-            ("cores", cores, num_slots),
-            ("rates_mbit", rates_mbit, links),
-            ("machines", machines, num_slots),
+        for name, given, each, size in (
+            ("cores", cores, "slot", num_slots),
+            ("machines", machines, "slot", num_slots),
+            ("rates_mbit", rates_mbit, "machine" if machines else "slot", links),
         ):
             if given is not None and len(given) != size:
-                raise ValueError(f"{name} has {len(given)} entries: allowed is one per slot or machine, {size}.")
+                raise ValueError(f"{name} has {len(given)} entries: allowed is one per {each}, {size}.")
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
