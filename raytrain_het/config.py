@@ -95,10 +95,11 @@ class HetConfig:
 
     compression: str | dict[str, dict[str, Any] | None] | tuple[str | dict[str, dict[str, Any] | None], ...] = "none"
     """How gradients travel: a codec's name (``none`` is fp32; ``bf16``, ``fp16``, ``int8``, ``int4``,
-    ``sign``, ``topk``, ``randomk``), one with options, such as ``{"topk": {"density": 0.01}}``, or one of
-    these for each worker. ``auto`` measures links and codecs, and chooses one for each worker where that makes steps
-    shorter; it leaves out those that lose more of a message than ``{"auto": {"error": 0.2}}``, the default. Read back,
-    a codec is one word, options at their defaults left out."""
+    ``sign``, ``topk``, ``randomk``, ``lowrank``), one with options (docs/compression.md has them all),
+    such as ``{"topk": {"density": 0.01, "warmup_epochs": 2}}``, or one of these for each worker.
+    ``auto`` measures links and codecs, and chooses one for each worker where that makes steps shorter;
+    it leaves out those that lose more of a message than ``{"auto": {"error": 0.2}}``, the default.
+    Read back, a codec is one word, options at their defaults left out."""
 
     hierarchy: bool | Literal["auto"] = "auto"
     """Whether gradients of workers on one machine are added up there, uncompressed, so that only their
@@ -113,13 +114,14 @@ class HetConfig:
 
     schedule: str | dict[str, dict[str, Any] | None] | None = None
     """How the learning rate decays: ``constant``, ``step``, ``exponential``, ``inverse_time``, ``cosine`` or
-    ``linear``, or one with options, such as ``{"cosine": {"floor": 0.01, "warmup_epochs": 1}}``. It multiplies the
+    ``linear``, or one with options (docs/training.md has them all), such as
+    ``{"cosine": {"floor": 0.01, "warmup_epochs": 1}}``. It multiplies the
     optimizer's own rate, before each step. None leaves the rate alone; a torch scheduler of your own goes through
     ``register_state``."""
 
     clip: dict[str, float] | None = None
-    """``{"norm": 1.0}`` clips the mean gradient of all workers to that norm, ``{"value": 0.5}`` each of its elements;
-    just before the update, when loss scales are off."""
+    """``{"norm": 1.0}`` clips the mean gradient of all workers to that norm, ``{"value": 0.5}`` each of
+    its elements, and both may be given; just before the update. None clips nothing."""
 
     bucket_mib: float = 4.0
     """Target size of a gradient bucket. Smaller overlaps more, larger has less overhead."""

@@ -77,6 +77,9 @@ class JobConfig:
             )
         if workers is not None:
             self.het.codecs_for(workers)
+        decay, epochs = self.het.decay, getattr(self, "epochs", None)
+        if decay is not None and epochs is not None:
+            decay.check_run(epochs)
 
     @property
     def num_workers(self) -> int | None:

@@ -29,7 +29,7 @@ class Schedule(abc.ABC):
     warmup_from: float = 0.0
     """From 0 to 1."""
     per_epoch: bool = False
-    """Whether the factor changes between epochs only: progress is rounded down to whole epochs."""
+    """Whether the decay goes on between epochs only: what has passed of it is rounded down to whole epochs."""
 
     def __post_init__(self) -> None:
         check(self, "warmup_epochs", is_number(self.warmup_epochs) and self.warmup_epochs >= 0, "a number from 0")
@@ -38,11 +38,10 @@ class Schedule(abc.ABC):
 
     def factor(self, epochs: float, num_epochs: float) -> float:
         """After ``epochs`` of a run of ``num_epochs``; 1 is the optimizer's own rate."""
-        if self.per_epoch:
-            epochs = math.floor(epochs)
         if epochs < self.warmup_epochs:
             return self.warmup_from + (1 - self.warmup_from) * epochs / self.warmup_epochs
-        return self.decay(epochs - self.warmup_epochs, num_epochs - self.warmup_epochs)
+        passed = epochs - self.warmup_epochs
+        return self.decay(whole(passed) if self.per_epoch else passed, num_epochs - self.warmup_epochs)
 
     @abc.abstractmethod
     def decay(self, epochs: float, num_epochs: float) -> float:
@@ -56,6 +55,11 @@ class Schedule(abc.ABC):
             self, "warmup_epochs", self.warmup_epochs < num_epochs,
             f"less than the run's {num_epochs:g} epochs: else the decay never begins",
         )  # fmt: skip
+
+
+def whole(number: float) -> int:
+    """Rounded down, but for what a fraction that cannot be written in binary lacks."""
+    return math.floor(number + 1e-9)
 
 
 def is_number(value: Any) -> bool:

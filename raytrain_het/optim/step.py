@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from raytrain_het.optim.schedule import Schedule, check, is_number
+from raytrain_het.optim.schedule import Schedule, check, is_number, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,4 +24,4 @@ class Step(Schedule):
         check(self, "every_epochs", is_number(self.every_epochs) and self.every_epochs > 0, "a number above 0")
 
     def decay(self, epochs: float, num_epochs: float) -> float:
-        return self.gamma ** math.floor(epochs / self.every_epochs)
+        return self.gamma ** whole(epochs / self.every_epochs)

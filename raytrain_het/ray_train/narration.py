@@ -61,6 +61,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
         + (f", codecs {', '.join(word for _, word in sorted(e['codecs'].items()))}" if e.get("codecs") else "")
         + f" ({e['reason']})"
     ),
+    "warning": lambda e: e["text"],
     "failed": lambda e: f"the run fails: {_in_a_line(e['message'])}",
     "table_kept": lambda e: f"shares and scores stay as they are: {e['reason']}",
     "formed": lambda e: (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,47 +13,49 @@ from raytrain_het.compression.randomk import RandomK
 from raytrain_het.compression.sign import Sign
 from raytrain_het.compression.topk import TopK
 
-logger = logging.getLogger("raytrain_het")
 
-
-def warn_of_model(compression: Any, words: Sequence[str], layout: Layout) -> None:
+def warnings_of_model(compression: Any, words: Sequence[str], layout: Layout) -> list[str]:
     """Of tensors that travel as they are."""
+    said = []
     shapes = {s.name: s.shape for b in layout.buckets if not b.is_dense for s in b.segments}
     if not shapes:
-        logger.warning(
-            "compression=%r does nothing here: every parameter of the model has one dimension or fewer than %d "
-            "elements, and those travel as they are. Leave it out.", compression, SMALL,
-        )  # fmt: skip
+        said.append(
+            f"compression={compression!r} does nothing here: every parameter of the model has one dimension or fewer "
+            f"than {SMALL} elements, and those travel as they are. Leave it out."
+        )
     for codec in (CODECS[word] for word in words):
         if not isinstance(codec, LowRank) or len(words) > 1:  # Of many that may be chosen, none is told of.
             continue
         whole = [name for name, shape in shapes.items() if codec.matrix(shape) is None]
         if whole:
-            logger.warning(
-                "compression=%r: %d of %d matrices travel as they are, since factors of rank %d would be no smaller "
-                "(%s%s). Write a lower rank if they are to be compressed.", compression, len(whole), len(shapes),
-                codec.rank, ", ".join(f"{name} {list(shapes[name])}" for name in whole[:3]),
-                ", ..." if len(whole) > 3 else "",
-            )  # fmt: skip
+            some = ", ".join(f"{name} {list(shapes[name])}" for name in whole[:3])
+            said.append(
+                f"compression={compression!r}: {len(whole)} of {len(shapes)} matrices travel as they are, since "
+                f"factors of rank {codec.rank} would be no smaller ({some}{', ...' if len(whole) > 3 else ''}). Write a lower "
+                "rank if they are to be compressed."
+            )
+    return said
 
 
-def warn_of_optimizer(compression: Any, words: Sequence[str], optimizer: torch.optim.Optimizer) -> None:
+def warnings_of_optimizer(compression: Any, words: Sequence[str], optimizer: torch.optim.Optimizer) -> list[str]:
     """Of signs for one that divides by what gradients vary."""
-    if any(isinstance(CODECS[word], Sign) for word in words) and "betas" in optimizer.defaults:
-        logger.warning(
-            "compression=%r does not suit %s: it divides by a mean of squared gradients, and with signs all elements "
-            "of a block have the same square. Use SGD with momentum, or another codec, such as 'int8'.", compression,
-            type(optimizer).__name__,
-        )  # fmt: skip
+    if not any(isinstance(CODECS[word], Sign) for word in words) or "betas" not in optimizer.defaults:
+        return []
+    return [
+        f"compression={compression!r} does not suit {type(optimizer).__name__}: it divides by a mean of squared "
+        "gradients, and with signs all elements of a block have the same square. Use SGD with momentum, or another "
+        "codec, such as 'int8'."
+    ]
 
 
-def warn_of_epochs(compression: Any, words: Sequence[str], num_epochs: int) -> None:
+def warnings_of_epochs(compression: Any, words: Sequence[str], num_epochs: int) -> list[str]:
     """Of a density that the run does not come to."""
-    for word in words:
-        codec = CODECS[word]
+    said = []
+    for codec in (CODECS[word] for word in words):
         last = codec.at_epoch(num_epochs - 1)
         if isinstance(codec, TopK | RandomK) and isinstance(last, TopK | RandomK) and last is not codec:
-            logger.warning(
-                "compression=%r: the run has %d epochs, all of them in the warm-up: it ends at a density of %.3g, and "
-                "does not come to %g. Write fewer warmup_epochs.", compression, num_epochs, last.density, codec.density,
-            )  # fmt: skip
+            said.append(
+                f"compression={compression!r}: the run has {num_epochs} epochs, all of them in the warm-up: it ends at "
+                f"a density of {last.density:.3g}, and does not come to {codec.density:g}. Write fewer warmup_epochs."
+            )
+    return said

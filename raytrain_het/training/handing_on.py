@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +22,15 @@ class HandingOn:
 
     def __init__(self, agent: MemberAgent, server: StateServer, token: Callable[[], str], states: CodecStates) -> None:
         self._agent, self._server, self._token, self._states = agent, server, token, states
+        self._lock, self._gone = threading.Lock(), False
         server.offer(_INHERIT, self._inherit)
 
     def hand_on(self) -> bool:
         """This worker was let go, and trains no more. Whether another one has all that it had left out."""
         heir, member = self._agent.heir, self._agent.member
-        left_out = {name: {RESIDUAL: s[RESIDUAL]} for name, s in self._states.by_parameter().items() if RESIDUAL in s}
+        with self._lock:  # What comes from others from now on is refused, and not lost.
+            self._gone, held = True, self._states.by_parameter()
+        left_out = {name: {RESIDUAL: state[RESIDUAL]} for name, state in held.items() if RESIDUAL in state}
         if not any(state[RESIDUAL].any() for state in left_out.values()):
             return True
         if heir is None:
@@ -44,8 +48,9 @@ class HandingOn:
         left_out: dict[str, State] | None = ask(
             leaver["host"], leaver["port"], self._token(), _LEFT_OUT, give_up=lambda: agent.gone is not None
         )
-        if left_out is None or agent.gone is not None:
-            return False
-        norm = self._states.inherit(left_out)
+        with self._lock:
+            if left_out is None or self._gone or agent.gone is not None:
+                return False
+            norm = self._states.inherit(left_out)
         agent.tell("event", event={"kind": "handed_on", "by": leaver["slot"], "norm": norm})
         return True

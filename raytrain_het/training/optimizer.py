@@ -31,7 +31,9 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
     checked = False
 
     def update(optimizer: torch.optim.Optimizer) -> Any:
-        session.clip_gradients()
+        # A fused optimizer takes a loss scaler's factor off by itself, later.
+        scale = getattr(optimizer, "grad_scale", None)
+        session.clip_gradients(1.0 if scale is None else float(scale))
         return cls.step(optimizer)
 
     def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from raytrain_het.errors import ConfigError
 from raytrain_het.optim import Schedule
 from raytrain_het.training.cursor import Cursor, DataPlan
 
-_FIRST = "initial_lr"
-"""As torch's schedulers call a group's own rate, which is kept in checkpoints with it."""
+_OWN = "lr_before_schedule"
+"""A group's own rate, which is kept in checkpoints with it. Not torch's ``initial_lr``, which its schedulers write."""
 
 
 class Rates:
-    """Sets ``lr = initial_lr * factor(e)`` with ``e = epoch + offset / N``, the progress before a step.
+    """Sets ``lr = own * factor(e)``, with ``own`` what a group had at first, and the progress before a step,
+    ``e = epoch + offset / N``.
 
     Args:
         schedule: gives the factor.
@@ -32,11 +34,33 @@ class Rates:
         return self._schedule.factor(cursor.epoch + cursor.offset / self._size, self._num_epochs)
 
     def set(self, optimizer: torch.optim.Optimizer, cursor: Cursor) -> None:
-        """For the step that begins there."""
+        """For the step that begins there.
+
+        Raises:
+            ConfigError: a group has no rate.
+        """
+        for k, group in enumerate(optimizer.param_groups):
+            rate = group.get("lr")
+            if not isinstance(rate, int | float | torch.Tensor):
+                raise ConfigError(
+                    f"schedule: {type(optimizer).__name__} has lr={rate!r} in parameter group {k}, and a schedule "
+                    "multiplies a number. Give the optimizer a rate, or leave schedule out."
+                )
+            if _OWN not in group:
+                group[_OWN] = float(rate)
+                if isinstance(rate, torch.Tensor):  # One tensor may be that of all groups, and of those to come.
+                    group["lr"] = rate.clone()
         factor = self.factor(cursor)
         for group in optimizer.param_groups:
-            rate = group["lr"]
-            if isinstance(rate, torch.Tensor):
-                rate.fill_(group.setdefault(_FIRST, rate.item()) * factor)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(group[_OWN] * factor)
             else:
-                group["lr"] = group.setdefault(_FIRST, rate) * factor
+                group["lr"] = group[_OWN] * factor
+
+
+def give_back(optimizer: torch.optim.Optimizer) -> None:
+    """A run that had a schedule goes on without one: groups have their own rates again."""
+    for group in optimizer.param_groups:
+        if _OWN in group:
+            own = group.pop(_OWN)
+            group["lr"] = torch.full_like(group["lr"], own) if isinstance(group["lr"], torch.Tensor) else own

@@ -9,6 +9,7 @@ from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.errors import CheckpointError
 from raytrain_het.training import checkpoint as files
 from raytrain_het.training.cursor import Cursor, DataPlan
+from raytrain_het.training.rates import give_back
 from raytrain_het.training.replica import Replica
 
 
@@ -26,6 +27,8 @@ class Resuming:
     """What a checkpoint's cursor belongs to."""
     replica: Replica
     codec_states: CodecStates
+    scheduled: bool = False
+    """Whether the run sets the learning rate."""
     resumed: bool = False
     """Whether this worker's random states are its own by now: only the first checkpoint of its life sets them."""
 
@@ -42,6 +45,8 @@ class Resuming:
             own = files.read_worker(directory, self.slot)
             try:
                 self.replica.load(files.read_state(directory))
+                if not self.scheduled and self.replica.optimizer is not None:
+                    give_back(self.replica.optimizer)
                 self.codec_states.load(own["codec"] if own is not None else {})
                 for other in files.read_left_over(directory, self.slot, self.num_slots):
                     self.codec_states.adopt(other["codec"])

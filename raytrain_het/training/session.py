@@ -30,7 +30,7 @@ from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
 from raytrain_het.training.clipping import Clipping
-from raytrain_het.training.codec_warnings import warn_of_epochs, warn_of_model, warn_of_optimizer
+from raytrain_het.training.codec_warnings import warnings_of_epochs, warnings_of_model, warnings_of_optimizer
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance
 from raytrain_het.training.evaluations import Evaluations
@@ -95,6 +95,7 @@ class Session:
         self._evaluations = Evaluations()
         self._leaving = False
         self._clipping = Clipping(**config.clip) if config.clip else None
+        self._warnings: list[str] = []
         self._handing_on: HandingOn | None = None
         self._left_out: tuple[float, float | None] = (-math.inf, None)
         """When it was looked at, and the norm of what the codec has left out."""
@@ -108,14 +109,14 @@ class Session:
         apart = any(codec.spares_small for codec in self._codecs)
         self.gradients = Gradients(model, int(self.config.bucket_mib * 2**20), small_apart=apart)
         if apart:
-            warn_of_model(self.config.compression, self.config.possible_codecs, self.gradients.layout)
+            self._warn(warnings_of_model, self.gradients.layout)
         self.replica.model = model
 
     def set_optimizer(self, optimizer: torch.optim.Optimizer, inner_step: Callable[[], Any]) -> None:
         """Keep the optimizer and its own ``step``."""
         if self.replica.optimizer is not None:
             raise LoopOrderError("prepare_optimizer() was called twice: one optimizer per run, with parameter groups.")
-        warn_of_optimizer(self.config.compression, self.config.possible_codecs, optimizer)
+        self._warn(warnings_of_optimizer, optimizer)
         self.replica.optimizer, self._inner_step = optimizer, inner_step
 
     def set_data(self, plan: DataPlan, micro_batch_size: int | None, fingerprint: str = "") -> None:
@@ -146,7 +147,7 @@ class Session:
                 raise LoopOrderError(f"loader.epochs() was called before {what}(): prepare model and optimizer first.")
         assert self.gradients is not None and self.plan is not None and self.replica.optimizer is not None
         self._check_scheduler()
-        warn_of_epochs(self.config.compression, self.config.possible_codecs, num_epochs)
+        self._warn(warnings_of_epochs, num_epochs)
         for codec in self._codecs:
             codec.prepare()
         plan, decay = self.plan, self.config.decay
@@ -176,7 +177,7 @@ class Session:
             server=self._server, token=self._token, update=self._inner_step,
             load_checkpoint=Resuming(
                 self.storage, self.slot, self.num_slots, plan, self._parameters(), self._data(), self.replica,
-                self._communicator.codec_states,
+                self._communicator.codec_states, scheduled=rates is not None,
             ).load,
         )  # fmt: skip
         self.engine = Engine(
@@ -190,7 +191,15 @@ class Session:
         self.agent.on_reconnect.append(self._tell_a_new_hub)
         self.agent.join()
         self.engine.start()
+        if self.slot == 0:  # One of all who say the same; a worker's log is read by few.
+            for text in self._warnings:
+                self.agent.tell("event", event={"kind": "warning", "text": text})
         return self.engine
+
+    def _warn(self, warnings: Callable[[Any, tuple[str, ...], Any], list[str]], of: Any) -> None:
+        for text in warnings(self.config.compression, self.config.possible_codecs, of):
+            logger.warning(text)
+            self._warnings.append(text)
 
     def _check_scheduler(self) -> None:
         optimizer = self.replica.optimizer
@@ -310,12 +319,12 @@ class Session:
         self._leaving = True
         self._agent().tell("leave")
 
-    def clip_gradients(self) -> None:
-        """Before an update, of this run or one that is replayed."""
+    def clip_gradients(self, scale: float) -> None:
+        """Before an update, of this run or one that is replayed. Gradients are ``scale`` times what they are."""
         if self._clipping is None:
             return
         assert self.replica.model is not None and self.engine is not None
-        self.engine.counters.clipped += self._clipping.clip(self.replica.model.parameters())
+        self.engine.counters.clipped += self._clipping.clip(self.replica.model.parameters(), scale)
 
     def let_go(self) -> None:
         """The others go on without this worker: what it has left to give goes to one of them."""

@@ -37,7 +37,7 @@ class Decaying(Regression):
             F.mse_loss(model(x), y).backward()
             norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()  # Without the 1e-6 of torch's own.
             for p in model.parameters():
-                p.grad.mul_(min(1.0, float(NORM / norm)))
+                p.grad.mul_(float((NORM / norm).float()) if norm > NORM else 1.0)
             optimizer.param_groups[0]["lr"] = self.rate(cursor)
             optimizer.step()
         return flat(model.parameters())
@@ -94,3 +94,22 @@ def test_a_resumed_run_goes_on_where_its_schedule_stood(tmp_path):
         task.check_rates(result["rates"])
         assert min(step for step, _ in result["rates"]) == task.num_steps // 2
     assert float((done.parameters - task.plain()).abs().max()) < 1e-9
+
+
+def test_a_run_that_goes_on_without_its_schedule_has_its_own_rate_again(tmp_path):
+    task = Decaying(schedule=_Hashable({"linear": {}}), epochs=2)
+    run(task, tmp_path / "first", config=config_of(task))
+    path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
+    settings = {"checkpoint": str(path), "checkpoint_cursor": read_meta(str(path))["cursor"]}
+    longer = dataclasses.replace(task, epochs=3)
+    config = dataclasses.replace(config_of(task), schedule=None)
+    done = run(longer, tmp_path / "second", config=config, settings=settings)
+    assert {rate for result in done.results.values() for _, rate in result["rates"]} == {task.lr}
+
+
+def test_what_does_not_suit_is_an_event_of_the_run(tmp_path):
+    task = Regression(epochs=1)
+    config = dataclasses.replace(SMALL_BUCKETS, compression={"topk": {"warmup_epochs": 1}})
+    done = run(task, tmp_path, config=config)
+    said = [e["text"] for e in done.kinds("warning")]
+    assert len(said) == 2 and "does nothing here" in said[0] and "all of them in the warm-up" in said[1]

@@ -47,3 +47,16 @@ def test_by_value_it_is_as_torchs_and_first_where_both_are_wanted() -> None:
 def test_what_cannot_be_clipped_to_is_refused(clip: object) -> None:
     with pytest.raises(ConfigError, match=r"clip=.* is not valid: allowed is None, or a 'norm' or 'value' above 0"):
         HetConfig(clip=clip)  # type: ignore[arg-type]
+
+
+def test_limits_are_of_gradients_without_a_loss_scale() -> None:
+    plain, scaled = model_with_gradients(), model_with_gradients()
+    for p in scaled.parameters():
+        if p.grad is not None:
+            p.grad.mul_(1024)
+    for clipping in (Clipping(value=0.5), Clipping(norm=2.0)):
+        clipping.clip(plain.parameters())
+        clipping.clip(scaled.parameters(), 1024.0)
+        for mine, other in zip(plain.parameters(), scaled.parameters(), strict=True):
+            if mine.grad is not None and other.grad is not None:
+                assert torch.equal(mine.grad, other.grad / 1024)
