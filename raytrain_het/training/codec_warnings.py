@@ -28,11 +28,11 @@ def warnings_of_model(compression: Any, words: Sequence[str], layout: Layout) ->
             continue
         whole = [name for name, shape in shapes.items() if codec.matrix(shape) is None]
         if whole:
-            some = ", ".join(f"{name} {list(shapes[name])}" for name in whole[:3])
+            some = ", ".join(f"{name} {list(shapes[name])}" for name in whole[:3]) + ", ..." * (len(whole) > 3)
             said.append(
                 f"compression={compression!r}: {len(whole)} of {len(shapes)} matrices travel as they are, since "
-                f"factors of rank {codec.rank} would be no smaller ({some}{', ...' if len(whole) > 3 else ''}). Write a lower "
-                "rank if they are to be compressed."
+                f"factors of rank {codec.rank} would be no smaller ({some}). Write a lower rank if they are to be "
+                "compressed."
             )
     return said
 
