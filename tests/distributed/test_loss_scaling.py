@@ -137,3 +137,28 @@ def test_a_second_scaler_is_refused(tmp_path):
 
     with pytest.raises(ConfigError, match="a second GradScaler"):
         alone(train, tmp_path)
+
+
+def train_clipped(*, fused, enabled):
+    """Without ``unscale_``: a fused optimizer takes the scale off by itself, after gradients were clipped."""
+    torch.manual_seed(0)
+    model = het.prepare_model(torch.nn.Linear(3, 1))
+    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1, fused=fused))
+    loader = het.prepare_data_loader(DataLoader(TensorDataset(torch.ones(8, 3))), global_batch_size=4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+    het.register_state("scaler", scaler)
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            scaler.scale(model(x).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    return flat(model.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_clipped_as_if_there_were_no_scale(tmp_path, fused):
+    config = het.HetConfig(clip={"norm": 0.01})
+    expected = alone(lambda: train_clipped(fused=False, enabled=False), tmp_path / "plain", config=config)
+    got = alone(lambda: train_clipped(fused=fused, enabled=True), tmp_path / "scaled", config=config)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
