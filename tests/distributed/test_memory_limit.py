@@ -33,8 +33,8 @@ class Small:
         session, sizes = current(), {}
         begin = session.begin
 
-        def begin_small():
-            engine = begin()
+        def begin_small(num_epochs):
+            engine = begin(num_epochs)
             if session.slot == 1:
                 engine._memory = MemoryLimit(Meter())
             return engine
