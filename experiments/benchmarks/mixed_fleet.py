@@ -178,7 +178,8 @@ def train(directory: str, *, size: int, total: int, rounds: int, steps: int, set
         oracle.learn(figures["static_solo"])
 
     def solo_block() -> None:
-        share = session._batch_share()
+        assert session.stats is not None
+        share = session.stats.batch_share()
         figures["shares"] = [int(b) for b in gathered(share, size)]
         steps_s: list[list[float]] = [[]] * size
         dist.all_gather_object(steps_s, solo_steps(solo, share, solo_s))

@@ -78,7 +78,8 @@ def train_het(config: dict[str, Any]) -> None:
         ours.step()
     rounds = []
     for _ in range(config["rounds"]):
-        share = session._batch_share()
+        assert session.stats is not None
+        share = session.stats.batch_share()
         rounds.append({
             "shares": [int(b) for b in gathered(share, size)],
             "solo_het": gathered(solo_speed(solo, share, config["solo_s"]), size),

@@ -28,7 +28,8 @@ from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.collectives.fidelity import Fidelity
 from raytrain_het.collectives.group import Group, Operation, Parts
 from raytrain_het.collectives.header import Header, HeaderPlace, header_bytes, header_place, read_header, write_header
-from raytrain_het.collectives.layout import Bucket, aligned, shard_bounds
+from raytrain_het.collectives.layout import Bucket
+from raytrain_het.collectives.plans import plan_of
 from raytrain_het.collectives.sums import Sums
 from raytrain_het.compression import CODECS, RESIDUAL, Codec, Stamp, State, mix
 from raytrain_het.errors import ProtocolError
@@ -53,24 +54,6 @@ _PLAIN = Stamp()
 Wire = tuple[int, int, torch.Tensor]
 """Elements ``start`` to ``stop`` of a bucket, and the values (stop - start,) in the message that takes them to their
 owner."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Sizes and places of one bucket's messages for this rank."""
-
-    header: int
-    whole: bool
-    """Whether all add up all of it."""
-    bounds: list[tuple[int, int]]
-    """Of elements: what this member sends to each rank, which adds it up."""
-    adds: tuple[int, int]
-    """What this member adds up."""
-    own: int
-    """Bytes of an encoded sum of this rank's shard."""
-    scatter_in: list[int]
-    scatter_out: list[int]
-    gather_out: list[int]
 
 
 class Messages:
@@ -100,7 +83,10 @@ class Messages:
         self._codecs = list(codecs)
         self._dense = CODECS["none"]
         self._collectors = collectors
-        self._plans = [self._plan(bucket, size) for bucket in self._buckets]
+        self._plans = [
+            plan_of(bucket, record, rank, [self._codec(k, bucket) for k in range(size)], collectors)
+            for bucket in self._buckets
+        ]
         device = group.device
 
         def buffer(length: int) -> torch.Tensor:
@@ -149,35 +135,6 @@ class Messages:
 
     def _codec(self, rank: int, bucket: Bucket) -> Codec:
         return self._dense if bucket.is_dense else self._codecs[rank]
-
-    def _plan(self, bucket: Bucket, size: int) -> _Plan:
-        whole = self._codec(self.rank, bucket).all_gather or self._collectors is not None
-        shards = shard_bounds(bucket.numel, self.record.owners) if not whole else []
-
-        def bounds(sender: int, receiver: int) -> tuple[int, int]:
-            if whole:
-                return (0, bucket.numel if self._collectors is None or self._collectors[sender] == receiver else 0)
-            return shards[receiver]
-
-        header = header_bytes(len(bucket.segments))
-
-        def payload(sender: int, receiver: int) -> int:
-            start, stop = bounds(sender, receiver)
-            return (
-                aligned(self._codec(sender, bucket).capacity_bytes(stop - start, bucket.dtype)) if stop > start else 0
-            )
-
-        me = self.rank
-        return _Plan(
-            header=header,
-            whole=whole,
-            bounds=[bounds(me, j) for j in range(size)],
-            adds=bounds(me, me),
-            own=payload(me, me) if self._collectors is None else 0,
-            scatter_in=[header + (payload(me, j) if self._sends[me] and j != me else 0) for j in range(size)],
-            scatter_out=[header + (payload(i, me) if self._sends[i] and i != me else 0) for i in range(size)],
-            gather_out=[payload(j, j) if j != me and not whole else 0 for j in range(size)],
-        )
 
     def wires_of(self, bucket: Bucket) -> list[Wire] | None:
         """Where a local gradient can be gathered so that nothing is left to encode; None where that cannot be."""

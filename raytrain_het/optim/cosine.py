@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-from raytrain_het.optim.schedule import Schedule, check, is_number
+from raytrain_het.optim.schedule import ToFloor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cosine(Schedule):
-    """``floor + (1 - floor) (1 + cos(pi e / E)) / 2``, with ``E`` the run's epochs after the warm-up. (Loshchilov,
-    Hutter 2017, without restarts.)"""
+class Cosine(ToFloor):
+    """``floor + (1 - floor) (1 + cos(pi e / E)) / 2``. (Loshchilov, Hutter 2017, without restarts.)"""
 
     name = "cosine"
-    needs_end = True
 
-    floor: float = 0.0
-    """Of the rate, from 0 to 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "floor", is_number(self.floor) and 0 <= self.floor <= 1, "a number from 0 to 1")
-
-    def decay(self, epochs: float, num_epochs: float) -> float:
-        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * min(1.0, epochs / num_epochs))) / 2
+    def shape(self, part: float) -> float:
+        return (1 + math.cos(math.pi * part)) / 2

@@ -21,8 +21,6 @@ class Schedule(abc.ABC):
     """
 
     name: ClassVar[str]
-    needs_end: ClassVar[bool] = False
-    """Whether the decay depends on how long the run is."""
 
     warmup_epochs: float = 0.0
     """From 0."""
@@ -55,6 +53,26 @@ class Schedule(abc.ABC):
             self, "warmup_epochs", self.warmup_epochs < num_epochs,
             f"less than the run's {num_epochs:g} epochs: else the decay never begins",
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToFloor(Schedule):
+    """One that falls from 1 to ``floor`` over all ``E`` epochs that follow the warm-up:
+    ``floor + (1 - floor) shape(e / E)``."""
+
+    floor: float = 0.0
+    """Of the rate, from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "floor", is_number(self.floor) and 0 <= self.floor <= 1, "a number from 0 to 1")
+
+    def decay(self, epochs: float, num_epochs: float) -> float:
+        return self.floor + (1 - self.floor) * self.shape(min(1.0, epochs / num_epochs))
+
+    @abc.abstractmethod
+    def shape(self, part: float) -> float:
+        """From 1 to 0, as ``part`` goes from 0 to 1."""
 
 
 def whole(number: float) -> int:

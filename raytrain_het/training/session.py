@@ -6,11 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
-import os
 import secrets
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import astuple
@@ -43,15 +40,12 @@ from raytrain_het.training.replica import Replica
 from raytrain_het.training.reporter import Report, Reporter, check_metrics
 from raytrain_het.training.resuming import Resuming
 from raytrain_het.training.state_server import StateServer
+from raytrain_het.training.stats import Stats
 from raytrain_het.training.step_key import step_key
 from raytrain_het.training.step_record import StepRecord
 from raytrain_het.training.timings import KnownSpeed
 
 logger = logging.getLogger("raytrain_het")
-
-STATS_INTERVAL_S = 0.5
-LEFT_OUT_INTERVAL_S = 5.0
-"""A pass over as many numbers as there are parameters."""
 
 
 class Session:
@@ -89,7 +83,7 @@ class Session:
         self._data_fingerprint = ""
         self._speed: KnownSpeed | None = None
         self._micro_batch_size = config.micro_batch_size
-        self._last_stats = 0.0
+        self.stats: Stats | None = None
         self._reported_samples = 0
         self._epoch = 0
         self._evaluations = Evaluations()
@@ -97,8 +91,6 @@ class Session:
         self._clipping = Clipping(**config.clip) if config.clip else None
         self._warnings: list[str] = []
         self._handing_on: HandingOn | None = None
-        self._left_out: tuple[float, float | None] = (-math.inf, None)
-        """When it was looked at, and the norm of what the codec has left out."""
 
     # ---------------------------------------------------------------- preparing
 
@@ -185,6 +177,9 @@ class Session:
             plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
             memory=MemoryLimit.of(self.device), rates=rates,
         )  # fmt: skip
+        self.stats = Stats(
+            self.agent, self.engine, self._communicator, plan, device=str(self.device), node_ip=self.node_ip
+        )
         self.reporter = Reporter(self.agent, self._server, self.storage, self._token)
         self.engine.on_commit.append(self._committed)
         self.engine.on_confirm.append(self.reporter.send_up_to)
@@ -226,10 +221,8 @@ class Session:
             note = StepRecord.of(opened, sums, self._plan(), self._agent().uid, digest)
             for listener in self.listeners:
                 listener(note)
-        now = time.monotonic()
-        if now - self._last_stats >= STATS_INTERVAL_S:
-            self._last_stats = now
-            self.send_stats()
+        if self.stats is not None:
+            self.stats.send_if_due()
 
     def _tell_a_new_hub(self) -> None:
         assert self.reporter is not None
@@ -239,33 +232,9 @@ class Session:
             self._agent().tell("leave")
 
     def send_stats(self) -> None:
-        """Tell the hub how far this worker is; for people, never for decisions of a step."""
-        engine, communicator = self.engine, self._communicator
-        if engine is None or communicator is None:
-            return
-        counters = engine.counters
-        self._agent().tell(
-            "stats", step=engine.cursor.step, epoch=engine.cursor.epoch, samples=counters.samples,
-            global_samples=self._plan().samples_before(engine.cursor), steps=counters.steps, skipped=counters.skipped,
-            redone=counters.redone, clipped=counters.clipped, compute_s=counters.compute_s, wait_s=counters.wait_s,
-            bytes_sent=communicator.traffic.sent, bytes_received=communicator.traffic.received,
-            batch_share=self._batch_share(), device=str(self.device), node_ip=self.node_ip, pid=os.getpid(),
-            step_s=communicator.patience.step_s, left_out=self._norm_left_out(communicator),
-        )  # fmt: skip
-
-    def _norm_left_out(self, communicator: Communicator) -> float | None:
-        looked_at, norm = self._left_out
-        now = time.monotonic()
-        if not norm or now - looked_at >= LEFT_OUT_INTERVAL_S:
-            norm = communicator.codec_states.norm()
-            self._left_out = now, norm
-        return norm
-
-    def _batch_share(self) -> int:
-        """Samples of a full global batch that are this worker's, under the record in force."""
-        record, plan = self._agent().record, self._plan()
-        rank = record.rank_of(self._agent().uid) if record else None
-        return len(slice_of(range(plan.full_batch), record.shares, rank)) if record and rank is not None else 0
+        """See :class:`raytrain_het.training.stats.Stats`."""
+        if self.stats is not None:
+            self.stats.send()
 
     def report(self, metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, checkpoint: bool = True) -> None:
         """See :func:`raytrain_het.report`."""

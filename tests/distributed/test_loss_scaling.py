@@ -88,6 +88,15 @@ def test_a_worker_that_heals_from_one_that_does_not_scale_keeps_a_scale_of_its_o
     assert [done.results[slot]["scales"][-1] for slot in range(3)] == [1.0, 2.0**10, 2.0**16]
 
 
+def train_one_epoch(model, optimizer, loader, scaler):
+    for _ in loader.epochs(1):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            scaler.scale(model(x).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+
 def train_unregistered(*, enabled, scheduled=False):
     """With a scaler that the run is not told of; returns the number of committed steps."""
     model = het.prepare_model(torch.nn.Linear(3, 1))
@@ -95,13 +104,7 @@ def train_unregistered(*, enabled, scheduled=False):
     loader = het.prepare_data_loader(DataLoader(TensorDataset(torch.ones(8, 3))), global_batch_size=4)
     if scheduled:
         het.register_state("scheduler", torch.optim.lr_scheduler.StepLR(optimizer, 1))
-    scaler = torch.amp.GradScaler("cpu", enabled=enabled)
-    for _ in loader.epochs(1):
-        for (x,) in loader:
-            optimizer.zero_grad()
-            scaler.scale(model(x).sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
+    train_one_epoch(model, optimizer, loader, torch.amp.GradScaler("cpu", enabled=enabled))
     return sessions.current().engine.cursor.step
 
 
@@ -147,12 +150,7 @@ def train_clipped(*, fused, enabled):
     loader = het.prepare_data_loader(DataLoader(TensorDataset(torch.ones(8, 3))), global_batch_size=4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
     het.register_state("scaler", scaler)
-    for _ in loader.epochs(1):
-        for (x,) in loader:
-            optimizer.zero_grad()
-            scaler.scale(model(x).sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
+    train_one_epoch(model, optimizer, loader, scaler)
     return flat(model.parameters())
 
 
