@@ -505,14 +505,17 @@ class Steps:
 def test_what_is_still_being_sent_when_a_step_ends_is_not_written_over(
     mesh: Any, shares: list[float], owners: list[float], codec: str
 ) -> None:
-    whole = mesh(3)
-    narrow(whole)
-    generations = [record_of(shares, owners, codec=codec, number=3), record_of(shares[::-1], owners, number=4)]
-    members = [Steps(whole, rank, generations) for rank in range(3)]
-    threads = [threading.Thread(target=member.run, args=(members,)) for member in members]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert [(member.over, member.wrong) for member in members] == [(True, [])] * 3
-    assert len(set(owners)) == 1 or sum(m.num_queued for m in members) > 0, "or else this test tests nothing"
+    for _ in range(20):  # Whether anything is left is a matter of chance: of who gets the CPU when.
+        whole = mesh(3)
+        narrow(whole)
+        generations = [record_of(shares, owners, codec=codec, number=3), record_of(shares[::-1], owners, number=4)]
+        members = [Steps(whole, rank, generations) for rank in range(3)]
+        threads = [threading.Thread(target=member.run, args=(members,)) for member in members]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert [(member.over, member.wrong) for member in members] == [(True, [])] * 3
+        if len(set(owners)) == 1 or sum(m.num_queued for m in members) > 0:
+            return
+    pytest.fail("nothing was ever left: this test tests nothing")
