@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 import raytrain_het as het
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.char_lm_config import CharLMJob
+from raytrain_het.jobs.optimizer import make_optimizer
 from raytrain_het.jobs.training_step import TrainingStep
 
 VOCABULARY = 128
@@ -136,11 +137,6 @@ class CharGPT(nn.Module):
 def build_model(config: dict[str, Any]) -> CharGPT:
     """No dropout: what a worker computes for a sample depends on that sample alone."""
     return CharGPT(**{name: config[name] for name in ("context", "layers", "heads", "width")})
-
-
-def make_optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW."""
-    return torch.optim.AdamW(model.parameters(), lr=config["lr"])
 
 
 def loss_of(scores: Tensor, following: Tensor) -> Tensor:

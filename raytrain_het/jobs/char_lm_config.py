@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.config import JobConfig, check_batch_size
+from raytrain_het.jobs.config import JobConfig, OptimizerChoice, check_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,11 @@ class CharLMJob(JobConfig):
     """Samples of ``context`` characters in one step, over all workers."""
 
     lr: Annotated[float, pydantic.Field(gt=0)] = 2e-3
-    """Learning rate of AdamW."""
+    """Learning rate, before the schedule."""
+
+    optimizer: OptimizerChoice = "adamw"
+    """``sgd``, ``adagrad``, ``rmsprop``, ``adam`` or ``adamw``, or one with options (docs/training.md has them all),
+    such as ``{adamw: {weight_decay: 0.1}}``. Biases and norms do not decay, unless ``decay_all``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ import yaml
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.validation import RUN_NAME, plural
+from raytrain_het.optim import optimizer_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ WorkerList = Annotated[
     | Annotated[Literal["auto"], pydantic.Tag("auto")],
     pydantic.Discriminator(_branch),
 ]
+
+
+OptimizerChoice = str | dict[str, dict[str, Any] | None]
+"""Its name, or one with options: :func:`raytrain_het.optim.optimizer_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,8 @@ class JobConfig:
             )
         if workers is not None:
             self.het.codecs_for(workers)
+        if hasattr(self, "optimizer"):
+            optimizer_of(self.optimizer)
         decay, epochs = self.het.decay, getattr(self, "epochs", None)
         if decay is not None and epochs is not None:
             decay.check_run(epochs)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import raytrain_het as het
+from raytrain_het.jobs.optimizer import make_optimizer
 from raytrain_het.jobs.training_step import TrainingStep
 
 
@@ -69,13 +70,6 @@ def build_model() -> nn.Module:
         nn.Linear(64 * 4 * 4, 128),
         nn.ReLU(),
         nn.Linear(128, 10),
-    )
-
-
-def make_optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum."""
-    return torch.optim.SGD(
-        model.parameters(), lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"]
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import pydantic
 
-from raytrain_het.jobs.config import JobConfig, check_batch_size
+from raytrain_het.jobs.config import JobConfig, OptimizerChoice, check_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,11 @@ class DigitsJob(JobConfig):
     """Samples in one step, over all workers."""
 
     lr: Annotated[float, pydantic.Field(gt=0)] = 0.05
-    """Learning rate of SGD."""
+    """Learning rate, before the schedule."""
 
-    momentum: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
-    """Momentum of SGD."""
-
-    weight_decay: Annotated[float, pydantic.Field(ge=0)] = 5e-4
-    """L2 penalty on all parameters."""
+    optimizer: OptimizerChoice = field(default_factory=lambda: {"sgd": {"momentum": 0.9, "weight_decay": 5e-4}})
+    """``sgd``, ``adagrad``, ``rmsprop``, ``adam`` or ``adamw``, or one with options (docs/training.md has them all),
+    such as ``{sgd: {momentum: 0.9, weight_decay: 0.0005}}``. Biases and norms do not decay, unless ``decay_all``."""
 
     label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.1
     """This much of the target is spread over all ten digits."""

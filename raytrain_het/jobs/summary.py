@@ -24,6 +24,7 @@ RUN_KEYS = (
     "samples",
     "throughput_samples_per_s",
     "effective_batch_size",
+    "clipped_share",
     "fraction_of_aggregate",
     "samples_per_s",
     "predicted_samples_per_s",
@@ -90,6 +91,8 @@ def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
     effective = summary.get("effective_batch_size")
     if effective is not None:
         totals += f"; effective batch size {number(round(effective))}"
+    if summary.get("clipped_share"):
+        totals += f"; gradients were clipped in {100 * summary['clipped_share']:.3g} % of the steps"
     fraction = summary.get("fraction_of_aggregate")
     if fraction is not None and len(summary["workers"]) > 1 and summary.get("steps_now", 0) >= MEASURED_STEPS:
         totals += f"; together {100 * fraction:.0f} % of the sum of their solo speeds"

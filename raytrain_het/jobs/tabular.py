@@ -17,6 +17,7 @@ from raytrain_het.jobs.tabular_config import TabularJob
 from raytrain_het.jobs.tabular_data import Source, TableData, open_table
 from raytrain_het.jobs.training_step import TrainingStep
 from raytrain_het.jobs.validation import plural
+from raytrain_het.optim import optimizer_of
 
 
 def source_of(config: dict[str, Any]) -> Source:
@@ -82,12 +83,15 @@ class ProximalSGD(torch.optim.SGD):
         return value
 
 
-def make_optimizer(config: dict[str, Any], model: nn.Module) -> ProximalSGD:
+def make_optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
     """Minimises the loss ``+ l1 sum |w| + l2 / 2 sum w^2`` over weights; biases are not held down."""
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
     groups = [{"params": weights, "weight_decay": config["l2"], "l1": config["l1"]}, {"params": biases, "l1": 0.0}]
-    return ProximalSGD(groups, lr=config["lr"], momentum=0.9)
+    optimizer = optimizer_of(config["optimizer"])
+    make: Any = ProximalSGD if optimizer.name == "sgd" else getattr(torch.optim, optimizer.torch_name)
+    made: torch.optim.Optimizer = make(groups, lr=config["lr"], **optimizer.torch_options())
+    return made
 
 
 def make_loss(table: TableData) -> Callable[[Tensor, Tensor], Tensor]:

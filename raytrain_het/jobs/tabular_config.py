@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import pydantic
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.config import JobConfig, check_batch_size
+from raytrain_het.jobs.config import JobConfig, OptimizerChoice, check_batch_size
+from raytrain_het.optim import optimizer_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +60,26 @@ class TabularJob(JobConfig):
     """Rows in one step, over all workers."""
 
     lr: Annotated[float, pydantic.Field(gt=0)] = 0.05
-    """Learning rate of SGD with momentum 0.9, on standardised columns."""
+    """Learning rate, before the schedule, on standardised columns."""
+
+    optimizer: OptimizerChoice = "sgd"
+    """``sgd`` (with momentum 0.9), ``adagrad``, ``rmsprop``, ``adam`` or ``adamw``, or one with options
+    (docs/training.md has them all). An ``l1`` needs ``sgd``. The decay of weights is ``l2``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_batch_size(self.global_batch_size, self.num_workers)
+        optimizer = optimizer_of(self.optimizer)
+        if self.l1 and optimizer.name != "sgd":
+            raise ConfigError(
+                f"l1={self.l1} is not valid with optimizer={optimizer.name!r}: allowed is 0, or optimizer=sgd, whose "
+                "steps end with soft thresholding. Write --set optimizer=sgd"
+            )
+        if optimizer.weight_decay and optimizer.weight_decay != type(optimizer)().weight_decay:
+            raise ConfigError(
+                f"optimizer={self.optimizer!r} has a weight_decay: in this job the penalty on weights is l2. Write "
+                f"--set l2={optimizer.weight_decay}"
+            )
         if self.data is None:
             for name in ("target", "features"):
                 if getattr(self, name) is not None:

@@ -48,6 +48,16 @@ def reduce_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def add_up(parts: list[dict[str, Any]]) -> dict[str, float]:
+    """What all have done since the report before: samples and bytes are added up, the rest is told by who has done the
+    most steps. A worker that was lost meanwhile has told nothing."""
+    told = [part["since_last"] for part in parts if "since_last" in part]
+    if not told:
+        return {}
+    summed = {name: sum(part[name] for part in told) for name in ("samples", "bytes_sent")}
+    return {**max(told, key=lambda part: part["steps"]), **summed}
+
+
 @dataclass
 class _Report:
     step: int
@@ -132,8 +142,9 @@ class ReportBook:
             parts = [report.parts[s] for s in sorted(report.parts)]
             entry = {
                 "seq": self._next_seq, "key": key, "step": report.step, "epoch": report.epoch,
-                "metrics": reduce_metrics(parts), "checkpoint": report.checkpoint,
-                "checkpoint_error": report.checkpoint_error, "num_workers": len(parts),
+                "metrics": reduce_metrics(parts), "since_last": add_up(parts), "lr": parts[0].get("lr"),
+                "checkpoint": report.checkpoint, "checkpoint_error": report.checkpoint_error,
+                "num_workers": len(parts),
             }  # fmt: skip
             if waiting:
                 entry["checkpoint_error"] = "every worker that held the snapshot was lost before it was stored"

@@ -25,7 +25,7 @@ from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.reports import EvaluationBook, ReportBook
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import Membership
-from raytrain_het.membership.status import status
+from raytrain_het.membership.status import fraction_of_aggregate, status
 from raytrain_het.membership.table_keeper import TableKeeper
 from raytrain_het.membership.wire import MAX_LINE_BYTES, encode, tune
 
@@ -301,6 +301,7 @@ class Hub:
                 self._send(by_slot[slot], {"type": "write", "key": key, "uids": self._reports.uids(key)})
         for report in self._reports.settle(slots, ended=self._core.over):
             report["time"] = time.time()
+            report["fraction_of_aggregate"] = fraction_of_aggregate(self._tables, self._core.record)
         self._let_leave()
 
     def _pass_on(self, uid: str, message: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from raytrain_het.allocation.learning_rate import effective_batch_size
-from raytrain_het.fleet.scoreboard import Scoreboard
 from raytrain_het.membership.peers import Peer
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.state import Membership
@@ -47,7 +46,7 @@ def status(core: Membership, tables: TableKeeper, stats: dict[int, dict[str, Any
             if record
             else None
         ),
-        "fraction_of_aggregate": _fraction_of_aggregate(board, samples),
+        "fraction_of_aggregate": fraction_of_aggregate(tables, record),
         "samples_per_s": board.samples_per_s,
         "predicted_samples_per_s": board.predicted_samples_per_s(samples),
         "expected_samples_per_s": board.expected_samples_per_s(samples),
@@ -70,8 +69,9 @@ def _of_peer(peer: Peer, record: Record | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fraction_of_aggregate(board: Scoreboard, samples: dict[int, int]) -> float | None:
+def fraction_of_aggregate(tables: TableKeeper, record: Record | None) -> float | None:
     """What all do together over the sum of what each would do by itself; who has no samples does not count."""
+    board, samples = tables.board, tables.samples(record)
     together, alone = board.samples_per_s, [board.solo_samples_per_s(s, b) for s, b in samples.items() if b > 0]
     known = [speed for speed in alone if speed is not None]
     return together / sum(known) if together is not None and known and len(known) == len(alone) else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raytrain_het.optim.schedule import Schedule, check, is_number
+from raytrain_het.optim.named import is_number
+from raytrain_het.optim.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Exponential(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "gamma", is_number(self.gamma) and 0 < self.gamma <= 1, "a number above 0 and at most 1")
+        self.check("gamma", is_number(self.gamma) and 0 < self.gamma <= 1, "a number above 0 and at most 1")
 
     def decay(self, epochs: float, num_epochs: float) -> float:
         return self.gamma**epochs

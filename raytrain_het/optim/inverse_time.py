@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raytrain_het.optim.schedule import Schedule, check, is_number
+from raytrain_het.optim.named import is_number
+from raytrain_het.optim.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class InverseTime(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "k", is_number(self.k) and self.k >= 0, "a number from 0")
+        self.check("k", is_number(self.k) and self.k >= 0, "a number from 0")
 
     def decay(self, epochs: float, num_epochs: float) -> float:
         return 1 / (1 + self.k * epochs)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
-from raytrain_het.errors import ConfigError
+from raytrain_het.optim.named import Named, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(abc.ABC):
+class Schedule(Named, abc.ABC):
     """The factor by which a learning rate is multiplied, after so much progress.
 
     Progress ``e`` is counted in epochs, and fractions of one by samples. In the first ``w = warmup_epochs`` the factor
@@ -20,7 +19,7 @@ class Schedule(abc.ABC):
     worker that has only come.
     """
 
-    name: ClassVar[str]
+    field = "schedule"
 
     warmup_epochs: float = 0.0
     """From 0."""
@@ -30,9 +29,9 @@ class Schedule(abc.ABC):
     """Whether the decay goes on between epochs only: what has passed of it is rounded down to whole epochs."""
 
     def __post_init__(self) -> None:
-        check(self, "warmup_epochs", is_number(self.warmup_epochs) and self.warmup_epochs >= 0, "a number from 0")
-        check(self, "warmup_from", is_number(self.warmup_from) and 0 <= self.warmup_from <= 1, "a number from 0 to 1")
-        check(self, "per_epoch", isinstance(self.per_epoch, bool), "true or false")
+        self.check("warmup_epochs", is_number(self.warmup_epochs) and self.warmup_epochs >= 0, "a number from 0")
+        self.check("warmup_from", is_number(self.warmup_from) and 0 <= self.warmup_from <= 1, "a number from 0 to 1")
+        self.check("per_epoch", isinstance(self.per_epoch, bool), "true or false")
 
     def factor(self, epochs: float, num_epochs: float) -> float:
         """After ``epochs`` of a run of ``num_epochs``; 1 is the optimizer's own rate."""
@@ -49,8 +48,8 @@ class Schedule(abc.ABC):
         """Raises:
         ConfigError: the warm-up is longer than a run of so many epochs.
         """
-        check(
-            self, "warmup_epochs", self.warmup_epochs < num_epochs,
+        self.check(
+            "warmup_epochs", self.warmup_epochs < num_epochs,
             f"less than the run's {num_epochs:g} epochs: else the decay never begins",
         )  # fmt: skip
 
@@ -65,7 +64,7 @@ class ToFloor(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "floor", is_number(self.floor) and 0 <= self.floor <= 1, "a number from 0 to 1")
+        self.check("floor", is_number(self.floor) and 0 <= self.floor <= 1, "a number from 0 to 1")
 
     def decay(self, epochs: float, num_epochs: float) -> float:
         return self.floor + (1 - self.floor) * self.shape(min(1.0, epochs / num_epochs))
@@ -78,19 +77,3 @@ class ToFloor(Schedule):
 def whole(number: float) -> int:
     """Rounded down, but for what a fraction that cannot be written in binary lacks."""
     return math.floor(number + 1e-9)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is one, and finite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check(schedule: Schedule, field: str, ok: bool, allowed: str) -> None:
-    """Raises:
-    ConfigError: not ``ok``.
-    """
-    if not ok:
-        raise ConfigError(
-            f"schedule {schedule.name!r}: {field}={getattr(schedule, field)!r} is not valid: allowed is {allowed}. "
-            f"Write schedule={{{schedule.name!r}: {{{field!r}: ...}}}}, or leave it out."
-        )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raytrain_het.optim.schedule import Schedule, check, is_number, whole
+from raytrain_het.optim.named import is_number
+from raytrain_het.optim.schedule import Schedule, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,8 @@ class Step(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "gamma", is_number(self.gamma) and 0 < self.gamma <= 1, "a number above 0 and at most 1")
-        check(self, "every_epochs", is_number(self.every_epochs) and self.every_epochs > 0, "a number above 0")
+        self.check("gamma", is_number(self.gamma) and 0 < self.gamma <= 1, "a number above 0 and at most 1")
+        self.check("every_epochs", is_number(self.every_epochs) and self.every_epochs > 0, "a number above 0")
 
     def decay(self, epochs: float, num_epochs: float) -> float:
         return self.gamma ** whole(epochs / self.every_epochs)

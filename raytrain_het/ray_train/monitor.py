@@ -41,6 +41,8 @@ class Monitor:
         self._complained: set[type[BaseException]] = set()
         self._checkpoint = resumed.path if resumed is not None else None
         self._num_checkpoints = self._num_failed = 0
+        self._steps = self._clipped = 0
+        """Of the epochs that were reported."""
         self._attempt = 0
         self._handle: Any = None
         self._events_seen = self._reports_seen = 0
@@ -87,6 +89,7 @@ class Monitor:
             "samples": self._status.get("samples", 0),
             "throughput_samples_per_s": throughput,
             **self._speeds,
+            "clipped_share": min(1.0, self._clipped / self._steps) if self._steps else None,
             "checkpoint": self._checkpoint,
             "num_checkpoints": self._num_checkpoints,
             "num_checkpoints_failed": self._num_failed,
@@ -147,6 +150,9 @@ class Monitor:
             self._checkpoint = stored or self._checkpoint
             self._num_checkpoints += bool(stored or failed)
             self._num_failed += bool(failed)
+            since = report.get("since_last") or {}
+            self._steps += since.get("steps", 0)
+            self._clipped += since.get("clipped_steps", 0)
         if status:
             samples = int(status.get("samples", 0))
             # What a resumed run had done before comes with the first word of a worker.

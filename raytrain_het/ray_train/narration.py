@@ -20,8 +20,11 @@ def number(value: Any) -> str:
 
 
 def report_line(report: Mapping[str, Any]) -> str:
-    """``step 23  epoch 0  accuracy 0.9``."""
-    metrics = "  ".join(f"{name} {number(value)}" for name, value in report["metrics"].items())
+    """``step 23  epoch 0  accuracy 0.9  lr 0.05``."""
+    said = dict(report["metrics"])
+    if report.get("lr") is not None:
+        said.setdefault("lr", report["lr"])
+    metrics = "  ".join(f"{name} {number(value)}" for name, value in said.items())
     return f"step {report['step']}  epoch {report['epoch']}  {metrics}"
 
 

@@ -116,7 +116,7 @@ class RunFolder:
         """One line per report, and its numbers as TensorBoard scalars."""
         self._append("metrics.jsonl", "".join(json.dumps(r, default=_plain) + "\n" for r in reports))
         for report in reports:
-            for name, value in report.get("metrics", {}).items():
+            for name, value in {**report.get("metrics", {}), **_of_training(report)}.items():
                 if not isinstance(value, bool) and isinstance(value, numbers.Real):
                     self._add_scalar(name, float(value), int(report.get("step", 0)))
 
@@ -158,6 +158,18 @@ class RunFolder:
     def _give_up(self, error: OSError) -> None:
         logger.warning("The run folder %s can no longer be written (%s); the run goes on.", self._path, error)
         self._path = None
+
+
+def _of_training(report: dict[str, Any]) -> dict[str, Any]:
+    """What is drawn of a report besides its metrics."""
+    since = report.get("since_last") or {}
+    drawn = {"training/lr": report.get("lr"), "training/fraction_of_aggregate": report.get("fraction_of_aggregate")}
+    if since.get("seconds"):
+        drawn["training/samples_per_s"] = since["samples"] / since["seconds"]
+    if since.get("steps"):
+        drawn["training/bytes_sent_per_step"] = since["bytes_sent"] / since["steps"]
+        drawn["training/clipped_share"] = min(1.0, since["clipped_steps"] / since["steps"])
+    return drawn
 
 
 def _plain(value: Any) -> Any:

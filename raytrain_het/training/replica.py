@@ -115,6 +115,12 @@ class Replica:
             if buffer is not None:
                 yield name, buffer
 
+    def learning_rate(self) -> float | None:
+        """That of the first parameter group now; None where the optimizer has none."""
+        assert self.optimizer is not None
+        rate = self.optimizer.param_groups[0].get("lr")
+        return float(rate) if isinstance(rate, int | float | torch.Tensor) else None
+
     def hyperparameters(self) -> Hyperparameters:
         """The optimizer's settings by parameter group (rate, momentum, ...)."""
         assert self.optimizer is not None

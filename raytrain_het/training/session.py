@@ -84,7 +84,6 @@ class Session:
         self._speed: KnownSpeed | None = None
         self._micro_batch_size = config.micro_batch_size
         self.stats: Stats | None = None
-        self._reported_samples = 0
         self._epoch = 0
         self._evaluations = Evaluations()
         self._leaving = False
@@ -250,12 +249,13 @@ class Session:
         # Not those that healed at the very end of an epoch: they begin with the next one, and do not come here.
         healed = [m.uid for m in record.members if m.uid not in (*record.unhealed, *record.fresh)]
         holds = checkpoint and engine.agent.uid in healed[:2]
-        samples = engine.counters.samples - self._reported_samples
-        self._reported_samples = engine.counters.samples
+        assert self.stats is not None
+        since_last = self.stats.since_report()
         key = reporter.next_key(cursor.step)
         message = {
             "key": key, "step": cursor.step, "epoch": self._epoch, "metrics": plain, "reduce": reduce,
-            "samples": samples, "checkpoint": checkpoint, "holds_snapshot": holds,
+            "samples": since_last["samples"], "since_last": since_last, "lr": self.replica.learning_rate(),
+            "checkpoint": checkpoint, "holds_snapshot": holds,
         }  # fmt: skip
         meta = {
             "cursor": cursor.to_dict(), "step": cursor.step, "generation": record.number, "table": record.table,

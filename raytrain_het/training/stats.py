@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from typing import Any
 
 from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.membership.agent import MemberAgent
@@ -28,6 +29,8 @@ class Stats:
         self._sent_at = -math.inf
         self._left_out: tuple[float, float | None] = (-math.inf, None)
         """When it was looked at, and its norm."""
+        self._reported: dict[str, float] = {"seconds": time.monotonic()}
+        """What had been counted at the last report."""
 
     def send_if_due(self) -> None:
         """Now and again."""
@@ -46,6 +49,17 @@ class Stats:
             batch_share=self.batch_share(), step_s=communicator.patience.step_s, left_out=self._norm_left_out(),
             **self._where,
         )  # fmt: skip
+
+    def since_report(self) -> dict[str, Any]:
+        """What this worker has done since its last report, or since it joined: seconds, steps, steps in which gradients
+        were clipped, samples and bytes sent."""
+        counters = self._engine.counters
+        now: dict[str, float] = {
+            "seconds": time.monotonic(), "steps": counters.steps, "clipped_steps": counters.clipped,
+            "samples": counters.samples, "bytes_sent": self._communicator.traffic.sent,
+        }  # fmt: skip
+        before, self._reported = self._reported, now
+        return {name: value - before.get(name, 0) for name, value in now.items()}
 
     def batch_share(self) -> int:
         """Samples of a full global batch that are this worker's, under the record in force."""

@@ -34,7 +34,7 @@ def test_the_default_job_is_digits_on_two_workers_with_unequal_shares() -> None:
 
 def test_the_default_job_file_and_the_dataclass_have_the_same_defaults() -> None:
     given = yaml.safe_load(default_job().read_text())
-    for name in ("epochs", "global_batch_size", "lr", "momentum", "weight_decay", "label_smoothing"):
+    for name in ("epochs", "global_batch_size", "lr", "optimizer", "label_smoothing"):
         assert given[name] == getattr(DigitsJob(), name), name
 
 

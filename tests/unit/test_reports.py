@@ -339,3 +339,15 @@ def test_the_sums_depend_neither_on_who_computed_what_nor_on_when(values: list[f
         if "chunk" in answer:
             book.next("e", len(values), "d", [answer["chunk"], {"loss": values[answer["chunk"]]}])
     assert answer["sums"]["loss"] == math.fsum(values)
+
+
+def test_what_was_done_since_the_last_report_is_added_up_once() -> None:
+    """Samples and bytes of all; seconds, steps and clipped steps of who has been there for longest."""
+    book = ReportBook()
+    done = {"seconds": 2.0, "steps": 10, "clipped_steps": 4, "samples": 30, "bytes_sent": 500}
+    late = {"seconds": 9.0, "steps": 3, "clipped_steps": 7, "samples": 5, "bytes_sent": 20}
+    book.part(0, part(checkpoint=False, since_last=done, lr=0.05))
+    book.part(1, part(checkpoint=False, since_last=late, lr=0.05))
+    (whole,) = book.settle([0, 1])
+    assert whole["since_last"] == done | {"samples": 35, "bytes_sent": 520}
+    assert whole["lr"] == 0.05

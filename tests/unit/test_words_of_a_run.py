@@ -72,16 +72,18 @@ def test_another_model_under_a_used_name_is_refused_and_other_epochs_are_not(tmp
 @pytest.mark.parametrize(
     ("file", "keys"),
     [
-        ("digits.yaml", ["lr", "momentum", "weight_decay"]),
-        ("tabular.yaml", ["lr", "l1", "l2"]),
-        ("char_lm.yaml", ["lr"]),
+        ("digits.yaml", ["lr", "optimizer"]),
+        ("tabular.yaml", ["lr", "optimizer", "l1", "l2"]),
+        ("char_lm.yaml", ["lr", "optimizer"]),
     ],
 )
 def test_a_setting_that_a_checkpoint_would_bring_back_is_refused(tmp_path: Path, file: str, keys: list[str]) -> None:
     leave_run(tmp_path, file)
     for key in keys:
-        job = load_job(JOBS / file, ["name=mine", f"storage={tmp_path}", f"{key}=0.123"])
-        with pytest.raises(ConfigError, match=f"this job has {key}=0.123: .*bring it back.*another --name"):
+        value = "rmsprop" if key == "optimizer" else "0.123"
+        others = ["optimizer=sgd"] if key == "l1" else []
+        job = load_job(JOBS / file, ["name=mine", f"storage={tmp_path}", f"{key}={value}", *others])
+        with pytest.raises(ConfigError, match=f"this job has {key}='?{value}'?: .*bring it back.*another --name"):
             check_reuse(resolve(job))
 
 
