@@ -17,6 +17,8 @@ _EXAMPLES = """examples:
   raytrain-het train --simulate 1,0.5,0.25
   raytrain-het probe
   raytrain-het probe --model experiments/jobs/digits.yaml --address auto
+  raytrain-het sweep experiments/sweeps/digits.yaml --set trials=4
+  raytrain-het schedule '{cosine: {floor: 0.01, warmup_epochs: 1}}' --out cosine.png
 """
 
 
@@ -101,6 +103,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--json", action="store_true", dest="as_json", help="one JSON object on stdout, nothing else")
     probe.set_defaults(run=_probe)
+    sweep = commands.add_parser(
+        "sweep",
+        help="try many settings of a job, and say which is best",
+        description="Run a sweep: a job, a space of settings, a search. Each trial is a whole run on workers of "
+        "its own, as many at once as the cluster holds.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sweep.add_argument("sweep", metavar="SWEEP.yaml", help="the sweep's file (docs/sweeps.md has all keys)")
+    sweep.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="override a key of the sweep, such as trials=5 or search=optuna; may be repeated",
+    )  # fmt: skip
+    sweep.add_argument("--name", help="of the sweep's folder (default: the file's name and the time of day)")
+    sweep.add_argument("--storage", metavar="PATH", help="where the sweep's folder goes (default: sweeps)")
+    sweep.add_argument(
+        "--address", help="a Ray cluster: HOST:PORT, auto, or local (default: RAY_ADDRESS, else a local Ray)"
+    )
+    sweep.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the sweep of this name; trials that have ended are not run again",
+    )
+    sweep.add_argument(
+        "--json", action="store_true", dest="as_json", help="end with one JSON object on stdout, progress on stderr"
+    )
+    sweep.set_defaults(run=_sweep)
+    schedule = commands.add_parser(
+        "schedule",
+        help="show what a decay schedule does to the learning rate",
+        description="Print the learning rate after each epoch, or draw it.",
+    )
+    schedule.add_argument(
+        "schedules", nargs="*", metavar="SCHEDULE",
+        help="a name, or one with options such as '{cosine: {floor: 0.01, warmup_epochs: 1}}' (default: all)",
+    )  # fmt: skip
+    schedule.add_argument("--epochs", type=int, default=20, metavar="N", help="of the run (default: 20)")
+    schedule.add_argument("--lr", type=float, default=1.0, metavar="RATE", help="before the schedule (default: 1)")
+    schedule.add_argument("--out", metavar="FILE", help="draw into a file, such as x.png")
+    schedule.add_argument("--json", action="store_true", dest="as_json", help="one JSON object on stdout")
+    schedule.set_defaults(run=_schedule)
     return parser
 
 
@@ -210,6 +253,46 @@ def _probe(arguments: argparse.Namespace) -> int:
         return _failed(arguments, f"raytrain-het: {error}", 1)
     except KeyboardInterrupt:
         return _failed(arguments, "raytrain-het: interrupted", 130)
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from raytrain_het.jobs.runner import Interrupted
+    from raytrain_het.sweeps import load_sweep
+    from raytrain_het.sweeps.command import sweep_command
+
+    named = {"name": arguments.name, "storage": arguments.storage}
+    overrides = [*arguments.overrides, *(f"{k}={json.dumps(v)}" for k, v in named.items() if v is not None)]
+    try:
+        return sweep_command(
+            load_sweep(arguments.sweep, overrides), file=arguments.sweep, resume=arguments.resume,
+            address=arguments.address, as_json=arguments.as_json,
+        )  # fmt: skip
+    except (ConfigError, ResourceError) as error:
+        return _failed(arguments, f"raytrain-het: {error}", 2)
+    except Interrupted as end:
+        return _failed(arguments, f"raytrain-het: interrupted; all workers are gone{end.hint}", end.exit_code)
+    except KeyboardInterrupt:
+        return _failed(arguments, "raytrain-het: interrupted", 130)
+
+
+def _schedule(arguments: argparse.Namespace) -> int:
+    from raytrain_het.jobs import schedules
+
+    try:
+        if arguments.epochs < 1 or not arguments.lr > 0:
+            raise ConfigError(
+                f"--epochs {arguments.epochs} --lr {arguments.lr:g}: allowed are a whole number of epochs from 1, and "
+                "a rate above 0. Write --epochs 20 --lr 0.1"
+            )
+        chosen = schedules.parse(arguments.schedules)
+        if arguments.out is not None:
+            schedules.draw(chosen, epochs=arguments.epochs, lr=arguments.lr, out=arguments.out)
+            print(arguments.out, file=sys.stderr)
+        if arguments.out is None or arguments.as_json:
+            schedules.show(chosen, epochs=arguments.epochs, lr=arguments.lr, as_json=arguments.as_json)
+    except ConfigError as error:
+        return _failed(arguments, f"raytrain-het: {error}", 2)
     return 0
 
 

@@ -49,6 +49,9 @@ class CharLMJob(JobConfig):
     """``sgd``, ``adagrad``, ``rmsprop``, ``adam`` or ``adamw``, or one with options (docs/training.md has them all),
     such as ``{adamw: {weight_decay: 0.1}}``. Biases and norms do not decay, unless ``decay_all``."""
 
+    def metrics(self) -> dict[str, Literal["min", "max"]]:
+        return {"bits_per_character": "min", "train_bits_per_character": "min"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_batch_size(self.global_batch_size, self.num_workers)

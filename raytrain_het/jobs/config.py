@@ -93,6 +93,10 @@ class JobConfig:
         """How many workers, or ``None`` where only the cluster can say."""
         return None if isinstance(self.workers, str) else sum(spec.count for spec in self.workers)
 
+    def metrics(self) -> dict[str, Literal["min", "max"]]:
+        """What the job reports, and which way is better."""
+        return {}
+
     def train_loop_config(self) -> dict[str, Any]:
         """The fields of this kind of job, and the seed: what the training function is given."""
         common = {f.name for f in dataclasses.fields(JobConfig)}
@@ -101,7 +105,7 @@ class JobConfig:
 
     def to_yaml(self) -> str:
         """The resolved job, which :func:`raytrain_het.jobs.table.load_job` reads again."""
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+        return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False)
 
 
 def check_batch_size(global_batch_size: int, num_workers: int | None) -> None:
@@ -117,9 +121,10 @@ def check_batch_size(global_batch_size: int, num_workers: int | None) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What YAML has for it: mappings, lists and what they hold."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return value

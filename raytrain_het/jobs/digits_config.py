@@ -10,6 +10,10 @@ import pydantic
 from raytrain_het.jobs.config import JobConfig, OptimizerChoice, check_batch_size
 
 
+def _sgd() -> OptimizerChoice:
+    return {"sgd": {"momentum": 0.9, "weight_decay": 5e-4}}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DigitsJob(JobConfig):
     """A small conv net on scikit-learn's handwritten digits.
@@ -29,12 +33,15 @@ class DigitsJob(JobConfig):
     lr: Annotated[float, pydantic.Field(gt=0)] = 0.05
     """Learning rate, before the schedule."""
 
-    optimizer: OptimizerChoice = field(default_factory=lambda: {"sgd": {"momentum": 0.9, "weight_decay": 5e-4}})
+    optimizer: OptimizerChoice = field(default_factory=_sgd)
     """``sgd``, ``adagrad``, ``rmsprop``, ``adam`` or ``adamw``, or one with options (docs/training.md has them all),
     such as ``{sgd: {momentum: 0.9, weight_decay: 0.0005}}``. Biases and norms do not decay, unless ``decay_all``."""
 
     label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.1
     """This much of the target is spread over all ten digits."""
+
+    def metrics(self) -> dict[str, Literal["min", "max"]]:
+        return {"accuracy": "max", "held_out_loss": "min", "train_loss": "min"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

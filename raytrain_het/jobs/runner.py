@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,11 @@ from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.display import Display
 from raytrain_het.jobs.ray_session import is_local, ray_session
-from raytrain_het.jobs.table import KINDS, check_data, train_function, with_absolute_paths
+from raytrain_het.jobs.table import KINDS, check_data, with_absolute_paths
+from raytrain_het.jobs.trainer import AtStart, make_trainer, num_cpus, write_job
 from raytrain_het.jobs.validation import plural, shown
 from raytrain_het.jobs.yaml_file import read_yaml
-from raytrain_het.ray_train.run_folder import LastCheckpoint, last_checkpoint_of, write_whole
+from raytrain_het.ray_train.run_folder import LastCheckpoint, last_checkpoint_of
 from raytrain_het.ray_train.storage import check_writable as storage_of
 from raytrain_het.ray_train.storage import write_some
 
@@ -45,10 +44,6 @@ class Interrupted(Exception):
     def __init__(self, exit_code: int) -> None:
         super().__init__(exit_code)
         self.exit_code = exit_code
-
-
-AtStart = Callable[[int], None]
-"""Called in a worker, with its world rank, before the training function; picklable."""
 
 
 def run_job(
@@ -91,7 +86,7 @@ def run_job(
             # Not before the run is on: one that cannot start leaves nothing behind.
             started = True
             try:
-                _write_job(job)
+                write_job(job)
             except OSError as error:
                 display.say(f"{folder}/job.yaml could not be written ({error}); the run goes on")
             display.say(f"run folder: {folder}")
@@ -100,11 +95,11 @@ def run_job(
         display.on_update(status, events, reports)
 
     try:
-        with display, _interruptible():
+        with display, interruptible():
             for note in (*notes, *_crowded(job, address)):
                 display.say(note)
-            with ray_session(address, num_cpus=_num_cpus(job)):
-                trainer = _trainer(job, on_update, at_start)
+            with ray_session(address, num_cpus=num_cpus(job)):
+                trainer = make_trainer(job, on_update, at_start)
                 trainer.fit()
             summary = about | trainer.summary
             display.finish(summary, folder)
@@ -128,7 +123,7 @@ def _of_complete_run(last: LastCheckpoint) -> dict[str, Any]:
 
 def _crowded(job: JobConfig, address: str | None) -> list[str]:
     cores = cpu_limit().cores
-    if job.num_workers is None or not is_local(address) or _num_cpus(job) <= cores:
+    if job.num_workers is None or not is_local(address) or num_cpus(job) <= cores:
         return []
     return [f"{plural(job.num_workers, 'worker')} on {cores:.3g} core{'' if cores == 1 else 's'}: they share them"]
 
@@ -222,58 +217,8 @@ def _free_name(kind: str, storage: str) -> str:
     return next(n for n in names if not os.path.exists(os.path.join(storage, n)))
 
 
-def _write_job(job: JobConfig) -> None:
-    """The resolved job beside what the trainer writes: ``raytrain-het train <folder>/job.yaml`` goes on with it."""
-    assert job.name is not None
-    if "://" not in job.storage:
-        write_whole(Path(job.storage) / job.name / "job.yaml", job.to_yaml())
-
-
-def _num_cpus(job: JobConfig) -> float:
-    if isinstance(job.workers, str):
-        return 1
-    return math.fsum(spec.count * spec.resources.get("CPU", 0) for spec in job.workers)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A training function that does something else first."""
-
-    at_start: AtStart
-    train_fn: Callable[[dict[str, Any]], None]
-
-    def __call__(self, config: dict[str, Any]) -> None:
-        import ray.train
-
-        self.at_start(ray.train.get_context().get_world_rank())
-        self.train_fn(config)
-
-
-def _trainer(job: JobConfig, on_update: Any, at_start: AtStart | None) -> Any:
-    import ray.train
-
-    import raytrain_het as het
-
-    workers: Any = job.workers
-    if not isinstance(workers, str):
-        workers = [het.WorkerSpec(**dataclasses.asdict(spec)) for spec in workers]
-    train_fn = train_function(job.kind)
-    return het.HetTrainer(
-        train_fn if at_start is None else _Prepared(at_start, train_fn),
-        train_loop_config=job.train_loop_config(),
-        het_config=job.het,
-        scaling_config=het.HetScalingConfig(workers=workers),
-        run_config=ray.train.RunConfig(
-            name=job.name,
-            storage_path=job.storage,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=job.keep_checkpoints),
-        ),
-        on_update=on_update,
-    )
-
-
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Turn every way in which a signal ends a run into ``Interrupted``.
 
     Ray Train puts a handler of its own in place while it runs, which aborts the controller and then

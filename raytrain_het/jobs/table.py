@@ -99,19 +99,31 @@ def load_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> J
     """
     file = Path(path) if path is not None else default_job()
     overrides = list(overrides)
-    data = read_job(file, overrides)
+    return build_job(read_job(file, overrides), source=lambda where: _source(file, overrides, where))
+
+
+def build_job(data: dict[str, Any], *, source: Callable[[str], str]) -> JobConfig:
+    """A checked job from what its file says.
+
+    Args:
+        data: as read from YAML.
+        source: Says where a dotted path was written, for the messages.
+
+    Raises:
+        ConfigError: it is wrong; as :func:`load_job`.
+    """
     kind = data.get("kind")
     if kind is None:
-        raise ConfigError(f"{file}: kind is missing: allowed is {_names()}. Write kind: digits")
+        raise ConfigError(f"{source('kind')} is missing: allowed is {_names()}. Write kind: digits")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ConfigError(f"{_source(file, overrides, 'kind')}={kind!r} is not valid: allowed is {_names()}.")
+        raise ConfigError(f"{source('kind')}={kind!r} is not valid: allowed is {_names()}.")
     missing = [name for name in KINDS[kind].requires if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"the job {kind!r} needs {', '.join(missing)}, which is not installed. "
             "Write: python -m pip install 'raytrain-het[jobs]'"
         )
-    return validation.build(config_class(kind), data, source=lambda where: _source(file, overrides, where))
+    return validation.build(config_class(kind), data, source=source)
 
 
 def with_absolute_paths(job: JobConfig) -> JobConfig:

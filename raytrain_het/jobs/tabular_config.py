@@ -66,6 +66,11 @@ class TabularJob(JobConfig):
     """``sgd`` (with momentum 0.9), ``adagrad``, ``rmsprop``, ``adam`` or ``adamw``, or one with options
     (docs/training.md has them all). An ``l1`` needs ``sgd``. The decay of weights is ``l2``."""
 
+    def metrics(self) -> dict[str, Literal["min", "max"]]:
+        if self.task == "regression":
+            return {"held_out_mse": "min", "train_loss": "min"}
+        return {"held_out_accuracy": "max", "held_out_loss": "min", "train_loss": "min"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_batch_size(self.global_batch_size, self.num_workers)

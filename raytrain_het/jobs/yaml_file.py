@@ -40,8 +40,13 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path, *, what: str = "job", example: str = "kind: digits") -> dict[str, Any]:
     """The mapping in a YAML file.
+
+    Args:
+        path: of the file.
+        what: it is, for messages.
+        example: of what it may hold.
 
     Raises:
         ConfigError: The file is missing or unreadable, is not YAML (the message has the line), or
@@ -51,12 +56,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
+        digits = "the digits are in experiments/jobs/digits.yaml, and what `raytrain-het train` trains without a file"
         raise ConfigError(
-            f"job file {str(path)!r} does not exist. Name a YAML file; the digits are in experiments/jobs/digits.yaml, "
-            "and what `raytrain-het train` trains without a file"
+            f"{what} file {str(path)!r} does not exist. Name a YAML file{'; ' + digits if what == 'job' else ''}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"job file {str(path)!r} cannot be read: {error}. Name a YAML text file.") from None
+        raise ConfigError(f"{what} file {str(path)!r} cannot be read: {error}. Name a YAML text file.") from None
     try:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -64,7 +69,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         received = "nothing" if data is None else f"a {type(data).__name__}"
         raise ConfigError(
-            f"{path}: a job is a mapping of keys to values, the file holds {received}. Write kind: digits"
+            f"{path}: a {what} is a mapping of keys to values, the file holds {received}. Write {example}"
         )
     return data
 

@@ -11,7 +11,14 @@ import ray
 import yaml
 from ray._private.state import state as ray_state
 
-from raytrain_het.ray_train.resources import NodeShape, SlotSpec, check_feasible, resolve_auto, shapes_of
+from raytrain_het.ray_train.resources import (
+    NodeShape,
+    SlotSpec,
+    check_feasible,
+    num_fitting,
+    resolve_auto,
+    shapes_of,
+)
 from raytrain_het.ray_train.scaling import HetScalingConfig
 
 _SETTLE_S = 3.0
@@ -33,6 +40,21 @@ def settle(scaling: HetScalingConfig) -> HetScalingConfig:
     if not any(not s.resources for s in types or []):
         check_feasible(scaling.slots, shapes)
     return scaling
+
+
+def num_at_once(scaling: HetScalingConfig) -> int:
+    """How many runs with these workers the cluster holds at the same time, with what its autoscaler may add.
+
+    With ``"auto"`` one: it takes all.
+
+    Raises:
+        ResourceError: Not even one.
+    """
+    if scaling.workers == "auto":
+        return 1
+    slots = settle(scaling).slots
+    assert slots is not None
+    return num_fitting(slots, shapes_of([n for n in ray.nodes() if n["Alive"]]) + (autoscaler_types() or []))
 
 
 def _free_resources() -> dict[str, dict[str, float]]:

@@ -172,6 +172,20 @@ def _check_fits_some_node(slot: SlotSpec, shapes: Sequence[NodeShape]) -> None:
     )
 
 
+def num_fitting(slots: Sequence[SlotSpec], shapes: Sequence[NodeShape], limit: int = 1000) -> int:
+    """How many copies of a run's slots the nodes hold at once; up to ``limit``, and at least one."""
+    most = limit
+    if all(shape.max_count is not None for shape in shapes):
+        for name in {name for slot in slots for name in slot.resources}:
+            wanted = sum(slot.resources.get(name, 0) for slot in slots)
+            have = sum(shape.resources.get(name, 0) * (shape.max_count or 0) for shape in shapes)
+            most = min(most, int((have + 1e-9) / wanted) if wanted else limit)
+    count = 1
+    while count < most and _packs([*slots] * (count + 1), shapes):
+        count += 1
+    return count
+
+
 def _packs(slots: Sequence[SlotSpec], shapes: Sequence[NodeShape]) -> bool:
     """Whether an assignment of slots to nodes exists (backtracking; True when the search grows too long)."""
     nodes = [(dict(s.resources), s.labels) for s in shapes for _ in range(min(s.max_count or 0, len(slots)))]

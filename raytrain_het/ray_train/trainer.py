@@ -106,6 +106,7 @@ class HetTrainer(TorchTrainer):
         self.het_config = het_config
         self.on_update = on_update
         self.summary: dict[str, Any] = {}
+        self._controller: Any = None
         super().__init__(
             train_loop_per_worker,
             train_loop_config=train_loop_config,
@@ -169,6 +170,7 @@ class HetTrainer(TorchTrainer):
             callbacks=self._create_default_callbacks(),
             validation_config=self.validation_config,
         )
+        self._controller = controller
         last_word: dict[str, Any] = {}
         monitor.start()
         try:
@@ -178,6 +180,7 @@ class HetTrainer(TorchTrainer):
             _abort(controller)
             raise
         finally:
+            self._controller = None
             monitor.finish(last_word)
             ray.kill(controller)
             self.summary = monitor.summary(None)
@@ -188,6 +191,12 @@ class HetTrainer(TorchTrainer):
         if self.on_update is None:
             self._tell_end(resumed)
         return result
+
+    def abort(self) -> None:
+        """End a ``fit`` that is under way in another thread, which then raises; returns when its processes are gone."""
+        controller = self._controller
+        if controller is not None:
+            _abort(controller)
 
     def _tell_end(self, resumed: LastCheckpoint | None) -> None:
         summary = self.summary

@@ -1,0 +1,120 @@
+"""``raytrain-het schedule``: what decay schedules do to a learning rate, as a table or a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.validation import shown
+from raytrain_het.optim import SCHEDULES, Schedule, schedule_of
+from raytrain_het.ray_train.narration import number
+
+POINTS_PER_EPOCH = 50
+_BAR = 30
+
+
+def parse(texts: Sequence[str]) -> dict[str, Schedule]:
+    """What was written, each with its schedule: ``cosine``, or ``{cosine: {floor: 0.01}}``. Nothing is all of them.
+
+    Raises:
+        ConfigError: not a schedule.
+    """
+    found = {}
+    for text in texts or list(SCHEDULES):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        found[text if isinstance(value, str) else shown(value)] = schedule_of(value)
+    return found
+
+
+def rates(schedule: Schedule, *, epochs: int, lr: float, per_epoch: int = 1) -> list[tuple[float, float]]:
+    """(epochs done, learning rate) at the beginning of each part of an epoch, and at the end.
+
+    Raises:
+        ConfigError: the warm-up is as long as the run.
+    """
+    schedule.check_run(epochs)
+    return [(k / per_epoch, lr * schedule.factor(k / per_epoch, epochs)) for k in range(epochs * per_epoch + 1)]
+
+
+def show(schedules: dict[str, Schedule], *, epochs: int, lr: float, as_json: bool) -> None:
+    """Print them, epoch by epoch."""
+    columns = {name: rates(schedule, epochs=epochs, lr=lr) for name, schedule in schedules.items()}
+    if as_json:
+        print(json.dumps({"epochs": epochs, "lr": lr, "rates": {k: [r for _, r in v] for k, v in columns.items()}}))
+        return
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("epochs\ndone", justify="right")
+    for name in columns:
+        table.add_column(name.replace(": {", ":\n{"), justify="right")
+    alone = next(iter(columns.values())) if len(columns) == 1 else None
+    highest = max((rate for _, rate in alone), default=0.0) if alone else 0.0
+    if alone:
+        table.add_column("")
+    for k in range(epochs + 1):
+        row = [str(k), *(number(column[k][1]) for column in columns.values())]
+        if alone:
+            row.append("█" * round(_BAR * alone[k][1] / highest) if highest else "")
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def draw(schedules: dict[str, Schedule], *, epochs: int, lr: float, out: str) -> None:
+    """Save a picture of them; its kind follows from the file's name.
+
+    Raises:
+        ConfigError: matplotlib is not there, or the file cannot be written.
+    """
+    curves = {
+        name: rates(schedule, epochs=epochs, lr=lr, per_epoch=POINTS_PER_EPOCH) for name, schedule in schedules.items()
+    }
+    figure, axes = new_figure()
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), label=name)
+    axes.set(xlabel="epochs done", ylabel="learning rate", xlim=(0, epochs), ylim=(0, None))
+    axes.legend()
+    save(figure, out)
+
+
+def new_figure(**options: Any) -> tuple[Any, Any]:
+    """matplotlib's figure and axes, without a window.
+
+    Raises:
+        ConfigError: matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "a picture needs matplotlib, which is not installed. Write: python -m pip install 'raytrain-het[sweeps]'"
+        ) from None
+    figure = Figure(layout="constrained", **options)
+    return figure, figure.subplots()
+
+
+def save(figure: Any, out: str) -> None:
+    """Write a figure.
+
+    Raises:
+        ConfigError: it is of no kind that can be drawn, or the file cannot be written.
+    """
+    kinds = figure.canvas.get_supported_filetypes()
+    kind = Path(out).suffix.removeprefix(".")
+    if kind not in kinds:
+        raise ConfigError(
+            f"--out {out}: allowed is a name that ends with .{', .'.join(sorted(kinds))}. Write --out x.png"
+        )
+    try:
+        figure.savefig(out, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: it cannot be written ({error.strerror}). Write --out x.png") from None

@@ -1,0 +1,9 @@
+"""Sweeps: Ray Tune over a job's settings, each trial a whole run on workers of its own."""
+
+from __future__ import annotations
+
+from raytrain_het.sweeps.driver import make_tuner, run_sweep
+from raytrain_het.sweeps.results import Results, read_results
+from raytrain_het.sweeps.sweep import Sweep, SweepConfig, load_sweep, make_sweep
+
+__all__ = ["Results", "Sweep", "SweepConfig", "load_sweep", "make_sweep", "make_tuner", "read_results", "run_sweep"]

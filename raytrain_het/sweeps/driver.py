@@ -1,0 +1,251 @@
+"""From a checked sweep to its results: a ``Tuner`` of Ray Tune's, and what is around it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.ray_session import ray_session
+from raytrain_het.jobs.runner import Interrupted, check_writable, interruptible
+from raytrain_het.jobs.table import check_data
+from raytrain_het.jobs.trainer import num_cpus, scaling_of
+from raytrain_het.jobs.validation import plural, shown
+from raytrain_het.jobs.yaml_file import read_yaml
+from raytrain_het.ray_train.run_folder import write_whole
+from raytrain_het.sweeps.ledger import FILE as LEDGER
+from raytrain_het.sweeps.results import Results, read_results
+from raytrain_het.sweeps.sweep import Sweep
+
+TUNE = "tune"
+"""Ray Tune's own folder, below the sweep's."""
+_ENVIRONMENT = {
+    # What a driver that is killed has not saved is searched for again.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
+
+
+def run_sweep(
+    sweep: Sweep, *, name: str, resume: bool = False, address: str | None = None, to_stderr: bool = False
+) -> Results:
+    """Run a sweep to its end.
+
+    Args:
+        sweep: what :func:`~raytrain_het.sweeps.sweep.load_sweep` gives.
+        name: of its folder, unless it has one of its own.
+        resume: whether it goes on where one of this name was interrupted.
+        address: of a Ray cluster; as for ``raytrain-het train``.
+        to_stderr: where lines for people go, instead of stdout.
+
+    Returns:
+        What was found, also written into the folder.
+
+    Raises:
+        ConfigError, ResourceError: it cannot run here; nothing was started.
+        Interrupted: Ctrl-C or SIGTERM. The workers are gone, results so far are written.
+    """
+    folder = folder_of(sweep, name, resume=resume)
+    notes = check_data(sweep.default_job())
+    say = _teller(to_stderr)
+    try:
+        with interruptible(), _quiet(), ray_session(address, num_cpus=_cpus(sweep)):
+            at_once = max_concurrent(sweep)
+            for note in notes:
+                say(note)
+            tuner = _restored(sweep, folder) if resume else None
+            if tuner is None:
+                _write_files(sweep, folder)
+                tuner = make_tuner(sweep, folder, at_once, to_stderr=to_stderr)
+            say(
+                f"sweep folder: {folder}\n{plural(sweep.num_trials, 'trial')}, {at_once} at once; watch them with: "
+                f"tensorboard --logdir {folder}"
+            )
+            tuner.fit()
+        if not read_results(folder).is_finished:
+            raise Interrupted(130)
+    except Interrupted as end:
+        if (folder / LEDGER).exists():
+            read_results(folder).write()
+            end.hint = f"; the same command with --name {folder.name} --resume goes on"
+        raise
+    results = read_results(folder)
+    results.write()
+    return results
+
+
+def folder_of(sweep: Sweep, name: str, *, resume: bool) -> Path:
+    """Where a sweep goes.
+
+    Raises:
+        ConfigError: it cannot be written, or there is a sweep already, or none to go on with.
+    """
+    if "://" in sweep.config.storage:
+        raise ConfigError(
+            f"--storage {sweep.config.storage}: a sweep's folder is read and written by all its trials: allowed is a "
+            "folder that all nodes share. Write --storage sweeps"
+        )
+    storage = Path(sweep.config.storage).expanduser().resolve()
+    check_writable(storage)
+    folder = storage / (sweep.config.name or name)
+    if resume:
+        _check_resume(sweep, folder)
+    elif folder.exists() and any(folder.iterdir()):
+        fix = "--resume to go on with it, or another --name" if (folder / LEDGER).exists() else "another --name"
+        raise ConfigError(f"{folder} is there already. Write {fix}")
+    return folder
+
+
+def _check_resume(sweep: Sweep, folder: Path) -> None:
+    if not (folder / LEDGER).exists():
+        there = sorted(path.parent.name for path in folder.parent.glob(f"*/{LEDGER}"))
+        hint = f"--name with one of {', '.join(there)}" if there else "the same without --resume"
+        raise ConfigError(f"--resume: there is no sweep in {folder}. Write {hint}")
+    for file, text in sweep.files().items():
+        before, now = read_yaml(folder / file), _loaded(text)
+        for key in ("name", "storage", "max_concurrent") if file == "sweep.yaml" else ():
+            before.pop(key, None), now.pop(key, None)
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                raise ConfigError(
+                    f"--resume: {folder / file} has {key}: {shown(before.get(key))}, now it is {shown(now.get(key))}. "
+                    "Write it as it was, or another --name without --resume"
+                )
+
+
+def max_concurrent(sweep: Sweep) -> int:
+    """Trials at once: as many as the cluster holds, of those with the most workers.
+
+    Raises:
+        ResourceError: it cannot hold one.
+    """
+    from raytrain_het.ray_train.cluster_view import num_at_once
+
+    varied = [d for d in sweep.dimensions if d.whole.startswith("workers") or d.whole == "job"]
+    jobs = {}
+    for settings in sweep.points() if varied else [{}]:
+        job = sweep.job_of({d.path: settings[d.path] for d in varied if d.path in settings})
+        jobs[repr(job.workers)] = job
+    fitting = min(num_at_once(scaling_of(job)) for job in jobs.values())
+    return min(fitting, sweep.config.max_concurrent or fitting, sweep.num_trials)
+
+
+def make_tuner(sweep: Sweep, folder: Path, at_once: int, *, to_stderr: bool = False) -> Any:
+    """The ``ray.tune.Tuner`` of a sweep. Ray is running.
+
+    Args:
+        sweep: what it does.
+        folder: where it goes.
+        at_once: most trials at once.
+        to_stderr: where lines for people go, instead of stdout.
+    """
+    from ray import tune
+
+    from raytrain_het.sweeps.ledger import Ledger
+
+    searcher = sweep.search.searcher(sweep.objective, seed=sweep.config.seed, max_concurrent=at_once)
+    grid = not sweep.search.takes_ranges
+    return tune.Tuner(
+        _trainable(sweep, folder),
+        param_space=sweep.param_space(),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=sweep.scheduler.scheduler(sweep.objective, epochs=sweep.max_epochs),
+            num_samples=1 if grid else sweep.num_trials // sweep.num_grid,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE,
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[Ledger(folder, sweep.objective, sweep.num_trials, to_stderr=to_stderr)],
+        ),
+    )
+
+
+def _trial_name(trial: Any) -> str:
+    return f"trial_{trial.trial_id}"
+
+
+def _trainable(sweep: Sweep, folder: Path) -> Any:
+    """Trials reserve nothing but a sliver of this node, where they stay: their workers reserve for themselves."""
+    import ray
+    from ray import tune
+
+    from raytrain_het.sweeps.trial import Trial
+
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = (n for n in ray.nodes() if n["NodeID"] == here)
+    own = next(name for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__")
+    trial = tune.with_parameters(Trial, sweep=sweep, folder=str(folder))
+    return tune.with_resources(trial, tune.PlacementGroupFactory([{own: 0.0001}]))
+
+
+def _restored(sweep: Sweep, folder: Path) -> Any:
+    """The Tuner of a sweep that was interrupted; None where what it has saved is not whole. Then it begins anew: with
+    the same seed come the same settings, and a run that is complete is not run again."""
+    from ray import tune
+
+    states = sorted((folder / TUNE).glob("experiment_state-*.json"))
+    while states:
+        try:
+            json.loads(states[-1].read_text("utf-8"))
+            break
+        except (OSError, ValueError):
+            states.pop().unlink(missing_ok=True)
+    if not states or not tune.Tuner.can_restore(str(folder / TUNE)):
+        (folder / LEDGER).rename(folder / f"{LEDGER}.{time.strftime('%Y%m%d-%H%M%S')}")
+        return None
+    return tune.Tuner.restore(str(folder / TUNE), _trainable(sweep, folder), param_space=sweep.param_space())
+
+
+def _write_files(sweep: Sweep, folder: Path) -> None:
+    for file, text in sweep.files().items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / file, text)
+
+
+def _loaded(text: str) -> dict[str, Any]:
+    import yaml
+
+    data: dict[str, Any] = yaml.safe_load(text)
+    return data
+
+
+def _cpus(sweep: Sweep) -> float:
+    return num_cpus(sweep.default_job()) * (sweep.config.max_concurrent or 1)
+
+
+def _teller(to_stderr: bool) -> Callable[[str], None]:
+    import sys
+
+    return lambda text: print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tune's settings for the length of the block, and its log from errors on: what a sweep does is told by the
+    ledger."""
+    before = {key: os.environ.get(key) for key in _ENVIRONMENT}
+    os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)

@@ -1,0 +1,109 @@
+"""What a sweep looks for: a metric's last value, or how long, or how many bytes, it takes to reach one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.validation import shown
+
+Mode = Literal["min", "max"]
+RUN_METRICS: dict[str, Mode] = {
+    "seconds": "min", "bytes_sent": "min", "samples_per_s": "max", "fraction_of_aggregate": "max",
+}  # fmt: skip
+"""Of any run, besides what its job reports."""
+_TARGETS = {"time_to": "seconds", "bytes_to": "bytes_sent"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """``metric``'s last value; or, with a ``target``, the ``cost`` at the first report in which ``metric`` has reached
+    it."""
+
+    metric: str
+    mode: Mode
+    """Of the metric."""
+    target: float | None = None
+    cost: str | None = None
+    """``seconds`` or ``bytes_sent``, with a target."""
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        if self.target is None:
+            return self.metric
+        return f"{self.cost} to {self.metric} {self.target:g}"
+
+    @property
+    def best(self) -> Mode:
+        """Whether less or more of :meth:`value` is better."""
+        return "min" if self.cost is not None else self.mode
+
+    def reached(self, row: Mapping[str, Any]) -> bool:
+        """Whether a report has the target. NaN has not."""
+        value = row.get(self.metric)
+        if self.target is None or not isinstance(value, int | float):
+            return False
+        return value >= self.target if self.mode == "max" else value <= self.target
+
+    def value(self, rows: Sequence[Mapping[str, Any]]) -> float | None:
+        """Of a run, by its reports; None where there is none, or the target was never reached."""
+        if self.cost is not None:
+            return next((row[self.cost] for row in rows if self.reached(row)), None)
+        value = rows[-1].get(self.metric) if rows else None
+        finite = isinstance(value, int | float) and math.isfinite(value)
+        return value if finite else None
+
+    def for_search(self, rows: Sequence[Mapping[str, Any]]) -> float:
+        """A number for searchers, which need one of every run: as :meth:`value`, and where there is none, something
+        worse than what was found so far by the same run. A target that was not reached costs twice what was spent,
+        and more the farther it is."""
+        value = self.value(rows)
+        if value is not None:
+            return float(value)
+        if self.cost is None or self.target is None:
+            return -1e30 if self.mode == "max" else 1e30
+        last = rows[-1].get(self.metric)
+        gap = 1e6
+        if isinstance(last, int | float) and math.isfinite(last):
+            gap = abs(self.target - last) / max(abs(self.target), 1e-12)
+        return float(rows[-1][self.cost]) * (2 + gap)
+
+
+def objective_of(written: Any, mode: Mode | None, reported: Mapping[str, Mode]) -> Objective:
+    """From a sweep's ``metric`` and ``mode``.
+
+    Args:
+        written: a name, or ``{"time_to": {"accuracy": 0.97}}``, or ``bytes_to``.
+        mode: instead of the metric's own.
+        reported: what the job reports, and which way is better.
+
+    Raises:
+        ConfigError: it is none of these, or of a metric that the job does not report.
+    """
+    cost, target, name = None, None, written
+    if isinstance(written, Mapping):
+        ok = len(written) == 1 and next(iter(written)) in _TARGETS
+        inner = next(iter(written.values())) if ok else None
+        if not isinstance(inner, Mapping) or len(inner) != 1:
+            raise ConfigError(
+                f"metric={shown(written)} is not valid: allowed is a metric's name, or the time or the bytes to a "
+                "value of one. Write metric: {time_to: {accuracy: 0.97}}"
+            )
+        cost = _TARGETS[next(iter(written))]
+        ((name, target),) = inner.items()
+        if not isinstance(target, int | float) or isinstance(target, bool) or not math.isfinite(target):
+            raise ConfigError(f"metric={shown(written)} is not valid: allowed for {name!r} is a number.")
+    known = {**RUN_METRICS, **reported} if cost is None else dict(reported)
+    if not isinstance(name, str) or name not in known:
+        near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        also = f"; of any run {', '.join(RUN_METRICS)}" if cost is None else ""
+        raise ConfigError(
+            f"metric={shown(name)}: the job does not report it{hint} Allowed: {', '.join(reported)}{also}."
+        )
+    return Objective(metric=name, mode=mode or known[name], target=target, cost=cost)

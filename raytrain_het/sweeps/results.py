@@ -1,0 +1,192 @@
+"""What a sweep has found, as tables: one row for each trial, and one for each of its epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from raytrain_het.jobs.config import JobConfig
+from raytrain_het.jobs.summary import jsonable, size
+from raytrain_het.ray_train.narration import number
+from raytrain_het.ray_train.run_folder import write_whole
+from raytrain_het.sweeps.ledger import Entry, last_line, read_ledger
+from raytrain_het.sweeps.paths import flat
+from raytrain_het.sweeps.runs import read_reports, rows_of
+from raytrain_het.sweeps.sweep import Sweep, load_sweep
+
+SEED = "het.seed"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of a sweep.
+
+    Attributes:
+        trials: A row for each trial, best first; those without a value come last. ``trial`` is its number, ``status``
+            complete, pruned, failed or unfinished, ``value`` what the sweep looks for (nothing where a target was not
+            reached: ``reached`` says so); the settings that were varied by their paths, as ``job.*`` all settings of
+            the job, and as last reported the job's metrics, ``epoch`` (those done), ``step``, ``seconds`` of training,
+            ``samples``, ``bytes_sent``, ``samples_per_s``, ``fraction_of_aggregate``, ``lr``, ``clipped_share``;
+            ``wall_s`` with the start of workers; ``run_folder`` and ``error``.
+        epochs: A row for each epoch of each trial, with ``trial`` and the same figures.
+        best: The best job, ready to run; None where no trial has a value.
+    """
+
+    folder: Path
+    sweep: Sweep
+    trials: pd.DataFrame
+    epochs: pd.DataFrame
+    best: JobConfig | None
+
+    @property
+    def num_by_status(self) -> dict[str, int]:
+        """How many trials are complete, pruned, failed, unfinished, and how many have not begun."""
+        counts = {s: int((self.trials["status"] == s).sum()) for s in ("complete", "pruned", "failed", "unfinished")}
+        return counts | {"not begun": max(0, self.sweep.num_trials - len(self.trials))}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to run."""
+        counts = self.num_by_status
+        return counts["unfinished"] == counts["not begun"] == 0
+
+    def write(self) -> None:
+        """``trials`` and ``epochs`` as Parquet and CSV, and ``best.yaml``, into the sweep's folder."""
+        for name, table in (("trials", self.trials), ("epochs", self.epochs)):
+            table.to_parquet(self.folder / f"{name}.parquet", index=False)
+            table.to_csv(self.folder / f"{name}.csv", index=False)
+        if self.best is not None:
+            write_whole(self.folder / "best.yaml", self.best.to_yaml())
+
+    def to_json(self) -> str:
+        """One line: counts, the best trial, and all trials' settings and values, best first."""
+        paths = [d.path for d in self.sweep.dimensions]
+        told = ["trial", "status", "value", *paths, "epoch", "seconds", "wall_s", "bytes_sent", "error"]
+        rows = self.trials.reindex(columns=told).astype(object).where(lambda t: t.notna(), None).to_dict("records")
+        best = rows[0] if self.best is not None else None
+        return json.dumps(
+            jsonable({
+                "folder": str(self.folder), "objective": self.sweep.objective.name, "trials": rows, "best": best,
+                "best_job": str(self.folder / "best.yaml") if best else None, **self.num_by_status,
+            }),
+            allow_nan=False,
+        )  # fmt: skip
+
+    def table(self) -> RenderableType:
+        """For a terminal."""
+        objective, paths = self.sweep.objective, [d.path for d in self.sweep.dimensions]
+        table = Table(
+            title=f"Trials, best first by {objective.name}", title_justify="left", box=box.SIMPLE, pad_edge=False
+        )
+        for name in ("trial", *paths, objective.name, *_others(objective.name, self), "epochs", "s", "wall s", "sent"):
+            table.add_column(name, justify="right", overflow="fold")
+        table.add_column("")
+        for row in self.trials.to_dict("records"):
+            figures = [row["value"], *(row.get(name) for name in _others(objective.name, self))]
+            sent = row.get("bytes_sent")
+            table.add_row(
+                str(row["trial"]), *(_said(row.get(path)) for path in paths), *map(_said, figures),
+                _said(row.get("epoch")), _said(row.get("seconds")), f"{row['wall_s']:.0f}",
+                size(sent) if _known(sent) else "-", _remark(row),
+            )  # fmt: skip
+        counts = ", ".join(f"{n} {status}" for status, n in self.num_by_status.items() if n)
+        return Group(table, counts, *(_by_seed(self) or ()))
+
+
+def read_results(folder: Path) -> Results:
+    """Of a sweep that is over, or as far as it is."""
+    sweep = load_sweep(folder / "sweep.yaml")
+    trials, epochs, ledger = [], [], list(read_ledger(folder).values())
+    for entry in ledger:
+        rows = rows_of(read_reports(folder / "runs" / entry.run))
+        trials.append(_row(sweep, entry, rows, folder))
+        epochs += [{"trial": entry.number, **row} for row in rows]
+    trials.sort(key=lambda row: _rank(sweep, row))
+    names = ["trial", "status", "value", *(d.path for d in sweep.dimensions)]
+    table = pd.DataFrame(trials, columns=None if trials else [*names, "wall_s"])
+    best = None
+    if trials and trials[0]["status"] == "complete" and trials[0]["value"] is not None:
+        job = sweep.job_of(ledger[trials[0]["trial"] - 1].settings)
+        best = dataclasses.replace(job, name=None, storage="runs", keep_checkpoints=2)
+    return Results(folder, sweep, table, pd.DataFrame(epochs), best)
+
+
+def _rank(sweep: Sweep, row: Mapping[str, Any]) -> tuple[int, float, int]:
+    """The best first: those that are complete, then those that were pruned, then those without a value."""
+    value = row["value"]
+    if value is None:
+        return 2, 0.0, row["trial"]
+    return row["status"] != "complete", value if sweep.objective.best == "min" else -value, row["trial"]
+
+
+def _row(sweep: Sweep, entry: Entry, rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    _, idle = sweep.data_of(entry.settings)
+    job = flat(dataclasses.asdict(sweep.job_of(entry.settings)))
+    ended = entry.status in ("complete", "pruned")
+    return {
+        "trial": entry.number,
+        "status": entry.status,
+        "value": sweep.objective.value(rows) if ended else None,
+        **({"reached": any(map(sweep.objective.reached, rows))} if sweep.objective.target is not None else {}),
+        **{path: None if path in idle else value for path, value in entry.settings.items()},
+        **(rows[-1] if rows else {}),
+        "wall_s": entry.wall_s,
+        "num_starts": entry.num_starts,
+        "error": entry.error,
+        "run_folder": str(folder / "runs" / entry.run),
+        **{f"job.{path}": value for path, value in job.items() if path not in ("name", "storage")},
+    }
+
+
+def _others(objective: str, results: Results) -> list[str]:
+    """Metrics of the job that are shown beside what the sweep looks for."""
+    reported = results.sweep.default_job().metrics()
+    return [name for name in reported if name != objective and name in results.trials.columns][:2]
+
+
+def _remark(row: Mapping[str, Any]) -> str:
+    if row["status"] == "failed":
+        return f"failed: {last_line(str(row['error']))}"
+    if row.get("reached") is False and row["status"] == "complete":
+        return "target not reached"
+    return "" if row["status"] == "complete" else str(row["status"])
+
+
+def _by_seed(results: Results) -> list[str]:
+    """With several seeds: the mean over them of each setting that has a value for all, best first."""
+    sweep, table = results.sweep, results.trials
+    seed = next((d.path for d in sweep.dimensions if d.whole == SEED), None)
+    paths = [d.path for d in sweep.dimensions if d.path != seed]
+    if seed is None or not paths or not len(table):
+        return []
+    lines = []
+    for settings, group in table.groupby(paths, dropna=False, sort=False):
+        values = group["value"].dropna()
+        if len(values) == len(group) > 1:
+            named = ", ".join(f"{p} {_said(v)}" for p, v in zip(paths, settings, strict=True))
+            lines.append(
+                (
+                    values.mean(),
+                    f"  {named}: {number(values.mean())} (deviation {number(values.std())}, {len(values)} seeds)",
+                )
+            )
+    lines.sort(reverse=sweep.objective.best == "max")
+    return [f"means of {sweep.objective.name} over seeds:", *(text for _, text in lines)] if lines else []
+
+
+def _known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value)) and value is not pd.NA
+
+
+def _said(value: Any) -> str:
+    return number(value) if _known(value) else "-"

@@ -1,0 +1,118 @@
+"""What a sweep varies: one dimension for each setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.validation import shown
+
+RANGES = ("uniform", "loguniform", "integers", "logintegers")
+LISTS = ("choice", "grid")
+_EXAMPLE = "{uniform: [-1, 1]}, {loguniform: [0.001, 0.1]}, {integers: [1, 8]}, {choice: [a, b]} or {grid: [1, 2, 3]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """One setting and the values that it may have.
+
+    ``uniform`` and ``loguniform`` are ranges of numbers, ``integers`` and ``logintegers`` of whole numbers with both
+    ends; ``choice`` is drawn from, every value of a ``grid`` is tried.
+    """
+
+    path: str
+    """As written."""
+    whole: str
+    """With ``het.`` before it."""
+    kind: str
+    low: float = 0.0
+    high: float = 0.0
+    choices: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    """By what it is called: a number, a text, a flag, or a text for what is more."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of its values can be tried."""
+        return bool(self.choices)
+
+    def value_of(self, sampled: Any) -> Any:
+        """What a job is given."""
+        return self.choices[sampled] if self.is_finite else sampled
+
+    def extremes(self) -> list[Any]:
+        """What is checked beforehand: each choice, or both ends of a range."""
+        return list(self.choices) if self.is_finite else [self.low, self.high]
+
+    def domain(self, *, grid: bool) -> Any:
+        """Ray Tune's.
+
+        Args:
+            grid: whether all of a list is tried, where it is not drawn from.
+        """
+        from ray import tune
+
+        match self.kind:
+            case "uniform":
+                return tune.uniform(self.low, self.high)
+            case "loguniform":
+                return tune.loguniform(self.low, self.high)
+            case "integers":
+                return tune.randint(int(self.low), int(self.high) + 1)
+            case "logintegers":
+                return tune.lograndint(int(self.low), int(self.high) + 1)
+        every = list(self.choices)
+        return tune.grid_search(every) if grid or self.kind == "grid" else tune.choice(every)
+
+
+def dimension(path: str, whole: str, written: Any) -> Dimension:
+    """What is written in a sweep for one setting.
+
+    Raises:
+        ConfigError: it is no range and no list, or an empty one.
+    """
+    if not isinstance(written, Mapping) or len(written) != 1:
+        hint = f" Write {path}: {{choice: {shown(written)}}}" if isinstance(written, list) else ""
+        raise ConfigError(f"={shown(written)} is not valid: allowed is {_EXAMPLE}.{hint}")
+    ((kind, values),) = written.items()
+    if kind not in (*RANGES, *LISTS):
+        near = difflib.get_close_matches(str(kind), (*RANGES, *LISTS), n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f".{kind}={shown(values)}: there is no such way to vary it; allowed is {_EXAMPLE}.{hint}")
+    if kind in LISTS:
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f".{kind}={shown(values)} is not valid: allowed is a list of one value or more.")
+        choices = {name_of(value): value for value in values}
+        if len(choices) < len(values):
+            raise ConfigError(f".{kind}={shown(values)} is not valid: a value is there twice. Leave one out.")
+        return Dimension(path=path, whole=whole, kind=kind, choices=choices)
+    numbers = isinstance(values, list) and len(values) == 2 and all(map(_is_number, values))
+    if numbers and kind.endswith("integers"):
+        numbers = all(value == int(value) for value in values)
+    what = "two whole numbers" if kind.endswith("integers") else "two numbers"
+    if not numbers:
+        raise ConfigError(f".{kind}={shown(values)} is not valid: allowed is [low, high], {what}.")
+    low, high = values
+    if not low < high:
+        turned = f" Write [{shown(high)}, {shown(low)}]" if high < low else " For one value write {choice: [...]}"
+        raise ConfigError(f".{kind}={shown(values)} is not valid: the range is empty.{turned}")
+    if kind.startswith("log") and low <= 0:
+        raise ConfigError(f".{kind}={shown(values)} is not valid: on a logarithmic scale numbers are above 0.")
+    whole_numbers = kind.endswith("integers")
+    return Dimension(
+        path=path, whole=whole, kind=kind, low=int(low) if whole_numbers else float(low),
+        high=int(high) if whole_numbers else float(high),
+    )  # fmt: skip
+
+
+def name_of(value: Any) -> Any:
+    """What a value is called in tables and by Tune: itself, or a text as a job file has it."""
+    return value if isinstance(value, bool | int | float | str) else shown(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

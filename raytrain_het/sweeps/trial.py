@@ -1,0 +1,174 @@
+"""One trial: a whole run on workers of its own, as a Ray Tune ``Trainable`` whose steps are the run's reports."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.result import DONE, RESULT_DUPLICATE
+
+from raytrain_het.jobs.failure import describe
+from raytrain_het.jobs.trainer import make_trainer, write_job
+from raytrain_het.sweeps.runs import Rows, read_outcome, read_reports, rows_of, run_name, write_outcome
+from raytrain_het.sweeps.search import OBJECTIVE
+from raytrain_het.sweeps.sweep import Sweep
+
+STOP_S = 30.0
+"""How long a run that is to end may take for it."""
+_POLL_S = 1.0
+
+
+class Run:
+    """A trainer's ``fit`` in a thread, and its reports as they come.
+
+    Args:
+        make: From an ``on_update`` to a :class:`raytrain_het.HetTrainer`.
+    """
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self._reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._trainer = make(self._on_update)
+        self._ended = False
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._fit, name="het-trial", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Reports, until the run is over."""
+        return iter(self._reports.get, None)
+
+    def stop(self) -> None:
+        """End it, and wait until its processes are gone."""
+        deadline = time.monotonic() + STOP_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._ended = True
+            self._trainer.abort()  # What has not begun yet has nothing to end.
+            self._thread.join(0.2)
+
+    def _fit(self) -> None:
+        try:
+            if not self._ended:
+                self._trainer.fit()
+        except BaseException as error:
+            self.error = error
+        self._reports.put(None)
+
+    def _on_update(self, status: Any, events: Any, reports: Any) -> None:
+        for report in reports:
+            self._reports.put(report)
+
+
+class Trial(tune.Trainable):
+    """A sweep's job with a trial's settings. ``sweep`` and ``folder`` come by ``tune.with_parameters``.
+
+    Whatever the folder of its run holds already is told first, so that a trial that was interrupted goes on where its
+    run does, and one that has ended before is not run again.
+    """
+
+    def setup(self, config: dict[str, Any], sweep: Sweep | None = None, folder: str = "") -> None:
+        assert sweep is not None
+        self._sweep, self._root = sweep, folder
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial in this process."""
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        self._run: Run | None = None
+        self._settings = dict(settings)
+        self._folder = Path(self._root) / "runs" / run_name(settings)
+        self._told: list[dict[str, Any]] = []
+        self._rows = self._results()
+
+    def step(self) -> dict[str, Any]:
+        """The next report; the last one comes when the run is over."""
+        row = next(self._rows, None)
+        if row is None:
+            return {RESULT_DUPLICATE: True, DONE: True}
+        self._told.append(row)
+        return row | {OBJECTIVE: self._sweep.objective.for_search(self._told)}
+
+    def cleanup(self) -> None:
+        """End the run, if it goes on."""
+        self._rows.close()
+        if self._run is not None:
+            self._run.stop()
+            self._run = None
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the run's folder has all."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """See :meth:`save_checkpoint`."""
+
+    def _results(self) -> Generator[dict[str, Any], None, None]:
+        with self._alone():
+            yield from self._all_rows()
+
+    def _all_rows(self) -> Iterator[dict[str, Any]]:
+        reports = read_reports(self._folder)
+        outcome = read_outcome(self._folder)
+        yield from self._until_reached(rows_of(reports))
+        if outcome.get("status") == "complete" or self._is_there():
+            return
+        job = self._sweep.job_of(self._settings, name=self._folder.name, storage=str(self._folder.parent))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_job(job)
+        rows = Rows()
+        for report in reports:
+            rows.add(report)
+        self._run = run = Run(lambda on_update: make_trainer(job, on_update))
+        last = None
+        for report in run:
+            row = rows.add(report)
+            if row["epoch"] == getattr(job, "epochs", None):
+                last = row  # Told when all is stored: who hears of it may end the trial.
+                continue
+            yield from self._until_reached([row])
+            if self._is_there():
+                write_outcome(self._folder, status="complete")
+                return
+        self._run = None
+        if run.error is not None:
+            text = describe(run.error)
+            write_outcome(self._folder, status="failed", error=text)
+            raise tune.TuneError(text)
+        write_outcome(self._folder, status="complete")
+        if last is not None:
+            yield last
+
+    def _until_reached(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            yield row
+            if self._sweep.objective.reached(row):
+                return
+
+    def _is_there(self) -> bool:
+        return bool(self._told) and self._sweep.objective.reached(self._told[-1])
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Trials with the same settings are one run: the second waits, and takes what the first has found."""
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self._folder.parent / f".{self._folder.name}.lock", os.O_CREAT | os.O_RDWR)
+        try:
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(_POLL_S)
+            yield
+        finally:
+            os.close(handle)
