@@ -30,6 +30,8 @@ _ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    # Its tables, which name a folder that will not stay.
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 
@@ -167,6 +169,7 @@ def make_tuner(sweep: Sweep, folder: Path, at_once: int, *, to_stderr: bool = Fa
             name=TUNE,
             storage_path=str(folder),
             verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # A run has its own.
             callbacks=[Ledger(folder, sweep.objective, sweep.num_trials, to_stderr=to_stderr)],
         ),
     )

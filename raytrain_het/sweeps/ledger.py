@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from raytrain_het.sweeps.objective import Objective
 from raytrain_het.sweeps.runs import read_outcome, run_name
 
 FILE = "trials.jsonl"
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b: ")
 
 
 @dataclass
@@ -130,7 +132,6 @@ def said(settings: Mapping[str, Any]) -> str:
 
 def last_line(error: str) -> str:
     """What a traceback ends with, without our own words about it."""
-    lines = [
-        line for line in error.strip().splitlines() if line.strip() and not line.startswith("raytrain-het: the run")
-    ]
-    return lines[-1].strip() if lines else error
+    lines = [line.strip() for line in error.strip().splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line)]
+    return (errors or lines or [error])[-1]

@@ -25,6 +25,7 @@ from raytrain_het.sweeps.runs import read_reports, rows_of
 from raytrain_het.sweeps.sweep import Sweep, load_sweep
 
 SEED = "het.seed"
+_COUNTS = ("epoch", "step", "samples", "bytes_sent")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Results:
         """One line: counts, the best trial, and all trials' settings and values, best first."""
         paths = [d.path for d in self.sweep.dimensions]
         told = ["trial", "status", "value", *paths, "epoch", "seconds", "wall_s", "bytes_sent", "error"]
-        rows = self.trials.reindex(columns=told).astype(object).where(lambda t: t.notna(), None).to_dict("records")
+        trials = self.trials.assign(error=[last_line(e) if isinstance(e, str) else None for e in self.trials["error"]])
+        rows = trials.reindex(columns=told).astype(object).where(lambda t: t.notna(), None).to_dict("records")
         best = rows[0] if self.best is not None else None
         return json.dumps(
             jsonable({
@@ -113,12 +115,17 @@ def read_results(folder: Path) -> Results:
         epochs += [{"trial": entry.number, **row} for row in rows]
     trials.sort(key=lambda row: _rank(sweep, row))
     names = ["trial", "status", "value", *(d.path for d in sweep.dimensions)]
-    table = pd.DataFrame(trials, columns=None if trials else [*names, "wall_s"])
+    table = _whole(pd.DataFrame(trials, columns=None if trials else [*names, "wall_s", "error"]))
     best = None
     if trials and trials[0]["status"] == "complete" and trials[0]["value"] is not None:
         job = sweep.job_of(ledger[trials[0]["trial"] - 1].settings)
         best = dataclasses.replace(job, name=None, storage="runs", keep_checkpoints=2)
-    return Results(folder, sweep, table, pd.DataFrame(epochs), best)
+    return Results(folder, sweep, table, _whole(pd.DataFrame(epochs)), best)
+
+
+def _whole(table: pd.DataFrame) -> pd.DataFrame:
+    """Counts stay whole numbers where some are missing."""
+    return table.astype({name: "Int64" for name in _COUNTS if name in table.columns})
 
 
 def _rank(sweep: Sweep, row: Mapping[str, Any]) -> tuple[int, float, int]:

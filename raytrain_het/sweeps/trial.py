@@ -117,13 +117,18 @@ class Trial(tune.Trainable):
             yield from self._all_rows()
 
     def _all_rows(self) -> Iterator[dict[str, Any]]:
-        reports = read_reports(self._folder)
-        outcome = read_outcome(self._folder)
-        yield from self._until_reached(rows_of(reports))
-        if outcome.get("status") == "complete" or self._is_there():
-            return
         job = self._sweep.job_of(self._settings, name=self._folder.name, storage=str(self._folder.parent))
-        self._folder.mkdir(parents=True, exist_ok=True)
+        epochs = getattr(job, "epochs", None)
+        reports, outcome = read_reports(self._folder), read_outcome(self._folder)
+        told = rows_of(reports)
+        if told and told[-1]["epoch"] == epochs and not outcome:  # Killed between its end and word of it.
+            outcome = {"status": "complete"}
+            write_outcome(self._folder, **outcome)
+        yield from self._until_reached(told)
+        if outcome.get("status") == "failed":
+            raise tune.TuneError(outcome["error"])
+        if outcome or self._is_there():
+            return
         write_job(job)
         rows = Rows()
         for report in reports:
@@ -132,7 +137,7 @@ class Trial(tune.Trainable):
         last = None
         for report in run:
             row = rows.add(report)
-            if row["epoch"] == getattr(job, "epochs", None):
+            if row["epoch"] == epochs:
                 last = row  # Told when all is stored: who hears of it may end the trial.
                 continue
             yield from self._until_reached([row])
@@ -160,8 +165,8 @@ class Trial(tune.Trainable):
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Trials with the same settings are one run: the second waits, and takes what the first has found."""
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._folder.parent / f".{self._folder.name}.lock", os.O_CREAT | os.O_RDWR)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self._folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
         try:
             while True:
                 try:
