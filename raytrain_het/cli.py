@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from raytrain_het.errors import ConfigError, ResourceError
 
@@ -121,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--address", help="a Ray cluster: HOST:PORT, auto, or local (default: RAY_ADDRESS, else a local Ray)"
     )
+    sweep.add_argument(
+        "--simulate", metavar="SPEEDS",
+        help="instead of the job's workers, so many on this machine for each trial, slowed down to these relative "
+        "speeds, such as 4,2,1,1; one trial at once",
+    )  # fmt: skip
     sweep.add_argument(
         "--resume",
         action="store_true",
@@ -258,22 +264,37 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from raytrain_het.jobs.runner import Interrupted
-    from raytrain_het.sweeps import load_sweep
-    from raytrain_het.sweeps.command import sweep_command
 
     named = {"name": arguments.name, "storage": arguments.storage}
     overrides = [*arguments.overrides, *(f"{k}={json.dumps(v)}" for k, v in named.items() if v is not None)]
     try:
-        return sweep_command(
-            load_sweep(arguments.sweep, overrides), file=arguments.sweep, resume=arguments.resume,
-            address=arguments.address, as_json=arguments.as_json,
-        )  # fmt: skip
+        return _run_sweep(arguments, overrides)
     except (ConfigError, ResourceError) as error:
         return _failed(arguments, f"raytrain-het: {error}", 2)
     except Interrupted as end:
         return _failed(arguments, f"raytrain-het: interrupted; all workers are gone{end.hint}", end.exit_code)
     except KeyboardInterrupt:
         return _failed(arguments, "raytrain-het: interrupted", 130)
+
+
+def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from raytrain_het.fleet.cores import cpu_limit
+    from raytrain_het.jobs import simulation
+    from raytrain_het.sweeps import load_sweep
+    from raytrain_het.sweeps.command import sweep_command
+    from raytrain_het.testing.throttle import slow_workers
+
+    options: dict[str, Any] = {"file": arguments.sweep, "resume": arguments.resume, "as_json": arguments.as_json}
+    if arguments.simulate is None:
+        return sweep_command(load_sweep(arguments.sweep, overrides), address=arguments.address, **options)
+    speeds = simulation.parse_speeds(arguments.simulate)
+    cores = simulation.fitting_cores(speeds, cpu_limit().cores)
+    simulation.check_alone(workers=None, address=arguments.address)
+    workers = [f"workers=[{{count: {len(speeds)}, resources: {{CPU: 1}}}}]", "max_concurrent=1"]
+    sweep = load_sweep(arguments.sweep, [*overrides, *workers])
+    with slow_workers(cores) as slow:
+        print(simulation.announcement(cores, slow.how), file=sys.stderr, flush=True)
+        return sweep_command(sweep, address="local", at_start=slow, **options)
 
 
 def _schedule(arguments: argparse.Namespace) -> int:

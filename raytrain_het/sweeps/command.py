@@ -7,18 +7,21 @@ from pathlib import Path
 
 from rich.console import Console
 
+from raytrain_het.jobs.trainer import AtStart
 from raytrain_het.sweeps.driver import run_sweep
 from raytrain_het.sweeps.sweep import Sweep
 
 
-def sweep_command(sweep: Sweep, *, file: str, resume: bool, address: str | None, as_json: bool) -> int:
+def sweep_command(
+    sweep: Sweep, *, file: str, resume: bool, address: str | None, as_json: bool, at_start: AtStart | None = None
+) -> int:
     """Run it and show the results; returns the exit status, 1 if no trial has a value.
 
     Raises:
         ConfigError, ResourceError, Interrupted: as :func:`~raytrain_het.sweeps.driver.run_sweep`.
     """
     name = f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    results = run_sweep(sweep, name=name, resume=resume, address=address, to_stderr=as_json)
+    results = run_sweep(sweep, name=name, resume=resume, address=address, at_start=at_start, to_stderr=as_json)
     console = Console(highlight=False, stderr=as_json)
     if not console.is_terminal:
         console = Console(highlight=False, stderr=as_json, width=160)

@@ -15,7 +15,7 @@ from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.ray_session import ray_session
 from raytrain_het.jobs.runner import Interrupted, check_writable, interruptible
 from raytrain_het.jobs.table import check_data
-from raytrain_het.jobs.trainer import num_cpus, scaling_of
+from raytrain_het.jobs.trainer import AtStart, num_cpus, scaling_of
 from raytrain_het.jobs.validation import plural, shown
 from raytrain_het.jobs.yaml_file import read_yaml
 from raytrain_het.ray_train.run_folder import write_whole
@@ -36,8 +36,9 @@ _ENVIRONMENT = {
 
 
 def run_sweep(
-    sweep: Sweep, *, name: str, resume: bool = False, address: str | None = None, to_stderr: bool = False
-) -> Results:
+    sweep: Sweep, *, name: str, resume: bool = False, address: str | None = None, at_start: AtStart | None = None,
+    to_stderr: bool = False,
+) -> Results:  # fmt: skip
     """Run a sweep to its end.
 
     Args:
@@ -45,6 +46,7 @@ def run_sweep(
         name: of its folder, unless it has one of its own.
         resume: whether it goes on where one of this name was interrupted.
         address: of a Ray cluster; as for ``raytrain-het train``.
+        at_start: what each worker does first.
         to_stderr: where lines for people go, instead of stdout.
 
     Returns:
@@ -62,10 +64,10 @@ def run_sweep(
             at_once = max_concurrent(sweep)
             for note in notes:
                 say(note)
-            tuner = _restored(sweep, folder) if resume else None
+            tuner = _restored(sweep, folder, at_start) if resume else None
             if tuner is None:
                 _write_files(sweep, folder)
-                tuner = make_tuner(sweep, folder, at_once, to_stderr=to_stderr)
+                tuner = make_tuner(sweep, folder, at_once, at_start=at_start, to_stderr=to_stderr)
             say(
                 f"sweep folder: {folder}\n{plural(sweep.num_trials, 'trial')}, {at_once} at once; watch them with: "
                 f"tensorboard --logdir {folder}"
@@ -139,13 +141,16 @@ def max_concurrent(sweep: Sweep) -> int:
     return min(fitting, sweep.config.max_concurrent or fitting, sweep.num_trials)
 
 
-def make_tuner(sweep: Sweep, folder: Path, at_once: int, *, to_stderr: bool = False) -> Any:
+def make_tuner(
+    sweep: Sweep, folder: Path, at_once: int, *, at_start: AtStart | None = None, to_stderr: bool = False
+) -> Any:
     """The ``ray.tune.Tuner`` of a sweep. Ray is running.
 
     Args:
         sweep: what it does.
         folder: where it goes.
         at_once: most trials at once.
+        at_start: what each worker does first.
         to_stderr: where lines for people go, instead of stdout.
     """
     from ray import tune
@@ -155,7 +160,7 @@ def make_tuner(sweep: Sweep, folder: Path, at_once: int, *, to_stderr: bool = Fa
     searcher = sweep.search.searcher(sweep.objective, seed=sweep.config.seed, max_concurrent=at_once)
     grid = not sweep.search.takes_ranges
     return tune.Tuner(
-        _trainable(sweep, folder),
+        _trainable(sweep, folder, at_start),
         param_space=sweep.param_space(),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
@@ -179,7 +184,7 @@ def _trial_name(trial: Any) -> str:
     return f"trial_{trial.trial_id}"
 
 
-def _trainable(sweep: Sweep, folder: Path) -> Any:
+def _trainable(sweep: Sweep, folder: Path, at_start: AtStart | None) -> Any:
     """Trials reserve nothing but a sliver of this node, where they stay: their workers reserve for themselves."""
     import ray
     from ray import tune
@@ -189,11 +194,11 @@ def _trainable(sweep: Sweep, folder: Path) -> Any:
     here = ray.get_runtime_context().get_node_id()
     (node,) = (n for n in ray.nodes() if n["NodeID"] == here)
     own = next(name for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__")
-    trial = tune.with_parameters(Trial, sweep=sweep, folder=str(folder))
+    trial = tune.with_parameters(Trial, sweep=sweep, folder=str(folder), at_start=at_start)
     return tune.with_resources(trial, tune.PlacementGroupFactory([{own: 0.0001}]))
 
 
-def _restored(sweep: Sweep, folder: Path) -> Any:
+def _restored(sweep: Sweep, folder: Path, at_start: AtStart | None) -> Any:
     """The Tuner of a sweep that was interrupted; None where what it has saved is not whole. Then it begins anew: with
     the same seed come the same settings, and a run that is complete is not run again."""
     from ray import tune
@@ -208,7 +213,7 @@ def _restored(sweep: Sweep, folder: Path) -> Any:
     if not states or not tune.Tuner.can_restore(str(folder / TUNE)):
         (folder / LEDGER).rename(folder / f"{LEDGER}.{time.strftime('%Y%m%d-%H%M%S')}")
         return None
-    return tune.Tuner.restore(str(folder / TUNE), _trainable(sweep, folder), param_space=sweep.param_space())
+    return tune.Tuner.restore(str(folder / TUNE), _trainable(sweep, folder, at_start), param_space=sweep.param_space())
 
 
 def _write_files(sweep: Sweep, folder: Path) -> None:

@@ -25,6 +25,7 @@ from raytrain_het.sweeps.runs import read_reports, rows_of
 from raytrain_het.sweeps.sweep import Sweep, load_sweep
 
 SEED = "het.seed"
+NUM_FINALISTS = 3
 _COUNTS = ("epoch", "step", "samples", "bytes_sent")
 
 
@@ -40,14 +41,19 @@ class Results:
             ``samples``, ``bytes_sent``, ``samples_per_s``, ``fraction_of_aggregate``, ``lr``, ``clipped_share``;
             ``wall_s`` with the start of workers; ``run_folder`` and ``error``.
         epochs: A row for each epoch of each trial, with ``trial`` and the same figures.
-        best: The best job, ready to run; None where no trial has a value.
+        finalists: The jobs of up to three trials that are complete, the best first, ready to run.
     """
 
     folder: Path
     sweep: Sweep
     trials: pd.DataFrame
     epochs: pd.DataFrame
-    best: JobConfig | None
+    finalists: list[JobConfig]
+
+    @property
+    def best(self) -> JobConfig | None:
+        """The best job; None where no trial was complete with a value."""
+        return self.finalists[0] if self.finalists else None
 
     @property
     def num_by_status(self) -> dict[str, int]:
@@ -62,12 +68,13 @@ class Results:
         return counts["unfinished"] == counts["not begun"] == 0
 
     def write(self) -> None:
-        """``trials`` and ``epochs`` as Parquet and CSV, and ``best.yaml``, into the sweep's folder."""
+        """``trials`` and ``epochs`` as Parquet and CSV, and ``best.yaml``, ``best-2.yaml`` and ``best-3.yaml``, into
+        the sweep's folder."""
         for name, table in (("trials", self.trials), ("epochs", self.epochs)):
             table.to_parquet(self.folder / f"{name}.parquet", index=False)
             table.to_csv(self.folder / f"{name}.csv", index=False)
-        if self.best is not None:
-            write_whole(self.folder / "best.yaml", self.best.to_yaml())
+        for place, job in enumerate(self.finalists, start=1):
+            write_whole(self.folder / ("best.yaml" if place == 1 else f"best-{place}.yaml"), job.to_yaml())
 
     def to_json(self) -> str:
         """One line: counts, the best trial, and all trials' settings and values, best first."""
@@ -102,7 +109,9 @@ class Results:
                 size(sent) if _known(sent) else "-", _remark(row),
             )  # fmt: skip
         counts = ", ".join(f"{n} {status}" for status, n in self.num_by_status.items() if n)
-        return Group(table, counts, *(_by_seed(self) or ()))
+        failed = self.trials[self.trials["status"] == "failed"]
+        errors = [f"trial {n} failed: {last_line(e)}" for n, e in zip(failed["trial"], failed["error"], strict=True)]
+        return Group(table, *errors, counts, *_by_seed(self))
 
 
 def read_results(folder: Path) -> Results:
@@ -116,11 +125,10 @@ def read_results(folder: Path) -> Results:
     trials.sort(key=lambda row: _rank(sweep, row))
     names = ["trial", "status", "value", *(d.path for d in sweep.dimensions)]
     table = _whole(pd.DataFrame(trials, columns=None if trials else [*names, "wall_s", "error"]))
-    best = None
-    if trials and trials[0]["status"] == "complete" and trials[0]["value"] is not None:
-        job = sweep.job_of(ledger[trials[0]["trial"] - 1].settings)
-        best = dataclasses.replace(job, name=None, storage="runs", keep_checkpoints=2)
-    return Results(folder, sweep, table, _whole(pd.DataFrame(epochs)), best)
+    won = [row["trial"] for row in trials if row["status"] == "complete" and row["value"] is not None]
+    jobs = [sweep.job_of(ledger[number - 1].settings, storage="runs") for number in won[:NUM_FINALISTS]]
+    finalists = [dataclasses.replace(job, keep_checkpoints=2) for job in jobs]
+    return Results(folder, sweep, table, _whole(pd.DataFrame(epochs)), finalists)
 
 
 def _whole(table: pd.DataFrame) -> pd.DataFrame:
@@ -163,7 +171,7 @@ def _others(objective: str, results: Results) -> list[str]:
 
 def _remark(row: Mapping[str, Any]) -> str:
     if row["status"] == "failed":
-        return f"failed: {last_line(str(row['error']))}"
+        return "failed"
     if row.get("reached") is False and row["status"] == "complete":
         return "target not reached"
     return "" if row["status"] == "complete" else str(row["status"])

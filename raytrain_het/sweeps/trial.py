@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
 from raytrain_het.jobs.failure import describe
-from raytrain_het.jobs.trainer import make_trainer, write_job
+from raytrain_het.jobs.trainer import AtStart, make_trainer, write_job
 from raytrain_het.sweeps.runs import Rows, read_outcome, read_reports, rows_of, run_name, write_outcome
 from raytrain_het.sweeps.search import OBJECTIVE
 from raytrain_het.sweeps.sweep import Sweep
@@ -67,15 +67,17 @@ class Run:
 
 
 class Trial(tune.Trainable):
-    """A sweep's job with a trial's settings. ``sweep`` and ``folder`` come by ``tune.with_parameters``.
+    """A sweep's job with a trial's settings. ``sweep``, ``folder`` and ``at_start`` come by ``tune.with_parameters``.
 
     Whatever the folder of its run holds already is told first, so that a trial that was interrupted goes on where its
     run does, and one that has ended before is not run again.
     """
 
-    def setup(self, config: dict[str, Any], sweep: Sweep | None = None, folder: str = "") -> None:
+    def setup(
+        self, config: dict[str, Any], sweep: Sweep | None = None, folder: str = "", at_start: AtStart | None = None
+    ) -> None:
         assert sweep is not None
-        self._sweep, self._root = sweep, folder
+        self._sweep, self._root, self._at_start = sweep, folder, at_start
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -133,7 +135,7 @@ class Trial(tune.Trainable):
         rows = Rows()
         for report in reports:
             rows.add(report)
-        self._run = run = Run(lambda on_update: make_trainer(job, on_update))
+        self._run = run = Run(lambda on_update: make_trainer(job, on_update, self._at_start))
         last = None
         for report in run:
             row = rows.add(report)

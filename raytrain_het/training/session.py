@@ -221,7 +221,7 @@ class Session:
             for listener in self.listeners:
                 listener(note)
         if self.stats is not None:
-            self.stats.send_if_due()
+            self.stats.committed(opened.started)
 
     def _tell_a_new_hub(self) -> None:
         assert self.reporter is not None

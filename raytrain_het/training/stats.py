@@ -29,7 +29,7 @@ class Stats:
         self._sent_at = -math.inf
         self._left_out: tuple[float, float | None] = (-math.inf, None)
         """When it was looked at, and its norm."""
-        self._reported: dict[str, float] = {"seconds": time.monotonic()}
+        self._reported: dict[str, float] = {}
         """What had been counted at the last report."""
 
     def send_if_due(self) -> None:
@@ -50,15 +50,20 @@ class Stats:
             **self._where,
         )  # fmt: skip
 
+    def committed(self, started: float) -> None:
+        """A step that began then is done: the first one is the beginning of training."""
+        self._reported.setdefault("seconds", started)
+        self.send_if_due()
+
     def since_report(self) -> dict[str, Any]:
-        """What this worker has done since its last report, or since it joined: seconds, steps, steps in which gradients
+        """What this worker has done since its last report, or its first step: seconds, steps, steps in which gradients
         were clipped, samples and bytes sent."""
         counters = self._engine.counters
         now: dict[str, float] = {
             "seconds": time.monotonic(), "steps": counters.steps, "clipped_steps": counters.clipped,
             "samples": counters.samples, "bytes_sent": self._communicator.traffic.sent,
         }  # fmt: skip
-        before, self._reported = self._reported, now
+        before, self._reported = {"seconds": now["seconds"]} | self._reported, now
         return {name: value - before.get(name, 0) for name, value in now.items()}
 
     def batch_share(self) -> int:
