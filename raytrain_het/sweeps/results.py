@@ -38,8 +38,8 @@ class Results:
             complete, pruned, failed or unfinished, ``value`` what the sweep looks for (nothing where a target was not
             reached: ``reached`` says so); the settings that were varied by their paths, as ``job.*`` all settings of
             the job, and as last reported the job's metrics, ``epoch`` (those done), ``step``, ``seconds`` of training,
-            ``samples``, ``bytes_sent``, ``samples_per_s``, ``fraction_of_aggregate``, ``lr``, ``clipped_share``;
-            ``wall_s`` with the start of workers; ``run_folder`` and ``error``.
+            ``samples``, ``bytes_sent``, ``samples_per_s``, ``fraction_of_aggregate``, ``lr_now`` (of the last step),
+            ``clipped_share``; ``wall_s`` with the start of workers; ``run_folder`` and ``error``.
         epochs: A row for each epoch of each trial, with ``trial`` and the same figures.
         finalists: The jobs of up to three trials that are complete, the best first, ready to run.
     """
@@ -147,14 +147,15 @@ def _rank(sweep: Sweep, row: Mapping[str, Any]) -> tuple[int, float, int]:
 def _row(sweep: Sweep, entry: Entry, rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     _, idle = sweep.data_of(entry.settings)
     job = flat(dataclasses.asdict(sweep.job_of(entry.settings)))
+    settings = {path: None if path in idle else value for path, value in entry.settings.items()}
     ended = entry.status in ("complete", "pruned")
     return {
         "trial": entry.number,
         "status": entry.status,
         "value": sweep.objective.value(rows) if ended else None,
         **({"reached": any(map(sweep.objective.reached, rows))} if sweep.objective.target is not None else {}),
-        **{path: None if path in idle else value for path, value in entry.settings.items()},
-        **(rows[-1] if rows else {}),
+        **settings,
+        **{name: value for name, value in (rows[-1] if rows else {}).items() if name not in settings},
         "wall_s": entry.wall_s,
         "num_starts": entry.num_starts,
         "error": entry.error,

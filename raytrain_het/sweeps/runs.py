@@ -22,8 +22,8 @@ class Rows:
     """Reports as rows: the job's metrics, and what it took to get there, added up from report to report.
 
     ``epoch``: those that are done; ``step``; ``seconds`` in training, without the start of workers; ``samples``;
-    ``bytes_sent`` by all workers; ``samples_per_s`` and ``clipped_share`` since the report before; ``lr``;
-    ``fraction_of_aggregate``, what all do together over the sum of what each would do by itself.
+    ``bytes_sent`` by all workers; ``samples_per_s`` and ``clipped_share`` since the report before; ``lr_now``, the rate
+    of the last step; ``fraction_of_aggregate``, what all do together over the sum of what each would do by itself.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Rows:
             **self._sums,
             "samples_per_s": since["samples"] / seconds if seconds else None,
             "clipped_share": min(1.0, since["clipped_steps"] / steps) if steps else None,
-            "lr": report.get("lr"),
+            "lr_now": report.get("lr"),
             "fraction_of_aggregate": report.get("fraction_of_aggregate"),
         }
 

@@ -154,8 +154,8 @@ class Sweep:
     @property
     def max_epochs(self) -> int:
         """Of the longest trial."""
-        ends = [d.extremes() for d in self.dimensions if d.whole == "epochs"]
-        return max([*(data.get("epochs", 1) for data in self.jobs.values()), *itertools.chain(*ends)])
+        varied = [value for d in self.dimensions if d.whole == "epochs" for value in d.extremes()]
+        return max(varied or [data.get("epochs", 1) for data in self.jobs.values()])
 
     def files(self) -> dict[str, str]:
         """The sweep and its jobs, resolved, as files that :func:`load_sweep` reads again: by the name of the file."""

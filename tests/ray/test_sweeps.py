@@ -1,0 +1,144 @@
+"""Sweeps on a real cluster: every trial a whole run, whatever becomes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import ray
+import yaml
+from ray_waiting import eventually, free
+
+from raytrain_het.sweeps import SweepConfig, make_sweep, run_sweep
+from raytrain_het.sweeps.ledger import read_ledger
+from raytrain_het.sweeps.runs import read_reports
+
+SWEEP = {
+    # The second learns nothing and is pruned after an epoch; the third raises.
+    "space": {"lr": {"grid": [0.1, 1e-9, 1e30, 0.05]}}, "metric": "accuracy", "search": "grid",
+    "scheduler": {"asha": {"grace_epochs": 1, "reduction_factor": 2}},
+    "set": {"epochs": 2, "het.shares": "auto", "global_batch_size": 128}, "max_concurrent": 1,
+}  # fmt: skip
+
+
+def command(folder: Path, address: str, *more: str) -> subprocess.Popen[str]:
+    arguments = ["sweep", str(folder / "s.yaml"), "--storage", str(folder), "--name", "x", "--address", address, *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "raytrain_het.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def statuses(folder: Path) -> list[str]:
+    return [entry.status for entry in read_ledger(folder).values()]
+
+
+@pytest.fixture
+def all_free(cluster: Any) -> Any:
+    before = eventually(lambda: free() if free()["CPU"] >= 4 else None, "the last test's resources")
+    return lambda: eventually(lambda: free() == before, f"free resources as before ({before})", 60)
+
+
+def test_a_sweep_whose_driver_is_killed_goes_on_and_runs_nothing_twice(
+    cluster: Any, all_free: Any, tmp_path: Path
+) -> None:
+    """One trial is pruned, one raises, and the driver is killed while another trains."""
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP))
+    driver, folder = command(tmp_path, cluster.address), tmp_path / "x"
+    try:
+        eventually(lambda: statuses(folder)[:1] == ["complete"] and len(statuses(folder)) >= 2, "one and a half", 150)
+        trained = [len(read_reports(folder / "runs" / entry.run)) for entry in read_ledger(folder).values()][:1]
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.communicate()
+    all_free()
+    refused = command(tmp_path, cluster.address)
+    assert refused.communicate()[1].count("is there already. Write --resume to go on with it, or another --name") == 1
+    again = command(tmp_path, cluster.address, "--resume", "--json")
+    out, progress = again.communicate(timeout=240)
+    assert again.returncode == 0, progress
+    result = json.loads(out)
+    entries = list(read_ledger(folder).values())
+    assert [entry.status for entry in entries] == ["complete", "pruned", "failed", "complete"], progress
+    assert [entry.num_starts for entry in entries] in ([1, 2, 1, 1], [1, 1, 2, 1]), (
+        "only what was under way starts again"
+    )
+    assert [len(read_reports(folder / "runs" / entry.run)) for entry in entries][:1] == trained == [2]
+    assert (result["complete"], result["pruned"], result["failed"], result["not begun"]) == (2, 1, 1, 0)
+    assert "NonFiniteGradientError" in next(row["error"] for row in result["trials"] if row["status"] == "failed")
+    all_free()
+    table = pd.read_parquet(folder / "trials.parquet")
+    assert table["trial"].tolist()[2:] == [2, 3] and set(table["job.lr"]) == {0.1, 1e-9, 1e30, 0.05}
+    best = yaml.safe_load((folder / "best.yaml").read_text())
+    assert best["lr"] == table["lr"].iloc[0] and best["name"] is None
+    assert_tensorboard_shows_settings_and_metrics(folder)
+
+
+def assert_tensorboard_shows_settings_and_metrics(folder: Path) -> None:
+    """Its own reader finds the hyperparameters, and the metrics beside them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    found = {}
+    for trial in (folder / "tune").glob("trial_*"):
+        for file in trial.glob("events.out.tfevents.*"):
+            events = EventAccumulator(str(file)).Reload()
+            contents = events.summary_metadata
+            for tag in contents:
+                if tag == metadata.SESSION_START_INFO_TAG:
+                    content = contents[tag].plugin_data.content
+                    settings = metadata.parse_session_start_info_plugin_data(content).hparams
+                    found[settings["lr"].number_value] = events.Tags()["scalars"]
+    assert {0.1, 1e-9} <= set(found)
+    assert all("ray/tune/accuracy" in scalars for scalars in found.values())
+
+
+def test_ctrl_c_leaves_no_worker_and_what_was_found(cluster: Any, all_free: Any, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP | {"space": {"lr": {"grid": [0.1, 0.2]}}}))
+    driver, folder = command(tmp_path, cluster.address), tmp_path / "x"
+    eventually(lambda: "complete" in statuses(folder) and len(statuses(folder)) == 2, "one and a half", 150)
+    driver.send_signal(signal.SIGINT)
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert "interrupted; all workers are gone; the same command with --name x --resume goes on" in said
+    all_free()
+    assert pd.read_parquet(folder / "trials.parquet")["status"].tolist() == ["complete", "unfinished"]
+
+
+def test_as_many_trials_run_at_once_as_the_cluster_holds_and_share_what_was_measured(
+    cluster: Any, all_free: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes of two CPUs hold two trials of two workers. A trial ends when it is where it was to get."""
+    sweep = make_sweep(
+        SweepConfig(
+            space={"lr": {"grid": [0.05, 0.06]}}, metric={"time_to": {"accuracy": 0.05}}, search="grid",
+            set={"epochs": 4, "het.shares": "auto", "global_batch_size": 128}, storage=str(tmp_path),
+        )
+    )  # fmt: skip
+    results = run_sweep(sweep, name="x", address=cluster.address)
+    assert results.num_by_status["complete"] == 2
+    assert results.trials["reached"].all() and (results.trials["epoch"] < 4).all()
+    begun = [json.loads(line)["event"] for line in (results.folder / "trials.jsonl").read_text().splitlines()]
+    assert begun[:2] == ["start", "start"], "both at once"
+    all_free()
+
+
+def test_a_trial_that_no_node_holds_is_refused_before_anything_starts(cluster: Any, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP | {"workers": [{"count": 9}]}))
+    driver = command(tmp_path, cluster.address)
+    assert "ask for 9 CPU together, the cluster has 4" in driver.communicate()[1]
+    assert driver.returncode == 2 and not (tmp_path / "x").exists()
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP))
+    driver = command(tmp_path, cluster.address, "--resume")
+    assert "--resume: there is no sweep in" in driver.communicate()[1]
+    assert driver.returncode == 2 and os.listdir(tmp_path) == ["s.yaml"]
+    assert ray.is_initialized()
