@@ -66,7 +66,75 @@ class Run:
             self._reports.put(report)
 
 
-class Trial(tune.Trainable):
+class RunTrial(tune.Trainable):
+    """A trial whose steps are rows of a run's reports, and which ends with the run."""
+
+    _run: Run | None = None
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Tune's: a new trial."""
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Tune's: the next trial in this process."""
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        self._settings, self._run = dict(settings), None
+        self._rows = self._results()
+
+    def step(self) -> dict[str, Any]:
+        """Tune's: the next row. After the last one the trial is done."""
+        row = next(self._rows, None)
+        return {RESULT_DUPLICATE: True, DONE: True} if row is None else row
+
+    def cleanup(self) -> None:
+        """Tune's: end the run, if it goes on."""
+        if self._run is not None:
+            self._run.stop()
+            self._run = None
+        self._rows.close()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the run's folder has all."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """See :meth:`save_checkpoint`."""
+
+    def _results(self) -> Generator[dict[str, Any], None, None]:
+        raise NotImplementedError
+
+
+def trainable(make_trainer: Callable[[dict[str, Any]], Any]) -> type[tune.Trainable]:
+    """What a ``ray.tune.Tuner`` runs to sweep a training function of your own.
+
+    Each report becomes a result: the metrics, averaged over workers, and the figures of
+    :class:`~raytrain_het.sweeps.runs.Rows`.
+
+    Args:
+        make_trainer: From a trial's settings to its :class:`raytrain_het.HetTrainer`. Trials have runs of their own:
+            ``RunConfig(name=run_name(settings))`` names them, and one that is interrupted goes on.
+    """
+
+    class TrainerTrial(RunTrial):
+        def _results(self) -> Generator[dict[str, Any], None, None]:
+            def make(on_update: Any) -> Any:
+                trainer = make_trainer(self._settings)
+                trainer.on_update = on_update
+                return trainer
+
+            rows = Rows()
+            self._run = run = Run(make)
+            yield from map(rows.add, run)
+            if run.error is not None:
+                raise tune.TuneError(describe(run.error))
+
+    return TrainerTrial
+
+
+class Trial(RunTrial):
     """A sweep's job with a trial's settings. ``sweep``, ``folder`` and ``at_start`` come by ``tune.with_parameters``.
 
     Whatever the folder of its run holds already is told first, so that a trial that was interrupted goes on where its
@@ -78,45 +146,15 @@ class Trial(tune.Trainable):
     ) -> None:
         assert sweep is not None
         self._sweep, self._root, self._at_start = sweep, folder, at_start
-        self._begin(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial in this process."""
-        self.cleanup()
-        self._begin(new_config)
-        return True
-
-    def _begin(self, settings: dict[str, Any]) -> None:
-        self._run: Run | None = None
-        self._settings = dict(settings)
-        self._folder = Path(self._root) / "runs" / run_name(settings)
-        self._told: list[dict[str, Any]] = []
-        self._rows = self._results()
-
-    def step(self) -> dict[str, Any]:
-        """The next report; the last one comes when the run is over."""
-        row = next(self._rows, None)
-        if row is None:
-            return {RESULT_DUPLICATE: True, DONE: True}
-        self._told.append(row)
-        return row | {OBJECTIVE: self._sweep.objective.for_search(self._told)}
-
-    def cleanup(self) -> None:
-        """End the run, if it goes on."""
-        self._rows.close()
-        if self._run is not None:
-            self._run.stop()
-            self._run = None
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the run's folder has all."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """See :meth:`save_checkpoint`."""
+        super().setup(config)
 
     def _results(self) -> Generator[dict[str, Any], None, None]:
+        self._folder = Path(self._root) / "runs" / run_name(self._settings)
+        self._told: list[dict[str, Any]] = []
         with self._alone():
-            yield from self._all_rows()
+            for row in self._all_rows():
+                self._told.append(row)
+                yield row | {OBJECTIVE: self._sweep.objective.for_search(self._told)}
 
     def _all_rows(self) -> Iterator[dict[str, Any]]:
         job = self._sweep.job_of(self._settings, name=self._folder.name, storage=str(self._folder.parent))
@@ -129,6 +167,8 @@ class Trial(tune.Trainable):
         yield from self._until_reached(told)
         if outcome.get("status") == "failed":
             raise tune.TuneError(outcome["error"])
+        if not outcome and self._is_there():
+            write_outcome(self._folder, status="complete")
         if outcome or self._is_there():
             return
         write_job(job)
