@@ -71,6 +71,11 @@ class RunTrial(tune.Trainable):
 
     _run: Run | None = None
 
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """Tune's: next to nothing, since workers reserve for themselves. Nothing at all cannot be asked for."""
+        return tune.PlacementGroupFactory([{"memory": 1.0}])
+
     def setup(self, config: dict[str, Any]) -> None:
         """Tune's: a new trial."""
         self._begin(config)
