@@ -180,8 +180,9 @@ def num_fitting(slots: Sequence[SlotSpec], shapes: Sequence[NodeShape], limit: i
             wanted = sum(slot.resources.get(name, 0) for slot in slots)
             have = sum(shape.resources.get(name, 0) * (shape.max_count or 0) for shape in shapes)
             most = min(most, int((have + 1e-9) / wanted) if wanted else limit)
+    finite = [dataclasses.replace(s, max_count=limit * len(slots)) if s.max_count is None else s for s in shapes]
     count = 1
-    while count < most and _packs([*slots] * (count + 1), shapes):
+    while count < most and _packs([*slots] * (count + 1), finite):
         count += 1
     return count
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import ray
 import yaml
 from ray_waiting import eventually, free
 
+from raytrain_het.jobs.config import Workers
 from raytrain_het.sweeps import SweepConfig, make_sweep, run_sweep
 from raytrain_het.sweeps.ledger import read_ledger
 from raytrain_het.sweeps.runs import read_reports
@@ -24,7 +24,7 @@ SWEEP = {
     # The second learns nothing and is pruned after an epoch; the third raises.
     "space": {"lr": {"grid": [0.1, 1e-9, 1e30, 0.05]}}, "metric": "accuracy", "search": "grid",
     "scheduler": {"asha": {"grace_epochs": 1, "reduction_factor": 2}},
-    "set": {"epochs": 2, "het.shares": "auto", "global_batch_size": 128}, "max_concurrent": 1,
+    "set": {"epochs": 2, "het.shares": "auto", "global_batch_size": 128}, "max_concurrent": 1, "workers": [{"count": 1}],
 }  # fmt: skip
 
 
@@ -42,37 +42,51 @@ def statuses(folder: Path) -> list[str]:
     return [entry.status for entry in read_ledger(folder).values()]
 
 
+def num_ended(folder: Path) -> int:
+    return sum(status != "unfinished" for status in statuses(folder))
+
+
 @pytest.fixture
 def all_free(cluster: Any) -> Any:
     before = eventually(lambda: free() if free()["CPU"] >= 4 else None, "the last test's resources")
     return lambda: eventually(lambda: free() == before, f"free resources as before ({before})", 60)
 
 
-def test_a_sweep_whose_driver_is_killed_goes_on_and_runs_nothing_twice(
+def test_a_sweep_that_is_killed_and_interrupted_goes_on_and_runs_nothing_twice(
     cluster: Any, all_free: Any, tmp_path: Path
 ) -> None:
-    """One trial is pruned, one raises, and the driver is killed while another trains."""
+    """Of four trials one is pruned and one raises; the driver is killed in the second, and Ctrl-C comes later."""
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP))
-    driver, folder = command(tmp_path, cluster.address), tmp_path / "x"
+    folder = tmp_path / "x"
+    driver = command(tmp_path, cluster.address)
     try:
-        eventually(lambda: statuses(folder)[:1] == ["complete"] and len(statuses(folder)) >= 2, "one and a half", 150)
-        trained = [len(read_reports(folder / "runs" / entry.run)) for entry in read_ledger(folder).values()][:1]
+        eventually(lambda: num_ended(folder) == 1 and len(statuses(folder)) == 2, "one and a half", 150)
+        first = [entry.run for entry in read_ledger(folder).values()][0]
+        trained = read_reports(folder / "runs" / first)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.communicate()
     all_free()
     refused = command(tmp_path, cluster.address)
-    assert refused.communicate()[1].count("is there already. Write --resume to go on with it, or another --name") == 1
-    again = command(tmp_path, cluster.address, "--resume", "--json")
-    out, progress = again.communicate(timeout=240)
-    assert again.returncode == 0, progress
+    assert "is there already. Write --resume to go on with it, or another --name" in refused.communicate()[1]
+
+    driver = command(tmp_path, cluster.address, "--resume")
+    eventually(lambda: num_ended(folder) == 3 and len(statuses(folder)) == 4, "all but the last", 150)
+    driver.send_signal(signal.SIGINT)
+    out, said = driver.communicate(timeout=60)
+    assert driver.returncode == 130, out + said
+    assert "interrupted; all workers are gone; the same command with --name x --resume goes on" in said
+    all_free()
+    assert sorted(pd.read_parquet(folder / "trials.parquet")["status"])[-1] == "unfinished"
+
+    driver = command(tmp_path, cluster.address, "--resume", "--json")
+    out, progress = driver.communicate(timeout=240)
+    assert driver.returncode == 0, progress
     result = json.loads(out)
     entries = list(read_ledger(folder).values())
     assert [entry.status for entry in entries] == ["complete", "pruned", "failed", "complete"], progress
-    assert [entry.num_starts for entry in entries] in ([1, 2, 1, 1], [1, 1, 2, 1]), (
-        "only what was under way starts again"
-    )
-    assert [len(read_reports(folder / "runs" / entry.run)) for entry in entries][:1] == trained == [2]
+    assert [entry.num_starts for entry in entries] == [1, 2, 1, 2], "only what was under way begins again"
+    assert read_reports(folder / "runs" / first) == trained and len(trained) == 2
     assert (result["complete"], result["pruned"], result["failed"], result["not begun"]) == (2, 1, 1, 0)
     assert "NonFiniteGradientError" in next(row["error"] for row in result["trials"] if row["status"] == "failed")
     all_free()
@@ -102,26 +116,13 @@ def assert_tensorboard_shows_settings_and_metrics(folder: Path) -> None:
     assert all("ray/tune/accuracy" in scalars for scalars in found.values())
 
 
-def test_ctrl_c_leaves_no_worker_and_what_was_found(cluster: Any, all_free: Any, tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP | {"space": {"lr": {"grid": [0.1, 0.2]}}}))
-    driver, folder = command(tmp_path, cluster.address), tmp_path / "x"
-    eventually(lambda: "complete" in statuses(folder) and len(statuses(folder)) == 2, "one and a half", 150)
-    driver.send_signal(signal.SIGINT)
-    _, said = driver.communicate(timeout=60)
-    assert driver.returncode == 130
-    assert "interrupted; all workers are gone; the same command with --name x --resume goes on" in said
-    all_free()
-    assert pd.read_parquet(folder / "trials.parquet")["status"].tolist() == ["complete", "unfinished"]
-
-
-def test_as_many_trials_run_at_once_as_the_cluster_holds_and_share_what_was_measured(
-    cluster: Any, all_free: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two nodes of two CPUs hold two trials of two workers. A trial ends when it is where it was to get."""
+def test_as_many_trials_run_at_once_as_the_cluster_holds(cluster: Any, all_free: Any, tmp_path: Path) -> None:
+    """Two nodes of two CPUs hold two trials that ask for two. A trial ends when it is where it was to get."""
     sweep = make_sweep(
         SweepConfig(
             space={"lr": {"grid": [0.05, 0.06]}}, metric={"time_to": {"accuracy": 0.05}}, search="grid",
             set={"epochs": 4, "het.shares": "auto", "global_batch_size": 128}, storage=str(tmp_path),
+            workers=(Workers(resources={"CPU": 2}),),
         )
     )  # fmt: skip
     results = run_sweep(sweep, name="x", address=cluster.address)
@@ -141,4 +142,3 @@ def test_a_trial_that_no_node_holds_is_refused_before_anything_starts(cluster: A
     driver = command(tmp_path, cluster.address, "--resume")
     assert "--resume: there is no sweep in" in driver.communicate()[1]
     assert driver.returncode == 2 and os.listdir(tmp_path) == ["s.yaml"]
-    assert ray.is_initialized()

@@ -6,7 +6,7 @@ import pytest
 
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError, ResourceError
-from raytrain_het.ray_train.resources import NodeShape, check_feasible, matches, resolve_auto, shapes_of
+from raytrain_het.ray_train.resources import NodeShape, check_feasible, matches, num_fitting, resolve_auto, shapes_of
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
 from raytrain_het.ray_train.trainer import HetTrainer
 from raytrain_het.ray_train.versions import check_ray
@@ -92,6 +92,17 @@ def test_what_an_autoscaler_may_start_counts() -> None:
         check_feasible(specs(WorkerSpec(count=3, resources={"GPU": 1})), [*live, two])
     anything = NodeShape(name="gpu", resources={"GPU": 1}, max_count=None)
     check_feasible(specs(WorkerSpec(count=30, resources={"GPU": 1})), [*live, anything])
+
+
+def test_runs_at_once_are_those_whose_workers_all_have_a_place() -> None:
+    two = specs(WorkerSpec(count=2, resources={"CPU": 2}))
+    nodes = shapes_of([node("a", CPU=5), node("b", CPU=5), node("c", CPU=1)])
+    assert num_fitting(two, nodes) == 2, "11 CPUs, of which no node's last one holds a worker"
+    assert num_fitting(specs(WorkerSpec(resources={"CPU": 5})), nodes) == 2
+    more = NodeShape(name="type small", resources={"CPU": 2.0}, max_count=2)
+    assert num_fitting(two, [*nodes, more]) == 3
+    anything = NodeShape(name="type any", resources={"CPU": 2.0}, max_count=None)
+    assert num_fitting(two, [anything], limit=7) == 7
 
 
 @pytest.mark.parametrize(
