@@ -24,7 +24,8 @@ SWEEP = {
     # The second learns nothing and is pruned after an epoch; the third raises.
     "space": {"lr": {"grid": [0.1, 1e-9, 1e30, 0.05]}}, "metric": "accuracy", "search": "grid",
     "scheduler": {"asha": {"grace_epochs": 1, "reduction_factor": 2}},
-    "set": {"epochs": 2, "het.shares": "auto", "global_batch_size": 128}, "max_concurrent": 1, "workers": [{"count": 1}],
+    "set": {"epochs": 2, "het.shares": "auto", "global_batch_size": 128}, "max_concurrent": 1,
+    "workers": [{"count": 1}],
 }  # fmt: skip
 
 
