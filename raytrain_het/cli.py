@@ -133,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with the sweep of this name; trials that have ended are not run again",
     )
     sweep.add_argument(
+        "--retry-failed", action="store_true", help="with --resume: trials that have failed are tried again"
+    )
+    sweep.add_argument(
         "--json", action="store_true", dest="as_json", help="end with one JSON object on stdout, progress on stderr"
     )
     sweep.set_defaults(run=_sweep)
@@ -268,6 +271,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     named = {"name": arguments.name, "storage": arguments.storage}
     overrides = [*arguments.overrides, *(f"{k}={json.dumps(v)}" for k, v in named.items() if v is not None)]
     try:
+        if arguments.retry_failed and not arguments.resume:
+            raise ConfigError("--retry-failed needs a sweep to go on with: write --resume too")
         return _run_sweep(arguments, overrides)
     except (ConfigError, ResourceError) as error:
         return _failed(arguments, f"raytrain-het: {error}", 2)
@@ -284,14 +289,17 @@ def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from raytrain_het.sweeps.command import sweep_command
     from raytrain_het.testing.throttle import slow_workers
 
-    options: dict[str, Any] = {"file": arguments.sweep, "resume": arguments.resume, "as_json": arguments.as_json}
-    if arguments.simulate is None:
-        return sweep_command(load_sweep(arguments.sweep, overrides), address=arguments.address, **options)
-    speeds = simulation.parse_speeds(arguments.simulate)
-    cores = simulation.fitting_cores(speeds, cpu_limit().cores)
+    if arguments.simulate is not None:
+        overrides = [*overrides, f"simulate={json.dumps(simulation.parse_speeds(arguments.simulate))}"]
+    sweep = load_sweep(arguments.sweep, overrides)
+    options: dict[str, Any] = {
+        "file": arguments.sweep, "resume": arguments.resume, "retry_failed": arguments.retry_failed,
+        "as_json": arguments.as_json,
+    }  # fmt: skip
+    if sweep.config.simulate is None:
+        return sweep_command(sweep, address=arguments.address, **options)
     simulation.check_alone(workers=None, address=arguments.address)
-    workers = [f"workers=[{{count: {len(speeds)}, resources: {{CPU: 1}}}}]", "max_concurrent=1"]
-    sweep = load_sweep(arguments.sweep, [*overrides, *workers])
+    cores = simulation.fitting_cores(sweep.config.simulate, cpu_limit().cores)
     with slow_workers(cores) as slow:
         print(simulation.announcement(cores, slow.how), file=sys.stderr, flush=True)
         return sweep_command(sweep, address="local", at_start=slow, **options)

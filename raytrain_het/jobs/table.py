@@ -129,10 +129,13 @@ def build_job(data: dict[str, Any], *, source: Callable[[str], str]) -> JobConfi
 def with_absolute_paths(job: JobConfig) -> JobConfig:
     """The job with the files that it names found from any working directory. URIs stay as they are."""
     named = {key: getattr(job, key) for key in KINDS[job.kind].path_keys}
-    paths: dict[str, Any] = {
-        key: str(Path(p).expanduser().resolve()) for key, p in named.items() if p is not None and "://" not in p
-    }
+    paths: dict[str, Any] = {key: absolute(path) for key, path in named.items() if path is not None}
     return dataclasses.replace(job, **paths) if paths else job
+
+
+def absolute(path: str | None) -> str | None:
+    """A file that is found from any working directory. URIs, and none, stay as they are."""
+    return str(Path(path).expanduser().resolve()) if path is not None and "://" not in path else path
 
 
 def read_job(path: str | Path | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:

@@ -80,10 +80,11 @@ class TabularJob(JobConfig):
                 f"l1={self.l1} is not valid with optimizer={optimizer.name!r}: allowed is 0, or optimizer=sgd, whose "
                 "steps end with soft thresholding. Write --set optimizer=sgd"
             )
-        if optimizer.weight_decay and optimizer.weight_decay != type(optimizer)().weight_decay:
+        written = (self.optimizer[optimizer.name] or {}) if isinstance(self.optimizer, dict) else {}
+        if {"weight_decay", "decay_all"} & set(written):
             raise ConfigError(
-                f"optimizer={self.optimizer!r} has a weight_decay: in this job the penalty on weights is l2. Write "
-                f"--set l2={optimizer.weight_decay}"
+                f"optimizer={self.optimizer!r} is not valid: in this job the penalty on weights is l2, and biases have "
+                f"none. Leave weight_decay and decay_all out, and write --set l2={optimizer.weight_decay}"
             )
         if self.data is None:
             for name in ("target", "features"):

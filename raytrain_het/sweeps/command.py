@@ -13,26 +13,29 @@ from raytrain_het.sweeps.sweep import Sweep
 
 
 def sweep_command(
-    sweep: Sweep, *, file: str, resume: bool, address: str | None, as_json: bool, at_start: AtStart | None = None
-) -> int:
+    sweep: Sweep, *, file: str, resume: bool, retry_failed: bool, address: str | None, as_json: bool,
+    at_start: AtStart | None = None,
+) -> int:  # fmt: skip
     """Run it and show the results; returns the exit status, 1 if no trial has a value.
 
     Raises:
         ConfigError, ResourceError, Interrupted: as :func:`~raytrain_het.sweeps.driver.run_sweep`.
     """
     name = f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    results = run_sweep(sweep, name=name, resume=resume, address=address, at_start=at_start, to_stderr=as_json)
-    console = Console(highlight=False, stderr=as_json)
+    results = run_sweep(
+        sweep, name=name, resume=resume, address=address, at_start=at_start, retry_failed=retry_failed,
+        to_stderr=as_json,
+    )  # fmt: skip
+    console = Console(highlight=False, markup=False, stderr=as_json)
     if not console.is_terminal:
-        console = Console(highlight=False, stderr=as_json, width=160)
+        console = Console(highlight=False, markup=False, stderr=as_json, width=160)
     console.print(results.table())
+    where = results.folder
     if results.best is None:
-        console.print(f"no trial has a value: see {results.folder / 'trials.csv'}", soft_wrap=True)
+        console.print(f"no trial has a value: see {where / 'trials.csv'}", soft_wrap=True)
     else:
-        console.print(
-            f"all trials and epochs: {results.folder}/trials.parquet, epochs.parquet (and .csv)", soft_wrap=True
-        )
-        console.print(f"the best again: raytrain-het train {results.folder / 'best.yaml'}", soft_wrap=True)
+        console.print(f"all trials and epochs: {where}/trials.parquet, epochs.parquet (and .csv)", soft_wrap=True)
+        console.print(f"the best again: raytrain-het train {where / 'best.yaml'}", soft_wrap=True)
     if as_json:
         print(results.to_json(), flush=True)
     return 0 if results.best is not None else 1

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
+
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.ray_session import ray_session
 from raytrain_het.jobs.runner import Interrupted, check_writable, interruptible
@@ -20,14 +22,17 @@ from raytrain_het.jobs.validation import plural, shown
 from raytrain_het.jobs.yaml_file import read_yaml
 from raytrain_het.ray_train.run_folder import write_whole
 from raytrain_het.sweeps.ledger import FILE as LEDGER
+from raytrain_het.sweeps.ledger import Book, Ledger, open_ledger, read_ledger
 from raytrain_het.sweeps.results import Results, read_results
+from raytrain_het.sweeps.runs import OUTCOME
 from raytrain_het.sweeps.sweep import Sweep
 
+SWEEP = "sweep.yaml"
 TUNE = "tune"
 """Ray Tune's own folder, below the sweep's."""
 _ENVIRONMENT = {
     # What a driver that is killed has not saved is searched for again.
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     # Its tables, which name a folder that will not stay.
@@ -37,7 +42,7 @@ _ENVIRONMENT = {
 
 def run_sweep(
     sweep: Sweep, *, name: str, resume: bool = False, address: str | None = None, at_start: AtStart | None = None,
-    to_stderr: bool = False,
+    retry_failed: bool = False, to_stderr: bool = False,
 ) -> Results:  # fmt: skip
     """Run a sweep to its end.
 
@@ -47,6 +52,7 @@ def run_sweep(
         resume: whether it goes on where one of this name was interrupted.
         address: of a Ray cluster; as for ``raytrain-het train``.
         at_start: what each worker does first.
+        retry_failed: whether trials that have failed are tried again, with ``resume``.
         to_stderr: where lines for people go, instead of stdout.
 
     Returns:
@@ -56,6 +62,10 @@ def run_sweep(
         ConfigError, ResourceError: it cannot run here; nothing was started.
         Interrupted: Ctrl-C or SIGTERM. The workers are gone, results so far are written.
     """
+    if sweep.config.simulate is not None and at_start is None:
+        raise ConfigError(
+            "simulate: that is for the command line: write run_sweep(..., at_start=...) for what slows down"
+        )
     folder = folder_of(sweep, name, resume=resume)
     notes = check_data(sweep.default_job())
     say = _teller(to_stderr)
@@ -64,19 +74,20 @@ def run_sweep(
             at_once = max_concurrent(sweep)
             for note in notes:
                 say(note)
-            tuner = _restored(sweep, folder, at_start) if resume else None
+            tuner = _restored(sweep, folder, at_start, retry_failed) if resume else None
             if tuner is None:
                 _write_files(sweep, folder)
-                tuner = make_tuner(sweep, folder, at_once, at_start=at_start, to_stderr=to_stderr)
+                tuner = make_tuner(sweep, folder, at_once, at_start=at_start)
             say(
                 f"sweep folder: {folder}\n{plural(sweep.num_trials, 'trial')}, {at_once} at once; watch them with: "
                 f"tensorboard --logdir {folder}"
             )
+            open_ledger(Book(folder, sweep.objective, sweep.num_trials, to_stderr))
             tuner.fit()
         if not read_results(folder).is_finished:
             raise Interrupted(130)
     except Interrupted as end:
-        if (folder / LEDGER).exists():
+        if (folder / SWEEP).exists():
             read_results(folder).write()
             end.hint = f"; the same command with --name {folder.name} --resume goes on"
         raise
@@ -102,19 +113,19 @@ def folder_of(sweep: Sweep, name: str, *, resume: bool) -> Path:
     if resume:
         _check_resume(sweep, folder)
     elif folder.exists() and any(folder.iterdir()):
-        fix = "--resume to go on with it, or another --name" if (folder / LEDGER).exists() else "another --name"
+        fix = "--resume to go on with it, or another --name" if (folder / SWEEP).exists() else "another --name"
         raise ConfigError(f"{folder} is there already. Write {fix}")
     return folder
 
 
 def _check_resume(sweep: Sweep, folder: Path) -> None:
-    if not (folder / LEDGER).exists():
-        there = sorted(path.parent.name for path in folder.parent.glob(f"*/{LEDGER}"))
+    if not (folder / SWEEP).exists():
+        there = sorted(path.parent.name for path in folder.parent.glob(f"*/{SWEEP}"))
         hint = f"--name with one of {', '.join(there)}" if there else "the same without --resume"
         raise ConfigError(f"--resume: there is no sweep in {folder}. Write {hint}")
     for file, text in sweep.files().items():
         before, now = read_yaml(folder / file), _loaded(text)
-        for key in ("name", "storage", "max_concurrent") if file == "sweep.yaml" else ():
+        for key in ("name", "storage") if file == SWEEP else ():
             before.pop(key, None), now.pop(key, None)
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
@@ -132,18 +143,11 @@ def max_concurrent(sweep: Sweep) -> int:
     """
     from raytrain_het.ray_train.cluster_view import num_at_once
 
-    varied = [d for d in sweep.dimensions if d.whole.startswith("workers") or d.whole == "job"]
-    jobs = {}
-    for settings in sweep.points() if varied else [{}]:
-        job = sweep.job_of({d.path: settings[d.path] for d in varied if d.path in settings})
-        jobs[repr(job.workers)] = job
-    fitting = min(num_at_once(scaling_of(job)) for job in jobs.values())
+    fitting = 1 if sweep.config.simulate else min(num_at_once(scaling_of(job)) for job in sweep.jobs_by_workers())
     return min(fitting, sweep.config.max_concurrent or fitting, sweep.num_trials)
 
 
-def make_tuner(
-    sweep: Sweep, folder: Path, at_once: int, *, at_start: AtStart | None = None, to_stderr: bool = False
-) -> Any:
+def make_tuner(sweep: Sweep, folder: Path, at_once: int, *, at_start: AtStart | None = None) -> Any:
     """The ``ray.tune.Tuner`` of a sweep. Ray is running.
 
     Args:
@@ -151,12 +155,10 @@ def make_tuner(
         folder: where it goes.
         at_once: most trials at once.
         at_start: what each worker does first.
-        to_stderr: where lines for people go, instead of stdout.
     """
     from ray import tune
 
-    from raytrain_het.sweeps.ledger import Ledger
-
+    open_ledger(Book(folder, sweep.objective, sweep.num_trials))
     searcher = sweep.search.searcher(sweep.objective, seed=sweep.config.seed, max_concurrent=at_once)
     grid = not sweep.search.takes_ranges
     return tune.Tuner(
@@ -175,7 +177,7 @@ def make_tuner(
             storage_path=str(folder),
             verbose=0,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # A run has its own.
-            callbacks=[Ledger(folder, sweep.objective, sweep.num_trials, to_stderr=to_stderr)],
+            callbacks=[Ledger()],
         ),
     )
 
@@ -198,22 +200,36 @@ def _trainable(sweep: Sweep, folder: Path, at_start: AtStart | None) -> Any:
     return tune.with_resources(trial, tune.PlacementGroupFactory([{own: 0.0001}]))
 
 
-def _restored(sweep: Sweep, folder: Path, at_start: AtStart | None) -> Any:
+def _restored(sweep: Sweep, folder: Path, at_start: AtStart | None, retry_failed: bool) -> Any:
     """The Tuner of a sweep that was interrupted; None where what it has saved is not whole. Then it begins anew: with
     the same seed come the same settings, and a run that is complete is not run again."""
     from ray import tune
 
-    states = sorted((folder / TUNE).glob("experiment_state-*.json"))
-    while states:
-        try:
-            json.loads(states[-1].read_text("utf-8"))
-            break
-        except (OSError, ValueError):
-            states.pop().unlink(missing_ok=True)
-    if not states or not tune.Tuner.can_restore(str(folder / TUNE)):
-        (folder / LEDGER).rename(folder / f"{LEDGER}.{time.strftime('%Y%m%d-%H%M%S')}")
+    if retry_failed:
+        for entry in read_ledger(folder).values():
+            if entry.status == "failed":
+                (folder / "runs" / entry.run / OUTCOME).unlink(missing_ok=True)
+    if not _is_whole(folder / TUNE):
+        for name in (LEDGER, TUNE):
+            if (folder / name).exists():
+                (folder / name).rename(folder / f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
         return None
-    return tune.Tuner.restore(str(folder / TUNE), _trainable(sweep, folder, at_start), param_space=sweep.param_space())
+    return tune.Tuner.restore(
+        str(folder / TUNE), _trainable(sweep, folder, at_start), param_space=sweep.param_space(),
+        restart_errored=retry_failed,
+    )  # fmt: skip
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all that Tune has saved can be read: it overwrites its files in place, and a kill may leave half."""
+    states = sorted(folder.glob("experiment_state-*.json"))
+    try:
+        json.loads(states[-1].read_text("utf-8"))
+        for path in folder.glob("*.pkl"):
+            cloudpickle.loads(path.read_bytes())
+        return (folder / "tuner.pkl").exists()
+    except Exception:
+        return False
 
 
 def _write_files(sweep: Sweep, folder: Path) -> None:
@@ -230,7 +246,7 @@ def _loaded(text: str) -> dict[str, Any]:
 
 
 def _cpus(sweep: Sweep) -> float:
-    return num_cpus(sweep.default_job()) * (sweep.config.max_concurrent or 1)
+    return max(map(num_cpus, sweep.jobs_by_workers())) * (sweep.config.max_concurrent or 1)
 
 
 def _teller(to_stderr: bool) -> Callable[[str], None]:

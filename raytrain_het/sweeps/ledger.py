@@ -15,7 +15,7 @@ from ray import tune
 
 from raytrain_het.ray_train.narration import number
 from raytrain_het.sweeps.objective import Objective
-from raytrain_het.sweeps.runs import read_outcome, run_name
+from raytrain_het.sweeps.runs import read_outcome, read_reports, rows_of, run_name
 
 FILE = "trials.jsonl"
 _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b: ")
@@ -67,36 +67,58 @@ def read_ledger(folder: Path) -> dict[str, Entry]:
             line = json.loads(text)
         except ValueError:
             continue  # A killed process has not finished it.
-        entry = entries.setdefault(line["id"], Entry(len(entries) + 1, line["settings"]))
-        entry.take(line)
+        if line["event"] == "all":  # Tune has lost word of the others: their search was begun again.
+            entries = {key: entry for key, entry in entries.items() if key in line["ids"]}
+            continue
+        number = max((entry.number for entry in entries.values()), default=0) + 1
+        entries.setdefault(line["id"], Entry(number, line["settings"])).take(line)
     return entries
 
 
+@dataclass(frozen=True)
+class Book:
+    """What is written down, and told to people, of the sweep that this process runs."""
+
+    folder: Path
+    objective: Objective
+    num_trials: int
+    to_stderr: bool = False
+
+
+_open: list[Book] = []
+
+
+def open_ledger(book: Book) -> None:
+    """From now on. Not by the callback itself, which Tune pickles and brings back as it was, whatever has changed."""
+    _open[:] = [book]
+
+
+def results_before(trial_id: str) -> list[tuple[int, float]]:
+    """(epochs, what schedulers go by) of a trial that ended before; nothing of others."""
+    if not _open:
+        return []
+    book = _open[0]
+    entry = read_ledger(book.folder).get(trial_id)
+    if entry is None or entry.status not in ("complete", "pruned"):
+        return []
+    rows = rows_of(read_reports(book.folder / "runs" / entry.run))
+    return [(row["epoch"], book.objective.for_scheduler(row)) for row in rows]
+
+
 class Ledger(tune.Callback):
-    """Tune's callback that keeps it.
+    """Tune's callback that keeps the ledger that is open."""
 
-    Args:
-        folder: Of the sweep.
-        objective: What is told of each result.
-        num_trials: How many there will be.
-        to_stderr: Where lines for people go, instead of stdout.
-    """
-
-    def __init__(self, folder: Path, objective: Objective, num_trials: int, *, to_stderr: bool = False) -> None:
-        self._folder, self._objective, self._num_trials, self._to_stderr = folder, objective, num_trials, to_stderr
+    def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if not self._numbers:
-            self._numbers = {key: entry.number for key, entry in read_ledger(self._folder).items()}
-        self._numbers.setdefault(trial.trial_id, len(self._numbers) + 1)
         self._note(trial, "start")
-        self._say(trial, f"of {self._num_trials} begins: {said(trial.config)}")
+        self._say(trial, f"of {_open[0].num_trials} begins: {said(trial.config)}")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self._note(trial, "result")
         if "epoch" in result:
-            metric = self._objective.metric
+            metric = _open[0].objective.metric
             self._say(
                 trial, f"epoch {result['epoch']}, {metric} {number(result.get(metric))}, "
                 f"{number(result.get('seconds'))} s of training",
@@ -112,16 +134,24 @@ class Ledger(tune.Callback):
         self._note(trial, "failed", error=error)
         self._say(trial, f"has failed: {last_line(error)}")
 
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self._write({"event": "all", "ids": [trial.trial_id for trial in trials]})
+
     def _outcome(self, trial: Any) -> dict[str, Any]:
-        return read_outcome(self._folder / "runs" / run_name(trial.config))
+        return read_outcome(_open[0].folder / "runs" / run_name(trial.config))
 
     def _note(self, trial: Any, event: str, **more: Any) -> None:
-        line = {"time": time.time(), "event": event, "id": trial.trial_id, "settings": trial.config, **more}
-        with open(self._folder / FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._write({"event": event, "id": trial.trial_id, "settings": trial.config, **more})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with open(_open[0].folder / FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), **line}) + "\n")
 
     def _say(self, trial: Any, text: str) -> None:
-        stream = sys.stderr if self._to_stderr else sys.stdout
+        if trial.trial_id not in self._numbers:
+            entries = read_ledger(_open[0].folder)
+            self._numbers = {key: entry.number for key, entry in entries.items()}
+        stream = sys.stderr if _open[0].to_stderr else sys.stdout
         print(f"trial {self._numbers[trial.trial_id]} {text}", file=stream, flush=True)
 
 

@@ -16,6 +16,7 @@ RUN_METRICS: dict[str, Mode] = {
     "seconds": "min", "bytes_sent": "min", "samples_per_s": "max", "fraction_of_aggregate": "max",
 }  # fmt: skip
 """Of any run, besides what its job reports."""
+_WORST = 1e30
 _TARGETS = {"time_to": "seconds", "bytes_to": "bytes_sent"}
 
 
@@ -59,19 +60,27 @@ class Objective:
         return value if finite else None
 
     def for_search(self, rows: Sequence[Mapping[str, Any]]) -> float:
-        """A number for searchers, which need one of every run: as :meth:`value`, and where there is none, something
-        worse than what was found so far by the same run. A target that was not reached costs twice what was spent,
-        and more the farther it is."""
+        """A number for searchers, which need one of every run: as :meth:`value`, and where there is none, one that is
+        worse than any. A target that was not reached is the worse the farther it is."""
         value = self.value(rows)
         if value is not None:
             return float(value)
         if self.cost is None or self.target is None:
-            return -1e30 if self.mode == "max" else 1e30
-        last = rows[-1].get(self.metric)
-        gap = 1e6
-        if isinstance(last, int | float) and math.isfinite(last):
-            gap = abs(self.target - last) / max(abs(self.target), 1e-12)
-        return float(rows[-1][self.cost]) * (2 + gap)
+            return self._worst(self.mode)
+        gap = abs(self.target - self.for_scheduler(rows[-1])) / max(abs(self.target), 1e-12)
+        return min(1e18 * (1 + gap), _WORST)
+
+    def for_scheduler(self, row: Mapping[str, Any]) -> float:
+        """A number for schedulers, which compare trials in the middle: the metric, or where there is none, one that is
+        worse than any."""
+        value = row.get(self.metric)
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+        return self._worst(self.mode)
+
+    @staticmethod
+    def _worst(mode: Mode) -> float:
+        return -_WORST if mode == "max" else _WORST
 
 
 def objective_of(written: Any, mode: Mode | None, reported: Mapping[str, Mode]) -> Objective:

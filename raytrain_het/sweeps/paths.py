@@ -21,7 +21,7 @@ from raytrain_het.jobs.validation import shown
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
 from raytrain_het.optim.named import option_names
 
-_NOT_SWEPT = ("kind", "name", "storage", "het", "workers", "keep_checkpoints")
+_NOT_SWEPT = ("kind", "name", "storage", "het", "workers")
 _WORKERS = re.compile(r"workers\.\d+\.(count|resources\.\w+)")
 
 NAMED: dict[str, dict[str, list[str]]] = {
@@ -84,8 +84,13 @@ def with_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> tupl
     data, idle = copy.deepcopy(dict(given)), list[str]()
     for path in sorted(settings, key=lambda path: path.count(".")):
         value, kind = settings[path], kind_of(path)
+        if path.startswith("het.clip.") and settings.get("het.clip", value) is None:
+            idle.append(path)
+            continue
         if kind is None:
-            _put(data, path.split("."), value)
+            # By its name alone, a kind keeps the options that the job gives it.
+            if path not in NAMED or value is None or _kind_and_options(_get(data, path.split(".")))[0] != value:
+                _put(data, path.split("."), value)
             continue
         field, name = kind
         now, options = _kind_and_options(_get(data, field.split(".")))

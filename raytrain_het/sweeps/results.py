@@ -14,9 +14,12 @@ import pandas as pd
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
+from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.summary import jsonable, size
+from raytrain_het.jobs.validation import shown
 from raytrain_het.ray_train.narration import number
 from raytrain_het.ray_train.run_folder import write_whole
 from raytrain_het.sweeps.ledger import Entry, last_line, read_ledger
@@ -70,11 +73,11 @@ class Results:
     def write(self) -> None:
         """``trials`` and ``epochs`` as Parquet and CSV, and ``best.yaml``, ``best-2.yaml`` and ``best-3.yaml``, into
         the sweep's folder."""
-        for name, table in (("trials", self.trials), ("epochs", self.epochs)):
-            table.to_parquet(self.folder / f"{name}.parquet", index=False)
-            table.to_csv(self.folder / f"{name}.csv", index=False)
         for place, job in enumerate(self.finalists, start=1):
             write_whole(self.folder / ("best.yaml" if place == 1 else f"best-{place}.yaml"), job.to_yaml())
+        for name, table in (("trials", self.trials), ("epochs", self.epochs)):
+            table.to_csv(self.folder / f"{name}.csv", index=False)
+            table.to_parquet(self.folder / f"{name}.parquet", index=False)
 
     def to_json(self) -> str:
         """One line: counts, the best trial, and all trials' settings and values, best first."""
@@ -103,15 +106,16 @@ class Results:
         for row in self.trials.to_dict("records"):
             figures = [row["value"], *(row.get(name) for name in _others(objective.name, self))]
             sent = row.get("bytes_sent")
-            table.add_row(
+            cells = [
                 str(row["trial"]), *(_said(row.get(path)) for path in paths), *map(_said, figures),
                 _said(row.get("epoch")), _said(row.get("seconds")), f"{row['wall_s']:.0f}",
                 size(sent) if _known(sent) else "-", _remark(row),
-            )  # fmt: skip
+            ]  # fmt: skip
+            table.add_row(*map(Text, cells))
         counts = ", ".join(f"{n} {status}" for status, n in self.num_by_status.items() if n)
         failed = self.trials[self.trials["status"] == "failed"]
         errors = [f"trial {n} failed: {last_line(e)}" for n, e in zip(failed["trial"], failed["error"], strict=True)]
-        return Group(table, *errors, counts, *_by_seed(self))
+        return Group(table, *map(Text, [*errors, counts, *_by_seed(self)]))
 
 
 def read_results(folder: Path) -> Results:
@@ -125,15 +129,22 @@ def read_results(folder: Path) -> Results:
     trials.sort(key=lambda row: _rank(sweep, row))
     names = ["trial", "status", "value", *(d.path for d in sweep.dimensions)]
     table = _whole(pd.DataFrame(trials, columns=None if trials else [*names, "wall_s", "error"]))
-    won = [row["trial"] for row in trials if row["status"] == "complete" and row["value"] is not None]
-    jobs = [sweep.job_of(ledger[number - 1].settings, storage="runs") for number in won[:NUM_FINALISTS]]
-    finalists = [dataclasses.replace(job, keep_checkpoints=2) for job in jobs]
+    by_number = {entry.number: entry for entry in ledger}
+    won = [by_number[row["trial"]] for row in trials if row["status"] == "complete" and row["value"] is not None]
+    different = list({entry.run: entry for entry in won}.values())
+    finalists = [sweep.job_of(entry.settings) for entry in different[:NUM_FINALISTS]]
     return Results(folder, sweep, table, _whole(pd.DataFrame(epochs)), finalists)
 
 
 def _whole(table: pd.DataFrame) -> pd.DataFrame:
-    """Counts stay whole numbers where some are missing."""
-    return table.astype({name: "Int64" for name in _COUNTS if name in table.columns})
+    """Counts stay whole numbers where some are missing; a column of several types, as of a choice between a text and a
+    number, is one of texts, since Parquet has no other."""
+    mixed = [
+        name for name in table.columns
+        if table[name].dtype == object and len({type(value) for value in table[name] if _known(value)}) > 1
+    ]  # fmt: skip
+    texts = {name: [shown(value) if _known(value) else None for value in table[name]] for name in mixed}
+    return table.assign(**texts).astype({name: "Int64" for name in _COUNTS if name in table.columns})
 
 
 def _rank(sweep: Sweep, row: Mapping[str, Any]) -> tuple[int, float, int]:
@@ -146,7 +157,10 @@ def _rank(sweep: Sweep, row: Mapping[str, Any]) -> tuple[int, float, int]:
 
 def _row(sweep: Sweep, entry: Entry, rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     _, idle = sweep.data_of(entry.settings)
-    job = flat(dataclasses.asdict(sweep.job_of(entry.settings)))
+    try:
+        job = flat(dataclasses.asdict(sweep.job_of(entry.settings)))
+    except ConfigError:  # Settings that make no job: the trial has failed by that.
+        job = {}
     settings = {path: None if path in idle else value for path, value in entry.settings.items()}
     ended = entry.status in ("complete", "pruned")
     return {
@@ -186,6 +200,7 @@ def _by_seed(results: Results) -> list[str]:
     if seed is None or not paths or not len(table):
         return []
     lines = []
+    table = table[table["status"] == "complete"].drop_duplicates("run_folder")
     for settings, group in table.groupby(paths, dropna=False, sort=False):
         values = group["value"].dropna()
         if len(values) == len(group) > 1:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raytrain_het.ray_train.run_folder import write_whole
+from raytrain_het.ray_train.run_folder import last_checkpoint_of, write_whole
 
 OUTCOME = "outcome.json"
 
@@ -60,6 +60,17 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def add_lost_report(folder: Path, reports: list[dict[str, Any]]) -> None:
+    """A process that is killed may have stored a checkpoint and not written the line of its report: that comes from the
+    checkpoint then, without what it took."""
+    last = last_checkpoint_of(str(folder.parent), folder.name)
+    if last is not None and last.epoch > max((report["epoch"] + 1 for report in reports), default=0):
+        line = {"step": last.step, "epoch": last.epoch - 1, "metrics": last.metrics, "checkpoint": last.path}
+        reports.append(line)
+        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def rows_of(reports: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,20 +57,20 @@ class Optuna(Search):
     def __post_init__(self) -> None:
         ok = is_number(self.startup_trials) and self.startup_trials == int(self.startup_trials) >= 1
         self.check("startup_trials", ok, "a whole number from 1")
-
-    def searcher(self, objective: Objective, *, seed: int, max_concurrent: int) -> Any:
-        try:
-            import optuna
-            from ray.tune.search import ConcurrencyLimiter
-            from ray.tune.search.optuna import OptunaSearch
-        except ImportError:
+        if importlib.util.find_spec("optuna") is None:
             raise ConfigError(
                 "search='optuna' needs optuna, which is not installed. Write: "
                 "python -m pip install 'raytrain-het[sweeps]'"
-            ) from None
+            )
+
+    def searcher(self, objective: Objective, *, seed: int, max_concurrent: int) -> Any:
+        import optuna
+        from ray.tune.search import ConcurrencyLimiter
+        from ray.tune.search.optuna import OptunaSearch
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.startup_trials)
-        search = OptunaSearch(sampler=sampler, metric=OBJECTIVE, mode=objective.best)
+        search = OptunaSearch(sampler=sampler, metric=FOR_SEARCH, mode=objective.best)
         return ConcurrencyLimiter(search, max_concurrent=max_concurrent)
 
 
@@ -122,16 +123,16 @@ class ASHA(Scheduler):
         self.check("grace_epochs", self.grace_epochs < epochs, f"less than the job's {epochs} epochs")
 
     def scheduler(self, objective: Objective, *, epochs: int) -> Any:
-        from ray.tune.schedulers import ASHAScheduler
+        from raytrain_het.sweeps.asha import RememberingASHA
 
-        return ASHAScheduler(
-            time_attr="epoch", metric=objective.metric, mode=objective.mode, max_t=epochs,
+        return RememberingASHA(
+            time_attr="epoch", metric=FOR_SCHEDULER, mode=objective.mode, max_t=epochs,
             grace_period=self.grace_epochs, reduction_factor=self.reduction_factor, brackets=1,
         )  # fmt: skip
 
 
-OBJECTIVE = "objective"
-"""The number in each of a trial's results that searchers go by."""
+FOR_SEARCH, FOR_SCHEDULER = "for_search", "for_scheduler"
+"""The numbers in each of a trial's results that searchers and schedulers go by."""
 SEARCHES: dict[str, type[Search]] = {kind.name: kind for kind in (Grid, Random, Optuna)}
 SCHEDULERS: dict[str, type[Scheduler]] = {kind.name: kind for kind in (RunToTheEnd, ASHA)}
 

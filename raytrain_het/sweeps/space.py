@@ -45,8 +45,11 @@ class Dimension:
         return self.choices[sampled] if self.is_finite else sampled
 
     def extremes(self) -> list[Any]:
-        """What is checked beforehand: each choice, or both ends of a range."""
-        return list(self.choices) if self.is_finite else [self.low, self.high]
+        """What is checked beforehand: each choice, or both ends of a range and a number within it."""
+        if self.is_finite:
+            return list(self.choices)
+        whole = self.kind.endswith("integers")
+        return [self.low, self.high, *([] if whole else [self.low + (self.high - self.low) / math.pi])]
 
     def domain(self, *, grid: bool) -> Any:
         """Ray Tune's.

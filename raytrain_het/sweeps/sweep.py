@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,15 @@ import yaml
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import validation
 from raytrain_het.jobs.config import JobConfig, WorkerList, plain
-from raytrain_het.jobs.table import build_job, config_class, default_job, load_job, with_absolute_paths
+from raytrain_het.jobs.table import (
+    KINDS,
+    absolute,
+    build_job,
+    config_class,
+    default_job,
+    load_job,
+    with_absolute_paths,
+)
 from raytrain_het.jobs.validation import RUN_NAME, plural, shown
 from raytrain_het.jobs.yaml_file import apply_overrides, read_yaml
 from raytrain_het.sweeps.objective import Objective, objective_of
@@ -57,6 +65,9 @@ class SweepConfig:
     workers: WorkerList | None = None
     """The workers of one trial; ``null`` is what the job says."""
 
+    simulate: tuple[Annotated[float, pydantic.Field(gt=0)], ...] | None = None
+    """Instead of ``workers``: so many on this machine, slowed down to these relative speeds; one trial at once."""
+
     search: str | dict[str, dict[str, Any] | None] = "random"
     """``grid`` (every combination), ``random``, or ``optuna``, or one with options:
     ``{optuna: {startup_trials: 10}}``."""
@@ -65,7 +76,7 @@ class SweepConfig:
     """``none``, or ``asha``, which stops trials early: ``{asha: {grace_epochs: 1, reduction_factor: 3}}``."""
 
     trials: Annotated[int, pydantic.Field(ge=1)] | None = None
-    """How many; ``null`` is 20, and with ``search: grid`` all there are."""
+    """How many; ``null`` is about 20, and with ``search: grid`` all there are."""
 
     max_concurrent: Annotated[int, pydantic.Field(ge=1)] | None = None
     """Most trials at once; ``null`` is as many as the fleet holds."""
@@ -100,9 +111,8 @@ class Sweep:
     def num_trials(self) -> int:
         """How many there will be."""
         if not self.search.takes_ranges:
-            every = math.prod(len(d.choices) for d in self.dimensions)
-            return min(every, self.config.trials or every)
-        return self.config.trials or _NUM_TRIALS
+            return math.prod(len(d.choices) for d in self.dimensions)
+        return self.config.trials or max(1, round(_NUM_TRIALS / self.num_grid)) * self.num_grid
 
     @property
     def num_grid(self) -> int:
@@ -127,29 +137,31 @@ class Sweep:
         data, idle = with_settings(data, chosen)
         return data, [d.path for d in self.dimensions if d.whole in idle]
 
-    def job_of(self, settings: Mapping[str, Any], *, name: str | None = None, storage: str = "runs") -> JobConfig:
+    def job_of(self, settings: Mapping[str, Any]) -> JobConfig:
         """The job of a trial.
 
         Args:
             settings: by path, as in the space. Those that are left out are the job's own.
-            name: of its run.
-            storage: where its run goes.
 
         Raises:
             ConfigError: the settings make no job.
         """
-        data, _ = self.data_of(settings)
-        job = build_job({**data, "name": name, "storage": storage}, source=lambda path: path)
-        return with_absolute_paths(job)
+        return build_job(self.data_of(settings)[0], source=lambda path: path)
 
     def default_job(self) -> JobConfig:
         """The job without any setting of the space."""
         return self.job_of({})
 
-    def points(self) -> Iterator[dict[str, Any]]:
-        """Settings at the ends of all ranges, and for all choices."""
-        for values in itertools.product(*(d.extremes() for d in self.dimensions)):
-            yield dict(zip((d.path for d in self.dimensions), values, strict=True))
+    def points(self, dimensions: Sequence[Dimension] | None = None) -> Iterator[dict[str, Any]]:
+        """Settings at the ends of all ranges and within them, and for all choices; of some dimensions, or all."""
+        chosen = self.dimensions if dimensions is None else dimensions
+        for values in itertools.product(*(d.extremes() for d in chosen)):
+            yield dict(zip((d.path for d in chosen), values, strict=True))
+
+    def jobs_by_workers(self) -> list[JobConfig]:
+        """A job for each set of workers that a trial may have."""
+        varied = [d for d in self.dimensions if d.whole.startswith("workers.") or d.whole == JOB]
+        return list({repr(job.workers): job for job in map(self.job_of, self.points(varied))}.values())
 
     @property
     def max_epochs(self) -> int:
@@ -161,7 +173,12 @@ class Sweep:
         """The sweep and its jobs, resolved, as files that :func:`load_sweep` reads again: by the name of the file."""
         jobs = {f"jobs/{name}.yaml": yaml.safe_dump(data, sort_keys=False) for name, data in self.jobs.items()}
         config = plain(dataclasses.asdict(self.config)) | {"job": list(jobs), "set": {}, "workers": None}
+        config["space"] = {**config["space"], **self._absolute()}
         return {"sweep.yaml": yaml.safe_dump(config, sort_keys=False), **jobs}
+
+    def _absolute(self) -> dict[str, Any]:
+        named = KINDS[self.kind].path_keys
+        return {d.path: {d.kind: list(d.choices.values())} for d in self.dimensions if d.whole in named}
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
@@ -180,22 +197,21 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
                 return f"--{where}" if where in ("name", "storage") else f"--set {where}"
         return f"{file}: {where}" if where else f"{file}: "
 
-    config = validation.build(SweepConfig, data, source=source)
-    return make_sweep(config, folder=file.parent, source=source)
+    return _made(validation.build(SweepConfig, data, source=source), file.parent, source)
 
 
-def make_sweep(config: SweepConfig, *, folder: Path | None = None, source: Any = str) -> Sweep:
-    """A checked sweep.
-
-    Args:
-        config: what is asked for.
-        folder: where job files are looked for; the working directory without one.
-        source: says where a path was written, for messages.
+def make_sweep(config: SweepConfig) -> Sweep:
+    """A checked sweep. Job files are looked for from the working directory.
 
     Raises:
         ConfigError: it makes no sense; a line for each mistake, with its path.
     """
-    jobs = _jobs(config, folder or Path())
+    given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    return _made(validation.build(SweepConfig, plain(given)), Path(), str)
+
+
+def _made(config: SweepConfig, folder: Path, source: Callable[[str], str]) -> Sweep:
+    jobs = _jobs(config, folder)
     kinds = {data["kind"] for data in jobs.values()}
     if len(kinds) > 1:
         raise ConfigError(
@@ -233,17 +249,19 @@ def _jobs(config: SweepConfig, folder: Path) -> dict[str, dict[str, Any]]:
         name = path.stem
         if name in jobs:
             raise ConfigError(f"job={shown(files)} is not valid: two files are called {name!r}. Rename one")
-        job = load_job(path)
-        data = {key: value for key, value in plain(dataclasses.asdict(job)).items() if key not in ("name", "storage")}
+        job = with_absolute_paths(load_job(path))
+        data = {key: value for key, value in plain(dataclasses.asdict(job)).items() if key != "name"}
         if config.workers is not None:
             data["workers"] = plain(
                 config.workers if isinstance(config.workers, str) else [dataclasses.asdict(w) for w in config.workers]
             )
-        data["keep_checkpoints"] = 1
+        if config.simulate is not None:
+            data["workers"] = [{"count": len(config.simulate), "resources": {"CPU": 1.0}}]
         chosen = {}
         for written, value in config.set.items():
             try:
-                chosen[whole_path(type(job), written)] = value
+                whole = whole_path(type(job), written)
+                chosen[whole] = absolute(value) if whole in KINDS[job.kind].path_keys else value
             except ConfigError as error:
                 raise ConfigError(f"set.{written}={shown(value)}: {error}") from None
         jobs[name] = with_settings(data, chosen)[0]
@@ -252,11 +270,17 @@ def _jobs(config: SweepConfig, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _dimensions(
-    config: SweepConfig, cls: type[JobConfig], jobs: Mapping[str, Any], source: Any, problems: list[str]
+    config: SweepConfig,
+    cls: type[JobConfig],
+    jobs: Mapping[str, Any],
+    source: Callable[[str], str],
+    problems: list[str],
 ) -> Iterator[Dimension]:
     if len(jobs) > 1:
-        yield Dimension(path=JOB, whole=JOB, kind="grid", choices={name: name for name in jobs})
+        kind = "choice" if config.search == "optuna" or "optuna" in config.search else "grid"
+        yield Dimension(path=JOB, whole=JOB, kind=kind, choices={name: name for name in jobs})
     wholes: dict[str, str] = {}
+    path_keys = KINDS[next(iter(jobs.values()))["kind"]].path_keys
     for path, written in config.space.items():
         where = f"{source('space')}.{path}"
         try:
@@ -269,7 +293,10 @@ def _dimensions(
             continue
         wholes[whole] = path
         try:
-            yield dimension(path, whole, written)
+            found = dimension(path, whole, written)
+            if whole in path_keys:
+                found = dataclasses.replace(found, choices={k: absolute(v) for k, v in found.choices.items()})
+            yield found
         except ConfigError as error:
             problems.append(f"{where}{error}")
     clash = conflicting(wholes)
@@ -286,7 +313,7 @@ def _dimensions(
         )
 
 
-def _check(sweep: Sweep, source: Any) -> None:
+def _check(sweep: Sweep, source: Callable[[str], str]) -> None:
     """That search and space fit together, and that every corner of the space makes a job.
 
     Raises:
@@ -304,13 +331,26 @@ def _check(sweep: Sweep, source: Any) -> None:
                 f"{source('space')}.{d.path}: search={search.name!r} draws, it does not try every value. Write "
                 f"choice instead of grid, or search: random"
             )
+    if all(d.is_finite for d in sweep.dimensions):
+        every = math.prod(len(d.choices) for d in sweep.dimensions)
+        if not search.takes_ranges and config.trials not in (None, every):
+            raise ConfigError(
+                f"{source('trials')}={config.trials} is not valid: search='grid' tries all {every} combinations. Leave "
+                "it out, or write search: random"
+            )
+        if config.trials is not None and config.trials > every:
+            raise ConfigError(
+                f"{source('trials')}={config.trials} is not valid: there are {every} combinations. Write search: grid"
+            )
     if search.takes_ranges and config.trials is not None and config.trials % sweep.num_grid:
         nearest = max(1, round(config.trials / sweep.num_grid)) * sweep.num_grid
         raise ConfigError(
             f"{source('trials')}={config.trials} is not valid: every value of a grid is tried with what is drawn, so "
             f"allowed is a multiple of the grid's {plural(sweep.num_grid, 'point')}. Write trials: {nearest}"
         )
-    for settings in itertools.islice(sweep.points(), _CHECKED):
+    first = next(sweep.points())
+    each = [first | {d.path: value} for d in sweep.dimensions for value in d.extremes()]
+    for settings in itertools.chain(each, itertools.islice(sweep.points(), _CHECKED)):
         try:
             job = sweep.job_of(settings)
         except ConfigError as error:

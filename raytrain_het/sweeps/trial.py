@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import queue
@@ -17,8 +18,16 @@ from ray.tune.result import DONE, RESULT_DUPLICATE
 
 from raytrain_het.jobs.failure import describe
 from raytrain_het.jobs.trainer import AtStart, make_trainer, write_job
-from raytrain_het.sweeps.runs import Rows, read_outcome, read_reports, rows_of, run_name, write_outcome
-from raytrain_het.sweeps.search import OBJECTIVE
+from raytrain_het.sweeps.runs import (
+    Rows,
+    add_lost_report,
+    read_outcome,
+    read_reports,
+    rows_of,
+    run_name,
+    write_outcome,
+)
+from raytrain_het.sweeps.search import FOR_SCHEDULER, FOR_SEARCH
 from raytrain_het.sweeps.sweep import Sweep
 
 STOP_S = 30.0
@@ -156,25 +165,36 @@ class Trial(RunTrial):
     def _results(self) -> Generator[dict[str, Any], None, None]:
         self._folder = Path(self._root) / "runs" / run_name(self._settings)
         self._told: list[dict[str, Any]] = []
+        objective = self._sweep.objective
         with self._alone():
-            for row in self._all_rows():
-                self._told.append(row)
-                yield row | {OBJECTIVE: self._sweep.objective.for_search(self._told)}
+            try:
+                for row in self._all_rows():
+                    self._told.append(row)
+                    yield row | {
+                        FOR_SEARCH: objective.for_search(self._told), FOR_SCHEDULER: objective.for_scheduler(row),
+                    }  # fmt: skip
+            except Exception as error:
+                if not read_outcome(self._folder):
+                    write_outcome(self._folder, status="failed", error=describe(error))
+                raise
 
     def _all_rows(self) -> Iterator[dict[str, Any]]:
-        job = self._sweep.job_of(self._settings, name=self._folder.name, storage=str(self._folder.parent))
+        job = self._sweep.job_of(self._settings)
+        job = dataclasses.replace(job, name=self._folder.name, storage=str(self._folder.parent))
         epochs = getattr(job, "epochs", None)
         reports, outcome = read_reports(self._folder), read_outcome(self._folder)
+        add_lost_report(self._folder, reports)
         told = rows_of(reports)
         if told and told[-1]["epoch"] == epochs and not outcome:  # Killed between its end and word of it.
             outcome = {"status": "complete"}
             write_outcome(self._folder, **outcome)
-        yield from self._until_reached(told)
+        for row in told:
+            yield self._noting_an_end(row)
+            if self._sweep.objective.reached(row):
+                return
         if outcome.get("status") == "failed":
             raise tune.TuneError(outcome["error"])
-        if not outcome and self._is_there():
-            write_outcome(self._folder, status="complete")
-        if outcome or self._is_there():
+        if outcome:
             return
         write_job(job)
         rows = Rows()
@@ -187,27 +207,21 @@ class Trial(RunTrial):
             if row["epoch"] == epochs:
                 last = row  # Told when all is stored: who hears of it may end the trial.
                 continue
-            yield from self._until_reached([row])
-            if self._is_there():
-                write_outcome(self._folder, status="complete")
+            yield self._noting_an_end(row)
+            if self._sweep.objective.reached(row):
                 return
         self._run = None
         if run.error is not None:
-            text = describe(run.error)
-            write_outcome(self._folder, status="failed", error=text)
-            raise tune.TuneError(text)
+            raise run.error
         write_outcome(self._folder, status="complete")
         if last is not None:
             yield last
 
-    def _until_reached(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for row in rows:
-            yield row
-            if self._sweep.objective.reached(row):
-                return
-
-    def _is_there(self) -> bool:
-        return bool(self._told) and self._sweep.objective.reached(self._told[-1])
+    def _noting_an_end(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A trial that is where it was to get is complete, whatever is made of its report."""
+        if self._sweep.objective.reached(row) and not read_outcome(self._folder):
+            write_outcome(self._folder, status="complete")
+        return row
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -97,3 +97,5 @@ def test_l1_needs_sgd_and_a_table_has_its_decay_in_l2() -> None:
         load_job(table, ["l1=0.1", "optimizer=adam"])
     with pytest.raises(ConfigError, match=r"--set l2=0.3"):
         load_job(table, ["optimizer={adamw: {weight_decay: 0.3}}"])
+    with pytest.raises(ConfigError, match=r"Leave weight_decay and decay_all out"):
+        load_job(table, ["optimizer={sgd: {decay_all: true}}"])

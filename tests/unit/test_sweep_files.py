@@ -11,7 +11,7 @@ import yaml
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.digits_config import DigitsJob
 from raytrain_het.sweeps.paths import flat, known_paths, whole_path, with_settings
-from raytrain_het.sweeps.sweep import Sweep, load_sweep
+from raytrain_het.sweeps.sweep import Sweep, SweepConfig, load_sweep, make_sweep
 
 ROOT = Path(__file__).parents[2]
 GOOD: dict[str, Any] = {"space": {"alpha": {"uniform": [-1, 1]}}, "metric": "accuracy"}
@@ -136,6 +136,9 @@ def test_the_sweeps_of_this_repository_are_good() -> None:
 def test_a_grid_beside_what_is_drawn_divides_the_trials(tmp_path: Path) -> None:
     space = {"alpha": {"uniform": [-1, 1]}, "seed": {"grid": [1, 2, 3]}}
     assert sweep_of(tmp_path, space=space, trials=12).num_trials == 12
+    assert sweep_of(tmp_path, space=space).num_trials == 21
+    many = {"seed": {"grid": list(range(24))}, "alpha": {"uniform": [-1, 1]}}
+    assert sweep_of(tmp_path, space=many).num_trials == 24
     said = error_of(tmp_path, space=space, trials=13)
     assert "trials=13 is not valid" in said and "a multiple of the grid's 3 points. Write trials: 12" in said
 
@@ -173,6 +176,14 @@ _WARM_UP = {"het.schedule": {"cosine": {"warmup_epochs": 2}}}
         ({"metric": {"time_to": {"seconds": 3}}}, "the job does not report it"),
         ({"metric": {"time_to": {"accuracy": "high"}}}, "allowed for 'accuracy' is a number"),
         ({"metric": {"tiem_to": {"accuracy": 0.9}}}, "Write metric: {time_to: {accuracy: 0.97}}"),
+        ({"space": {"epochs": {"uniform": [2, 6]}}}, "epochs=3.27"),
+        (in_lr("grid", *range(1, 60), -1), "with lr=-1 there is no job"),
+        (
+            {"space": {"seed": {"grid": [1, 2]}}, "search": "grid", "trials": 1},
+            "search='grid' tries all 2 combinations",
+        ),
+        ({"space": {"seed": {"choice": [1, 2]}}, "trials": 3}, "there are 2 combinations. Write search: grid"),
+        ({"simulate": [1, 0]}, "simulate.1=0"),
         ({"search": "gird"}, "search='gird' is not valid: allowed is grid, random, optuna"),
         (
             {"search": "grid"},
@@ -197,6 +208,48 @@ def test_a_sweep_that_makes_no_sense_is_refused_with_the_path_of_what_is_wrong(
     tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     assert said in error_of(tmp_path, **changes)
+
+
+def test_a_kind_that_is_chosen_keeps_the_options_that_the_job_gives_it(tmp_path: Path) -> None:
+    sweep = sweep_of(
+        tmp_path,
+        set={"compression.topk.density": 0.05},
+        space={"compression": {"choice": ["topk", "int8"]}, "clip": {"choice": [None, {"norm": 1.0}]},
+               "clip.norm": {"uniform": [0.5, 2]}},
+    )  # fmt: skip
+    norm = "{norm: 1.0}"
+    job = sweep.job_of({"compression": "topk", "clip": norm, "clip.norm": 0.7})
+    assert (job.het.compression, job.het.clip) == ("topk(density=0.05)", {"norm": 0.7})
+    settings = {"compression": "int8", "clip": "null", "clip.norm": 0.7}
+    assert (sweep.job_of(settings).het.compression, sweep.job_of(settings).het.clip) == ("int8", None)
+    assert sweep.data_of(settings)[1] == ["clip.norm"]
+
+
+def test_files_that_a_job_names_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials run in folders of their own."""
+    (tmp_path / "t.yaml").write_text("kind: tabular\ndata: a.csv\n")
+    monkeypatch.chdir(tmp_path)
+    sweep = sweep_of(tmp_path, job="t.yaml", metric="held_out_mse", space={"data": {"choice": ["b.csv", "c.csv"]}})
+    monkeypatch.chdir("/")
+    assert sweep.jobs["t"]["data"] == str(tmp_path / "a.csv")
+    assert sweep.data_of({"data": "b.csv"})[0]["data"] == str(tmp_path / "b.csv")
+    for name, text in sweep.files().items():
+        (tmp_path / "left" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "left" / name).write_text(text)
+    assert load_sweep(tmp_path / "left" / "sweep.yaml").files() == sweep.files()
+
+
+def test_a_sweep_from_python_is_checked_as_one_from_a_file() -> None:
+    workers: Any = [{"count": 3}]
+    assert make_sweep(SweepConfig(**GOOD, workers=workers, set={"het.shares": "auto"})).default_job().num_workers == 3  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="trials=-1 is not valid"):
+        make_sweep(SweepConfig(**GOOD, trials=-1))  # type: ignore[arg-type]
+
+
+def test_the_best_job_is_stored_and_kept_as_its_file_says(tmp_path: Path) -> None:
+    (tmp_path / "j.yaml").write_text("kind: digits\nkeep_checkpoints: null\nstorage: elsewhere\n")
+    job = sweep_of(tmp_path, job="j.yaml").default_job()
+    assert (job.keep_checkpoints, job.storage, job.name) == (None, "elsewhere", None)
 
 
 def test_all_mistakes_of_a_space_are_told_at_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from raytrain_het.jobs.digits_config import DigitsJob
 from raytrain_het.jobs.table import load_job
-from raytrain_het.sweeps.ledger import Ledger, last_line, read_ledger
+from raytrain_het.sweeps.ledger import Book, Ledger, last_line, open_ledger, read_ledger, results_before
 from raytrain_het.sweeps.objective import Objective, objective_of
 from raytrain_het.sweeps.results import read_results
 from raytrain_het.sweeps.runs import read_reports, rows_of, run_name, write_outcome
@@ -64,6 +65,9 @@ def test_the_last_value_of_a_metric_or_nothing() -> None:
     assert (objective.value(rows), objective.best, objective.value([])) == (0.7, "max", None)
     assert objective.value(rows_of([report(0, math.nan)])) is None
     assert objective.for_search(rows_of([report(0, math.nan)])) < -1e20
+    assert objective.for_scheduler({"accuracy": None}) < -1e20 and objective.for_scheduler({"accuracy": 0.5}) == 0.5
+    speed = objective_of("fraction_of_aggregate", None, MODES)
+    assert speed.for_scheduler({"fraction_of_aggregate": None}) < 0, "not known in the first epoch"
 
 
 @pytest.mark.parametrize(("measure", "cost", "value"), [("time_to", "seconds", 4.0), ("bytes_to", "bytes_sent", 200)])
@@ -77,7 +81,8 @@ def test_a_target_that_was_never_reached_is_nothing_and_for_searchers_worse_the_
     objective = objective_of({"time_to": {"accuracy": 0.9}}, None, MODES)
     near, far = rows_of([report(0, 0.8)]), rows_of([report(0, 0.1)])
     assert objective.value(near) is None and not any(map(objective.reached, near))
-    assert near[-1]["seconds"] < objective.for_search(near) < objective.for_search(far) < math.inf
+    late = rows_of([report(0, 0.5, seconds=1e6), report(1, 0.95)])
+    assert objective.for_search(late) < objective.for_search(near) < objective.for_search(far) < math.inf
     assert objective.for_search(rows_of([report(0, 0.95)])) == 2.0
     falling = objective_of({"time_to": {"loss": 0.3}}, None, MODES)
     assert (
@@ -109,7 +114,10 @@ class Folder:
         self.trials: dict[str, SimpleNamespace] = {}
 
     def new_ledger(self) -> Ledger:
-        return Ledger(self.path, self.sweep.objective, self.sweep.num_trials)
+        """As after a restart: Tune brings the callback back from a pickle."""
+        open_ledger(Book(self.path, self.sweep.objective, self.sweep.num_trials))
+        again: Ledger = pickle.loads(pickle.dumps(Ledger()))
+        return again
 
     def trial(self, lr: float, *accuracies: float, end: str = "", seed: int = 1) -> None:
         settings = {"lr": lr, "seed": seed}
@@ -199,6 +207,59 @@ def test_a_driver_that_comes_back_keeps_the_numbers_and_adds_up_the_time(folder:
     assert read_results(folder.path).trials.iloc[0]["trial"] == 5
 
 
+def test_a_ledger_goes_where_its_sweep_was_moved_to(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.trial(0.1, 0.5, 0.6, 0.7, end="complete")
+    folder.path = folder.path.rename(tmp_path / "moved")
+    folder.ledger = folder.new_ledger()
+    folder.trial(0.2, 0.5, end="pruned")
+    assert [e.status for e in read_ledger(tmp_path / "moved").values()] == ["complete", "pruned"]
+
+
+def test_what_ended_before_is_told_to_schedulers_again_and_nothing_else(folder: Folder) -> None:
+    by_lr = {entry.settings["lr"]: key for key, entry in read_ledger(folder.path).items()}
+    assert results_before(by_lr[0.1]) == [(1, 0.5), (2, 0.6), (3, 0.7)]
+    assert results_before(by_lr[0.2]) == [(1, 0.9)]
+    assert [results_before(key) for key in (by_lr[0.3], by_lr[0.5], "never seen")] == [[], [], []]
+
+
+def test_a_trial_that_tune_has_lost_is_left_out(folder: Folder) -> None:
+    kept = [SimpleNamespace(trial_id=key) for key in list(read_ledger(folder.path))[:4]]
+    folder.ledger.on_experiment_end(kept)
+    assert [entry.number for entry in read_ledger(folder.path).values()] == [1, 2, 3, 4]
+    folder.trial(0.5, 0.3, 0.4, 0.5, end="complete")
+    assert [entry.number for entry in read_ledger(folder.path).values()] == [1, 2, 3, 4, 5]
+    assert read_results(folder.path).is_finished
+
+
+def test_a_trial_whose_process_never_came_up_is_told_and_the_others_go_on(folder: Folder) -> None:
+    lost = SimpleNamespace(trial_id="lost", config={"lr": 0.2, "seed": 7})
+    folder.ledger.on_trial_error(0, [], lost)
+    entry = read_ledger(folder.path)["lost"]
+    assert (entry.status, entry.error, entry.number) == ("failed", "its process ended", 6)
+
+
+def test_choices_of_several_types_are_texts_in_the_tables(tmp_path: Path) -> None:
+    space = {"hierarchy": {"choice": ["auto", True, False]}, "micro_batch_size": {"choice": [None, 16]}}
+    folder = Folder(tmp_path, space=space, search="random", trials=2)
+    for settings in ({"hierarchy": "auto", "micro_batch_size": "null"}, {"hierarchy": True, "micro_batch_size": 16}):
+        folder.ledger.on_trial_start(0, [], SimpleNamespace(trial_id=run_name(settings), config=settings))
+    results = read_results(folder.path)
+    results.write()
+    table = pd.read_parquet(folder.path / "trials.parquet")
+    assert table["hierarchy"].tolist() == ["'auto'", "true"]
+    assert results.trials["job.het.micro_batch_size"].tolist()[1] == 16
+
+
+def test_an_error_with_brackets_is_shown_as_it_is(folder: Folder) -> None:
+    run = folder.path / "runs" / run_name({"lr": 0.5, "seed": 1})
+    write_outcome(run, status="failed", error="OSError: [/tmp/x] is full [bold]")
+    folder.ledger.on_trial_error(0, [], folder.trials[run.name])
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(read_results(folder.path).table())
+    assert "trial 5 failed: OSError: [/tmp/x] is full [bold]" in console.export_text()
+
+
 def test_a_target_that_was_not_reached_is_told_as_such(tmp_path: Path) -> None:
     folder = Folder(tmp_path, metric={"time_to": {"accuracy": 0.75}})
     folder.trial(0.1, 0.5, 0.6, 0.7, end="complete")
@@ -249,8 +310,6 @@ def test_the_same_settings_are_the_same_run_in_whatever_order() -> None:
 
 def test_a_sweep_is_plain_data(tmp_path: Path) -> None:
     """It travels to the trials' processes."""
-    import pickle
-
     sweep = Folder(tmp_path).sweep
     again: Sweep = pickle.loads(pickle.dumps(sweep))
     assert again == sweep and isinstance(again.objective, Objective)

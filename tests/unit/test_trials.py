@@ -13,9 +13,12 @@ import yaml
 from ray.tune import TuneError
 from ray.tune.result import DONE
 
+from raytrain_het.errors import ConfigError
+from raytrain_het.ray_train.run_folder import LastCheckpoint
+from raytrain_het.sweeps import runs
 from raytrain_het.sweeps import trial as trials
 from raytrain_het.sweeps.runs import read_outcome, run_name, write_outcome
-from raytrain_het.sweeps.search import OBJECTIVE
+from raytrain_het.sweeps.search import FOR_SCHEDULER, FOR_SEARCH
 from raytrain_het.sweeps.sweep import load_sweep
 
 SETTINGS = {"lr": 0.1}
@@ -38,7 +41,7 @@ class Trainer:
         Trainer.made.append(self)
 
     def fit(self) -> None:
-        first = len((self.folder / "metrics.jsonl").read_text().splitlines()) if self._has_run() else 0
+        first = len(runs.read_reports(self.folder))
         for epoch, accuracy in enumerate(self.accuracies[first:], start=first):
             line = report(epoch, accuracy)
             with open(self.folder / "metrics.jsonl", "a") as file:
@@ -49,9 +52,6 @@ class Trainer:
             raise RuntimeError("aborted")
         if self.end is not None:
             raise self.end
-
-    def _has_run(self) -> bool:
-        return (self.folder / "metrics.jsonl").exists()
 
     def abort(self) -> None:
         self.aborted.set()
@@ -93,7 +93,7 @@ def test_every_report_is_a_result_and_the_last_one_comes_when_the_run_is_over(
     made = trial([0.1, 0.2, 0.3, 0.4])
     rows = [made.step() for _ in range(4)]
     assert read_outcome(folder(tmp_path)) == {"status": "complete"}, "before the last result: it may end the trial"
-    assert [(row["epoch"], row["accuracy"], row[OBJECTIVE], row["seconds"]) for row in rows] == [
+    assert [(row["epoch"], row["accuracy"], row[FOR_SEARCH], row["seconds"]) for row in rows] == [
         (1, 0.1, 0.1, 2.0), (2, 0.2, 0.2, 4.0), (3, 0.3, 0.3, 6.0), (4, 0.4, 0.4, 8.0),
     ]  # fmt: skip
     assert made.step()[DONE]
@@ -140,7 +140,7 @@ def test_a_training_function_that_raises_fails_the_trial_then_and_ever(
 ) -> None:
     made = trial([0.1], end=ValueError("no luck"))
     assert made.step()["epoch"] == 1
-    with pytest.raises(TuneError, match="no luck"):
+    with pytest.raises(ValueError, match="no luck"):
         made.step()
     made.cleanup()
     assert "no luck" in read_outcome(folder(tmp_path))["error"]
@@ -155,13 +155,74 @@ def test_a_training_function_that_raises_fails_the_trial_then_and_ever(
 def test_a_trial_ends_where_it_was_to_get(trial: Callable[..., trials.Trial], tmp_path: Path) -> None:
     metric = {"time_to": {"accuracy": 0.2}}
     made = trial([0.1, 0.25, 0.3], end="waits", metric=metric)
-    assert [made.step()[OBJECTIVE] for _ in range(2)] == [pytest.approx(2.0 * 2.5), 4.0]
-    assert made.step()[DONE] and read_outcome(folder(tmp_path)) == {"status": "complete"}
+    first, second = made.step(), made.step()
+    assert first[FOR_SEARCH] > 1e17 and (second[FOR_SEARCH], second[FOR_SCHEDULER]) == (4.0, 0.25)
+    assert read_outcome(folder(tmp_path)) == {"status": "complete"}, (
+        "before its report is known: it may be pruned by it"
+    )
+    assert made.step()[DONE]
     made.cleanup()
     assert Trainer.made[0].aborted.is_set()
     (folder(tmp_path) / "outcome.json").unlink()
     assert all_of(trial([0.9], metric=metric)) == [0.1, 0.25] and len(Trainer.made) == 1
     assert read_outcome(folder(tmp_path)) == {"status": "complete"}
+
+
+def test_a_report_that_a_killed_process_did_not_write_down_comes_from_its_checkpoint(
+    trial: Callable[..., trials.Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trial([0.1, 0.2], end="waits")
+    first.step(), first.step()
+    first.cleanup()
+    stored = LastCheckpoint(path="there", epoch=3, step=15, offset=0, metrics={"accuracy": 0.3})
+    monkeypatch.setattr(runs, "last_checkpoint_of", lambda storage, name: stored)
+    assert all_of(trial([0.1, 0.2, 0.3, 0.4])) == [0.1, 0.2, 0.3, 0.4]
+    rows = runs.rows_of(runs.read_reports(folder(tmp_path)))
+    assert [(row["epoch"], row["seconds"]) for row in rows] == [(1, 2.0), (2, 4.0), (3, 4.0), (4, 6.0)]
+
+
+def test_settings_that_make_no_job_fail_their_trial_with_the_reason(
+    trial: Callable[..., trials.Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(sweep: Any, settings: Any) -> None:
+        raise ConfigError("lr=-1.0 is not valid")
+
+    made = trial([0.1])
+    monkeypatch.setattr(type(made._sweep), "job_of", refuse)
+    with pytest.raises(ConfigError, match="lr=-1.0"):
+        made.step()
+    made.cleanup()
+    assert "lr=-1.0" in read_outcome(folder(tmp_path))["error"]
+
+
+def test_a_training_function_of_ones_own_is_swept_report_by_report(tmp_path: Path) -> None:
+    class Own:
+        on_update: Any = None
+
+        def __init__(self, lr: float) -> None:
+            self.lr = lr
+
+        def fit(self) -> None:
+            for epoch in range(2):
+                self.on_update({}, [], [report(epoch, self.lr)])
+            if self.lr > 1:
+                raise ValueError("no luck")
+
+        def abort(self) -> None:
+            pass
+
+    kind = trials.trainable(lambda settings: Own(settings["lr"]))
+    made = kind.__new__(kind)
+    made.setup({"lr": 0.5})
+    assert [(row["epoch"], row["accuracy"], row["seconds"]) for row in (made.step(), made.step())] == [
+        (1, 0.5, 2.0), (2, 0.5, 4.0),
+    ]  # fmt: skip
+    assert made.step()[DONE]
+    assert made.reset_config({"lr": 2.0})
+    made.step(), made.step()
+    with pytest.raises(TuneError, match="no luck"):
+        made.step()
+    made.cleanup()
 
 
 def test_two_trials_with_the_same_settings_are_one_run(trial: Callable[..., trials.Trial], tmp_path: Path) -> None:
