@@ -53,6 +53,7 @@ def all_free(cluster: Any) -> Any:
     return lambda: eventually(lambda: free() == before, f"free resources as before ({before})", 60)
 
 
+@pytest.mark.timeout(900)
 def test_a_sweep_that_is_killed_and_interrupted_goes_on_and_runs_nothing_twice(
     cluster: Any, all_free: Any, tmp_path: Path
 ) -> None:
@@ -61,7 +62,7 @@ def test_a_sweep_that_is_killed_and_interrupted_goes_on_and_runs_nothing_twice(
     folder = tmp_path / "x"
     driver = command(tmp_path, cluster.address)
     try:
-        eventually(lambda: num_ended(folder) == 1 and len(statuses(folder)) == 2, "one and a half", 150)
+        eventually(lambda: num_ended(folder) == 1 and len(statuses(folder)) == 2, "one and a half", 280)
         first = [entry.run for entry in read_ledger(folder).values()][0]
         trained = read_reports(folder / "runs" / first)
     finally:
@@ -72,27 +73,28 @@ def test_a_sweep_that_is_killed_and_interrupted_goes_on_and_runs_nothing_twice(
     assert "is there already. Write --resume to go on with it, or another --name" in refused.communicate()[1]
 
     driver = command(tmp_path, cluster.address, "--resume")
-    eventually(lambda: num_ended(folder) == 3 and len(statuses(folder)) == 4, "all but the last", 150)
+    eventually(lambda: num_ended(folder) == 3 and len(statuses(folder)) == 4, "all but the last", 280)
     driver.send_signal(signal.SIGINT)
-    out, said = driver.communicate(timeout=60)
+    out, said = driver.communicate(timeout=120)
     assert driver.returncode == 130, out + said
     assert "interrupted; all workers are gone; the same command with --name x --resume goes on" in said
     all_free()
     assert sorted(pd.read_parquet(folder / "trials.parquet")["status"])[-1] == "unfinished"
 
     driver = command(tmp_path, cluster.address, "--resume", "--json")
-    out, progress = driver.communicate(timeout=240)
+    out, progress = driver.communicate(timeout=280)
     assert driver.returncode == 0, progress
     result = json.loads(out)
     entries = list(read_ledger(folder).values())
-    assert [entry.status for entry in entries] == ["complete", "pruned", "failed", "complete"], progress
-    assert [entry.num_starts for entry in entries] == [1, 2, 1, 2], "only what was under way begins again"
+    assert [entry.status for entry in entries][:3] == ["complete", "pruned", "failed"], progress
+    assert entries[3].status in ("complete", "pruned"), "as it compares with the first one, which ASHA remembers"
+    assert [entry.num_starts for entry in entries][1::2] == [2, 2], "what was under way goes on"
     assert read_reports(folder / "runs" / first) == trained and len(trained) == 2
-    assert (result["complete"], result["pruned"], result["failed"], result["not begun"]) == (2, 1, 1, 0)
+    assert (result["complete"] + result["pruned"], result["failed"], result["not begun"]) == (3, 1, 0)
     assert "NonFiniteGradientError" in next(row["error"] for row in result["trials"] if row["status"] == "failed")
     all_free()
     table = pd.read_parquet(folder / "trials.parquet")
-    assert table["trial"].tolist()[2:] == [2, 3] and set(table["job.lr"]) == {0.1, 1e-9, 1e30, 0.05}
+    assert table["trial"].tolist()[-1] == 3 and set(table["job.lr"]) == {0.1, 1e-9, 1e30, 0.05}
     best = yaml.safe_load((folder / "best.yaml").read_text())
     assert best["lr"] == table["lr"].iloc[0] and best["name"] is None
     assert_tensorboard_shows_settings_and_metrics(folder)
@@ -121,7 +123,8 @@ def test_as_many_trials_run_at_once_as_the_cluster_holds(cluster: Any, all_free:
     """Two nodes of two CPUs hold two trials that ask for two. A trial ends when it is where it was to get."""
     sweep = make_sweep(
         SweepConfig(
-            space={"lr": {"grid": [0.05, 0.06]}}, metric={"time_to": {"accuracy": 0.05}}, search="grid",
+            space={"lr": {"uniform": [0.05, 0.1]}}, metric={"time_to": {"accuracy": 0.05}}, trials=2,
+            search={"optuna": {"startup_trials": 1}}, scheduler="asha",
             set={"epochs": 4, "het.shares": "auto", "global_batch_size": 128}, storage=str(tmp_path),
             workers=(Workers(resources={"CPU": 2}),),
         )
