@@ -30,11 +30,15 @@ def by_setting(results: Results) -> Any:
     figure, panels = panels_of(results)
     table = results.trials[results.trials["status"] == "complete"]
     for panel, dimension in zip(panels, results.sweep.dimensions, strict=True):
-        column = table[dimension.path].astype(str) if dimension.is_finite else table[dimension.path]
-        panel.plot(column, table["value"], "o", alpha=0.5)
+        if not dimension.is_finite:
+            panel.plot(table[dimension.path], table["value"], "o", alpha=0.5)
+        for place, choice in enumerate(dimension.choices):
+            values = table["value"][table[dimension.path] == choice]
+            panel.plot([place] * len(values), values, "o", alpha=0.5, color="C0")
+            panel.plot(place, values.mean(), "_", markersize=24, color="black")
         if dimension.is_finite:
-            means = table["value"].groupby(column, sort=False).mean()
-            panel.plot(means.index, means, "_", markersize=24, color="black")
+            panel.set_xticks(range(len(dimension.choices)), map(str, dimension.choices))
+            panel.set_xlim(-0.5, len(dimension.choices) - 0.5)
         panel.set_xlabel(dimension.path)
         panel.tick_params(axis="x", labelrotation=20)
     panels[0].set_ylabel(results.sweep.objective.name)

@@ -125,8 +125,6 @@ def _check_resume(sweep: Sweep, folder: Path) -> None:
         raise ConfigError(f"--resume: there is no sweep in {folder}. Write {hint}")
     for file, text in sweep.files().items():
         before, now = read_yaml(folder / file), _loaded(text)
-        for key in ("name", "storage") if file == SWEEP else ():
-            before.pop(key, None), now.pop(key, None)
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 raise ConfigError(

@@ -42,7 +42,7 @@ class Results:
             reached: ``reached`` says so); the settings that were varied by their paths, as ``job.*`` all settings of
             the job, and as last reported the job's metrics, ``epoch`` (those done), ``step``, ``seconds`` of training,
             ``samples``, ``bytes_sent``, ``samples_per_s``, ``fraction_of_aggregate``, ``lr_now`` (of the last step),
-            ``clipped_share``; ``wall_s`` with the start of workers; ``run_folder`` and ``error``.
+            ``clipped_share``; ``wall_s`` with the start of workers; ``run_folder``, below the sweep's, and ``error``.
         epochs: A row for each epoch of each trial, with ``trial`` and the same figures.
         finalists: The jobs of up to three trials that are complete, the best first, ready to run.
     """
@@ -173,7 +173,7 @@ def _row(sweep: Sweep, entry: Entry, rows: list[dict[str, Any]], folder: Path) -
         "wall_s": entry.wall_s,
         "num_starts": entry.num_starts,
         "error": entry.error,
-        "run_folder": str(folder / "runs" / entry.run),
+        "run_folder": f"runs/{entry.run}",
         **{f"job.{path}": value for path, value in job.items() if path not in ("name", "storage")},
     }
 

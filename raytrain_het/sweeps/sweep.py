@@ -173,6 +173,7 @@ class Sweep:
         """The sweep and its jobs, resolved, as files that :func:`load_sweep` reads again: by the name of the file."""
         jobs = {f"jobs/{name}.yaml": yaml.safe_dump(data, sort_keys=False) for name, data in self.jobs.items()}
         config = plain(dataclasses.asdict(self.config)) | {"job": list(jobs), "set": {}, "workers": None}
+        del config["name"], config["storage"]  # It may be moved.
         config["space"] = {**config["space"], **self._absolute()}
         return {"sweep.yaml": yaml.safe_dump(config, sort_keys=False), **jobs}
 
