@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from raytrain_het.errors import ConfigError, ResourceError
@@ -157,26 +157,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from raytrain_het.jobs.display import make_display
-    from raytrain_het.jobs.failure import describe
-    from raytrain_het.jobs.runner import Interrupted, run_job
-    from raytrain_het.jobs.table import load_job
-
     named = {"name": arguments.name, "storage": arguments.storage}
     # Their own options are shorthands, and are checked alike. In JSON's quotes they are texts, whatever they look like.
     overrides = [*arguments.overrides, *(f"{k}={json.dumps(v)}" for k, v in named.items() if v is not None)]
+    return _guarded(arguments, lambda: _run_train(arguments, overrides))
+
+
+def _run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from raytrain_het.jobs.display import make_display
+    from raytrain_het.jobs.runner import run_job
+    from raytrain_het.jobs.table import load_job
+
+    _check_overrides(arguments)
+    if arguments.keys:
+        return _print_keys(arguments.job)
+    if arguments.simulate is not None:
+        _simulate(arguments, overrides)
+        return 0
+    run_job(
+        load_job(arguments.job, overrides), display=make_display(as_json=arguments.as_json), address=arguments.address
+    )
+    return 0
+
+
+def _guarded(arguments: argparse.Namespace, run: Callable[[], int]) -> int:
+    """The exit status of a command that runs something, whatever becomes of it."""
+    from raytrain_het.jobs.failure import describe
+    from raytrain_het.jobs.runner import Interrupted
+
     try:
-        _check_overrides(arguments)
-        if arguments.keys:
-            return _print_keys(arguments.job)
-        if arguments.simulate is not None:
-            _simulate(arguments, overrides)
-            return 0
-        run_job(
-            load_job(arguments.job, overrides),
-            display=make_display(as_json=arguments.as_json),
-            address=arguments.address,
-        )
+        return run()
     except (ConfigError, ResourceError) as error:
         return _failed(arguments, f"raytrain-het: {error}", 2)
     except Interrupted as end:
@@ -185,7 +195,6 @@ def _train(arguments: argparse.Namespace) -> int:
         return _failed(arguments, "raytrain-het: interrupted", 130)
     except Exception as error:
         return _failed(arguments, describe(error), 1)
-    return 0
 
 
 def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
@@ -266,20 +275,9 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from raytrain_het.jobs.runner import Interrupted
-
     named = {"name": arguments.name, "storage": arguments.storage}
     overrides = [*arguments.overrides, *(f"{k}={json.dumps(v)}" for k, v in named.items() if v is not None)]
-    try:
-        if arguments.retry_failed and not arguments.resume:
-            raise ConfigError("--retry-failed needs a sweep to go on with: write --resume too")
-        return _run_sweep(arguments, overrides)
-    except (ConfigError, ResourceError) as error:
-        return _failed(arguments, f"raytrain-het: {error}", 2)
-    except Interrupted as end:
-        return _failed(arguments, f"raytrain-het: interrupted; all workers are gone{end.hint}", end.exit_code)
-    except KeyboardInterrupt:
-        return _failed(arguments, "raytrain-het: interrupted", 130)
+    return _guarded(arguments, lambda: _run_sweep(arguments, overrides))
 
 
 def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -289,6 +287,8 @@ def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from raytrain_het.sweeps.command import sweep_command
     from raytrain_het.testing.throttle import slow_workers
 
+    if arguments.retry_failed and not arguments.resume:
+        raise ConfigError("--retry-failed needs a sweep to go on with: write --resume too")
     if arguments.simulate is not None:
         overrides = [*overrides, f"simulate={json.dumps(simulation.parse_speeds(arguments.simulate))}"]
     sweep = load_sweep(arguments.sweep, overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import fcntl
@@ -75,7 +76,7 @@ class Run:
             self._reports.put(report)
 
 
-class RunTrial(tune.Trainable):
+class RunTrial(tune.Trainable, abc.ABC):
     """A trial whose steps are rows of a run's reports, and which ends with the run."""
 
     _run: Run | None = None
@@ -117,8 +118,9 @@ class RunTrial(tune.Trainable):
     def load_checkpoint(self, checkpoint: Any) -> None:
         """See :meth:`save_checkpoint`."""
 
+    @abc.abstractmethod
     def _results(self) -> Generator[dict[str, Any], None, None]:
-        raise NotImplementedError
+        """The rows of the trial's run, which begins with the first."""
 
 
 def trainable(make_trainer: Callable[[dict[str, Any]], Any]) -> type[tune.Trainable]:
