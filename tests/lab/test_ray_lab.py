@@ -87,11 +87,12 @@ def test_the_faster_node_gets_the_larger_share_and_nothing_is_left_behind(ray_la
     fast, slow = (shares[ip] for ip in lab.node_ips)
     assert fast + slow == 1024
     assert fast > 1.2 * slow
-    # Workers see their quotas: shares are unequal from the first step on.
+    # Workers see their quotas: shares are unequal from the first step on. By how much is up to what else the
+    # machine does in the second that the benchmark takes: 1.38 to 2 to one have been seen. Blind, they would be equal.
     events = [json.loads(line) for line in (tmp_path / "lab" / "events.jsonl").read_text().splitlines()]
     first = next(e for e in events if e["kind"] == "table")
     slots = {w["node_ip"]: str(w["world_rank"]) for w in trainer.summary["workers"]}
-    assert first["shares"][slots[lab.node_ips[0]]] > 1.4 * first["shares"][slots[lab.node_ips[1]]]
+    assert first["shares"][slots[lab.node_ips[0]]] > 1.15 * first["shares"][slots[lab.node_ips[1]]]
 
     groups, processes = [g.path for g in lab._groups], lab.pids(0) + lab.pids(1)
     lab.kill_node(1)
