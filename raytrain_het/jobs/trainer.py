@@ -32,17 +32,19 @@ def num_cpus(job: JobConfig) -> float:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A training function that does something else first."""
+class _TrainFn:
+    """A job's training function, loaded where it runs: what it imports takes seconds, and only workers need it."""
 
-    at_start: AtStart
-    train_fn: Callable[[dict[str, Any]], None]
+    kind: str
+    at_start: AtStart | None
 
     def __call__(self, config: dict[str, Any]) -> None:
         import ray.train
 
-        self.at_start(ray.train.get_context().get_world_rank())
-        self.train_fn(config)
+        train_fn = train_function(self.kind)
+        if self.at_start is not None:
+            self.at_start(ray.train.get_context().get_world_rank())
+        train_fn(config)
 
 
 def scaling_of(job: JobConfig) -> Any:
@@ -60,9 +62,8 @@ def make_trainer(job: JobConfig, on_update: Any = None, at_start: AtStart | None
 
     import raytrain_het as het
 
-    train_fn = train_function(job.kind)
     return het.HetTrainer(
-        train_fn if at_start is None else _Prepared(at_start, train_fn),
+        _TrainFn(job.kind, at_start),
         train_loop_config=job.train_loop_config(),
         het_config=job.het,
         scaling_config=scaling_of(job),

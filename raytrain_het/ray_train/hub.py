@@ -35,12 +35,19 @@ class Parts:
 
     @staticmethod
     def default() -> Parts:
-        """The real ones. Imported late, so that the driver need not load them to describe a run."""
+        """The real ones."""
         from raytrain_het.membership.actor import MembershipActor
         from raytrain_het.membership.settings import HubSettings
-        from raytrain_het.training.session import run_worker
 
-        return Parts(actor=MembershipActor, settings=HubSettings, run_worker=run_worker)
+        return Parts(actor=MembershipActor, settings=HubSettings, run_worker=_run_worker)
+
+
+def _run_worker(*args: Any, **keywords: Any) -> Any:
+    """``training.session.run_worker``, which is loaded where it runs: the driver and the controller only name it, and
+    torch takes seconds."""
+    from raytrain_het.training.session import run_worker
+
+    return run_worker(*args, **keywords)
 
 
 def hub_name(run_id: str, attempt: int) -> str:

@@ -27,7 +27,7 @@ from ray.train.v2.api.config import LoggingConfig
 from raytrain_het.config import HetConfig, refuse_unknown
 from raytrain_het.errors import ConfigError
 from raytrain_het.ray_train.autoscaling import HetScalingPolicy
-from raytrain_het.ray_train.backend import HetTorchConfig, WorkerSetup
+from raytrain_het.ray_train.backend import HetBackendConfig, WorkerSetup
 from raytrain_het.ray_train.cluster_view import autoscaler_types, settle
 from raytrain_het.ray_train.controller import HetController, RunPlan
 from raytrain_het.ray_train.failures import to_raise
@@ -110,7 +110,7 @@ class HetTrainer(TorchTrainer):
         super().__init__(
             train_loop_per_worker,
             train_loop_config=train_loop_config,
-            torch_config=HetTorchConfig(
+            torch_config=HetBackendConfig(
                 backend=(torch_config.backend if torch_config else None) or "gloo",
                 timeout_s=torch_config.timeout_s if torch_config else 1800,
             ),
