@@ -5,7 +5,8 @@ from __future__ import annotations
 from raytrain_het.sweeps.driver import make_tuner, run_sweep
 from raytrain_het.sweeps.results import Results, read_results
 from raytrain_het.sweeps.runs import run_name
-from raytrain_het.sweeps.sweep import Sweep, SweepConfig, load_sweep, make_sweep
+from raytrain_het.sweeps.sweep import Sweep, SweepConfig
+from raytrain_het.sweeps.sweep_file import load_sweep, make_sweep
 from raytrain_het.sweeps.trial import trainable
 
 __all__ = [

@@ -26,6 +26,7 @@ from raytrain_het.sweeps.ledger import Book, Ledger, open_ledger, read_ledger
 from raytrain_het.sweeps.results import Results, read_results
 from raytrain_het.sweeps.runs import OUTCOME
 from raytrain_het.sweeps.sweep import Sweep
+from raytrain_het.sweeps.time_budget import TimeBudget
 
 SWEEP = "sweep.yaml"
 TUNE = "tune"
@@ -47,7 +48,7 @@ def run_sweep(
     """Run a sweep to its end.
 
     Args:
-        sweep: what :func:`~raytrain_het.sweeps.sweep.load_sweep` gives.
+        sweep: what :func:`~raytrain_het.sweeps.load_sweep` gives.
         name: of its folder, unless it has one of its own.
         resume: whether it goes on where one of this name was interrupted.
         address: of a Ray cluster; as for ``raytrain-het train``.
@@ -61,6 +62,9 @@ def run_sweep(
     Raises:
         ConfigError, ResourceError: it cannot run here; nothing was started.
         Interrupted: Ctrl-C or SIGTERM. The workers are gone, results so far are written.
+
+    When its time budget is used up it returns, with trials that are unfinished or have not begun
+    (:attr:`~raytrain_het.sweeps.Results.is_finished`).
     """
     if sweep.config.simulate is not None and at_start is None:
         raise ConfigError(
@@ -69,6 +73,7 @@ def run_sweep(
     folder = folder_of(sweep, name, resume=resume)
     notes = check_data(sweep.default_job())
     say = _teller(to_stderr)
+    budget = TimeBudget(sweep.config.time_budget_s)
     try:
         with interruptible(), _quiet(), ray_session(address, num_cpus=_cpus(sweep)):
             at_once = max_concurrent(sweep)
@@ -83,15 +88,22 @@ def run_sweep(
                 f"tensorboard --logdir {folder}"
             )
             open_ledger(Book(folder, sweep.objective, sweep.num_trials, to_stderr))
-            tuner.fit()
-        if not read_results(folder).is_finished:
+            with budget:
+                tuner.fit()
+        results = read_results(folder)
+        if not results.is_finished:
             raise Interrupted(130)
     except Interrupted as end:
-        if (folder / SWEEP).exists():
-            read_results(folder).write()
-            end.hint = f"; the same command with --name {folder.name} --resume goes on"
-        raise
-    results = read_results(folder)
+        go_on = f"the same command with --name {folder.name} --resume goes on"
+        if not (folder / SWEEP).exists():
+            raise
+        results = read_results(folder)
+        if not budget.is_used_up:
+            results.write()
+            end.hint = f"; {go_on}"
+            raise
+        if not results.is_finished:
+            say(f"the time budget of {budget.seconds:g} s is used up; {go_on}")
     results.write()
     return results
 

@@ -25,7 +25,8 @@ from raytrain_het.ray_train.run_folder import write_whole
 from raytrain_het.sweeps.ledger import Entry, last_line, read_ledger
 from raytrain_het.sweeps.paths import flat
 from raytrain_het.sweeps.runs import read_reports, rows_of
-from raytrain_het.sweeps.sweep import Sweep, load_sweep
+from raytrain_het.sweeps.sweep import Sweep
+from raytrain_het.sweeps.sweep_file import load_sweep
 
 SEED = "het.seed"
 NUM_FINALISTS = 3

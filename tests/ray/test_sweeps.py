@@ -16,7 +16,8 @@ import yaml
 from ray_waiting import eventually, free
 
 from raytrain_het.jobs.config import Workers
-from raytrain_het.sweeps import SweepConfig, make_sweep, run_sweep
+from raytrain_het.sweeps import SweepConfig, load_sweep, make_sweep, run_sweep
+from raytrain_het.sweeps.driver import folder_of
 from raytrain_het.sweeps.ledger import read_ledger
 from raytrain_het.sweeps.runs import read_reports
 
@@ -135,6 +136,22 @@ def test_as_many_trials_run_at_once_as_the_cluster_holds(cluster: Any, all_free:
     begun = [json.loads(line)["event"] for line in (results.folder / "trials.jsonl").read_text().splitlines()]
     assert begun[:2] == ["start", "start"], "both at once"
     all_free()
+
+
+def test_a_sweep_ends_when_its_time_is_used_up_and_can_go_on(
+    cluster: Any, all_free: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP | {"set": {"epochs": 10000, "het.shares": "auto"}}))
+    sweep = load_sweep(tmp_path / "s.yaml", [f"storage={tmp_path}", "time_budget_s=8"])
+    results = run_sweep(sweep, name="x", address=cluster.address)
+    # Whether its first trial had begun by then is up to the machine.
+    assert results.num_by_status["unfinished"] + results.num_by_status["not begun"] == 4
+    said = capsys.readouterr().out
+    assert "the time budget of 8 s is used up; the same command with --name x --resume goes on" in said
+    assert (results.folder / "trials.parquet").exists()
+    all_free()
+    another = load_sweep(tmp_path / "s.yaml", [f"storage={tmp_path}", "time_budget_s=9"])
+    assert folder_of(another, "x", resume=True) == results.folder
 
 
 def test_a_trial_that_no_node_holds_is_refused_before_anything_starts(cluster: Any, tmp_path: Path) -> None:

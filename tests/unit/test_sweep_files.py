@@ -11,7 +11,8 @@ import yaml
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.digits_config import DigitsJob
 from raytrain_het.sweeps.paths import flat, known_paths, whole_path, with_settings
-from raytrain_het.sweeps.sweep import Sweep, SweepConfig, load_sweep, make_sweep
+from raytrain_het.sweeps.sweep import Sweep, SweepConfig
+from raytrain_het.sweeps.sweep_file import load_sweep, make_sweep
 
 ROOT = Path(__file__).parents[2]
 GOOD: dict[str, Any] = {"space": {"alpha": {"uniform": [-1, 1]}}, "metric": "accuracy"}
@@ -109,12 +110,14 @@ def test_a_sweep_reads_back_as_itself_from_the_files_it_leaves(tmp_path: Path) -
         set={"epochs": 2, "het.shares": "auto"},
         workers=[{"count": 1}],
         search={"optuna": {"startup_trials": 3}},
+        time_budget_s=60,
     )
     for name, text in sweep.files().items():
         (tmp_path / "left" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "left" / name).write_text(text)
     again = load_sweep(tmp_path / "left" / "sweep.yaml")
     assert again.jobs == sweep.jobs and again.dimensions == sweep.dimensions and again.files() == sweep.files()
+    assert again.config.time_budget_s is None, "each time that it goes on has a budget of its own"
 
 
 def test_several_jobs_are_compared_as_one_more_dimension(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from raytrain_het.sweeps.ledger import Book, Ledger, last_line, open_ledger, rea
 from raytrain_het.sweeps.objective import Objective, objective_of
 from raytrain_het.sweeps.results import read_results
 from raytrain_het.sweeps.runs import read_reports, rows_of, run_name, write_outcome
-from raytrain_het.sweeps.sweep import Sweep, load_sweep
+from raytrain_het.sweeps.sweep import Sweep
+from raytrain_het.sweeps.sweep_file import load_sweep
 
 MODES: dict[str, Any] = {"accuracy": "max", "loss": "min"}
 

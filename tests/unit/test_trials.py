@@ -19,7 +19,7 @@ from raytrain_het.sweeps import runs
 from raytrain_het.sweeps import trial as trials
 from raytrain_het.sweeps.runs import read_outcome, run_name, write_outcome
 from raytrain_het.sweeps.search import FOR_SCHEDULER, FOR_SEARCH
-from raytrain_het.sweeps.sweep import load_sweep
+from raytrain_het.sweeps.sweep_file import load_sweep
 
 SETTINGS = {"lr": 0.1}
 
