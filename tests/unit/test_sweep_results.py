@@ -16,6 +16,7 @@ from rich.console import Console
 
 from raytrain_het.jobs.digits_config import DigitsJob
 from raytrain_het.jobs.table import load_job
+from raytrain_het.sweeps import driver
 from raytrain_het.sweeps.ledger import Book, Ledger, last_line, open_ledger, read_ledger, results_before
 from raytrain_het.sweeps.objective import Objective, objective_of
 from raytrain_het.sweeps.results import read_results
@@ -314,3 +315,19 @@ def test_a_sweep_is_plain_data(tmp_path: Path) -> None:
     sweep = Folder(tmp_path).sweep
     again: Sweep = pickle.loads(pickle.dumps(sweep))
     assert again == sweep and isinstance(again.objective, Objective)
+
+
+@pytest.mark.parametrize("torn", ["experiment_state-2026.json", "searcher-state-2026.pkl", "tuner.pkl"])
+def test_what_a_killed_driver_left_torn_is_put_aside_and_no_run_is_lost(folder: Folder, torn: str) -> None:
+    tune = folder.path / driver.TUNE
+    tune.mkdir()
+    (tune / "experiment_state-2026.json").write_text('{"trial_data": []}')
+    (tune / "searcher-state-2026.pkl").write_bytes(pickle.dumps([1, 2]))
+    (tune / "tuner.pkl").write_bytes(pickle.dumps({"a": 1}))
+    assert driver._is_whole(tune)
+    (tune / torn).write_bytes((tune / torn).read_bytes()[:-3])
+    assert not driver._is_whole(tune)
+    assert driver._restored(folder.sweep, folder.path, None, retry_failed=False) is None
+    assert not tune.exists() and read_ledger(folder.path) == {}, "trials are begun anew, and listed anew"
+    assert len(list(folder.path.glob("tune.*/*"))) == 3 and len(list(folder.path.glob("trials.jsonl.*"))) == 1
+    assert len(list((folder.path / "runs").glob("*/outcome.json"))) == 3, "and what has ended is not run again"
