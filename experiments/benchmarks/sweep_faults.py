@@ -22,7 +22,7 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
-from raytrain_het.sweeps.ledger import read_ledger
+from raytrain_het.sweeps.ledger import Entry, read_ledger
 from raytrain_het.sweeps.runs import read_reports
 
 RATES = [
@@ -86,7 +86,7 @@ def measure(folder: Path, address: str, num_trials: int, kill_after: int) -> dic
     wait_for(lambda: len(ended(ledger)) >= kill_after and len(read_ledger(ledger)) > len(ended(ledger)), 1800)
     driver.kill()
     driver.communicate()
-    ended_before = ended(ledger)
+    ended_before = {key: (e, read_reports(ledger / "runs" / e.run)) for key, e in ended(ledger).items()}
     killed = time.monotonic()
     wait_for(lambda: free() == before, 60)
     free_after_s = time.monotonic() - killed
@@ -94,24 +94,25 @@ def measure(folder: Path, address: str, num_trials: int, kill_after: int) -> dic
     result = json.loads(out)
     ended_at = time.monotonic()
     wait_for(lambda: free() == before, 60)
-    entries = read_ledger(ledger).values()
-    epochs = [[r["epoch"] for r in read_reports(ledger / "runs" / e.run)] for e in entries]
+    entries = read_ledger(ledger)
     return {
         "trials": len(entries),
         **{status: result[status] for status in ("complete", "pruned", "failed", "unfinished", "not begun")},
         "ended before the kill": len(ended_before),
-        "of these begun again": sum(read_ledger(ledger)[k].num_starts - n for k, n in ended_before.items()),
-        "of these trained again": sum(len(set(e)) != len(e) for e in epochs[: len(ended_before)]),
-        "begun more than once": sum(e.num_starts > 1 for e in entries),
+        "of these begun again": sum(entries[k].num_starts - e.num_starts for k, (e, _) in ended_before.items()),
+        "of these trained again": sum(
+            read_reports(ledger / "runs" / e.run) != reports for e, reports in ended_before.values()
+        ),
+        "begun more than once": sum(e.num_starts > 1 for e in entries.values()),
         "resources free after the kill, s": round(free_after_s, 1),
         "resources free after the end, s": round(time.monotonic() - ended_at, 1),
         "free resources as at the start": free() == before,
     }
 
 
-def ended(ledger: Path) -> dict[str, int]:
-    """Trials that have ended, and how often each had begun."""
-    return {key: e.num_starts for key, e in read_ledger(ledger).items() if e.status != "unfinished"}
+def ended(ledger: Path) -> dict[str, Entry]:
+    """Trials that have ended."""
+    return {key: e for key, e in read_ledger(ledger).items() if e.status != "unfinished"}
 
 
 def free() -> dict[str, float]:

@@ -73,6 +73,18 @@ def write_whole(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def append_lines(path: Path, text: str) -> None:
+    """Add whole lines to a file whose last one a full disk or a killed process may have left unfinished.
+
+    Raises:
+        OSError: They could not be written.
+    """
+    with open(path, "ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            text = f"\n{text}"
+        file.write(text.encode())
+
+
 class RunFolder:
     """Writes ``config.json``, ``metrics.jsonl``, ``events.jsonl`` and TensorBoard events.
 
@@ -138,8 +150,7 @@ class RunFolder:
         if self._path is None or not text:
             return
         try:
-            with open(self._path / name, "a", encoding="utf-8") as file:
-                file.write(text)
+            append_lines(self._path / name, text)
         except OSError as error:
             self._give_up(error)
 

@@ -71,7 +71,7 @@ def run_sweep(
             "simulate: that is for the command line: write run_sweep(..., at_start=...) for what slows down"
         )
     folder = folder_of(sweep, name, resume=resume)
-    notes = check_data(sweep.default_job())
+    notes = list(dict.fromkeys(note for job in sweep.jobs_by_data() for note in check_data(job)))
     say = _teller(to_stderr)
     budget = TimeBudget(sweep.config.time_budget_s)
     try:
@@ -79,7 +79,7 @@ def run_sweep(
             at_once = max_concurrent(sweep)
             for note in notes:
                 say(note)
-            tuner = _restored(sweep, folder, at_start, retry_failed) if resume else None
+            tuner = _restored(sweep, folder, at_once, at_start, retry_failed) if resume else None
             if tuner is None:
                 _write_files(sweep, folder)
                 tuner = make_tuner(sweep, folder, at_once, at_start=at_start)
@@ -172,7 +172,7 @@ def make_tuner(sweep: Sweep, folder: Path, at_once: int, *, at_start: AtStart | 
     searcher = sweep.search.searcher(sweep.objective, seed=sweep.config.seed, max_concurrent=at_once)
     grid = not sweep.search.takes_ranges
     return tune.Tuner(
-        _trainable(sweep, folder, at_start),
+        _trainable(sweep, folder, at_once, at_start),
         param_space=sweep.param_space(),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
@@ -196,7 +196,7 @@ def _trial_name(trial: Any) -> str:
     return f"trial_{trial.trial_id}"
 
 
-def _trainable(sweep: Sweep, folder: Path, at_start: AtStart | None) -> Any:
+def _trainable(sweep: Sweep, folder: Path, at_once: int, at_start: AtStart | None) -> Any:
     """Trials reserve nothing but a sliver of this node, where they stay: their workers reserve for themselves."""
     import ray
     from ray import tune
@@ -206,11 +206,11 @@ def _trainable(sweep: Sweep, folder: Path, at_start: AtStart | None) -> Any:
     here = ray.get_runtime_context().get_node_id()
     (node,) = (n for n in ray.nodes() if n["NodeID"] == here)
     own = next(name for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__")
-    trial = tune.with_parameters(Trial, sweep=sweep, folder=str(folder), at_start=at_start)
+    trial = tune.with_parameters(Trial, sweep=sweep, folder=str(folder), at_once=at_once, at_start=at_start)
     return tune.with_resources(trial, tune.PlacementGroupFactory([{own: 0.0001}]))
 
 
-def _restored(sweep: Sweep, folder: Path, at_start: AtStart | None, retry_failed: bool) -> Any:
+def _restored(sweep: Sweep, folder: Path, at_once: int, at_start: AtStart | None, retry_failed: bool) -> Any:
     """The Tuner of a sweep that was interrupted; None where what it has saved is not whole. Then it begins anew: with
     the same seed come the same settings, and a run that is complete is not run again."""
     from ray import tune
@@ -225,19 +225,22 @@ def _restored(sweep: Sweep, folder: Path, at_start: AtStart | None, retry_failed
                 (folder / name).rename(folder / f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
         return None
     return tune.Tuner.restore(
-        str(folder / TUNE), _trainable(sweep, folder, at_start), param_space=sweep.param_space(),
-        restart_errored=retry_failed,
+        str(folder / TUNE), _trainable(sweep, folder, at_once, at_start), param_space=sweep.param_space(),
+        resume_errored=retry_failed,  # Not restart_errored: searchers would not know the new trials.
     )  # fmt: skip
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether all that Tune has saved can be read: it overwrites its files in place, and a kill may leave half."""
-    states = sorted(folder.glob("experiment_state-*.json"))
+    state = max(folder.glob("experiment_state-*.json"), default=folder / "none")
+    session = state.name.removeprefix("experiment_state-")
+    searchers = [folder / f"{name}-{session}" for name in ("basic-variant-state", "search_gen_state")]  # Pickles too.
+    pickles = [*folder.glob("*.pkl"), *filter(Path.exists, searchers)]
     try:
-        json.loads(states[-1].read_text("utf-8"))
-        for path in folder.glob("*.pkl"):
+        json.loads(state.read_text("utf-8"))
+        for path in pickles:
             cloudpickle.loads(path.read_bytes())
-        return (folder / "tuner.pkl").exists()
+        return (folder / "tuner.pkl").exists() and any(map(Path.exists, searchers))
     except Exception:
         return False
 

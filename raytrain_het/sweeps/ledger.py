@@ -14,8 +14,9 @@ from typing import Any
 from ray import tune
 
 from raytrain_het.ray_train.narration import number
+from raytrain_het.ray_train.run_folder import append_lines
 from raytrain_het.sweeps.objective import Objective
-from raytrain_het.sweeps.runs import read_outcome, read_reports, rows_of, run_name
+from raytrain_het.sweeps.runs import read_outcome, read_reports, rows_of, run_name, write_outcome
 
 FILE = "trials.jsonl"
 _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b: ")
@@ -126,6 +127,8 @@ class Ledger(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         complete = self._outcome(trial).get("status") == "complete"
+        if not complete:  # Tune may not have saved that yet when the driver is killed, and would go on with it.
+            write_outcome(self._run_folder(trial), status="pruned")
         self._note(trial, "complete" if complete else "pruned")
         self._say(trial, "is complete" if complete else "is pruned")
 
@@ -138,14 +141,17 @@ class Ledger(tune.Callback):
         self._write({"event": "all", "ids": [trial.trial_id for trial in trials]})
 
     def _outcome(self, trial: Any) -> dict[str, Any]:
-        return read_outcome(_open[0].folder / "runs" / run_name(trial.config))
+        return read_outcome(self._run_folder(trial))
+
+    @staticmethod
+    def _run_folder(trial: Any) -> Path:
+        return _open[0].folder / "runs" / run_name(trial.config)
 
     def _note(self, trial: Any, event: str, **more: Any) -> None:
         self._write({"event": event, "id": trial.trial_id, "settings": trial.config, **more})
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        with open(_open[0].folder / FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), **line}) + "\n")
+        append_lines(_open[0].folder / FILE, json.dumps({"time": time.time(), **line}) + "\n")
 
     def _say(self, trial: Any, text: str) -> None:
         if trial.trial_id not in self._numbers:

@@ -201,9 +201,8 @@ def _by_seed(results: Results) -> list[str]:
     if seed is None or not paths or not len(table):
         return []
     lines = []
-    table = table[table["status"] == "complete"].drop_duplicates("run_folder")
-    for settings, group in table.groupby(paths, dropna=False, sort=False):
-        values = group["value"].dropna()
+    for settings, group in table.drop_duplicates("run_folder").groupby(paths, dropna=False, sort=False):
+        values = group["value"].where(group["status"] == "complete").dropna()
         if len(values) == len(group) > 1:
             named = ", ".join(f"{p} {_said(v)}" for p, v in zip(paths, settings, strict=True))
             lines.append(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raytrain_het.ray_train.run_folder import last_checkpoint_of, write_whole
+from raytrain_het.ray_train.run_folder import append_lines, last_checkpoint_of, write_whole
 
 OUTCOME = "outcome.json"
 
@@ -69,8 +69,7 @@ def add_lost_report(folder: Path, reports: list[dict[str, Any]]) -> None:
     if last is not None and last.epoch > max((report["epoch"] + 1 for report in reports), default=0):
         line = {"step": last.step, "epoch": last.epoch - 1, "metrics": last.metrics, "checkpoint": last.path}
         reports.append(line)
-        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_lines(folder / "metrics.jsonl", json.dumps(line) + "\n")
 
 
 def rows_of(reports: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -85,7 +84,7 @@ def rows_of(reports: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
-    """How a run ended: its ``status`` (complete or failed), and the ``error``. Nothing while it has not."""
+    """How a run ended: its ``status`` (complete, pruned or failed), and the ``error``. Nothing while it has not."""
     try:
         outcome = json.loads((folder / OUTCOME).read_text("utf-8"))
     except (OSError, ValueError):

@@ -106,7 +106,8 @@ class Sweep:
         """How many there will be."""
         if not self.search.takes_ranges:
             return math.prod(len(d.choices) for d in self.dimensions)
-        return self.config.trials or max(1, round(_NUM_TRIALS / self.num_grid)) * self.num_grid
+        every = math.prod(len(d.choices) if d.is_finite else _NUM_TRIALS for d in self.dimensions)
+        return self.config.trials or min(every, max(1, round(_NUM_TRIALS / self.num_grid)) * self.num_grid)
 
     @property
     def num_grid(self) -> int:
@@ -156,6 +157,11 @@ class Sweep:
         """A job for each set of workers that a trial may have."""
         varied = [d for d in self.dimensions if d.whole.startswith("workers.") or d.whole == JOB]
         return list({repr(job.workers): job for job in map(self.job_of, self.points(varied))}.values())
+
+    def jobs_by_data(self) -> list[JobConfig]:
+        """A job for each set of files that a trial may read."""
+        varied = [d for d in self.dimensions if d.whole in KINDS[self.kind].path_keys or d.whole == JOB]
+        return list(map(self.job_of, self.points(varied)))
 
     @property
     def max_epochs(self) -> int:

@@ -31,18 +31,27 @@ class TimeBudget:
             )
         self.seconds = seconds
         self.is_used_up = False
-        self._timer = threading.Timer(seconds or 0, self._end)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._wait, daemon=True)
 
-    def _end(self) -> None:
+    def _wait(self) -> None:
+        if self._is_over.wait(self.seconds):
+            return
+        # Tune has a handler of its own until it has been interrupted: once by hand, and a second time would break off
+        # its tidying; before it has begun, it would not be its handler that is called.
+        while signal.getsignal(signal.SIGINT) is self._before:
+            if self._is_over.wait(0.2):
+                return
         self.is_used_up = True
         os.kill(os.getpid(), signal.SIGINT)
 
     def __enter__(self) -> TimeBudget:
+        self._before = signal.getsignal(signal.SIGINT)
         if self.seconds is not None:
-            self._timer.start()
+            self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._is_over.set()
         if self.seconds is not None:
-            self._timer.cancel()
-            self._timer.join()  # What it has sent comes now or not at all.
+            self._thread.join()  # What it has sent comes now or not at all.

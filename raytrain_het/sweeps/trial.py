@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,24 +151,26 @@ def trainable(make_trainer: Callable[[dict[str, Any]], Any]) -> type[tune.Traina
 
 
 class Trial(RunTrial):
-    """A sweep's job with a trial's settings. ``sweep``, ``folder`` and ``at_start`` come by ``tune.with_parameters``.
+    """A sweep's job with a trial's settings. ``sweep``, ``folder``, ``at_once`` and ``at_start`` come by
+    ``tune.with_parameters``.
 
     Whatever the folder of its run holds already is told first, so that a trial that was interrupted goes on where its
     run does, and one that has ended before is not run again.
     """
 
     def setup(
-        self, config: dict[str, Any], sweep: Sweep | None = None, folder: str = "", at_start: AtStart | None = None
-    ) -> None:
+        self, config: dict[str, Any], sweep: Sweep | None = None, folder: str = "", at_once: int = 1,
+        at_start: AtStart | None = None,
+    ) -> None:  # fmt: skip
         assert sweep is not None
-        self._sweep, self._root, self._at_start = sweep, folder, at_start
+        self._sweep, self._root, self._at_once, self._at_start = sweep, folder, at_once, at_start
         super().setup(config)
 
     def _results(self) -> Generator[dict[str, Any], None, None]:
         self._folder = Path(self._root) / "runs" / run_name(self._settings)
         self._told: list[dict[str, Any]] = []
         objective = self._sweep.objective
-        with self._alone():
+        with self._in_turn():
             try:
                 for row in self._all_rows():
                     self._told.append(row)
@@ -226,17 +228,30 @@ class Trial(RunTrial):
         return row
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Trials with the same settings are one run: the second waits, and takes what the first has found."""
+    def _in_turn(self) -> Iterator[None]:
+        """Trials with the same settings are one run: the second waits, and takes what the first has found. And no more
+        run at once than fit: a search that goes on remembers what fitted when it began."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
-        try:
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(_POLL_S)
+        with _locked([self._folder / ".lock"]), _locked(Path(self._root) / f".slot_{k}" for k in range(self._at_once)):
             yield
-        finally:
+
+
+@contextlib.contextmanager
+def _locked(files: Iterable[Path]) -> Iterator[None]:
+    """Hold one of these files, as soon as one is free. The kernel lets go of it when the process ends."""
+    handles = [os.open(file, os.O_CREAT | os.O_RDWR, 0o666) for file in files]
+    try:
+        while not any(map(_try_lock, handles)):
+            time.sleep(_POLL_S)
+        yield
+    finally:
+        for handle in handles:
             os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

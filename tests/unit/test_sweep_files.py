@@ -142,6 +142,8 @@ def test_a_grid_beside_what_is_drawn_divides_the_trials(tmp_path: Path) -> None:
     assert sweep_of(tmp_path, space=space).num_trials == 21
     many = {"seed": {"grid": list(range(24))}, "alpha": {"uniform": [-1, 1]}}
     assert sweep_of(tmp_path, space=many).num_trials == 24
+    few = {"seed": {"grid": [1, 2, 3]}, "schedule": {"choice": ["step", "cosine"]}}
+    assert sweep_of(tmp_path, space=few).num_trials == 6, "no more than there are, unless they are asked for"
     said = error_of(tmp_path, space=space, trials=13)
     assert "trials=13 is not valid" in said and "a multiple of the grid's 3 points. Write trials: 12" in said
 
@@ -187,6 +189,7 @@ _WARM_UP = {"het.schedule": {"cosine": {"warmup_epochs": 2}}}
         ),
         ({"space": {"seed": {"choice": [1, 2]}}, "trials": 3}, "there are 2 combinations. Write search: grid"),
         ({"simulate": [1, 0]}, "simulate.1=0"),
+        ({"search": {"random": {"startup_trials": 10}}}, "'random' has no option 'startup_trials'; it has none. Write"),
         ({"search": "gird"}, "search='gird' is not valid: allowed is grid, random, optuna"),
         (
             {"search": "grid"},
@@ -266,3 +269,15 @@ def test_an_override_is_named_as_it_was_written(tmp_path: Path) -> None:
         load_sweep(tmp_path / "s.yaml", ["trials=0"])
     with pytest.raises(ConfigError, match=r"sweep file '.*none.yaml' does not exist"):
         load_sweep(tmp_path / "none.yaml")
+
+
+def test_the_data_of_every_trial_is_looked_at(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.yaml").write_text(f"kind: tabular\ntask: regression\ndata: {name}.csv\ntarget: y\n")
+    said = ["b.csv", "c.csv"]
+    sweep = sweep_of(
+        tmp_path, job="a.yaml", space={"data": {"choice": said}, "lr": {"uniform": [0.1, 1]}}, metric="train_loss"
+    )
+    assert [Path(job.data).name for job in sweep.jobs_by_data()] == said  # type: ignore[attr-defined]
+    sweep = sweep_of(tmp_path, job=["a.yaml", "c.yaml"], space={"lr": {"uniform": [0.1, 1]}}, metric="train_loss")
+    assert [Path(job.data).name for job in sweep.jobs_by_data()] == ["a.csv", "c.csv"]  # type: ignore[attr-defined]

@@ -17,10 +17,11 @@ from rich.console import Console
 from raytrain_het.jobs.digits_config import DigitsJob
 from raytrain_het.jobs.table import load_job
 from raytrain_het.sweeps import driver
+from raytrain_het.sweeps.asha import RememberingASHA
 from raytrain_het.sweeps.ledger import Book, Ledger, last_line, open_ledger, read_ledger, results_before
 from raytrain_het.sweeps.objective import Objective, objective_of
 from raytrain_het.sweeps.results import read_results
-from raytrain_het.sweeps.runs import read_reports, rows_of, run_name, write_outcome
+from raytrain_het.sweeps.runs import read_outcome, read_reports, rows_of, run_name, write_outcome
 from raytrain_het.sweeps.sweep import Sweep
 from raytrain_het.sweeps.sweep_file import load_sweep
 
@@ -218,6 +219,22 @@ def test_a_ledger_goes_where_its_sweep_was_moved_to(tmp_path: Path) -> None:
     assert [e.status for e in read_ledger(tmp_path / "moved").values()] == ["complete", "pruned"]
 
 
+def test_a_pruned_trial_stays_so_whatever_tune_remembers(folder: Folder) -> None:
+    """Tune saves every five seconds: a driver that is killed in between has forgotten the pruning."""
+    assert read_outcome(folder.path / "runs" / run_name({"lr": 0.2, "seed": 1})) == {"status": "pruned"}
+    folder.trial(0.2, end="pruned")
+    assert read_results(folder.path).num_by_status["pruned"] == 1
+
+
+def test_asha_judges_by_what_ended_before(folder: Folder) -> None:
+    scheduler = RememberingASHA(metric="m", mode="max", time_attr="epoch", grace_period=1, reduction_factor=2, max_t=9)
+    for number in (0.1, 0.4, 0.5):
+        scheduler.on_trial_add(None, SimpleNamespace(trial_id=run_name({"lr": number, "seed": 1})))
+    rungs = scheduler._brackets[0]._rungs
+    seen = {milestone: sorted(recorded.values()) for milestone, recorded in rungs if recorded}
+    assert seen == {1: [0.5, 0.5], 2: [0.6, 0.7]}, "of the two that are complete, and nothing of the one that is not"
+
+
 def test_what_ended_before_is_told_to_schedulers_again_and_nothing_else(folder: Folder) -> None:
     by_lr = {entry.settings["lr"]: key for key, entry in read_ledger(folder.path).items()}
     assert results_before(by_lr[0.1]) == [(1, 0.5), (2, 0.6), (3, 0.7)]
@@ -276,16 +293,18 @@ def test_a_target_that_was_not_reached_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_over_seeds_settings_are_compared_by_their_means(tmp_path: Path) -> None:
-    space = {"lr": {"grid": [0.1, 0.2]}, "seed": {"grid": [1, 2]}}
+    space = {"lr": {"grid": [0.1, 0.2, 0.3]}, "seed": {"grid": [1, 2]}}
     folder = Folder(tmp_path, space=space)
-    for lr, seed, accuracy in ((0.1, 1, 0.9), (0.1, 2, 0.5), (0.2, 1, 0.8), (0.2, 2, 0.8)):
+    for lr, seed, accuracy in ((0.1, 1, 0.9), (0.1, 2, 0.5), (0.2, 1, 0.8), (0.2, 2, 0.8), (0.3, 1, 0.95)):
         folder.trial(lr, accuracy, end="complete", seed=seed)
+    folder.trial(0.3, 0.1, end="pruned", seed=2)
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(read_results(folder.path).table())
     lines = console.export_text().splitlines()
     at = lines.index("means of accuracy over seeds:")
     assert lines[at + 1].startswith("  lr 0.2: 0.8 (deviation 0, 2 seeds)")
     assert lines[at + 2].startswith("  lr 0.1: 0.7 (deviation 0.2828, 2 seeds)")
+    assert not any("lr 0.3:" in line for line in lines), "one of its seeds was pruned"
 
 
 def test_a_setting_that_counts_for_nothing_is_left_out_of_the_table(tmp_path: Path) -> None:
@@ -317,17 +336,17 @@ def test_a_sweep_is_plain_data(tmp_path: Path) -> None:
     assert again == sweep and isinstance(again.objective, Objective)
 
 
-@pytest.mark.parametrize("torn", ["experiment_state-2026.json", "searcher-state-2026.pkl", "tuner.pkl"])
+@pytest.mark.parametrize("torn", ["experiment_state-2026.json", "basic-variant-state-2026.json", "tuner.pkl"])
 def test_what_a_killed_driver_left_torn_is_put_aside_and_no_run_is_lost(folder: Folder, torn: str) -> None:
     tune = folder.path / driver.TUNE
     tune.mkdir()
     (tune / "experiment_state-2026.json").write_text('{"trial_data": []}')
-    (tune / "searcher-state-2026.pkl").write_bytes(pickle.dumps([1, 2]))
+    (tune / "basic-variant-state-2026.json").write_bytes(pickle.dumps([1, 2]))
     (tune / "tuner.pkl").write_bytes(pickle.dumps({"a": 1}))
     assert driver._is_whole(tune)
     (tune / torn).write_bytes((tune / torn).read_bytes()[:-3])
     assert not driver._is_whole(tune)
-    assert driver._restored(folder.sweep, folder.path, None, retry_failed=False) is None
+    assert driver._restored(folder.sweep, folder.path, 1, None, retry_failed=False) is None
     assert not tune.exists() and read_ledger(folder.path) == {}, "trials are begun anew, and listed anew"
     assert len(list(folder.path.glob("tune.*/*"))) == 3 and len(list(folder.path.glob("trials.jsonl.*"))) == 1
-    assert len(list((folder.path / "runs").glob("*/outcome.json"))) == 3, "and what has ended is not run again"
+    assert len(list((folder.path / "runs").glob("*/outcome.json"))) == 4, "and what has ended is not run again"

@@ -62,14 +62,14 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tria
     """Makes one, of a job of four epochs."""
     Trainer.made = []
 
-    def make(accuracies: list[float], *, end: Any = None, metric: Any = "accuracy") -> trials.Trial:
+    def make(accuracies: list[float], *, end: Any = None, metric: Any = "accuracy", at_once: int = 1) -> trials.Trial:
         sweep = {"space": {"lr": {"grid": [0.1, 0.2]}}, "metric": metric, "search": "grid", "set": {"epochs": 4}}
         (tmp_path / "s.yaml").write_text(yaml.safe_dump(sweep))
         monkeypatch.setattr(
             trials, "make_trainer", lambda job, on_update, at_start: Trainer(job, on_update, accuracies, end)
         )
         made = trials.Trial.__new__(trials.Trial)
-        made.setup(dict(SETTINGS), sweep=load_sweep(tmp_path / "s.yaml"), folder=str(tmp_path))
+        made.setup(dict(SETTINGS), sweep=load_sweep(tmp_path / "s.yaml"), folder=str(tmp_path), at_once=at_once)
         return made
 
     return make
@@ -174,6 +174,8 @@ def test_a_report_that_a_killed_process_did_not_write_down_comes_from_its_checkp
     first = trial([0.1, 0.2], end="waits")
     first.step(), first.step()
     first.cleanup()
+    with open(folder(tmp_path) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 15, "epo')  # On a full disk it may have written half of it.
     stored = LastCheckpoint(path="there", epoch=3, step=15, offset=0, metrics={"accuracy": 0.3})
     monkeypatch.setattr(runs, "last_checkpoint_of", lambda storage, name: stored)
     assert all_of(trial([0.1, 0.2, 0.3, 0.4])) == [0.1, 0.2, 0.3, 0.4]
@@ -238,6 +240,24 @@ def test_two_trials_with_the_same_settings_are_one_run(trial: Callable[..., tria
     all_of(first)
     waiting.join(10)
     assert told == Trainer.made[0].accuracies and len(Trainer.made) == 1
+
+
+def test_no_more_trials_run_at_once_than_fit_now(trial: Callable[..., trials.Trial]) -> None:
+    """Whatever Tune has in mind, which may have begun where more did."""
+    first, second = trial([0.1, 0.2]), trial([0.3, 0.4])
+    second.reset_config({"lr": 0.2})
+    first.step()
+    begun = threading.Event()
+    waiting = threading.Thread(target=lambda: (second.step(), begun.set()))
+    waiting.start()
+    assert not begun.wait(0.3)
+    first.cleanup()
+    assert begun.wait(10)
+    second.cleanup()
+    third, fourth = trial([0.1, 0.2, 0.3], at_once=2), trial([0.1, 0.2, 0.3], at_once=2)
+    fourth.reset_config({"lr": 0.2})
+    third.step(), fourth.step()
+    third.cleanup(), fourth.cleanup()
 
 
 def test_an_outcome_that_was_written_is_read_and_a_torn_one_is_none(tmp_path: Path) -> None:
