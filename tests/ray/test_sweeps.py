@@ -100,6 +100,14 @@ def test_a_sweep_that_is_killed_and_interrupted_goes_on_and_runs_nothing_twice(
     assert best["lr"] == table["lr"].iloc[0] and best["name"] is None
     assert_tensorboard_shows_settings_and_metrics(folder)
 
+    driver = command(tmp_path, cluster.address, "--resume", "--retry-failed")
+    out, said = driver.communicate(timeout=280)
+    assert driver.returncode == 0, out + said
+    again = list(read_ledger(folder).values())
+    assert [e.num_starts for e in again] == [e.num_starts + (e.status == "failed") for e in entries]
+    assert [e.status for e in again] == [e.status for e in entries], "it raises again, by the same number"
+    all_free()
+
 
 def assert_tensorboard_shows_settings_and_metrics(folder: Path) -> None:
     """Its own reader finds the hyperparameters, and the metrics beside them."""
