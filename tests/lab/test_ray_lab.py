@@ -83,16 +83,15 @@ def test_the_faster_node_gets_the_larger_share_and_nothing_is_left_behind(ray_la
     result = trainer.fit()
     assert trainer.summary["steps"] == 80
     assert result.metrics["loss"] < 0.9
-    shares = {w["node_ip"]: w["batch_share"] for w in trainer.summary["workers"]}
-    fast, slow = (shares[ip] for ip in lab.node_ips)
-    assert fast + slow == 1024
-    assert fast > 1.2 * slow
     # Workers see their quotas: shares are unequal from the first step on. By how much is up to what else the
     # machine does in the second that the benchmark takes: 1.38 to 2 to one have been seen. Blind, they would be equal.
     events = [json.loads(line) for line in (tmp_path / "lab" / "events.jsonl").read_text().splitlines()]
-    first = next(e for e in events if e["kind"] == "table")
+    tables = [e["shares"] for e in events if e["kind"] == "table" and len(e["shares"]) == 2]
+    assert all(sum(table.values()) == 1024 for table in tables)
     slots = {w["node_ip"]: str(w["world_rank"]) for w in trainer.summary["workers"]}
-    assert first["shares"][slots[lab.node_ips[0]]] > 1.15 * first["shares"][slots[lab.node_ips[1]]]
+    fast, slow = ([table[slots[ip]] for table in tables] for ip in lab.node_ips)
+    assert fast[0] > 1.15 * slow[0]
+    assert sum(fast) > 1.2 * sum(slow)  # One table follows what the host does in its second, too.
 
     groups, processes = [g.path for g in lab._groups], lab.pids(0) + lab.pids(1)
     lab.kill_node(1)
