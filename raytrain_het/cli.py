@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="raytrain-het",
         description="Train one PyTorch model on machines of different speeds, through failures.",
         epilog=_EXAMPLES,
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train = commands.add_parser(
         "train",
+        allow_abbrev=False,
         help="train a job from a YAML file",
         description="Train a job. Without a file: handwritten digits, on two local one-CPU workers.",
         epilog=_EXAMPLES,
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     probe = commands.add_parser(
         "probe",
+        allow_abbrev=False,
         help="measure the machines, and say whether a fleet pays for a job",
         description="Measure the nodes of a cluster, or this machine where none is named: matrix products, memory, "
         "links. With a job, also its training step on each of its workers, and what they will do together.",
@@ -106,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.set_defaults(run=_probe)
     sweep = commands.add_parser(
         "sweep",
+        allow_abbrev=False,
         help="try many settings of a job, and say which is best",
         description="Run a sweep: a job, a space of settings, a search. Each trial is a whole run on workers of "
         "its own, as many at once as the cluster holds.",
@@ -141,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.set_defaults(run=_sweep)
     schedule = commands.add_parser(
         "schedule",
+        allow_abbrev=False,
         help="show what a decay schedule does to the learning rate",
         description="Print the learning rate after each epoch, or draw it.",
     )

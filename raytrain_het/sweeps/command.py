@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.trainer import AtStart
-from raytrain_het.sweeps.driver import run_sweep
+from raytrain_het.sweeps.driver import run_sweep, sweeps_in
 from raytrain_het.sweeps.sweep import Sweep
 
 
@@ -16,11 +17,17 @@ def sweep_command(
     sweep: Sweep, *, file: str, resume: bool, retry_failed: bool, address: str | None, as_json: bool,
     at_start: AtStart | None = None,
 ) -> int:  # fmt: skip
-    """Run it and show the results; returns the exit status, 1 if no trial has a value.
+    """Run it and show the results; returns the exit status, 1 if all trials have ended and none has a value.
 
     Raises:
         ConfigError, ResourceError, Interrupted: as :func:`~raytrain_het.sweeps.driver.run_sweep`.
     """
+    if resume and sweep.config.name is None:
+        there = sweeps_in(Path(sweep.config.storage))
+        raise ConfigError(
+            f"--resume needs the name of the sweep; in {sweep.config.storage} there {'are' if there else 'is'} "
+            f"{', '.join(there) or 'none'}. Write --name {there[0] if there else 'mine'}, or --storage"
+        )
     name = f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     results = run_sweep(
         sweep, name=name, resume=resume, address=address, at_start=at_start, retry_failed=retry_failed,
@@ -32,10 +39,11 @@ def sweep_command(
     console.print(results.table())
     where = results.folder
     if results.best is None:
-        console.print(f"no trial has a value: see {where / 'trials.csv'}", soft_wrap=True)
+        none = "no trial has a value" if sweep.objective.target is None else "no trial has reached the target"
+        console.print(f"{none}: see {where / 'trials.csv'}", soft_wrap=True)
     else:
         console.print(f"all trials and epochs: {where}/trials.parquet, epochs.parquet (and .csv)", soft_wrap=True)
         console.print(f"the best again: raytrain-het train {where / 'best.yaml'}", soft_wrap=True)
     if as_json:
         print(results.to_json(), flush=True)
-    return 0 if results.best is not None else 1
+    return 0 if results.best is not None or not results.is_finished else 1

@@ -130,9 +130,14 @@ def folder_of(sweep: Sweep, name: str, *, resume: bool) -> Path:
     return folder
 
 
+def sweeps_in(storage: Path) -> list[str]:
+    """The names of the sweeps in a folder."""
+    return sorted(path.parent.name for path in storage.expanduser().glob(f"*/{SWEEP}"))
+
+
 def _check_resume(sweep: Sweep, folder: Path) -> None:
     if not (folder / SWEEP).exists():
-        there = sorted(path.parent.name for path in folder.parent.glob(f"*/{SWEEP}"))
+        there = sweeps_in(folder.parent)
         hint = f"--name with one of {', '.join(there)}" if there else "the same without --resume"
         raise ConfigError(f"--resume: there is no sweep in {folder}. Write {hint}")
     for file, text in sweep.files().items():

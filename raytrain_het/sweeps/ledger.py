@@ -42,14 +42,18 @@ class Entry:
         """The name of its run."""
         return run_name(self.settings)
 
+    def stop(self, time: float) -> None:
+        """What has begun goes on until then, as far as is known."""
+        if self._began is not None:
+            self.wall_s += time - self._began
+            self._began = None
+
     def take(self, line: Mapping[str, Any]) -> None:
         """The next line about it."""
         if line["event"] == "start":
             self._began, self.status, self.num_starts = line["time"], "unfinished", self.num_starts + 1
             return
-        if self._began is not None:
-            self.wall_s += line["time"] - self._began
-            self._began = None
+        self.stop(line["time"])
         if line["event"] != "result":
             self.status, self.error = line["event"], line.get("error")
         else:
@@ -70,6 +74,8 @@ def read_ledger(folder: Path) -> dict[str, Entry]:
             continue  # A killed process has not finished it.
         if line["event"] == "all":  # Tune has lost word of the others: their search was begun again.
             entries = {key: entry for key, entry in entries.items() if key in line["ids"]}
+            for entry in entries.values():
+                entry.stop(line["time"])
             continue
         number = max((entry.number for entry in entries.values()), default=0) + 1
         entries.setdefault(line["id"], Entry(number, line["settings"])).take(line)

@@ -119,8 +119,9 @@ class Results:
         return Group(table, *map(Text, [*errors, counts, *_by_seed(self)]))
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: str | Path) -> Results:
     """Of a sweep that is over, or as far as it is."""
+    folder = Path(folder)
     sweep = load_sweep(folder / "sweep.yaml")
     trials, epochs, ledger = [], [], list(read_ledger(folder).values())
     for entry in ledger:
@@ -149,10 +150,11 @@ def _whole(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rank(sweep: Sweep, row: Mapping[str, Any]) -> tuple[int, float, int]:
-    """The best first: those that are complete, then those that were pruned, then those without a value."""
-    value = row["value"]
+    """The best first: those that are complete, then those that were pruned, then those without a value, of which those
+    come first that were nearest to a target."""
+    value, target = row["value"], sweep.objective.target
     if value is None:
-        return 2, 0.0, row["trial"]
+        return 2, 0.0 if target is None else abs(target - sweep.objective.for_scheduler(row)), row["trial"]
     return row["status"] != "complete", value if sweep.objective.best == "min" else -value, row["trial"]
 
 

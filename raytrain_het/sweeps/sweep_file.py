@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +33,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
         ConfigError: the file or an override is wrong; a line for each mistake, with its path.
     """
     file, overrides = Path(path), list(overrides)
+    _check_keys(overrides)
     data = apply_overrides(read_yaml(file, what="sweep", example="space: {alpha: {uniform: [-1, 1]}}"), overrides)
 
     def source(where: str) -> str:
@@ -42,6 +44,18 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
         return f"{file}: {where}" if where else f"{file}: "
 
     return _made(validation.build(SweepConfig, data, source=source), file.parent, source)
+
+
+def _check_keys(overrides: Iterable[str]) -> None:
+    """``train`` takes a job's settings where a sweep has its own."""
+    known = [f.name for f in dataclasses.fields(SweepConfig)]
+    for override in overrides:
+        key = override.partition("=")[0].strip().partition(".")[0]
+        if "=" in override and key not in known and not difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+            raise ConfigError(
+                f"--set {override}: a sweep has no {key!r}; allowed is {', '.join(known)}. For a setting of all its "
+                f"trials write --set set.{override}"
+            )
 
 
 def make_sweep(config: SweepConfig) -> Sweep:

@@ -159,3 +159,9 @@ def test_a_training_function_that_raises_is_shown_before_anything_else(
 def test_checking_a_job_needs_neither_torch_nor_ray() -> None:
     code = "import sys, raytrain_het.jobs.table as t; t.load_job(); sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_half_an_options_name_is_a_mistake_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep", "s.yaml", "--nam", "x"])
+    assert "unrecognized arguments: --nam" in capsys.readouterr().err

@@ -263,6 +263,15 @@ def test_all_mistakes_of_a_space_are_told_at_once(tmp_path: Path) -> None:
     assert len(said.splitlines()) == 3
 
 
+def test_a_jobs_setting_is_not_a_sweeps(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(GOOD))
+    with pytest.raises(ConfigError, match=r"has no 'epochs'; allowed is space, .* write --set set\.epochs=2"):
+        load_sweep(tmp_path / "s.yaml", ["epochs=2"])
+    assert load_sweep(tmp_path / "s.yaml", ["set.epochs=2"]).max_epochs == 2
+    with pytest.raises(ConfigError, match="did you mean 'trials'"):
+        load_sweep(tmp_path / "s.yaml", ["trails=2"])
+
+
 def test_an_override_is_named_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(GOOD))
     with pytest.raises(ConfigError, match=r"--set trials=0 is not valid"):

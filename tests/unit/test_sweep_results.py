@@ -14,9 +14,10 @@ import pytest
 import yaml
 from rich.console import Console
 
+from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.digits_config import DigitsJob
 from raytrain_het.jobs.table import load_job
-from raytrain_het.sweeps import driver
+from raytrain_het.sweeps import command, driver
 from raytrain_het.sweeps.asha import RememberingASHA
 from raytrain_het.sweeps.ledger import Book, Ledger, last_line, open_ledger, read_ledger, results_before
 from raytrain_het.sweeps.objective import Objective, objective_of
@@ -350,3 +351,56 @@ def test_what_a_killed_driver_left_torn_is_put_aside_and_no_run_is_lost(folder: 
     assert not tune.exists() and read_ledger(folder.path) == {}, "trials are begun anew, and listed anew"
     assert len(list(folder.path.glob("tune.*/*"))) == 3 and len(list(folder.path.glob("trials.jsonl.*"))) == 1
     assert len(list((folder.path / "runs").glob("*/outcome.json"))) == 4, "and what has ended is not run again"
+
+
+def test_a_trial_that_was_interrupted_took_the_time_until_then(folder: Folder) -> None:
+    before = read_ledger(folder.path)[run_name({"lr": 0.5, "seed": 1})]
+    assert before.status == "unfinished" and before._began is not None
+    ids = list(folder.trials)
+    with open(folder.path / "trials.jsonl", "a") as file:
+        file.write(json.dumps({"time": before._began + 19, "event": "all", "ids": ids}) + "\n")
+    after = read_ledger(folder.path)[run_name({"lr": 0.5, "seed": 1})]
+    assert after.wall_s == pytest.approx(before.wall_s + 19)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "end", "status"),
+    [((0.6, 0.95), "complete", 0), ((0.6, 0.8), "complete", 1), ((0.6,), "", 0)],
+)
+def test_a_sweep_has_failed_if_all_has_ended_and_nothing_has_a_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], accuracies: Any, end: str,
+    status: int,
+) -> None:  # fmt: skip
+    folder = Folder(tmp_path, space={"lr": {"grid": [0.1]}}, metric={"time_to": {"accuracy": 0.9}})
+    folder.trials.clear()
+    settings = {"lr": 0.1}
+    trial = SimpleNamespace(trial_id="a", config=settings)
+    run = folder.path / "runs" / run_name(settings)
+    run.mkdir(parents=True)
+    folder.ledger.on_trial_start(0, [], trial)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(report(k, a)) + "\n" for k, a in enumerate(accuracies)))
+    if end:
+        write_outcome(run, status=end)
+        folder.ledger.on_trial_complete(0, [], trial)
+    monkeypatch.setattr(command, "run_sweep", lambda *args, **keywords: read_results(folder.path))
+    options: Any = {"file": "s.yaml", "resume": False, "retry_failed": False, "address": None, "as_json": False}
+    assert command.sweep_command(folder.sweep, **options) == status
+    assert ("no trial has reached the target" in capsys.readouterr().out) == (max(accuracies) < 0.9)
+
+
+def test_going_on_needs_a_name_and_says_which_there_are(folder: Folder, tmp_path: Path) -> None:
+    options: Any = {"file": "s.yaml", "resume": True, "retry_failed": False, "address": None, "as_json": False}
+    sweep = load_sweep(tmp_path / "source.yaml", [f"storage={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"there are sweep\. Write --name sweep"):
+        command.sweep_command(sweep, **options)
+    sweep = load_sweep(tmp_path / "source.yaml", [f"storage={tmp_path}/nowhere"])
+    with pytest.raises(ConfigError, match=r"nowhere there is none\. Write --name mine, or --storage"):
+        command.sweep_command(sweep, **options)
+
+
+def test_of_those_that_missed_the_target_the_nearest_comes_first(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, metric={"time_to": {"accuracy": 0.95}})
+    for lr, accuracy in ((0.1, 0.2), (0.2, 0.8), (0.3, 0.5), (0.4, 0.96)):
+        folder.trial(lr, accuracy, end="complete")
+    folder.trial(0.5)
+    assert list(read_results(folder.path).trials["lr"]) == [0.4, 0.2, 0.3, 0.1, 0.5]
