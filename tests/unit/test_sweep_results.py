@@ -1,4 +1,4 @@
-"""What a sweep's folder holds, and what is made of it: rows, outcomes, tables, the best job."""
+"""What is made of a sweep's folder: tables, the best job, the exit status."""
 
 from __future__ import annotations
 
@@ -11,148 +11,21 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
 from rich.console import Console
+from sweep_folders import Folder, filled, report
 
-from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.digits_config import DigitsJob
 from raytrain_het.jobs.table import load_job
-from raytrain_het.sweeps import command, driver
-from raytrain_het.sweeps.asha import RememberingASHA
-from raytrain_het.sweeps.ledger import Book, Ledger, last_line, open_ledger, read_ledger, results_before
-from raytrain_het.sweeps.objective import Objective, objective_of
+from raytrain_het.sweeps import command
+from raytrain_het.sweeps.objective import Objective
 from raytrain_het.sweeps.results import read_results
-from raytrain_het.sweeps.runs import read_outcome, read_reports, rows_of, run_name, write_outcome
+from raytrain_het.sweeps.runs import run_name, write_outcome
 from raytrain_het.sweeps.sweep import Sweep
-from raytrain_het.sweeps.sweep_file import load_sweep
-
-MODES: dict[str, Any] = {"accuracy": "max", "loss": "min"}
-
-
-def report(epoch: int, accuracy: float, *, seconds: float = 2.0, num_bytes: int = 100) -> dict[str, Any]:
-    return {
-        "seq": epoch, "key": f"1.{epoch}.0", "step": 5 * (epoch + 1), "epoch": epoch, "metrics": {"accuracy": accuracy},
-        "lr": 0.1, "fraction_of_aggregate": 0.8,
-        "since_last": {"seconds": seconds, "steps": 5, "clipped_steps": 1, "samples": 50, "bytes_sent": num_bytes},
-    }  # fmt: skip
-
-
-# ---------------------------------------------------------------- rows
-
-
-def test_what_it_took_is_added_up_from_report_to_report() -> None:
-    first, second = rows_of([report(0, 0.5), report(1, 0.7)])
-    assert (first["epoch"], first["seconds"], first["samples"], first["bytes_sent"]) == (1, 2.0, 50, 100)
-    assert (second["epoch"], second["step"], second["seconds"], second["samples"]) == (2, 10, 4.0, 100)
-    assert (second["samples_per_s"], second["clipped_share"], second["lr_now"]) == (25.0, 0.2, 0.1)
-    assert second["fraction_of_aggregate"] == 0.8
-
-
-def test_an_epoch_that_was_trained_again_counts_once_and_its_cost_twice() -> None:
-    rows = rows_of([report(0, 0.5), report(1, 0.6), report(2, 0.65), report(1, 0.7)])
-    assert [(row["epoch"], row["accuracy"]) for row in rows] == [(1, 0.5), (2, 0.7)]
-    assert rows[-1]["seconds"] == 8.0
-
-
-def test_a_line_that_a_killed_process_left_unfinished_counts_for_nothing(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(report(0, 0.5)) + "\n" + json.dumps(report(1, 0.6))[:40])
-    assert [r["epoch"] for r in read_reports(tmp_path)] == [0]
-    assert read_reports(tmp_path / "nowhere") == []
-
-
-# ---------------------------------------------------------------- objectives
-
-
-def test_the_last_value_of_a_metric_or_nothing() -> None:
-    objective = objective_of("accuracy", None, MODES)
-    rows = rows_of([report(0, 0.9), report(1, 0.7)])
-    assert (objective.value(rows), objective.best, objective.value([])) == (0.7, "max", None)
-    assert objective.value(rows_of([report(0, math.nan)])) is None
-    assert objective.for_search(rows_of([report(0, math.nan)])) < -1e20
-    assert objective.for_scheduler({"accuracy": None}) < -1e20 and objective.for_scheduler({"accuracy": 0.5}) == 0.5
-    speed = objective_of("fraction_of_aggregate", None, MODES)
-    assert speed.for_scheduler({"fraction_of_aggregate": None}) < 0, "not known in the first epoch"
-
-
-@pytest.mark.parametrize(("measure", "cost", "value"), [("time_to", "seconds", 4.0), ("bytes_to", "bytes_sent", 200)])
-def test_what_a_target_costs_is_read_at_the_first_report_that_has_it(measure: str, cost: str, value: float) -> None:
-    objective = objective_of({measure: {"accuracy": 0.7}}, None, MODES)
-    assert (objective.cost, objective.best, objective.name) == (cost, "min", f"{cost} to accuracy 0.7")
-    assert objective.value(rows_of([report(0, 0.5), report(1, 0.7), report(2, 0.9)])) == value
-
-
-def test_a_target_that_was_never_reached_is_nothing_and_for_searchers_worse_the_farther_it_is() -> None:
-    objective = objective_of({"time_to": {"accuracy": 0.9}}, None, MODES)
-    near, far = rows_of([report(0, 0.8)]), rows_of([report(0, 0.1)])
-    assert objective.value(near) is None and not any(map(objective.reached, near))
-    late = rows_of([report(0, 0.5, seconds=1e6), report(1, 0.95)])
-    assert objective.for_search(late) < objective.for_search(near) < objective.for_search(far) < math.inf
-    assert objective.for_search(rows_of([report(0, 0.95)])) == 2.0
-    falling = objective_of({"time_to": {"loss": 0.3}}, None, MODES)
-    assert (
-        falling.reached({"loss": 0.3})
-        and not falling.reached({"loss": 0.31})
-        and not falling.reached({"loss": math.nan})
-    )
-
-
-# ---------------------------------------------------------------- the folder
-
-
-SWEEP = {
-    "space": {"lr": {"grid": [0.1, 0.2, 0.3, 0.4, 0.5]}, "seed": {"grid": [1]}}, "metric": "accuracy", "search": "grid",
-    "set": {"epochs": 3, "het.shares": "auto"},
-}  # fmt: skip
-
-
-class Folder:
-    """A sweep's folder, filled as a sweep would."""
-
-    def __init__(self, path: Path, **changes: Any) -> None:
-        (path / "source.yaml").write_text(yaml.safe_dump(SWEEP | changes))
-        self.path, self.sweep = path / "sweep", load_sweep(path / "source.yaml")
-        for name, text in self.sweep.files().items():
-            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.path / name).write_text(text)
-        self.ledger = self.new_ledger()
-        self.trials: dict[str, SimpleNamespace] = {}
-
-    def new_ledger(self) -> Ledger:
-        """As after a restart: Tune brings the callback back from a pickle."""
-        open_ledger(Book(self.path, self.sweep.objective, self.sweep.num_trials))
-        again: Ledger = pickle.loads(pickle.dumps(Ledger()))
-        return again
-
-    def trial(self, lr: float, *accuracies: float, end: str = "", seed: int = 1) -> None:
-        settings = {"lr": lr, "seed": seed}
-        trial = self.trials.setdefault(
-            run_name(settings), SimpleNamespace(trial_id=run_name(settings), config=settings)
-        )
-        self.ledger.on_trial_start(0, [], trial)
-        run = self.path / "runs" / run_name(settings)
-        run.mkdir(parents=True, exist_ok=True)
-        for epoch, accuracy in enumerate(accuracies):
-            with open(run / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(report(epoch, accuracy)) + "\n")
-            self.ledger.on_trial_result(0, [], trial, rows_of([report(epoch, accuracy)])[0])
-        if end == "complete":
-            write_outcome(run, status="complete")
-        if end == "failed":
-            write_outcome(run, status="failed", error="Traceback\n  line\nValueError: no luck\n(raised by it)")
-            self.ledger.on_trial_error(0, [], trial)
-        elif end:
-            self.ledger.on_trial_complete(0, [], trial)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    found = Folder(tmp_path)
-    found.trial(0.1, 0.5, 0.6, 0.7, end="complete")
-    found.trial(0.2, 0.9, end="pruned")
-    found.trial(0.3, end="failed")
-    found.trial(0.4, 0.5, 0.7, 0.8, end="complete")
-    found.trial(0.5, 0.3)
-    return found
+    return filled(tmp_path)
 
 
 def test_every_trial_is_accounted_for_the_best_first(folder: Folder) -> None:
@@ -201,62 +74,6 @@ def test_the_table_for_people_and_the_one_for_machines_tell_the_same(folder: Fol
     told = json.loads(results.to_json())
     assert (told["best"]["trial"], told["best"]["value"], told["failed"]) == (4, 0.8, 1)
     assert told["trials"][3]["error"] == "ValueError: no luck" and told["trials"][3]["value"] is None
-
-
-def test_a_driver_that_comes_back_keeps_the_numbers_and_adds_up_the_time(folder: Folder) -> None:
-    folder.ledger = folder.new_ledger()
-    folder.trial(0.5, 0.3, 0.4, 0.85, end="complete")
-    entries = list(read_ledger(folder.path).values())
-    assert [(e.number, e.num_starts, e.status) for e in entries[3:]] == [(4, 1, "complete"), (5, 2, "complete")]
-    assert read_results(folder.path).trials.iloc[0]["trial"] == 5
-
-
-def test_a_ledger_goes_where_its_sweep_was_moved_to(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.trial(0.1, 0.5, 0.6, 0.7, end="complete")
-    folder.path = folder.path.rename(tmp_path / "moved")
-    folder.ledger = folder.new_ledger()
-    folder.trial(0.2, 0.5, end="pruned")
-    assert [e.status for e in read_ledger(tmp_path / "moved").values()] == ["complete", "pruned"]
-
-
-def test_a_pruned_trial_stays_so_whatever_tune_remembers(folder: Folder) -> None:
-    """Tune saves every five seconds: a driver that is killed in between has forgotten the pruning."""
-    assert read_outcome(folder.path / "runs" / run_name({"lr": 0.2, "seed": 1})) == {"status": "pruned"}
-    folder.trial(0.2, end="pruned")
-    assert read_results(folder.path).num_by_status["pruned"] == 1
-
-
-def test_asha_judges_by_what_ended_before(folder: Folder) -> None:
-    scheduler = RememberingASHA(metric="m", mode="max", time_attr="epoch", grace_period=1, reduction_factor=2, max_t=9)
-    for number in (0.1, 0.4, 0.5):
-        scheduler.on_trial_add(None, SimpleNamespace(trial_id=run_name({"lr": number, "seed": 1})))
-    rungs = scheduler._brackets[0]._rungs
-    seen = {milestone: sorted(recorded.values()) for milestone, recorded in rungs if recorded}
-    assert seen == {1: [0.5, 0.5], 2: [0.6, 0.7]}, "of the two that are complete, and nothing of the one that is not"
-
-
-def test_what_ended_before_is_told_to_schedulers_again_and_nothing_else(folder: Folder) -> None:
-    by_lr = {entry.settings["lr"]: key for key, entry in read_ledger(folder.path).items()}
-    assert results_before(by_lr[0.1]) == [(1, 0.5), (2, 0.6), (3, 0.7)]
-    assert results_before(by_lr[0.2]) == [(1, 0.9)]
-    assert [results_before(key) for key in (by_lr[0.3], by_lr[0.5], "never seen")] == [[], [], []]
-
-
-def test_a_trial_that_tune_has_lost_is_left_out(folder: Folder) -> None:
-    kept = [SimpleNamespace(trial_id=key) for key in list(read_ledger(folder.path))[:4]]
-    folder.ledger.on_experiment_end(kept)
-    assert [entry.number for entry in read_ledger(folder.path).values()] == [1, 2, 3, 4]
-    folder.trial(0.5, 0.3, 0.4, 0.5, end="complete")
-    assert [entry.number for entry in read_ledger(folder.path).values()] == [1, 2, 3, 4, 5]
-    assert read_results(folder.path).is_finished
-
-
-def test_a_trial_whose_process_never_came_up_is_told_and_the_others_go_on(folder: Folder) -> None:
-    lost = SimpleNamespace(trial_id="lost", config={"lr": 0.2, "seed": 7})
-    folder.ledger.on_trial_error(0, [], lost)
-    entry = read_ledger(folder.path)["lost"]
-    assert (entry.status, entry.error, entry.number) == ("failed", "its process ended", 6)
 
 
 def test_choices_of_several_types_are_texts_in_the_tables(tmp_path: Path) -> None:
@@ -318,51 +135,6 @@ def test_a_setting_that_counts_for_nothing_is_left_out_of_the_table(tmp_path: Pa
     assert row["job.het.schedule"] == "step"
 
 
-def test_of_an_error_its_last_word_is_told() -> None:
-    assert (
-        last_line("Traceback\n  File x\nmod.MyError: bad\n(raised by the training function)\n\nraytrain-het: x")
-        == "mod.MyError: bad"
-    )
-    assert last_line("its process ended") == "its process ended"
-
-
-def test_the_same_settings_are_the_same_run_in_whatever_order() -> None:
-    assert run_name({"a": 1, "b": 0.5}) == run_name({"b": 0.5, "a": 1}) != run_name({"a": 1, "b": 0.25})
-
-
-def test_a_sweep_is_plain_data(tmp_path: Path) -> None:
-    """It travels to the trials' processes."""
-    sweep = Folder(tmp_path).sweep
-    again: Sweep = pickle.loads(pickle.dumps(sweep))
-    assert again == sweep and isinstance(again.objective, Objective)
-
-
-@pytest.mark.parametrize("torn", ["experiment_state-2026.json", "basic-variant-state-2026.json", "tuner.pkl"])
-def test_what_a_killed_driver_left_torn_is_put_aside_and_no_run_is_lost(folder: Folder, torn: str) -> None:
-    tune = folder.path / driver.TUNE
-    tune.mkdir()
-    (tune / "experiment_state-2026.json").write_text('{"trial_data": []}')
-    (tune / "basic-variant-state-2026.json").write_bytes(pickle.dumps([1, 2]))
-    (tune / "tuner.pkl").write_bytes(pickle.dumps({"a": 1}))
-    assert driver._is_whole(tune)
-    (tune / torn).write_bytes((tune / torn).read_bytes()[:-3])
-    assert not driver._is_whole(tune)
-    assert driver._restored(folder.sweep, folder.path, 1, None, retry_failed=False) is None
-    assert not tune.exists() and read_ledger(folder.path) == {}, "trials are begun anew, and listed anew"
-    assert len(list(folder.path.glob("tune.*/*"))) == 3 and len(list(folder.path.glob("trials.jsonl.*"))) == 1
-    assert len(list((folder.path / "runs").glob("*/outcome.json"))) == 4, "and what has ended is not run again"
-
-
-def test_a_trial_that_was_interrupted_took_the_time_until_then(folder: Folder) -> None:
-    before = read_ledger(folder.path)[run_name({"lr": 0.5, "seed": 1})]
-    assert before.status == "unfinished" and before._began is not None
-    ids = list(folder.trials)
-    with open(folder.path / "trials.jsonl", "a") as file:
-        file.write(json.dumps({"time": before._began + 19, "event": "all", "ids": ids}) + "\n")
-    after = read_ledger(folder.path)[run_name({"lr": 0.5, "seed": 1})]
-    assert after.wall_s == pytest.approx(before.wall_s + 19)
-
-
 @pytest.mark.parametrize(
     ("accuracies", "end", "status"),
     [((0.6, 0.95), "complete", 0), ((0.6, 0.8), "complete", 1), ((0.6,), "", 0)],
@@ -388,19 +160,16 @@ def test_a_sweep_has_failed_if_all_has_ended_and_nothing_has_a_value(
     assert ("no trial has reached the target" in capsys.readouterr().out) == (max(accuracies) < 0.9)
 
 
-def test_going_on_needs_a_name_and_says_which_there_are(folder: Folder, tmp_path: Path) -> None:
-    options: Any = {"file": "s.yaml", "resume": True, "retry_failed": False, "address": None, "as_json": False}
-    sweep = load_sweep(tmp_path / "source.yaml", [f"storage={tmp_path}"])
-    with pytest.raises(ConfigError, match=r"there are sweep\. Write --name sweep"):
-        command.sweep_command(sweep, **options)
-    sweep = load_sweep(tmp_path / "source.yaml", [f"storage={tmp_path}/nowhere"])
-    with pytest.raises(ConfigError, match=r"nowhere there is none\. Write --name mine, or --storage"):
-        command.sweep_command(sweep, **options)
-
-
 def test_of_those_that_missed_the_target_the_nearest_comes_first(tmp_path: Path) -> None:
     folder = Folder(tmp_path, metric={"time_to": {"accuracy": 0.95}})
     for lr, accuracy in ((0.1, 0.2), (0.2, 0.8), (0.3, 0.5), (0.4, 0.96)):
         folder.trial(lr, accuracy, end="complete")
     folder.trial(0.5)
     assert list(read_results(folder.path).trials["lr"]) == [0.4, 0.2, 0.3, 0.1, 0.5]
+
+
+def test_a_sweep_is_plain_data(tmp_path: Path) -> None:
+    """It travels to the trials' processes."""
+    sweep = Folder(tmp_path).sweep
+    again: Sweep = pickle.loads(pickle.dumps(sweep))
+    assert again == sweep and isinstance(again.objective, Objective)
