@@ -28,9 +28,12 @@ from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
 from raytrain_het.training.memory import FIRST, MemoryLimit
+from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
 from raytrain_het.training.replica import Replica
+from raytrain_het.training.structure import Structure
 from raytrain_het.training.timings import CpuSplit, Timings
+from raytrain_het.training.unsupported import refuse
 
 logger = logging.getLogger("raytrain_het")
 
@@ -50,6 +53,8 @@ class Opened:
     loss_scale: float = 1.0
     """What this worker's loss is multiplied by."""
     weights: list[float] = field(default_factory=list)
+    contributed: bool = False
+    """Whether this worker's passes are part of the sums."""
     sums: Sums | None = None
     settled: bool = False
     """Whether the backward pass is over and it is known what became of the step."""
@@ -83,7 +88,7 @@ class Engine:
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, plan: DataPlan,
         config: HetConfig, healing: Healing, micro_batch_size: int | None, memory: MemoryLimit,
-        rates: Rates | None = None,
+        structure: Structure, randomness: Randomness, rates: Rates | None = None,
     ) -> None:  # fmt: skip
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
@@ -95,12 +100,12 @@ class Engine:
         self.on_commit: list[Callable[[Opened, Sums], None]] = []
         self.on_confirm: list[Callable[[int], None]] = []
         self._micro_batch_size, self._memory, self._rates = micro_batch_size, memory, rates
+        self._structure, self._randomness = structure, randomness
         self._light: dict[str, Any] | None = None
         self._redo = False
         self._confirm: ConfirmJob | None = None
         self._skipped_in_a_row = 0
         self._record: Record | None = None
-        self._error: BaseException | None = None
         agent.batch = self._open_batch
 
     @property
@@ -129,12 +134,14 @@ class Engine:
                     if before is not None:
                         before.left_at = asked
                         before.cpu.pauses()
+                    self._randomness.steps_end()
                     return None
                 continue
             points.reach("slice", self.cursor.step + 1)
             if self.agent.is_current(record.number):
                 break
         cursor = self.cursor
+        self._structure.check()
         light = self._light if self._redo else None
         if light is not None:
             self.replica.restore_light(light)
@@ -144,7 +151,8 @@ class Engine:
             self._rates.set(self.replica.optimizer, cursor)
         self._light = light or self.replica.light()
         self._redo = False
-        self.healing.offer(record, cursor, self._light, self._parameters_digest)
+        self.healing.offer(record, cursor, self._light, self._parameters_digest, self._randomness.state())
+        self._randomness.step_begins(cursor.step)
         self._memory.step_begins()
         opened = self._slice(record, cursor)
         # An epoch's last batch may be a small one: speeds are told of full ones.
@@ -253,7 +261,7 @@ class Engine:
         last = index == len(opened.micro) - 1
         if last:
             opened.job.weight = float(sum(opened.weights))
-            opened.job.contributes = opened.job.weight > 0
+            opened.contributed = opened.job.contributes = opened.job.weight > 0
         # What travels is not scaled: it is in fp32, and other workers may have another scale, or none.
         self.gradients.arm(opened.weights[-1] / opened.loss_scale, last=last)
 
@@ -279,6 +287,11 @@ class Engine:
         self._cut_rest_anew(opened)
 
     @property
+    def in_body(self) -> bool:
+        """Whether a step is open, and its optimizer has not taken it yet."""
+        return self.opened is not None and not self.opened.closed
+
+    @property
     def stale(self) -> bool:
         """Whether the open step is over already, so that its remaining micro-batches need not run."""
         return self.opened is not None and self.opened.job.over and self.opened.job.outcome == "aborted"
@@ -289,6 +302,7 @@ class Engine:
         self.comm.bucket_ready(opened.job, count)
 
     def _backward_done(self, opened: Opened, last: bool) -> None:
+        """Comes out of the user's ``backward()``, and so does what is raised here."""
         if not last:
             return
         if not opened.submitted:
@@ -298,23 +312,22 @@ class Engine:
         self._await_sums(opened)
         opened.cpu.waiting_ends()
         opened.settled = True
-        self.gradients.show(opened.sums, scale=opened.loss_scale)
+        sums = opened.sums
+        if sums is not None:
+            self.gradients.buffers.settle(self.gradients.outs, sums.applies, own=opened.contributed)
+        self.gradients.publish(sums, scale=opened.loss_scale)
         now = time.monotonic()
         self.counters.compute_s += opened.submitted - opened.started
         self.counters.wait_s += now - opened.submitted
 
     def _await_sums(self, opened: Opened) -> None:
         """Wait until the step has its sums (perhaps from a peer that had them), or is to be done again."""
-        try:
-            self.agent.wait_for(lambda: opened.job.over)
-            if opened.job.error is not None:
-                raise opened.job.error
-            opened.sums = opened.job.sums if opened.job.outcome == "done" else None
-            if opened.sums is None:
-                self._resolve(opened)
-        except BaseException as error:
-            # Raised in the loop, not through autograd's engine, which is no place for control flow.
-            self._error = error
+        self.agent.wait_for(lambda: opened.job.over)
+        if opened.job.error is not None:
+            raise opened.job.error
+        opened.sums = opened.job.sums if opened.job.outcome == "done" else None
+        if opened.sums is None:
+            self._resolve(opened)
 
     def _resolve(self, opened: Opened) -> None:
         """The generation is void: see from the next one what became of the step."""
@@ -331,15 +344,13 @@ class Engine:
             opened.sums, outs = comm.replayed
             opened.job = StepJob(record.number, opened.job.step, outcome="done")
             if had is None:
-                self.gradients.take(outs)
-                self.gradients.show(opened.sums, scale=opened.loss_scale)
+                self.gradients.adopt(outs)
             # Else they are the same to the bit, and what the user did to them since (clipping) stays.
 
     # ---------------------------------------------------------------- closing
 
     def close(self, update: Callable[[], Any]) -> Any:
         """The user's ``optimizer.step()``: update and commit, or nothing if the step is not whole or is done again."""
-        self._raise_pending()
         opened = self.opened
         if opened is None or opened.closed:
             raise LoopOrderError(
@@ -348,7 +359,11 @@ class Engine:
             )
         if not opened.settled:
             if not self.gradients.backward_ran:
-                raise LoopOrderError("optimizer.step() was called before backward(): swap the two lines.")
+                raise LoopOrderError(
+                    "optimizer.step() was called before backward() has computed a gradient of the prepared model "
+                    "for this batch: swap the two lines. Gradients that torch.autograd.grad() returns, or that are "
+                    "set by hand, are not averaged over workers: use loss.backward()."
+                )
             return None  # A micro-batch that is not the last.
         result = None
         while opened.sums is not None and not opened.closed:
@@ -373,7 +388,6 @@ class Engine:
             self.comm.codec_states.commit(opened.job.step, sums.total_weight, sums.used)
         else:
             self.healing.log(opened.job.step, lambda: None)
-        self.gradients.settle_buffers(sums.applies)
         points.reach("updated", opened.job.step)
         after, _ = advance(self.plan, opened.cursor.to_dict())
         self.agent.advance(after, healed=True)
@@ -439,10 +453,11 @@ class Engine:
 
     def _settle_last(self) -> None:
         """The loop has asked for another batch: was the last one dealt with?"""
-        self._raise_pending()
         opened = self.opened
         if opened is None or opened.closed:
             return
+        if self.gradients.backward_failed:
+            raise refuse("skipped batch", f"at step {opened.job.step}")
         if opened.job.over and opened.job.outcome == "aborted" and not opened.settled:
             opened.closed = self._redo = True  # Given up in the middle of its micro-batches.
         elif opened.settled and opened.sums is not None and not opened.sums.applies:
@@ -453,13 +468,8 @@ class Engine:
             raise LoopOrderError(
                 f"the loop asked for the next batch at step {opened.job.step} without optimizer.step(): every batch "
                 "needs one backward() and one step(). To accumulate gradients, give prepare_data_loader a "
-                "micro_batch_size."
+                "micro_batch_size; to skip an update, set p.grad = None for all parameters and call step()."
             )
-
-    def _raise_pending(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
 
     def _current(self) -> Opened:
         assert self.opened is not None

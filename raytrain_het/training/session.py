@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from raytrain_het.collectives import points
 from raytrain_het.collectives.communicator import Communicator
@@ -31,10 +32,11 @@ from raytrain_het.training.codec_warnings import warnings_of_epochs, warnings_of
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance
 from raytrain_het.training.evaluations import Evaluations
-from raytrain_het.training.gradients import Gradients
+from raytrain_het.training.gradients import Gradients, trained
 from raytrain_het.training.handing_on import HandingOn
 from raytrain_het.training.healing import Healing
 from raytrain_het.training.memory import MemoryLimit
+from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.reporter import Report, Reporter, check_metrics
@@ -43,7 +45,9 @@ from raytrain_het.training.state_server import StateServer
 from raytrain_het.training.stats import Stats
 from raytrain_het.training.step_key import step_key
 from raytrain_het.training.step_record import StepRecord
+from raytrain_het.training.structure import Structure, parameters_outside
 from raytrain_het.training.timings import KnownSpeed
+from raytrain_het.training.unsupported import refuse
 
 logger = logging.getLogger("raytrain_het")
 
@@ -90,33 +94,30 @@ class Session:
         self._clipping = Clipping(**config.clip) if config.clip else None
         self._warnings: list[str] = []
         self._handing_on: HandingOn | None = None
+        self._guards: list[Any] = []
+        self._watched_steps: Any = None
 
     # ---------------------------------------------------------------- preparing
 
     def set_model(self, model: nn.Module) -> None:
         """Keep the model, put its hooks on."""
         if self.replica.model is not None:
-            raise LoopOrderError("prepare_model() was called twice: one model per run. Wrap several in one nn.Module.")
-        apart = any(codec.spares_small for codec in self._codecs)
-        self.gradients = Gradients(model, int(self.config.bucket_mib * 2**20), small_apart=apart)
-        if apart:
-            self._warn(warnings_of_model, self.gradients.layout)
+            raise refuse("second model")
+        self._guards = [p.register_post_accumulate_grad_hook(_refuse_backward) for _, p in trained(model)]
         self.replica.model = model
 
     def set_optimizer(self, optimizer: torch.optim.Optimizer, inner_step: Callable[[], Any]) -> None:
         """Keep the optimizer and its own ``step``."""
         if self.replica.optimizer is not None:
-            raise LoopOrderError("prepare_optimizer() was called twice: one optimizer per run, with parameter groups.")
+            raise refuse("second optimizer")
+        self._check_parameters(optimizer)
         self._warn(warnings_of_optimizer, optimizer)
         self.replica.optimizer, self._inner_step = optimizer, inner_step
 
     def set_data(self, plan: DataPlan, micro_batch_size: int | None, fingerprint: str = "") -> None:
         """Keep the data plan."""
         if self.plan is not None:
-            raise LoopOrderError(
-                "prepare_data_loader() was called twice: one training loader per run. For held-out data use "
-                "raytrain_het.evaluate(fn, dataset)."
-            )
+            raise refuse("second loader")
         self.plan, self._data_fingerprint = plan, fingerprint
         self._micro_batch_size = micro_batch_size or self._micro_batch_size
 
@@ -136,8 +137,19 @@ class Session:
         for what, there in (("prepare_model", self.replica.model), ("prepare_optimizer", self.replica.optimizer)):
             if there is None:
                 raise LoopOrderError(f"loader.epochs() was called before {what}(): prepare model and optimizer first.")
-        assert self.gradients is not None and self.plan is not None and self.replica.optimizer is not None
+        model, optimizer = self.replica.model, self.replica.optimizer
+        assert model is not None and self.plan is not None and optimizer is not None
+        self._check_parameters(optimizer)
         self._check_scheduler()
+        for guard in self._guards:
+            guard.remove()
+        apart = any(codec.spares_small for codec in self._codecs)
+        self.gradients = Gradients(
+            model, int(self.config.bucket_mib * 2**20), small_apart=apart,
+            zeroed=[p for group in optimizer.param_groups for p in group["params"]],
+        )  # fmt: skip
+        if apart:
+            self._warn(warnings_of_model, self.gradients.layout)
         self._warn(warnings_of_epochs, num_epochs)
         for codec in self._codecs:
             codec.prepare()
@@ -163,9 +175,10 @@ class Session:
         )  # fmt: skip
         self._handing_on = HandingOn(self.agent, self._server, self._token, self._communicator.codec_states)
         assert self._inner_step is not None
+        randomness = Randomness(self.slot, self.config.seed)
         healing = Healing(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
-            server=self._server, token=self._token, update=self._inner_step,
+            server=self._server, token=self._token, update=self._inner_step, randomness=randomness,
             load_checkpoint=Resuming(
                 self.storage, self.slot, self.num_slots, plan, self._parameters(), self._data(), self.replica,
                 self._communicator.codec_states, scheduled=rates is not None,
@@ -174,8 +187,10 @@ class Session:
         self.engine = Engine(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
             plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
-            memory=MemoryLimit.of(self.device), rates=rates,
+            memory=MemoryLimit.of(self.device), structure=Structure(model, optimizer), randomness=randomness,
+            rates=rates,
         )  # fmt: skip
+        self._watched_steps = register_optimizer_step_pre_hook(self._check_optimizer)
         self.stats = Stats(
             self.agent, self.engine, self._communicator, plan, device=str(self.device), node_ip=self.node_ip
         )
@@ -189,6 +204,21 @@ class Session:
             for text in self._warnings:
                 self.agent.tell("event", event={"kind": "warning", "text": text})
         return self.engine
+
+    def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.replica.model is not None and (outside := parameters_outside(self.replica.model, optimizer)):
+            more = f", and {len(outside) - 1} more" if len(outside) > 1 else ""
+            raise refuse("parameters outside", outside[0] + more)
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Called before each step of any optimizer in this process."""
+        engine, model = self.engine, self.replica.model
+        if engine is None or model is None or optimizer is self.replica.optimizer or torch.is_inference_mode_enabled():
+            return
+        ours = {id(p) for p in model.parameters()}
+        trains_ours = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        if trains_ours or engine.in_body:
+            raise refuse("other optimizer", f"a {type(optimizer).__name__}")
 
     def _warn(self, warnings: Callable[[Any, tuple[str, ...], Any], list[str]], of: Any) -> None:
         for text in warnings(self.config.compression, self.config.possible_codecs, of):
@@ -292,8 +322,10 @@ class Session:
         """Before an update, of this run or one that is replayed. Gradients are ``scale`` times what they are."""
         if self._clipping is None:
             return
-        assert self.replica.model is not None and self.engine is not None
-        self.engine.counters.clipped += self._clipping.clip(self.replica.model.parameters(), scale)
+        optimizer = self.replica.optimizer
+        assert optimizer is not None and self.engine is not None
+        trained_here = [p for group in optimizer.param_groups for p in group["params"]]
+        self.engine.counters.clipped += self._clipping.clip(trained_here, scale)
 
     def let_go(self) -> None:
         """The others go on without this worker: what it has left to give goes to one of them."""
@@ -355,7 +387,13 @@ class Session:
             self.agent.tell("raised", error=text[-4000:])
 
     def close(self) -> None:
-        """Let go of threads and sockets."""
+        """Let go of threads and sockets, and take everything off torch that was put there."""
+        for guard in self._guards:
+            guard.remove()
+        if self._watched_steps is not None:
+            self._watched_steps.remove()
+        if self.gradients is not None:
+            self.gradients.close()
         if self._communicator is not None:
             self._communicator.close()
         if self._server is not None:
@@ -389,6 +427,13 @@ class Session:
     def _data(self) -> dict[str, Any]:
         """What all workers must agree on about the data, and what a checkpoint's cursor belongs to."""
         return {**dataclasses.asdict(self._plan()), "dataset_fingerprint": self._data_fingerprint}
+
+
+def _refuse_backward(_: torch.Tensor) -> None:
+    raise LoopOrderError(
+        "backward() was called outside of a step, before loader.epochs(): take a batch from the prepared loader first "
+        "(for x, y in loader: ...), one backward() and one optimizer.step() for each."
+    )
 
 
 _current: Session | None = None
