@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from raytrain_het.errors import ConfigError, LoopOrderError
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.fetch import SampleFetcher
+from raytrain_het.training.losses import LossCheck, checked_loss
 from raytrain_het.training.weights import checked_weight
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class HetDataLoader:
 
     def __init__(
         self, session: Session, loader: DataLoader, *, global_batch_size: int | None, micro_batch_size: int | None,
-        weight: Callable[[Any], float] | None,
+        weight: Callable[[Any], float] | None, loss: str = "mean",
     ) -> None:  # fmt: skip
         if not isinstance(loader, DataLoader):
             raise ConfigError(
@@ -67,6 +68,7 @@ class HetDataLoader:
             drop_last=loader.drop_last, seed=session.config.seed,
         )  # fmt: skip
         self._session, self._weight = session, weight
+        session.loss_check = LossCheck(checked_loss(loss, weighed=weight is not None), weighed=weight is not None)
         collate = None if loader.collate_fn is default_collate else loader.collate_fn
         self._fetcher = SampleFetcher(self.dataset, collate, num_workers=loader.num_workers, seed=session.config.seed)
         self._num_workers = loader.num_workers

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.healing import Healing
+from raytrain_het.training.losses import LossCheck
 from raytrain_het.training.memory import FIRST, MemoryLimit
 from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
@@ -88,7 +89,7 @@ class Engine:
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, plan: DataPlan,
         config: HetConfig, healing: Healing, micro_batch_size: int | None, memory: MemoryLimit,
-        structure: Structure, randomness: Randomness, rates: Rates | None = None,
+        structure: Structure, randomness: Randomness, loss: LossCheck, rates: Rates | None = None,
     ) -> None:  # fmt: skip
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
@@ -100,7 +101,9 @@ class Engine:
         self.on_commit: list[Callable[[Opened, Sums], None]] = []
         self.on_confirm: list[Callable[[int], None]] = []
         self._micro_batch_size, self._memory, self._rates = micro_batch_size, memory, rates
-        self._structure, self._randomness = structure, randomness
+        self._structure, self._randomness, self._loss = structure, randomness, loss
+        self._pass_weight = 0.0
+        gradients.inspect = self._inspect
         self._light: dict[str, Any] | None = None
         self._redo = False
         self._confirm: ConfirmJob | None = None
@@ -262,16 +265,35 @@ class Engine:
         if last:
             opened.job.weight = float(sum(opened.weights))
             opened.contributed = opened.job.contributes = opened.job.weight > 0
+        of_gradient = opened.weights[-1]
+        if self._loss.is_sum and opened.job.contributes:
+            of_gradient = self._lr_scale(opened)
+        self._pass_weight = weight
         # What travels is not scaled: it is in fp32, and other workers may have another scale, or none.
-        self.gradients.arm(opened.weights[-1] / opened.loss_scale, last=last)
+        self.gradients.arm(of_gradient / opened.loss_scale, of_buffers=opened.weights[-1], last=last)
 
     def _scaled(self, opened: Opened, index: int, weight: float) -> float:
-        """``w_i = b_i r_i``, or this micro-batch's part of it; of ``r_i`` where sums are literal."""
-        record = opened.record
-        rank = record.rank_of(self.agent.uid)
+        """``w_i = b_i r_i``, or this micro-batch's part of it; of ``r_i`` where sums are literal.
+
+        Of a loss that is a sum over samples, gradients are added up as they are, times ``r_i``; the weights' sum, by
+        which they are divided, is ``sum_i b_i r_i / B``.
+        """
+        samples = len(opened.micro[index])
+        part = weight if opened.record.normalised else samples / len(opened.own)
+        if self._loss.is_sum and opened.record.normalised:
+            part = samples / len(opened.batch)
+        return part * self._lr_scale(opened)
+
+    def _lr_scale(self, opened: Opened) -> float:
+        rank = opened.record.rank_of(self.agent.uid)
         assert rank is not None
-        part = weight if record.normalised else len(opened.micro[index]) / len(opened.own)
-        return part * record.lr_scales[rank]
+        return opened.record.lr_scales[rank]
+
+    def _inspect(self, roots: Sequence[Any]) -> Exception | None:
+        """Is the loss what the program says? With one pass a step by one worker it does not matter."""
+        opened = self._current()
+        alone = len(opened.record.members) == 1 and len(opened.micro) == 1
+        return None if alone else self._loss.look(roots, self._pass_weight, opened.loss_scale)
 
     def body_done(self) -> None:
         """The user's loop body has come to its end and asks for the next batch."""

@@ -91,7 +91,7 @@ class Gradients:
         its gradient in parts."""
         self._again = False
         self._num_passes = 0
-        self._weight = 0.0
+        self._weight = self._weight_of_buffers = 0.0
         self._last = False
         self._job = StepJob(0, 0, outcome="aborted")
         self._on_ready: Callable[[int], None] = lambda count: None
@@ -149,9 +149,15 @@ class Gradients:
                 target = [(0, segment.numel, target[0][2].view(segment.shape))]
             self._targets.append(target)
 
-    def arm(self, weight: float, *, last: bool) -> None:
-        """The next backward pass is that of a micro-batch of this weight."""
-        self._weight, self._last, self._armed = weight, last, True
+    def arm(self, weight: float, *, of_buffers: float, last: bool) -> None:
+        """The next backward pass is that of a micro-batch of this weight.
+
+        Args:
+            weight: by which its gradients are multiplied.
+            of_buffers: by which changes of buffers are.
+            last: whether it is the step's last.
+        """
+        self._weight, self._weight_of_buffers, self._last, self._armed = weight, of_buffers, last, True
         self._fired = set()
         self._nested = self._again = self._ended = False
         if self._num_passes:
@@ -298,7 +304,7 @@ class Gradients:
             self._overlaps = True
         job = self._job
         if not job.over:
-            self.buffers.gather(self.locals, self._weight, first=self._num_passes == 0)
+            self.buffers.gather(self.locals, self._weight_of_buffers, first=self._num_passes == 0)
         self._num_passes += 1
         if not self._last:
             self.publish(None)  # Zeros, so that clipping or a loss scaler in the loop's body finds what it expects.

@@ -35,6 +35,7 @@ from raytrain_het.training.evaluations import Evaluations
 from raytrain_het.training.gradients import Gradients, trained
 from raytrain_het.training.handing_on import HandingOn
 from raytrain_het.training.healing import Healing
+from raytrain_het.training.losses import LossCheck
 from raytrain_het.training.memory import MemoryLimit
 from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
@@ -94,6 +95,7 @@ class Session:
         self._clipping = Clipping(**config.clip) if config.clip else None
         self._warnings: list[str] = []
         self._handing_on: HandingOn | None = None
+        self.loss_check = LossCheck("mean", weighed=False)
         self._guards: list[Any] = []
         self._watched_steps: Any = None
 
@@ -188,7 +190,7 @@ class Session:
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
             plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
             memory=MemoryLimit.of(self.device), structure=Structure(model, optimizer), randomness=randomness,
-            rates=rates,
+            loss=self.loss_check, rates=rates,
         )  # fmt: skip
         self._watched_steps = register_optimizer_step_pre_hook(self._check_optimizer)
         self.stats = Stats(

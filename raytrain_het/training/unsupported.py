@@ -84,6 +84,12 @@ TABLE: dict[str, Unsupported] = {
         way_out="Make what they belong to a part of the model before prepare_model(model), for example model.loss = "
         "loss",
     ),
+    "loss that is no mean": Unsupported(
+        what="the loss is neither a mean nor a sum over samples, so workers' gradients do not make that of the "
+        "whole batch",
+        way_out="Take the function of each sample first and the mean last; or write prepare_data_loader(..., "
+        "loss='local'): then each pass has a loss of its own samples, and gradients are averaged by samples",
+    ),
     "LBFGS": Unsupported(
         what="torch.optim.LBFGS evaluates the loss several times a step",
         way_out="Take an optimizer that needs one gradient a step, such as SGD or Adam",

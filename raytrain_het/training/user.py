@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -55,6 +55,7 @@ def prepare_data_loader(
     global_batch_size: int | None = None,
     micro_batch_size: int | None = None,
     weight: Callable[[Any], float] | None = None,
+    loss: Literal["mean", "sum", "local"] = "mean",
 ) -> HetDataLoader:
     """A loader that yields this worker's share of each global batch.
 
@@ -67,12 +68,22 @@ def prepare_data_loader(
         micro_batch_size: most samples in one forward pass; a larger share comes in several, summed exactly.
         weight: the weight of a batch, where samples are the wrong measure (the number of tokens, say): a finite number
             from 0. The loss must be the mean over what it counts.
+        loss: what the loss is of the batch that the loop gets. ``mean`` over its samples, or over what ``weight``
+        counts;
+            ``sum`` over its samples, penalties on parameters left out, which would count once a worker; ``local``, any
+            function of its own samples, whose gradients are averaged by samples as DDP would. Where the graph shows
+            that it is another one, ``backward()`` raises.
 
     Raises:
         ConfigError: the dataset has no length, or the batch is smaller than the number of workers.
     """
     return HetDataLoader(
-        current(), loader, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, weight=weight
+        current(),
+        loader,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        weight=weight,
+        loss=loss,
     )
 
 

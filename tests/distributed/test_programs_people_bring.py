@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.config import HetConfig
+from raytrain_het.testing.processes import WorkersFailedError
 from raytrain_het.testing.regression import relative_error
 
 CONFIG = HetConfig(shares=(3, 1), bucket_mib=0.0002, silence_s=10)
@@ -192,6 +193,7 @@ class BuffersByHand(Program):
         optimizer.step()
         model.after_step = model.after_step * 1.5
 
+
 class ChannelsLastFused(Program):
     def build(self) -> nn.Module:
         model = nn.Sequential(nn.Unflatten(1, (3, 2, 1)), nn.Conv2d(3, 4, (2, 1)), nn.Flatten(), nn.Linear(4, 1))
@@ -202,9 +204,33 @@ class ChannelsLastFused(Program):
         return torch.optim.Adam(model.parameters(), lr=0.02, fused=True)
 
 
+class Sum(Program):
+    def loader_options(self) -> dict[str, Any]:
+        return {"loss": "sum", "micro_batch_size": 2}
+
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(model(x), y, reduction="sum") / 64
+
+
+class MeanOfSome(Program):
+    """Of the samples whose first number is positive."""
+
+    def loader_options(self) -> dict[str, Any]:
+        return {"weight": lambda batch: (batch[0][:, 0] > 0).sum()}
+
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        mask = x[:, :1] > 0
+        return ((model(x) - y).square() * mask).sum() / mask.sum().clamp(min=1)
+
+
+class ManyPasses(Program):
+    def loader_options(self) -> dict[str, Any]:
+        return {"micro_batch_size": 1}
+
+
 PROGRAMS = [
     ReentrantAtTheLoss, SharedBlockCheckpointedTwice, HeadOnly, ZeroedInPlace, KeepsTheLastGradient, Freezing,
-    BuffersByHand, ChannelsLastFused,
+    BuffersByHand, ChannelsLastFused, Sum, MeanOfSome, ManyPasses,
 ]  # fmt: skip
 
 
@@ -216,3 +242,106 @@ def test_it_trains_as_one_process_does(tmp_path, kind: Callable[[], Program]):
     for name, value in expected.items():
         assert relative_error(outcome.results[0][name], value) < 1e-9, name
         assert torch.equal(outcome.results[0][name], outcome.results[1][name]), name
+
+
+class UnsaidSum(Program):
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (model(x) - y).square().sum()
+
+
+class ParametersOutside(Program):
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+class Unfreezing(Program):
+    def build(self) -> nn.Module:
+        model = super().build()
+        model[0].requires_grad_(False)
+        return model
+
+    def epoch(self, model: nn.Module, epoch: int) -> None:
+        model[0].requires_grad_(epoch == 1)
+
+
+class NewHead(Program):
+    def epoch(self, model: nn.Module, epoch: int) -> None:
+        if epoch == 1:
+            model[2] = nn.Linear(8, 1).double()
+
+
+class TwoOptimizers(Program):
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        other = nn.Parameter(torch.zeros(1))
+        super().body(model, optimizer, x, y * 1)
+        del other
+
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        critic = nn.Linear(1, 1).double()
+        optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
+        critic(y).mean().backward()
+        optimizer.step()
+        return super().forward(model, x, y)
+
+
+class SamplesCounted(Program):
+    class Net(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 1)
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen += len(x)
+            return super().forward(x)
+
+    def build(self) -> nn.Module:
+        return self.Net()
+
+
+class GrowingBuffer(Program):
+    class Net(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 1)
+            self.register_buffer("seen", torch.zeros(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = torch.cat([self.seen, x.detach()[:, 0]])
+            return super().forward(x)
+
+    def build(self) -> nn.Module:
+        return self.Net()
+
+
+class GraphOfTheGradient(Program):
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        self.forward(model, x, y).backward(create_graph=True)
+        optimizer.step()
+
+
+class GradientsByHand(Program):
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        for p, g in zip(
+            model.parameters(), torch.autograd.grad(self.forward(model, x, y), [*model.parameters()]), strict=True
+        ):
+            p.grad = g
+        optimizer.step()
+
+
+REFUSED = {
+    UnsaidSum: r"loss='sum'",
+    ParametersOutside: r"parameter 4 of group 0, of shape \[3\]",
+    Unfreezing: r"'0.weight' is",
+    NewHead: r"module '2' was replaced",
+    TwoOptimizers: r"was not prepared has taken a step.*a SGD",
+    SamplesCounted: r"buffer 'seen' \(torch.int64\) differs between workers",
+    GrowingBuffer: r"buffer keeps its shape.*'seen' had shape \[0\]",
+    GraphOfTheGradient: r"create_graph=True",
+    GradientsByHand: r"torch.autograd.grad\(\) returns",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
+def test_what_can_not_be_trained_right_is_refused_by_name(tmp_path, kind: Callable[[], Program]):
+    with pytest.raises(WorkersFailedError, match=f"(?s){REFUSED[kind]}"):
+        run(kind(), tmp_path, num_slots=2, config=CONFIG)
