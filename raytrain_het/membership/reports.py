@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytrain_het.membership.audit import difference
+
 MAX_EVALUATIONS = 16
 """So many of the last evaluations are remembered, for workers that ask late."""
 
@@ -139,6 +141,10 @@ class ReportBook:
             if waiting and any(s in slots and p.get("holds_snapshot") for s, p in report.parts.items()):
                 break
             del self._open[key]
+            audits = {slot: part["audit"] for slot, part in report.parts.items() if "audit" in part}
+            if len(audits) > 1 and (what := difference(audits)) is not None:
+                ready.append({"step": report.step, "differs": what})
+                continue  # It is told to nobody: its checkpoint is not a good one.
             parts = [report.parts[s] for s in sorted(report.parts)]
             entry = {
                 "seq": self._next_seq, "key": key, "step": report.step, "epoch": report.epoch,

@@ -32,6 +32,7 @@ from raytrain_het.training.memory import FIRST, MemoryLimit
 from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
 from raytrain_het.training.replica import Replica
+from raytrain_het.training.replica_check import Look, ReplicaCheck
 from raytrain_het.training.structure import Structure
 from raytrain_het.training.timings import CpuSplit, Timings
 from raytrain_het.training.unsupported import refuse
@@ -89,7 +90,7 @@ class Engine:
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, plan: DataPlan,
         config: HetConfig, healing: Healing, micro_batch_size: int | None, memory: MemoryLimit,
-        structure: Structure, randomness: Randomness, loss: LossCheck, rates: Rates | None = None,
+        structure: Structure, randomness: Randomness, loss: LossCheck, check: ReplicaCheck, rates: Rates | None = None,
     ) -> None:  # fmt: skip
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
@@ -102,6 +103,8 @@ class Engine:
         self.on_confirm: list[Callable[[int], None]] = []
         self._micro_batch_size, self._memory, self._rates = micro_batch_size, memory, rates
         self._structure, self._randomness, self._loss = structure, randomness, loss
+        self._check = check
+        self._looked: Look | None = None
         self._pass_weight = 0.0
         gradients.inspect = self._inspect
         self._light: dict[str, Any] | None = None
@@ -186,9 +189,11 @@ class Engine:
         micro = self._passes(own) if len(own) else [self._stand_in(batch)]
         step = cursor.step + 1
         job = StepJob(
-            record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step), num_samples=len(batch),
-            epoch=cursor.epoch,
+            record.number, step, contributes=len(own) > 0, num_samples=len(batch), epoch=cursor.epoch,
+            resync_due=resync_due(self.config.replica_check_steps, record, step),
         )  # fmt: skip
+        assert self._light is not None
+        self._looked = self._check.look(step, self._light, self._numbers_besides(cursor))
         opened = Opened(record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale)
         self.gradients.begin(
             job,
@@ -217,9 +222,9 @@ class Engine:
             self._memory.passed(max(map(len, opened.micro[:done])))
             opened.micro[done:] = self._passes(range(opened.micro[done].start, opened.own.stop))
 
-    def _digest_if_due(self, step: int) -> int:
-        every = self.config.replica_check_steps
-        return self.replica.digest() if every and step % every == 0 else 0
+    def _numbers_besides(self, cursor: Cursor) -> dict[str, Any]:
+        """What else must be the same on all members in this step."""
+        return {"the position in the data": list(cursor.to_dict().values())}
 
     def _parameters_digest(self) -> int:
         return self.replica.digest(optimizer=True)
@@ -237,6 +242,7 @@ class Engine:
             if not self.healing.take_over(record):
                 continue  # The generation was superseded while this worker was healing.
             self._record = record
+            self._check.restart()
             if record.reset or self.agent.uid in record.fresh:
                 self._redo = False  # What a step to be done again would go back to is no longer its beginning.
             if record.reset:
@@ -293,7 +299,14 @@ class Engine:
         """Is the loss what the program says? With one pass a step by one worker it does not matter."""
         opened = self._current()
         alone = len(opened.record.members) == 1 and len(opened.micro) == 1
-        return None if alone else self._loss.look(roots, self._pass_weight, opened.loss_scale)
+        if alone:
+            return None
+        before = self._loss.ratios
+        error = self._loss.look(roots, self._pass_weight, opened.loss_scale)
+        if error is None and self._loss.ratios != before:
+            name = f"over how many numbers for each sample the loss is a mean ({len(self._loss.ratios)} terms)"
+            self.agent.tell("claim", step=opened.cursor.step, name=name, value=list(self._loss.ratios))
+        return error
 
     def body_done(self) -> None:
         """The user's loop body has come to its end and asks for the next batch."""
@@ -319,6 +332,9 @@ class Engine:
         return self.opened is not None and self.opened.job.over and self.opened.job.outcome == "aborted"
 
     def _ready(self, opened: Opened, count: int) -> None:
+        if not opened.job.ready and self._looked is not None:
+            # Not before: a GPU may have been at it.
+            opened.job.digest, opened.job.numbers = self._looked.digest(), self._looked.numbers
         if count == len(self.gradients.layout.buckets):
             opened.submitted = time.monotonic()
         self.comm.bucket_ready(opened.job, count)
@@ -335,6 +351,12 @@ class Engine:
         opened.cpu.waiting_ends()
         opened.settled = True
         sums = opened.sums
+        if sums is not None and sums.replicas_differ and self._looked is not None:
+            look = self._looked
+            self.agent.tell(
+                "audit", step=opened.cursor.step, part=look.part, generation=opened.job.generation,
+                audit=self._check.audit(look),
+            )  # fmt: skip
         if sums is not None:
             self.gradients.buffers.settle(self.gradients.outs, sums.applies, own=opened.contributed)
         self.gradients.publish(sums, scale=opened.loss_scale)
@@ -429,7 +451,7 @@ class Engine:
         if sums.want > number:
             self.agent.answer_want(sums.want)
         elif opened.record.number == number:
-            if sums.replicas_differ:
+            if opened.job.resync_due and sums.replicas_differ:
                 self._resync(number, step)
             if self.cursor.epoch != opened.cursor.epoch:
                 self._confirm = ConfirmJob(number, step)
@@ -447,6 +469,8 @@ class Engine:
             job.data = torch.zeros(self.replica.parameter_bytes(), dtype=torch.uint8)
         self.comm.submit(job)
         self.agent.wait_for(lambda: job.over)
+        if job.outcome == "done":
+            self._check.replicas_are_the_same()
         if job.outcome == "done" and first != self.agent.uid:
             drift = self.replica.unpack_parameters(job.data)
             self.agent.tell("event", event={"kind": "drift", "step": step, "largest_difference": drift})
@@ -533,6 +557,11 @@ class Engine:
                 if bad:
                     return f" (the data is not finite: samples {[int(order[indices[k]]) for k in bad[:5]]})"
         return ""
+
+
+def resync_due(every: int, record: Record, step: int) -> bool:
+    """Whether unlike members' parameters are sent anew after this step."""
+    return every > 0 and step % every == 0 and record.is_unlike
 
 
 def advance(plan: DataPlan, cursor: dict[str, int]) -> tuple[dict[str, int], bool]:

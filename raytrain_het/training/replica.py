@@ -81,6 +81,9 @@ class Replica:
             "buffers": {name: b.detach().clone() for name, b in self._buffers()},
             "registered": {name: _deepcopy(obj.state_dict(), _clone) for name, obj in self.registered.items()},
             "hyperparameters": self.hyperparameters(),
+            "scalers": [name for name, obj in self.registered.items() if isinstance(obj, torch.amp.GradScaler)],
+            "trained": [p.requires_grad for p in self._parts[0]],
+            "training": [module.training for module in self._parts[1]],
         }
 
     def restore_light(self, light: dict[str, Any], *, buffers: bool = True) -> None:
@@ -93,10 +96,35 @@ class Replica:
                 )
             _load_registered(obj, light["registered"][name])
         self.set_hyperparameters(light["hyperparameters"])
+        for p, flag in zip(self._parts[0], light["trained"], strict=True):
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
+        for module, flag in zip(self._parts[1], light["training"], strict=True):
+            module.training = flag
         if buffers:
             with torch.no_grad():
                 for name, buffer in self._buffers():
                     buffer.copy_(light["buffers"][name])
+
+    @functools.cached_property
+    def _parts(self) -> tuple[list[nn.Parameter], list[nn.Module]]:
+        """The model's parameters and modules, which stay the same while it trains."""
+        assert self.model is not None
+        return list(self.model.parameters()), list(self.model.modules())
+
+    @functools.cached_property
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        assert self.model is not None
+        return list(self.model.named_parameters())
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The model's, without a walk through it."""
+        return self._named
+
+    @property
+    def device(self) -> torch.device:
+        """That of the first parameter."""
+        return self._named[0][1].device
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As the model's ``named_buffers()``, without a walk through the model at every step.
@@ -188,7 +216,7 @@ class Replica:
                 tensors += [v for _, v in sorted(state.items()) if isinstance(v, torch.Tensor)]
         total = 0
         for t in tensors:
-            for row in _row_sums(t):
+            for row in row_sums(t).tolist():
                 total = (total * _COMBINE + row) % 2**64
         return max(total >> 1, 1)  # Headers carry it as a signed number, and 0 there means that none was due.
 
@@ -223,8 +251,8 @@ def _weights(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(bits.view(np.int64)).to(device)
 
 
-def _row_sums(t: torch.Tensor) -> list[int]:
-    """``s_i`` of one tensor; see :meth:`Replica.digest`."""
+def row_sums(t: torch.Tensor) -> torch.Tensor:
+    """``s_i`` of one tensor (rows,) int64; see :meth:`Replica.digest`."""
     data = t.detach().contiguous().view(-1).view(torch.uint8)
     if data.numel() % 8 or data.storage_offset() % 8:
         data = torch.cat([data, data.new_zeros(-data.numel() % 8)])
@@ -237,7 +265,7 @@ def _row_sums(t: torch.Tensor) -> list[int]:
         y = part * weights[: part.shape[1]]
         y ^= y >> 32
         sums.append(y.sum(dim=1))
-    return torch.cat(sums).tolist()
+    return torch.cat(sums)
 
 
 def _load_registered(obj: Any, state: dict[str, Any]) -> None:

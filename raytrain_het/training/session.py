@@ -30,7 +30,7 @@ from raytrain_het.training import checkpoint as files
 from raytrain_het.training.clipping import Clipping
 from raytrain_het.training.codec_warnings import warnings_of_epochs, warnings_of_model, warnings_of_optimizer
 from raytrain_het.training.cursor import DataPlan, slice_of
-from raytrain_het.training.engine import Engine, Opened, advance
+from raytrain_het.training.engine import Engine, Opened, advance, resync_due
 from raytrain_het.training.evaluations import Evaluations
 from raytrain_het.training.gradients import Gradients, trained
 from raytrain_het.training.handing_on import HandingOn
@@ -40,6 +40,7 @@ from raytrain_het.training.memory import MemoryLimit
 from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
 from raytrain_het.training.replica import Replica
+from raytrain_het.training.replica_check import ReplicaCheck, kind_of_machine
 from raytrain_het.training.reporter import Report, Reporter, check_metrics
 from raytrain_het.training.resuming import Resuming
 from raytrain_het.training.state_server import StateServer
@@ -96,6 +97,7 @@ class Session:
         self._warnings: list[str] = []
         self._handing_on: HandingOn | None = None
         self.loss_check = LossCheck("mean", weighed=False)
+        self._check: ReplicaCheck | None = None
         self._guards: list[Any] = []
         self._watched_steps: Any = None
 
@@ -160,7 +162,7 @@ class Session:
         self._server = StateServer(self.node_ip, self._token)
         member = Member(
             uid=f"{self.slot}-{secrets.token_hex(4)}", slot=self.slot, host=self.node_ip,
-            state_port=self._server.port, device=str(self.device),
+            state_port=self._server.port, device=str(self.device), kind=kind_of_machine(self.device),
         )  # fmt: skip
         fingerprint = "/".join(map(str, (self.gradients.layout.fingerprint, *self._data().values())))
         self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
@@ -174,9 +176,13 @@ class Session:
         self._communicator = Communicator(
             self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
             resync_bytes=self.replica.parameter_bytes(), hang_limit_s=self.config.hang_limit_s,
+            resync_due=functools.partial(resync_due, self.config.replica_check_steps),
         )  # fmt: skip
         self._handing_on = HandingOn(self.agent, self._server, self._token, self._communicator.codec_states)
         assert self._inner_step is not None
+        check = self._check = ReplicaCheck(
+            self.replica, every=self.config.replica_check_steps, everything=self.config.check == "every_step"
+        )
         randomness = Randomness(self.slot, self.config.seed)
         healing = Healing(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
@@ -190,7 +196,8 @@ class Session:
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
             plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
             memory=MemoryLimit.of(self.device), structure=Structure(model, optimizer), randomness=randomness,
-            loss=self.loss_check, rates=rates,
+            loss=self.loss_check,
+            check=check, rates=rates,
         )  # fmt: skip
         self._watched_steps = register_optimizer_step_pre_hook(self._check_optimizer)
         self.stats = Stats(
@@ -301,6 +308,10 @@ class Session:
             "weight_per_sample": states.weight_per_sample,
         }  # fmt: skip
         snapshot = self.replica.snapshot() if holds else None
+        if checkpoint and self._check is not None and self.config.replica_check_steps:
+            message["audit"] = self._check.whole_audit(
+                self.replica.light(), {"the position in the data": cursor.to_dict()}
+            )
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
 

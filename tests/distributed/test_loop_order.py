@@ -190,7 +190,7 @@ def test_a_loop_in_another_order_is_an_error_with_the_fix(tmp_path, loop, fix):
 
 
 def test_forgotten_zero_grad_is_noticed_at_the_next_step_however_many_passes_a_step_has(tmp_path):
-    with pytest.raises(LoopOrderError, match=r"'weight' the first.*call optimizer.zero_grad\(\) before backward\(\)"):
+    with pytest.raises(LoopOrderError, match=r"'bias' the first.*call optimizer.zero_grad\(\) before backward\(\)"):
         alone(lambda: no_zero_grad(*prepare(global_batch_size=4, micro_batch_size=2)), tmp_path)
 
 

@@ -18,6 +18,7 @@ import raytrain_het as het
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.processes import WorkersFailedError
 from raytrain_het.testing.regression import relative_error
+from raytrain_het.training.session import current
 
 CONFIG = HetConfig(shares=(3, 1), bucket_mib=0.0002, silence_s=10)
 EPOCHS, BATCH = 3, 8
@@ -344,4 +345,71 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
 def test_what_can_not_be_trained_right_is_refused_by_name(tmp_path, kind: Callable[[], Program]):
     with pytest.raises(WorkersFailedError, match=f"(?s){REFUSED[kind]}"):
+        run(kind(), tmp_path, num_slots=2, config=CONFIG)
+
+
+class OwnRates(Program):
+    """A rate that follows a worker's own loss."""
+
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss = self.forward(model, x, y)
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.02 / (1 + loss.item())
+        optimizer.step()
+
+
+class OwnNoiseOnTheGradient(Program):
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        self.forward(model, x, y).backward()
+        model[2].weight.grad.add_(torch.randn_like(model[2].weight), alpha=0.01)
+        optimizer.step()
+
+
+class OwnWeights(Program):
+    """Weights that the loop changes by its own samples."""
+
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        super().body(model, optimizer, x, y)
+        with torch.no_grad():
+            model[0].bias.add_(x.mean(), alpha=0.01)
+
+
+class OwnBuffer(BuffersByHand):
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        Program.body(self, model, optimizer, x, y)
+        model.mean.mul_(0.9).add_(0.1 * x.mean(0))
+
+
+class OwnState(Program):
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        self.meter = nn.Linear(2, 1)
+        het.register_state("meter", self.meter)
+        return super().optimizer(model)
+
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        super().body(model, optimizer, x, y)
+        with torch.no_grad():
+            self.meter.bias.add_(x.mean())
+
+
+class OwnFreezing(Program):
+    def epoch(self, model: nn.Module, epoch: int) -> None:
+        model[0].requires_grad_(current().slot != 1)
+
+
+DIFFERENT = {
+    OwnRates: r"after step 1 lr of parameter group 0 is .* on worker 0, .* on worker 1",
+    OwnNoiseOnTheGradient: r"after step 1 2.weight is another one on each of workers 0 and 1",
+    OwnWeights: r"after step 1 0.bias is another one on each",
+    OwnBuffer: r"after step 1 buffer mean is another one on each",
+    OwnState: r"after step 1 registered meter.bias is another one on each",
+    OwnFreezing: r"after step 0 which parameters have requires_grad is '1111' on worker 0, '0011' on worker 1",
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT, ids=lambda kind: kind.__name__)
+def test_replicas_that_differ_are_an_error_that_names_what_and_when_and_who(tmp_path, kind: Callable[[], Program]):
+    with pytest.raises(WorkersFailedError, match=f"(?s)replicas differ: {DIFFERENT[kind]}"):
         run(kind(), tmp_path, num_slots=2, config=CONFIG)
