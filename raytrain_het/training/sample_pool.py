@@ -13,14 +13,15 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from raytrain_het.errors import ConfigError
+from raytrain_het.training.dataset_copies import copy_of
+from raytrain_het.training.forked_generators import seed_everything, seed_of
 from raytrain_het.training.sample_source import SampleSource
 
 _ALIGNMENT = 64
@@ -113,64 +114,90 @@ class _Unpickler(pickle.Unpickler):
 class SamplePool:
     """``num_workers`` processes that hold a copy of the dataset each.
 
-    They are not forked from this process: it has threads (torch's, Ray's) whose locks a fork would copy in whatever
-    state they are. They end when this process dies, however it dies.
+    Unless the user asks for it, they are not forked from this process: it has threads (torch's, Ray's) whose locks a
+    fork would copy in whatever state they are. They end when this process dies, however it dies.
+
+    Args:
+        dataset: map-style.
+        seed: the run's.
+        num_workers: processes.
+        init_fn: called in each process with its number, from 0, as a ``DataLoader`` does.
+        context: how processes are started; by default from a server of their own.
 
     Raises:
         ConfigError: the dataset cannot be pickled.
     """
 
-    def __init__(self, dataset: Any, seed: int, num_workers: int) -> None:
-        # Ray's, since a dataset defined in the user's script came into this process by value and must go on likewise.
-        from ray import cloudpickle
-
-        try:
-            pickled = cloudpickle.dumps(dataset)
-        except Exception as error:
-            raise ConfigError(
-                f"num_workers={num_workers} needs a copy of the dataset in every data process, but this "
-                f"{type(dataset).__name__} cannot be pickled: {error}. Open files and connections in __getitem__ "
-                "instead of __init__, or write num_workers=0."
-            ) from error
-        # Forked from a server process that was started afresh, has imported torch and runs nothing: each further
-        # process starts in milliseconds and shares its memory. (Only the first call in a process has an effect.)
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", __name__])
+    def __init__(
+        self, dataset: Any, seed: int, num_workers: int, *, init_fn: Callable[[int], None] | None = None,
+        context: Any = None,
+    ) -> None:  # fmt: skip
+        if context is None:
+            # Forked from a server process that was started afresh, has imported torch and runs nothing: each further
+            # process starts in milliseconds and shares its memory. (Only the first call in a process has an effect.)
+            context = torch.multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["torch", __name__])
+        # What is forked needs no copy, and may not be picklable.
+        held = (dataset, init_fn) if forks(context) else copy_of(dataset, init_fn, num_workers)
         self._executor = ProcessPoolExecutor(
             num_workers,
             mp_context=context,
             initializer=_start_process,
-            initargs=(pickled, seed),
+            initargs=(held, seed, context.Value("i", 0), num_workers),
         )
 
-    def submit(self, epoch: int, indices: Sequence[int]) -> Future[PackedSamples]:
+    def submit(self, epoch: int, indices: Sequence[int], repeats: Sequence[int]) -> Future[PackedSamples]:
         """Have one process fetch these samples.
 
         Raises:
             concurrent.futures.process.BrokenProcessPool: a process of the pool died.
         """
-        return self._executor.submit(_fetch, epoch, list(indices))
+        return self._executor.submit(_fetch, epoch, list(indices), list(repeats))
 
     def close(self) -> None:
         """Let the processes go after the chunk they are at; does not wait for them."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
+def forks(context: Any) -> bool:
+    """Whether processes of this context begin as copies of their parent."""
+    return context is not None and context.get_start_method() == "fork"
+
+
 _source: SampleSource | Exception | None = None
 
 
-def _start_process(pickled: bytes, seed: int) -> None:
+def _start_process(held: Any, seed: int, started: Any, num_workers: int) -> None:
     global _source
     # The process that owns the pool handles Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    with started.get_lock():
+        number = started.value
+        started.value += 1
     try:
-        _source = SampleSource(pickle.loads(pickled), seed)
+        dataset, init_fn = pickle.loads(held) if isinstance(held, bytes) else held
+        own_seed = seed_of("process", seed, number) >> 1
+        seed_everything(own_seed)
+        _tell_torch(number, num_workers, own_seed, dataset)
+        if init_fn is not None:
+            init_fn(number)
+        _source = SampleSource(dataset, seed)
     except Exception as error:
         # Kept for the first fetch: raised here, the pool would only say that a process died.
-        error.add_note("while loading the dataset in a data process: what it needs must be importable there.")
+        if hasattr(error, "add_note"):  # From Python 3.11 on.
+            error.add_note(
+                "while loading the dataset, or in worker_init_fn, in a data process: what they need must be "
+                "importable there."
+            )
         _source = error
+
+
+def _tell_torch(number: int, num_workers: int, seed: int, dataset: Any) -> None:
+    """Let ``torch.utils.data.get_worker_info()`` tell what it tells in a ``DataLoader``'s processes."""
+    worker: Any = torch.utils.data._utils.worker
+    worker._worker_info = worker.WorkerInfo(id=number, num_workers=num_workers, seed=seed, dataset=dataset)
 
 
 def _end_with_parent() -> None:
@@ -181,8 +208,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _fetch(epoch: int, indices: list[int]) -> PackedSamples:
+def _fetch(epoch: int, indices: list[int], repeats: list[int]) -> PackedSamples:
     if isinstance(_source, Exception):
         raise _source
     assert _source is not None
-    return pack(_source.fetch(epoch, indices))
+    return pack(_source.fetch(epoch, indices, repeats))

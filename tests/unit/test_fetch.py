@@ -214,7 +214,7 @@ def test_stale_samples_are_bounded_and_dropped(fetcher_of):
         assert len(fetcher._ahead) <= 20
     fetcher.prefetch(1, range(10))
     fetcher.fetch(1, range(5))
-    assert sorted(fetcher._ahead) == [(1, i) for i in range(5, 10)], "an epoch that is over leaves nothing behind"
+    assert sorted(fetcher._ahead) == [(1, i, 0) for i in range(5, 10)], "an epoch that is over leaves nothing behind"
 
 
 def test_a_dead_data_process_is_named_with_the_fix(fetcher_of):
