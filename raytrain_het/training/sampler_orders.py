@@ -195,16 +195,18 @@ class SamplerOrders:
             array = np.asarray(indices)
             if array.ndim == 1 and array.dtype.kind == "i":
                 return array.astype(np.int64)
-        plain = []
-        for index in indices:
-            try:
-                plain.append(np.int64(operator.index(index)) if not isinstance(index, bool) else operator.index(None))  # type: ignore[arg-type]
-            except (TypeError, OverflowError):
-                raise ConfigError(
-                    f"sampler={self.name} gave the index {index!r}: allowed are whole numbers from 0. What else "
-                    "belongs to a sample (a size, a key) is looked up by its index in the dataset's __getitem__."
-                ) from None
-        return np.array(plain, dtype=np.int64)
+        return np.array([self._index(index) for index in indices], dtype=np.int64)
+
+    def _index(self, index: Any) -> int:
+        try:
+            if not isinstance(index, bool) and abs(number := operator.index(index)) < 2**63:
+                return number
+        except TypeError:
+            pass
+        raise ConfigError(
+            f"sampler={self.name} gave the index {index!r}: allowed are whole numbers from 0. What else belongs to a "
+            "sample (a size, a key) is looked up by its index in the dataset's __getitem__."
+        )
 
 
 def check_epoch(plan: DataPlan, size: int, epoch: int) -> None:
