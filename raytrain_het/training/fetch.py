@@ -94,12 +94,17 @@ class SampleFetcher:
 
         Raises:
             ConfigError: the dataset cannot be sent to processes.
+            DataProcessError: there is no room for its copy.
         """
         if self._pool is None or self._persistent:
             return
-        if forks(self._context) or digest_of(self._dataset, self._init_fn, self._num_workers) != self._digest:
+        if forks(self._context):  # A copy costs nothing then.
             self.close()
             self._pool = self._new_pool()
+        elif self._digest != (now := digest_of(self._dataset, self._init_fn, self._num_workers)):
+            self._drop(list(self._ahead))
+            self._pool.renew(self._dataset, self._init_fn)
+            self._digest = now
 
     def fetch(self, epoch: int, indices: Sequence[int], repeats: Sequence[int] | None = None) -> Any:
         """The collated batch of the samples at ``indices``, in that order.

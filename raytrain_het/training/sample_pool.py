@@ -6,20 +6,24 @@ run into the usual limit of 1024 open files.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from raytrain_het.errors import DataProcessError
 from raytrain_het.training.dataset_copies import copy_of
 from raytrain_het.training.forked_generators import seed_everything, seed_of
 from raytrain_het.training.sample_source import SampleSource
@@ -139,6 +143,7 @@ class SamplePool:
             context.set_forkserver_preload(["torch", __name__])
         # What is forked needs no copy, and may not be picklable.
         held = (dataset, init_fn) if forks(context) else copy_of(dataset, init_fn, num_workers)
+        self._num_workers, self._renewed = num_workers, Renewed(0, "")
         self._executor = ProcessPoolExecutor(
             num_workers,
             mp_context=context,
@@ -152,11 +157,36 @@ class SamplePool:
         Raises:
             concurrent.futures.process.BrokenProcessPool: a process of the pool died.
         """
-        return self._executor.submit(_fetch, epoch, list(indices), list(repeats))
+        return self._executor.submit(_fetch, self._renewed, epoch, list(indices), list(repeats))
+
+    def renew(self, dataset: Any, init_fn: Callable[[int], None] | None) -> None:
+        """Let all processes take a new copy of the dataset, each before the next samples that it fetches.
+
+        Raises:
+            ConfigError: the dataset cannot be pickled.
+            DataProcessError: there is no room for the copy.
+        """
+        held = copy_of(dataset, init_fn, self._num_workers)
+        self._forget_copy()
+        try:
+            with tempfile.NamedTemporaryFile(prefix="raytrain_het_dataset_", delete=False) as file:
+                self._renewed = Renewed(self._renewed.number + 1, file.name)
+                file.write(held)
+        except OSError as error:
+            raise DataProcessError(
+                f"The dataset has changed, and its copy for the data processes ({len(held)} bytes) can't be written "
+                f"to {tempfile.gettempdir()}: {error}. Set TMPDIR to a folder with more room, or write num_workers=0."
+            ) from error
 
     def close(self) -> None:
         """Let the processes go after the chunk they are at; does not wait for them."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._forget_copy()
+
+    def _forget_copy(self) -> None:
+        if self._renewed.path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._renewed.path)
 
 
 def forks(context: Any) -> bool:
@@ -164,11 +194,51 @@ def forks(context: Any) -> bool:
     return context is not None and context.get_start_method() == "fork"
 
 
-_source: SampleSource | Exception | None = None
+@dataclass(frozen=True)
+class Renewed:
+    """A copy of the dataset that came after the first."""
+
+    number: int
+    """0 is the first."""
+    path: str
+
+
+@dataclass
+class _Process:
+    """What a data process knows."""
+
+    seed: int
+    number: int
+    num_workers: int
+    renewed: Renewed
+    """The copy that it has."""
+    source: SampleSource | Exception | None = None
+
+    def load(self, read: Callable[[], Any]) -> None:
+        """Take a copy of the dataset, and do with it what the user wants done in each process."""
+        try:
+            dataset, init_fn = read()
+            own_seed = seed_of("process", self.seed, self.number) >> 1
+            seed_everything(own_seed)
+            _tell_torch(self.number, self.num_workers, own_seed, dataset)
+            if init_fn is not None:
+                init_fn(self.number)
+            self.source = SampleSource(dataset, self.seed)
+        except Exception as error:
+            # Kept for the next fetch: raised in the initializer, the pool would only say that a process died.
+            if hasattr(error, "add_note"):  # From Python 3.11 on.
+                error.add_note(
+                    "while loading the dataset, or in worker_init_fn, in a data process: what they need must be "
+                    "importable there."
+                )
+            self.source = error
+
+
+_process: _Process | None = None
 
 
 def _start_process(held: Any, seed: int, started: Any, num_workers: int) -> None:
-    global _source
+    global _process
     # The process that owns the pool handles Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -176,22 +246,8 @@ def _start_process(held: Any, seed: int, started: Any, num_workers: int) -> None
     with started.get_lock():
         number = started.value
         started.value += 1
-    try:
-        dataset, init_fn = pickle.loads(held) if isinstance(held, bytes) else held
-        own_seed = seed_of("process", seed, number) >> 1
-        seed_everything(own_seed)
-        _tell_torch(number, num_workers, own_seed, dataset)
-        if init_fn is not None:
-            init_fn(number)
-        _source = SampleSource(dataset, seed)
-    except Exception as error:
-        # Kept for the first fetch: raised here, the pool would only say that a process died.
-        if hasattr(error, "add_note"):  # From Python 3.11 on.
-            error.add_note(
-                "while loading the dataset, or in worker_init_fn, in a data process: what they need must be "
-                "importable there."
-            )
-        _source = error
+    _process = _Process(seed, number, num_workers, Renewed(0, ""))
+    _process.load(lambda: pickle.loads(held) if isinstance(held, bytes) else held)
 
 
 def _tell_torch(number: int, num_workers: int, seed: int, dataset: Any) -> None:
@@ -205,11 +261,19 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
+    if _process is not None and _process.renewed.path:
+        with contextlib.suppress(OSError):
+            os.unlink(_process.renewed.path)  # The parent may have been killed.
     os._exit(1)
 
 
-def _fetch(epoch: int, indices: list[int], repeats: list[int]) -> PackedSamples:
-    if isinstance(_source, Exception):
-        raise _source
-    assert _source is not None
-    return pack(_source.fetch(epoch, indices, repeats))
+def _fetch(renewed: Renewed, epoch: int, indices: list[int], repeats: list[int]) -> PackedSamples:
+    assert _process is not None
+    if _process.renewed != renewed:
+        _process.load(lambda: pickle.loads(Path(renewed.path).read_bytes()))
+        _process.renewed = renewed
+    source = _process.source
+    if isinstance(source, Exception):
+        raise source
+    assert source is not None
+    return pack(source.fetch(epoch, indices, repeats))

@@ -3,6 +3,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -250,7 +251,10 @@ def test_a_sample_that_comes_again_in_an_epoch_has_other_random_numbers(fetcher_
     assert same(here.fetch(1, [7], [0]), [part[:1] for part in batch]), "the first is what it would be alone"
 
 
-def test_processes_see_what_was_changed_before_an_epoch_and_drop_what_they_fetched_before(fetcher_of):
+def test_processes_see_what_was_changed_before_an_epoch_and_drop_what_they_fetched_before(
+    fetcher_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     data = Curriculum()
     fetcher = fetcher_of(data, untouched, num_workers=1)
     (first,) = fetcher.fetch(0, [3])
@@ -273,6 +277,9 @@ def test_processes_see_what_was_changed_before_an_epoch_and_drop_what_they_fetch
         fetcher.begin_epoch()
         (after,) = fetcher.fetch(0, [6])
         assert after[:3] == (1, 2.0 * (number > 0), 3.0 * (number > 1))
+        assert after[3] == first[3], "the process itself goes on"
+    fetcher.close()
+    assert list(Path(tmp_path).iterdir()) == []
 
 
 def test_persistent_processes_keep_their_first_copy_as_torchs_do(fetcher_of):
@@ -289,6 +296,24 @@ def test_processes_are_told_what_torchs_are_told(fetcher_of, method):
     fetcher = fetcher_of(Curriculum(), untouched, num_workers=2, worker_init_fn=open_files, context=context)
     seen = {sample[4:] for k in range(20) for sample in fetcher.fetch(0, range(8 * k, 8 * k + 8))}
     assert seen <= {((0, 2, True), "by 0"), ((1, 2, True), "by 1")} and seen
+
+
+def test_worker_init_fn_runs_again_on_a_new_copy(fetcher_of):
+    data = Curriculum()
+    fetcher = fetcher_of(data, untouched, num_workers=1, worker_init_fn=open_files)
+    data.level = 1
+    fetcher.begin_epoch()
+    assert [sample[0] for sample in fetcher.fetch(0, [0])] == [1]
+    assert fetcher.fetch(0, [0])[0][4:] == ((0, 1, True), "by 0")
+
+
+def test_a_copy_that_has_no_room_is_an_error_that_says_what_to_do(fetcher_of, tmp_path, monkeypatch):
+    data = Curriculum()
+    fetcher = fetcher_of(data, num_workers=1)
+    data.level = 1
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(DataProcessError, match="Set TMPDIR to a folder with more room"):
+        fetcher.begin_epoch()
 
 
 def test_a_forked_process_needs_no_pickle_and_has_a_new_copy_in_each_epoch(fetcher_of):
