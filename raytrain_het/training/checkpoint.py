@@ -160,9 +160,11 @@ def check_same_data(meta: dict[str, Any], data: dict[str, Any], path: str) -> No
     Raises:
         CheckpointError: the order is another one, so that samples would be repeated and others left out.
     """
-    theirs = meta.get("data", data)
+    theirs = {"sampler": "", **meta.get("data", data)}  # Older ones have no sampler.
     for field, fix in _ORDER.items():
-        if "" not in (theirs[field], data[field]) and theirs[field] != data[field]:  # "": it has no fingerprint.
+        if field == "dataset_fingerprint" and "" in (theirs[field], data[field]):
+            continue  # It has none.
+        if theirs[field] != data[field]:
             raise CheckpointError(
                 f"checkpoint {path} is from a run with {field}={theirs[field]!r}, here it is {data[field]!r}: going on "
                 "in the middle of another order of samples would repeat some and leave out others. "
@@ -173,6 +175,7 @@ def check_same_data(meta: dict[str, Any], data: dict[str, Any], path: str) -> No
 _ORDER = {
     "dataset_size": "Give the same dataset of {} samples",
     "dataset_fingerprint": "Give the dataset whose fingerprint is {!r}",
+    "sampler": "Give the DataLoader the sampler that gave {!r}",
     "shuffle": "Write DataLoader(dataset, shuffle={})",
     "seed": "Write HetConfig(seed={})",
 }

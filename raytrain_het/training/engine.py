@@ -186,7 +186,7 @@ class Engine:
         batch = self.plan.batch_at(cursor)
         own = slice_of(batch, record.shares, rank)
         # A share of 0 still runs the loop's body, so that user code behaves alike; the gradient is dropped.
-        micro = self._passes(own) if len(own) else [self._stand_in(batch)]
+        micro = self._passes(own) if len(own) else [self._stand_in(batch, cursor.epoch)]
         step = cursor.step + 1
         job = StepJob(
             record.number, step, contributes=len(own) > 0, num_samples=len(batch), epoch=cursor.epoch,
@@ -203,10 +203,11 @@ class Engine:
         )
         return opened
 
-    def _stand_in(self, batch: range) -> range:
+    def _stand_in(self, batch: range, epoch: int) -> range:
         """Two samples, since a batch norm of one raises."""
-        start = max(0, min(batch.start, self.plan.dataset_size - 2))
-        return range(start, min(start + 2, self.plan.dataset_size))
+        size = self.plan.epoch_size(epoch)
+        start = max(0, min(batch.start, size - 2))
+        return range(start, min(start + 2, size))
 
     def _passes(self, samples: range) -> list[range]:
         """Cut what one forward pass can't hold, by what the user allows, and by what fits into memory."""
@@ -224,7 +225,10 @@ class Engine:
 
     def _numbers_besides(self, cursor: Cursor) -> dict[str, Any]:
         """What else must be the same on all members in this step."""
-        return {"the position in the data": list(cursor.to_dict().values())}
+        return {
+            "the position in the data (epoch, offset, step)": str(list(cursor.to_dict().values())),
+            "the order of the epoch's samples": self.plan.order_digest(cursor.epoch),
+        }
 
     def _parameters_digest(self) -> int:
         return self.replica.digest(optimizer=True)
@@ -552,7 +556,7 @@ class Engine:
         indices = opened.micro[-1]
         order = self.plan.permutation(opened.cursor.epoch)
         for t in tensors:
-            if isinstance(t, torch.Tensor) and t.is_floating_point() and len(t) == len(indices):
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and t.shape[:1] == (len(indices),):
                 bad = (~torch.isfinite(t.reshape(len(t), -1))).any(dim=1).nonzero().flatten().tolist()
                 if bad:
                     return f" (the data is not finite: samples {[int(order[indices[k]]) for k in bad[:5]]})"

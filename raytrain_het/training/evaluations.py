@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from raytrain_het.errors import ConfigError
 from raytrain_het.membership.agent import Impatience, MemberAgent
 
 
@@ -37,3 +38,18 @@ class Evaluations:
             else:
                 impatience.tell()
                 agent.wait_for(lambda: False, timeout=0.005)
+
+
+def checked_sums(value: Any) -> dict[str, float]:
+    """What the function of an evaluation returned for a chunk, as plain numbers.
+
+    Raises:
+        ConfigError: it is no dictionary of single numbers.
+    """
+    try:
+        return {str(name): float(number) for name, number in value.items()}
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ConfigError(
+            f"evaluate(fn, ...): fn returned {value!r:.200} for a batch: allowed is a dictionary of single numbers, "
+            "each the sum over the batch's samples. Return {'loss': loss.sum()}, for example."
+        ) from error

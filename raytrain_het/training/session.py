@@ -87,6 +87,8 @@ class Session:
         self._server: StateServer | None = None
         self._inner_step: Callable[[], Any] | None = None
         self._data_fingerprint = ""
+        self.collate_fn: Callable[[list[Any]], Any] | None = None
+        """The training loader's."""
         self._speed: KnownSpeed | None = None
         self._micro_batch_size = config.micro_batch_size
         self.stats: Stats | None = None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from labs import alone
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
@@ -248,16 +248,10 @@ def frozen():
     return torch.nn.Linear(3, 1).requires_grad_(False)
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield torch.zeros(3)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "num_slots", "text"),
     [
         ({"model": frozen()}, 1, r"no trainable parameters.*requires_grad_\(True\)"),
-        ({"data": Stream()}, 1, "no length.*__len__ and __getitem__"),
         ({"data": TensorDataset(torch.zeros(0, 3))}, 1, "is empty"),
         ({}, 3, r"global_batch_size=2 is smaller than the number of workers \(3\)"),
         ({"global_batch_size": 0}, 1, "global_batch_size"),
