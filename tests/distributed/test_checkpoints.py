@@ -129,12 +129,11 @@ def test_a_checkpoint_from_before_the_plan_was_written_down_is_accepted(tmp_path
 class FailingStorage(LocalStorage):
     """Full after its first checkpoint: the next ones are half written."""
 
-    def _copy(self, local_dir, part):
+    def _upload(self, file, path):
         if any(p.name.startswith("checkpoint") for p in self.root.glob("*")):
-            part.mkdir()
-            (part / "state.pt").write_bytes(b"half")
+            Path(path).write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        super()._copy(local_dir, part)
+        super()._upload(file, path)
 
 
 def test_a_storage_that_is_full_costs_neither_the_run_nor_the_last_good_checkpoint(tmp_path):
@@ -151,7 +150,7 @@ def test_a_storage_that_is_full_costs_neither_the_run_nor_the_last_good_checkpoi
 
 
 class ReadOnlyStorage(LocalStorage):
-    def persist(self, local_dir, name):
+    def stage(self, name, life=0):
         raise PermissionError(30, "Read-only file system")
 
 

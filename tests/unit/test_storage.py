@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def local(tmp_path: Path, text: str) -> str:
 
 
 def fail_halfway(source: str, target: str, **_: Any) -> None:
-    Path(target, "model.pt").write_text("ha")
+    Path(target).write_text("ha")
     raise OSError(28, "No space left on device")
 
 
@@ -79,15 +80,16 @@ def test_a_checkpoint_that_is_stored_by_two_holders_stays_the_firsts(
     """The second may be cut short at any moment: it was let go."""
     store = RayStorage(context) if kind == "ray" else LocalStorage(tmp_path / "storage")
     folder = Path(local(tmp_path, "one"), "het.json")
-    folder.write_text('{"generation": 3}')
+    folder.write_text(json.dumps({"run": {"id": "a", "life": 3, "key": "3.1.0"}}))
     path = Path(store.persist(str(folder.parent), "c1"))
     first = path.stat().st_ino
     assert store.persist(str(folder.parent), "c1") == str(path)
     assert path.stat().st_ino == first
-    folder.write_text('{"generation": 4}')  # Another life of the run came to the same step.
+    newer = json.dumps({"run": {"id": "a", "life": 4, "key": "4.1.0"}})  # Another life came to the same step.
+    folder.write_text(newer)
     store.persist(str(folder.parent), "c1")
     assert path.stat().st_ino != first
-    assert (path / "het.json").read_text() == '{"generation": 4}'
+    assert (path / "het.json").read_text() == newer
     assert [p.name for p in path.parent.iterdir() if p.is_dir()] == ["c1"]
 
 
