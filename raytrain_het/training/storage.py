@@ -170,6 +170,10 @@ class StagedStorage(ABC):
 
     def _name(self, staged: str, final: str, mine: Identity | None) -> None:
         for _ in range(3):
+            if not self._names(final):
+                self._remove(final)
+                self._move(staged, final)
+                return
             before = self._read(f"{final}/{META}")
             there = Identity.of(before)
             if there is not None and there == mine:
@@ -181,10 +185,6 @@ class StagedStorage(ABC):
                     "clock was set back. Remove that directory if it is in the way."
                 )
             aside = f"{self.root}/.{Path(final).name}.{secrets.token_hex(4)}.old"
-            if not self._names(final):
-                self._remove(final)
-                self._move(staged, final)
-                return
             self._move(final, aside)
             if self._read(f"{aside}/{META}") != before:  # Another one has come in between.
                 self._move(aside, final)
