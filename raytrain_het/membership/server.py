@@ -82,8 +82,10 @@ class Hub:
     # ---------------------------------------------------------------- for whoever hosts it
 
     def address(self) -> dict[str, Any]:
-        """Where members find it."""
-        return {"host": self.settings.host, "port": self._port, "token": self.token}
+        """Where members find it, and which run it serves."""
+        return {
+            "host": self.settings.host, "port": self._port, "token": self.token, "run": self.settings.run_id,
+        }  # fmt: skip
 
     def slot_lost(self, slot: int, reason: str) -> None:
         """Ray's word that the worker in a slot is dead."""

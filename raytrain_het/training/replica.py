@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
+from raytrain_het.training import parts, snapshots, strides
 
 Hyperparameters = list[dict[str, Any]]
 
@@ -173,17 +174,35 @@ class Replica:
         """Everything, on the CPU. With ``copy_tensors=False`` it shares memory with the live state where it can."""
         assert self.model is not None and self.optimizer is not None
         keep = _cpu_clone if copy_tensors else _cpu
-        return {
-            "model": {name: keep(t) for name, t in self.model.state_dict().items()},
-            "optimizer": _map(self.optimizer.state_dict(), keep),
-            "registered": {name: _deepcopy(obj.state_dict(), _cpu_clone) for name, obj in self.registered.items()},
-        }
+        return {**snapshots.take(self.model, self.optimizer, keep), "registered": self._registered_states()}
 
-    def load(self, snapshot: dict[str, Any]) -> None:
-        """Take over a snapshot. Shapes must fit; callers compare fingerprints first.
+    def check_storable(self) -> None:
+        """Try at the beginning whether what is registered can be sent to a peer and stored.
 
         Raises:
-            CheckpointError: it has other registered objects than this worker; nothing has changed then.
+            CheckpointError: something in it cannot be; the message names it.
+        """
+        for name, state in self._registered_states().items():
+            parts.pickled(parts.split(state, f"registered state {name!r}: it")[1])
+
+    def _registered_states(self) -> dict[str, Any]:
+        states = {}
+        for name, obj in self.registered.items():
+            try:
+                states[name] = _deepcopy(obj.state_dict(), _cpu_clone)
+            except Exception as error:
+                raise CheckpointError(
+                    f"the state of {name!r} cannot be copied ({type(error).__name__}: {error}). Return tensors and "
+                    "plain values from its state_dict()."
+                ) from error
+        return states
+
+    def load(self, snapshot: dict[str, Any]) -> None:
+        """Take over a snapshot.
+
+        Raises:
+            CheckpointError: it is from another model or optimizer, or has other registered objects than this worker;
+                nothing has changed then.
         """
         assert self.model is not None and self.optimizer is not None
         theirs, mine = set(snapshot["registered"]), set(self.registered)
@@ -193,8 +212,8 @@ class Replica:
                 f"{sorted(theirs ^ mine)} would not be restored. Register the same names with register_state() before "
                 "loader.epochs(), or start anew with another name: RunConfig(name=...), or --name."
             )
-        self.model.load_state_dict(snapshot["model"])
-        self.optimizer.load_state_dict(snapshot["optimizer"])
+        snapshots.check(self.model, self.optimizer, snapshot)
+        snapshots.put_back(self.model, self.optimizer, snapshot)
         for name, obj in self.registered.items():
             _load_registered(obj, snapshot["registered"][name])
 
@@ -275,11 +294,11 @@ def _load_registered(obj: Any, state: dict[str, Any]) -> None:
 
 
 def _cpu_clone(t: Any) -> Any:
-    return t.detach().to("cpu", copy=True) if isinstance(t, torch.Tensor) else t
+    return strides.copy(t, "cpu") if isinstance(t, torch.Tensor) else copy.deepcopy(t)
 
 
 def _cpu(t: Any) -> Any:
-    return t.detach().to("cpu") if isinstance(t, torch.Tensor) else t
+    return strides.on_cpu(t) if isinstance(t, torch.Tensor) else t
 
 
 def _deepcopy(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -298,7 +317,7 @@ def _deepcopy(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _clone(t: torch.Tensor) -> torch.Tensor:
-    return t.detach().clone()
+    return strides.copy(t)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -307,11 +326,3 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
-
-
-def _map(value: Any, fn: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _map(v, fn) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_map(v, fn) for v in value]
-    return fn(value)

@@ -32,6 +32,7 @@ from raytrain_het.training.codec_warnings import warnings_of_epochs, warnings_of
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine, Opened, advance, resync_due
 from raytrain_het.training.evaluations import Evaluations
+from raytrain_het.training.extras import Extra, Extras
 from raytrain_het.training.gradients import Gradients, trained
 from raytrain_het.training.handing_on import HandingOn
 from raytrain_het.training.healing import Healing
@@ -47,6 +48,7 @@ from raytrain_het.training.state_server import StateServer
 from raytrain_het.training.stats import Stats
 from raytrain_het.training.step_key import step_key
 from raytrain_het.training.step_record import StepRecord
+from raytrain_het.training.storage import Identity
 from raytrain_het.training.structure import Structure, parameters_outside
 from raytrain_het.training.timings import KnownSpeed
 from raytrain_het.training.unsupported import refuse
@@ -75,7 +77,9 @@ class Session:
         self._codecs = [CODECS[word] for word in config.possible_codecs]
         """All workers': what others send is decoded here."""
         self.storage, self.device, self.node_ip = storage, device, node_ip
-        self._locate, self._token_value = locate, ""
+        self._locate, self._token_value, self._run_id = locate, "", ""
+        self.extras = Extras()
+        """What checkpoints hold besides: add to it before ``loader.epochs()``."""
         self.replica = Replica()
         self.gradients: Gradients | None = None
         self.plan: DataPlan | None = None
@@ -147,6 +151,7 @@ class Session:
         assert model is not None and self.plan is not None and optimizer is not None
         self._check_parameters(optimizer)
         self._check_scheduler()
+        self.replica.check_storable()
         for guard in self._guards:
             guard.remove()
         apart = any(codec.spares_small for codec in self._codecs)
@@ -186,12 +191,13 @@ class Session:
             self.replica, every=self.config.replica_check_steps, everything=self.config.check == "every_step"
         )
         randomness = Randomness(self.slot, self.config.seed)
+        self.extras.add("random", Extra(save=randomness.state, load=randomness.load, own=True))
         healing = Healing(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
             server=self._server, token=self._token, update=self._inner_step, randomness=randomness,
             load_checkpoint=Resuming(
                 self.storage, self.slot, self.num_slots, plan, self._parameters(), self._data(), self.replica,
-                self._communicator.codec_states, scheduled=rates is not None,
+                self._communicator.codec_states, self.extras, scheduled=rates is not None,
             ).load,
         )  # fmt: skip
         self.engine = Engine(
@@ -302,18 +308,19 @@ class Session:
             "cursor": cursor.to_dict(), "step": cursor.step, "generation": record.number, "table": record.table,
             "world_size": self.num_slots,
             "fingerprint": self.gradients.layout.fingerprint, "parameters": self._parameters(),
-            "data": self._data(),
+            "data": self._data(), "extras": sorted(self.extras.known),
+            "run": Identity(id=self._run_id, life=record.life, key=key).to_json(),
         }  # fmt: skip
         states = communicator.codec_states
         own = {
-            "random": files.random_states(), "codec": states.by_parameter() if checkpoint else {},
-            "weight_per_sample": states.weight_per_sample,
+            "codec": states.by_parameter() if checkpoint else {}, "weight_per_sample": states.weight_per_sample,
+            "extras": self.extras.save_own() if checkpoint else {},
         }  # fmt: skip
-        snapshot = self.replica.snapshot() if holds else None
         if checkpoint and self._check is not None and self.config.replica_check_steps:
             message["audit"] = self._check.whole_audit(
-                self.replica.light(), {"the position in the data": cursor.to_dict()}
+                self.replica.light(), {"the position in the data": str(list(cursor.to_dict().values()))}
             )
+        snapshot = {**self.replica.snapshot(), "extras": self.extras.save()} if holds else None
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
 
@@ -420,7 +427,7 @@ class Session:
 
     def _ask_hub(self) -> dict[str, Any]:
         where = self._locate()
-        self._token_value = where["token"]
+        self._token_value, self._run_id = where["token"], where.get("run", "")
         return where
 
     def _token(self) -> str:
