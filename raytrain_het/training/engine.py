@@ -31,6 +31,7 @@ from raytrain_het.training.losses import LossCheck
 from raytrain_het.training.memory import FIRST, MemoryLimit
 from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
+from raytrain_het.training.rehearsal import Rehearsal
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.replica_check import Look, ReplicaCheck
 from raytrain_het.training.structure import Structure
@@ -55,6 +56,10 @@ class Opened:
     loss_scale: float = 1.0
     """What this worker's loss is multiplied by."""
     weights: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    """Of the parameters, when the step was opened."""
+    rehearses: bool = False
+    """Whether the first pass is of the whole batch, to compare with."""
     contributed: bool = False
     """Whether this worker's passes are part of the sums."""
     sums: Sums | None = None
@@ -90,7 +95,8 @@ class Engine:
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, plan: DataPlan,
         config: HetConfig, healing: Healing, micro_batch_size: int | None, memory: MemoryLimit,
-        structure: Structure, randomness: Randomness, loss: LossCheck, check: ReplicaCheck, rates: Rates | None = None,
+        structure: Structure, randomness: Randomness, loss: LossCheck, check: ReplicaCheck,
+        rehearsal: Rehearsal | None = None, rates: Rates | None = None,
     ) -> None:  # fmt: skip
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
@@ -103,7 +109,7 @@ class Engine:
         self.on_confirm: list[Callable[[int], None]] = []
         self._micro_batch_size, self._memory, self._rates = micro_batch_size, memory, rates
         self._structure, self._randomness, self._loss = structure, randomness, loss
-        self._check = check
+        self._check, self._rehearsal = check, rehearsal
         self._looked: Look | None = None
         self._pass_weight = 0.0
         gradients.inspect = self._inspect
@@ -148,6 +154,8 @@ class Engine:
                 break
         cursor = self.cursor
         self._structure.check()
+        if self._redo and self.opened is not None and self.opened.versions != self.replica.versions():
+            raise refuse("weights changed in a failed step", f"it was step {cursor.step + 1}")
         light = self._light if self._redo else None
         if light is not None:
             self.replica.restore_light(light)
@@ -162,7 +170,12 @@ class Engine:
         self._memory.step_begins()
         opened = self._slice(record, cursor)
         # An epoch's last batch may be a small one: speeds are told of full ones.
-        if before is not None and before.record is record and len(before.batch) == self.plan.full_batch:
+        if (
+            before is not None
+            and before.record is record
+            and len(before.batch) == self.plan.full_batch
+            and not before.rehearses
+        ):
             cycle_s, waited_s = opened.started - before.started - before.away_s, before.job.waited_s
             waited_s -= before.cpu.own_part_s(waited_s, cycle_s)
             self.timings.step_done(sum(map(len, before.micro)), waited_s, cycle_s, stand_in=not before.own)
@@ -194,7 +207,13 @@ class Engine:
         )  # fmt: skip
         assert self._light is not None
         self._looked = self._check.look(step, self._light, self._numbers_besides(cursor))
-        opened = Opened(record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale)
+        rehearses = self._rehearsal is not None and self._rehearsal.is_due(record, rank, cursor.step)
+        if rehearses:
+            micro = [batch, *micro]
+        opened = Opened(
+            record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale, rehearses=rehearses,
+            versions=self.replica.versions(),
+        )  # fmt: skip
         self.gradients.begin(
             job,
             wires=self.comm.wires(record, cursor.epoch),
@@ -269,8 +288,14 @@ class Engine:
             # The loop's body runs once for each micro-batch: what it does to schedules counts once.
             assert self._light is not None
             self.replica.restore_light(self._light, buffers=False)
-        opened.weights.append(self._scaled(opened, index, weight) if opened.job.contributes else 0.0)
+        rehearsal = opened.rehearses and index == 0
+        counts = opened.job.contributes and not rehearsal
+        opened.weights.append(self._scaled(opened, index, weight) if counts else 0.0)
         opened.inputs = inputs
+        if rehearsal:
+            self._pass_weight = weight
+            self.gradients.rehearse()
+            return
         last = index == len(opened.micro) - 1
         if last:
             opened.job.weight = float(sum(opened.weights))
@@ -364,6 +389,9 @@ class Engine:
         if sums is not None:
             self.gradients.buffers.settle(self.gradients.outs, sums.applies, own=opened.contributed)
         self.gradients.publish(sums, scale=opened.loss_scale)
+        if opened.rehearses and sums is not None and sums.applies and self._rehearsal is not None:
+            event = self._rehearsal.compare(opened.cursor.step, self.gradients.reference, opened.record)
+            self.agent.tell("event", event=event)
         now = time.monotonic()
         self.counters.compute_s += opened.submitted - opened.started
         self.counters.wait_s += now - opened.submitted

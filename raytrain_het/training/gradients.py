@@ -83,14 +83,16 @@ class Gradients:
         self._missing: list[int] = []
         self._ready = 0
         self._armed = self._in_backward = self._nested = self._creates_graph = False
-        self._ended = False
+        self.reference: dict[str, torch.Tensor] = {}
+        """By parameter: the gradient of the whole batch, after a rehearsal."""
+        self._rehearses = self._ended = False
         """Whether the armed micro-batch's backward pass is over."""
         self._complaint: Exception | None = None
         self._overlaps: bool | None = None
         """Whether buckets may be sent before the pass is over: not in the first one, and never once a parameter has had
         its gradient in parts."""
         self._again = False
-        self._num_passes = 0
+        self._num_passes = self._num_counted = 0
         self._weight = self._weight_of_buffers = 0.0
         self._last = False
         self._job = StepJob(0, 0, outcome="aborted")
@@ -129,7 +131,7 @@ class Gradients:
         job.locals = [local if parts[0][2] is local else None for local, parts in gathered]
         job.finite = [True] * len(self.layout.buckets)
         job.used = [0] * len(self.layout.buckets)
-        self._ready, self._num_passes = 0, 0
+        self._ready = self._num_passes = self._num_counted = 0
         self.buffers.begin()
 
     def _aim(self, wires: list[list[Wire] | None] | None) -> None:
@@ -149,6 +151,12 @@ class Gradients:
                 target = [(0, segment.numel, target[0][2].view(segment.shape))]
             self._targets.append(target)
 
+    def rehearse(self) -> None:
+        """The next backward pass is of the whole batch: its gradients are kept as :attr:`reference`, and count for
+        nothing."""
+        self.arm(0.0, of_buffers=0.0, last=False)
+        self._rehearses, self.reference = True, {}
+
     def arm(self, weight: float, *, of_buffers: float, last: bool) -> None:
         """The next backward pass is that of a micro-batch of this weight.
 
@@ -160,6 +168,7 @@ class Gradients:
         self._weight, self._weight_of_buffers, self._last, self._armed = weight, of_buffers, last, True
         self._fired = set()
         self._nested = self._again = self._ended = False
+        self._rehearses = False
         if self._num_passes:
             self.buffers.rewind()
         if last:
@@ -217,6 +226,10 @@ class Gradients:
             if job.over:
                 return
             assert grad is not None
+            if self._rehearses:
+                name = self._name(index)
+                self.reference[name] = self.reference[name] + grad if name in self.reference else grad
+                return
             if grad.is_sparse:
                 raise refuse("sparse gradient", f"that of {self._name(index)!r} is")
             if job.contributes and self._weight:
@@ -303,8 +316,9 @@ class Gradients:
         elif self._overlaps is None:
             self._overlaps = True
         job = self._job
-        if not job.over:
-            self.buffers.gather(self.locals, self._weight_of_buffers, first=self._num_passes == 0)
+        if not job.over and not self._rehearses:
+            self.buffers.gather(self.locals, self._weight_of_buffers, first=self._num_counted == 0)
+            self._num_counted += 1
         self._num_passes += 1
         if not self._last:
             self.publish(None)  # Zeros, so that clipping or a loss scaler in the loop's body finds what it expects.
@@ -384,6 +398,12 @@ def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         ConfigError: there is none, or one is of a kind that cannot travel.
         LoopOrderError: one is of a kind that is not supported.
     """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            if module.sparse:
+                raise refuse("sparse gradient", f"{path!r} has sparse=True")
+            if module.max_norm is not None:
+                raise refuse("embedding with max_norm", f"{path!r} has max_norm={module.max_norm:g}")
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise refuse("lazy parameter", f"{name!r} has no shape yet")

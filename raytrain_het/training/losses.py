@@ -166,6 +166,11 @@ class LossCheck:
         self._ratios: tuple[float, ...] | None = None
 
     @property
+    def is_local(self) -> bool:
+        """Whether it is said to be a function of a pass's own samples."""
+        return self._loss == "local"
+
+    @property
     def is_sum(self) -> bool:
         """Whether it is said to be a sum over samples."""
         return self._loss == "sum"

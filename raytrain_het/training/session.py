@@ -40,6 +40,7 @@ from raytrain_het.training.losses import LossCheck
 from raytrain_het.training.memory import MemoryLimit
 from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
+from raytrain_het.training.rehearsal import Rehearsal
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.replica_check import ReplicaCheck, kind_of_machine
 from raytrain_het.training.reporter import Report, Reporter, check_metrics
@@ -200,12 +201,13 @@ class Session:
                 self._communicator.codec_states, self.extras, scheduled=rates is not None,
             ).load,
         )  # fmt: skip
+        watched = self.config.check == "every_step"
         self.engine = Engine(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
             plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
             memory=MemoryLimit.of(self.device), structure=Structure(model, optimizer), randomness=randomness,
-            loss=self.loss_check,
-            check=check, rates=rates,
+            loss=self.loss_check, check=check, rates=rates,
+            rehearsal=Rehearsal(model, self.config, local=self.loss_check.is_local) if watched else None,
         )  # fmt: skip
         self._watched_steps = register_optimizer_step_pre_hook(self._check_optimizer)
         self.stats = Stats(

@@ -62,6 +62,16 @@ TABLE: dict[str, Unsupported] = {
         what="sparse gradients can't be averaged",
         way_out="Build the embedding with sparse=False",
     ),
+    "embedding with max_norm": Unsupported(
+        what="Embedding(max_norm=...) changes the rows that a pass looks up, and each worker looks up others",
+        way_out="Leave max_norm out, and after optimizer.step() write, under torch.no_grad(): "
+        "embedding.weight.renorm_(2, 0, max_norm)",
+    ),
+    "weights changed in a failed step": Unsupported(
+        what="a peer was lost, the step has to be done again, and the loop's body has changed parameters by hand "
+        "before optimizer.step()",
+        way_out="Change parameters right after optimizer.step(); then the change belongs to a step that is done",
+    ),
     "sparse parameter": Unsupported(
         what="sparse parameters can't be trained",
         way_out="Make it dense: p.to_dense()",

@@ -413,3 +413,40 @@ DIFFERENT = {
 def test_replicas_that_differ_are_an_error_that_names_what_and_when_and_who(tmp_path, kind: Callable[[], Program]):
     with pytest.raises(WorkersFailedError, match=f"(?s)replicas differ: {DIFFERENT[kind]}"):
         run(kind(), tmp_path, num_slots=2, config=CONFIG)
+
+
+class NoMeanThatTheGraphShows(Program):
+    """A mean over the pass inside of a function of its own, which the graph does not show."""
+
+    class Root(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x)
+            return x.square().mean().sqrt()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            (x,) = ctx.saved_tensors
+            return grad * x / (x.numel() * x.square().mean().sqrt())
+
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.Root.apply(model(x) - y)
+
+
+EVERY_STEP = HetConfig(shares=(3, 1), bucket_mib=0.0002, silence_s=10, check="every_step")
+
+
+@pytest.mark.parametrize("kind", [BuffersByHand, ManyPasses, Sum], ids=lambda kind: kind.__name__)
+def test_with_check_the_first_steps_agree_with_one_process_and_nothing_else_changes(tmp_path, kind):
+    outcome = run(kind(), tmp_path, num_slots=2, config=EVERY_STEP)
+    compared = outcome.kinds("compared")
+    assert [event["step"] for event in compared] == [0, 1, 2] and all(event["error"] < 1e-9 for event in compared)
+    for name, value in kind().plain().items():
+        assert relative_error(outcome.results[0][name], value) < 1e-9, name
+
+
+def test_with_check_a_loss_that_is_no_mean_is_found_in_the_first_step(tmp_path):
+    with pytest.raises(
+        WorkersFailedError, match="(?s)step 1: the workers' mean gradient is .* off .*The loss is no mean"
+    ):
+        run(NoMeanThatTheGraphShows(), tmp_path, num_slots=2, config=EVERY_STEP)
