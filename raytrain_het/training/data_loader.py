@@ -146,8 +146,8 @@ class HetDataLoader:
     def _samples(self, epoch: int, *parts: range) -> tuple[list[int], list[int] | None]:
         """Indices of the samples at these places of the epoch's order, and how often each was used before."""
         order, repeats = self.plan.permutation(epoch), self.plan.repeats(epoch)
-        indices = [int(order[k]) for part in parts for k in part]
-        return indices, None if repeats is None else [int(repeats[k]) for part in parts for k in part]
+        indices = [k for part in parts for k in order[part.start : part.stop].tolist()]
+        return indices, None if repeats is None else [k for p in parts for k in repeats[p.start : p.stop].tolist()]
 
     def _prefetch(self, opened: Opened) -> None:
         """Ask for this step's samples and the next ones', under the shares now in force."""

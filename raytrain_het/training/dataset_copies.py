@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +14,43 @@ import torch
 from raytrain_het.errors import ConfigError
 
 
-def copy_of(dataset: Any, init_fn: Callable[[int], None] | None, num_workers: int) -> bytes:
-    """Dataset and ``worker_init_fn``, pickled.
+@dataclass(frozen=True)
+class Copy:
+    """A dataset and its ``worker_init_fn``."""
+
+    pickled: bytes
+    shared: list[torch.Tensor]
+    """Tensors in shared memory: they are no copies, what is written to them is seen in all processes."""
+
+    def load(self) -> Any:
+        """Both."""
+        return _Unpickler(self.pickled, self.shared).load()
+
+
+def copy_of(dataset: Any, init_fn: Callable[[int], None] | None, num_workers: int) -> Copy:
+    """What a data process gets.
 
     Raises:
-        ConfigError: one of them cannot be.
+        ConfigError: it cannot be pickled.
     """
     # Ray's, since a dataset defined in the user's script came into this process by value and must go on likewise.
     from ray import cloudpickle
 
+    shared: list[torch.Tensor] = []
+    file = io.BytesIO()
+
+    class Pickler(cloudpickle.Pickler):
+        def persistent_id(self, obj: Any) -> int | None:
+            if not _is_shared(obj):
+                return None
+            shared.append(obj)
+            return len(shared) - 1
+
     try:
-        return cloudpickle.dumps((dataset, init_fn))
+        Pickler(file).dump((dataset, init_fn))
     except Exception as error:
         raise _cannot_be_pickled(dataset, num_workers, error) from error
+    return Copy(file.getvalue(), shared)
 
 
 def digest_of(dataset: Any, init_fn: Callable[[int], None] | None, num_workers: int) -> bytes:
@@ -49,6 +75,8 @@ def digest_of(dataset: Any, init_fn: Callable[[int], None] | None, num_workers: 
 
     class Pickler(cloudpickle.Pickler):
         def persistent_id(self, obj: Any) -> Any:
+            if _is_shared(obj):
+                return "shared", obj.data_ptr(), obj.dtype, tuple(obj.shape)
             if type(obj) is not torch.Tensor or obj.device.type != "cpu" or obj.layout is not torch.strided:
                 return None
             if obj.requires_grad or obj.is_quantized or obj.is_conj() or obj.is_neg() or obj.__dict__:
@@ -62,6 +90,19 @@ def digest_of(dataset: Any, init_fn: Callable[[int], None] | None, num_workers: 
     except Exception as error:
         raise _cannot_be_pickled(dataset, num_workers, error) from error
     return state.digest()
+
+
+def _is_shared(obj: Any) -> bool:
+    return type(obj) is torch.Tensor and obj.device.type == "cpu" and obj.layout is torch.strided and obj.is_shared()
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, pickled: bytes, shared: list[torch.Tensor]) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._shared = shared
+
+    def persistent_load(self, pid: int) -> torch.Tensor:
+        return self._shared[pid]
 
 
 def _cannot_be_pickled(dataset: Any, num_workers: int, error: Exception) -> ConfigError:

@@ -53,3 +53,10 @@ def checked_sums(value: Any) -> dict[str, float]:
             f"evaluate(fn, ...): fn returned {value!r:.200} for a batch: allowed is a dictionary of single numbers, "
             "each the sum over the batch's samples. Return {'loss': loss.sum()}, for example."
         ) from error
+
+
+def describe(fn: Any) -> str:
+    """Tells the functions of evaluations apart, the same on every worker: name and line."""
+    code = getattr(fn, "__code__", None)
+    where = f" in line {code.co_firstlineno}" if code is not None else ""
+    return f"{getattr(fn, '__qualname__', type(fn).__qualname__)}{where}"

@@ -20,7 +20,8 @@ from raytrain_het.errors import ConfigError, DataProcessError
 from raytrain_het.training.cursor import micro_batches
 from raytrain_het.training.dataset_copies import digest_of
 from raytrain_het.training.forked_generators import seed_of
-from raytrain_het.training.sample_pool import PackedSamples, SamplePool, forks
+from raytrain_het.training.packed_samples import PackedSamples
+from raytrain_het.training.sample_pool import SamplePool, forks
 from raytrain_het.training.sample_source import SampleSource
 
 _MAX_CHUNK = 32

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.training.batches import pinned, to_device
 from raytrain_het.training.cursor import Cursor, DataPlan
 from raytrain_het.training.data_loader import HetDataLoader, dataset_size, plan_of
 from raytrain_het.training.fetch import SampleFetcher
+from raytrain_het.training.forked_generators import seeded
+from raytrain_het.training.sample_source import SampleSource
 from raytrain_het.training.sampler_orders import check_epoch
 from raytrain_het.training.whole_numbers import whole_number
 
 BATCH_SIZE = 256
+CollateFn = Callable[[list[Any]], Any]
 
 
 class HeldOut:
@@ -28,7 +31,7 @@ class HeldOut:
         data: a dataset, a ``DataLoader``, or the prepared training loader.
         batch_size: samples in a chunk; None is the ``DataLoader``'s, or 256.
         collate_fn: makes a batch of a chunk's samples; None is the ``DataLoader``'s, or ``default_collate_fn``.
-        default_collate_fn: the training loader's; None is torch's.
+        default_collate_fn: the training loader's, used if it can make a batch of these samples; else, torch's.
         seed: the run's.
         epoch: for a sampler that takes other samples in each.
 
@@ -37,8 +40,8 @@ class HeldOut:
     """
 
     def __init__(
-        self, data: Any, *, batch_size: Any, collate_fn: Callable[[list[Any]], Any] | None,
-        default_collate_fn: Callable[[list[Any]], Any] | None, seed: int, epoch: int,
+        self, data: Any, *, batch_size: Any, collate_fn: CollateFn | None, default_collate_fn: CollateFn | None,
+        seed: int, epoch: int,
     ) -> None:  # fmt: skip
         self._pins = False
         if isinstance(data, DataLoader):
@@ -60,7 +63,8 @@ class HeldOut:
             self.plan = DataPlan(
                 dataset_size=size, global_batch_size=batch_size, shuffle=False, drop_last=False, seed=seed
             )  # fmt: skip
-            self._fetcher = SampleFetcher(data, collate_fn or default_collate_fn, seed=seed)
+            collate_fn = collate_fn or _that_works(default_collate_fn, SampleSource(data, seed), size)
+            self._fetcher = SampleFetcher(data, collate_fn, seed=seed)
         self._epoch = epoch
         self._chunks = list(_windows(self.plan, epoch))
         self.num_samples = sum(map(len, self._chunks))
@@ -98,6 +102,24 @@ def _windows(plan: DataPlan, epoch: int) -> Iterator[range]:
     while window := plan.batch_at(cursor):
         yield window
         cursor = plan.advance(cursor)
+
+
+def _that_works(collate_fn: CollateFn | None, source: SampleSource, size: int) -> CollateFn | None:
+    """The training loader's function, unless held-out samples are of another kind, which torch's can make a batch of.
+
+    The same on every worker: it is tried on the same samples.
+    """
+    if collate_fn is None:
+        return None
+    with seeded(0):
+        samples = source.fetch(0, sorted({0, size - 1}))
+        try:
+            collate_fn(samples)
+        except Exception:
+            with suppress(Exception):
+                default_collate(samples)
+                return default_collate
+    return collate_fn
 
 
 @contextmanager

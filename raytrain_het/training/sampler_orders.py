@@ -62,10 +62,10 @@ def orders_of(loader: DataLoader, *, seed: int) -> SamplerOrders | None:
 
 def _is_plain(sampler: Any, dataset: Any) -> bool:
     if type(sampler) is SequentialSampler:
-        return sampler.data_source is dataset
+        return len(sampler.data_source) == len(dataset)
     return (
         type(sampler) is RandomSampler
-        and sampler.data_source is dataset
+        and len(sampler.data_source) == len(dataset)
         and not sampler.replacement
         and sampler.generator is None
         and sampler.num_samples == len(dataset)
@@ -130,7 +130,9 @@ class SamplerOrders:
         Raises:
             LoopOrderError: it gives another order when it is asked again, or counts how often it was.
         """
-        if all(type(part) in _FUNCTIONS_OF_THE_GENERATOR for part in _parts(self._sampler)):
+        parts = _parts(self._sampler)
+        inner = [part.sampler for part in parts if type(part) is BatchSampler]
+        if all(type(part) in _FUNCTIONS_OF_THE_GENERATOR for part in (*parts, *inner)):
             return
         first = self.order(0)
         counts = self._numbers()

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from raytrain_het.errors import LoopOrderError
 from raytrain_het.training.data_loader import HetDataLoader
-from raytrain_het.training.evaluations import checked_sums
+from raytrain_het.training.evaluations import checked_sums, describe
 from raytrain_het.training.forked_generators import seed_of, seeded
 from raytrain_het.training.held_out import HeldOut, evaluation_mode
 from raytrain_het.training.optimizer import make_het
@@ -178,7 +178,7 @@ def evaluate(
 
     try:
         with evaluation_mode(model):
-            sums = session.evaluate(held_out.num_chunks, run_chunk, f"{name} ({held_out.key})")
+            sums = session.evaluate(held_out.num_chunks, run_chunk, f"{name} ({describe(fn)}, {held_out.key})")
     finally:
         held_out.close()
     return {name: value / held_out.num_samples for name, value in sums.items()}

@@ -104,6 +104,17 @@ def test_held_out_data_may_be_of_unlike_lengths(tmp_path, data, settings, trains
     assert means["mean"] == pytest.approx(LENGTH)
 
 
+def test_held_out_samples_that_the_training_loader_cannot_put_together_are_stacked(tmp_path):
+    loader = DataLoader(Texts(), collate_fn=padded)
+    (means,) = alone(lambda: evaluated(TensorDataset(X, X), loader=loader), tmp_path)
+    assert means["mean"] == pytest.approx(X.mean().item())
+
+
+def test_an_error_of_the_training_loaders_collate_fn_arrives_if_nothing_else_works(tmp_path):
+    with pytest.raises(TypeError, match="expected Tensor as element 0"):
+        alone(lambda: evaluated([object(), object()], loader=DataLoader(Texts(), collate_fn=padded)), tmp_path)
+
+
 def test_a_prepared_loader_is_evaluated_over_its_dataset(tmp_path):
     def train():
         net = het.prepare_model(nn.Linear(1, 1))

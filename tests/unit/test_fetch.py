@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, get_worker_info
 
 from raytrain_het.errors import ConfigError, DataProcessError
 from raytrain_het.training.fetch import SampleFetcher
-from raytrain_het.training.sample_pool import pack
+from raytrain_het.training.packed_samples import pack
 from raytrain_het.training.sample_source import sample_seeds
 
 # As a user's script: its classes reach a worker by value, in no module that another process could import.
@@ -288,6 +288,20 @@ def test_persistent_processes_keep_their_first_copy_as_torchs_do(fetcher_of):
     data.level = 1
     fetcher.begin_epoch()
     assert fetcher.fetch(0, [0])[0][0] == 0
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_tensor_in_shared_memory_is_shared_with_the_processes(fetcher_of, persistent):
+    data = Curriculum()
+    data.weights.share_memory_()
+    fetcher = fetcher_of(data, untouched, num_workers=1, persistent=persistent)
+    for level in (0, 1):
+        data.level = level
+        fetcher.begin_epoch()
+        data.weights[0] = 5.0 + level
+        assert fetcher.fetch(level, [0])[0][:2] == (0 if persistent else level, 5.0 + level)
+        data.weights[0] = 7.0
+        assert fetcher.fetch(level, [1])[0][1] == 7.0
 
 
 @pytest.mark.parametrize("method", [None, "fork"])

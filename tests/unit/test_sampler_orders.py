@@ -255,6 +255,7 @@ class Stream(IterableDataset):
         (lambda: DataLoader(DATA, sampler=Drawing(np.random.default_rng(0).random)), "Drawing.*set_epoch"),
         (lambda: DataLoader(DATA, sampler=Drawing(random.Random(0).random)), "Drawing.*set_epoch"),
         (lambda: DataLoader(DATA, sampler=iter(range(40))), "how often"),
+        (lambda: DataLoader(DATA, batch_sampler=BatchSampler(iter(range(40)), 4, False)), "how often"),
         (lambda: DataLoader(DATA, sampler=Endless()), "does not end.*Endless"),
         (lambda: DataLoader(DATA, sampler=DistributedSampler(DATA, num_replicas=2, rank=0)), "nobody owns a part"),
         (lambda: DataLoader(DATA, sampler=DealsOut()), "DealsOut.*shuffle=True"),
