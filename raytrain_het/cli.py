@@ -188,7 +188,7 @@ def _run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _guarded(arguments: argparse.Namespace, run: Callable[[], int]) -> int:
     """The exit status of a command that runs something, whatever becomes of it."""
     from raytrain_het.jobs.failure import describe
-    from raytrain_het.jobs.runner import Interrupted
+    from raytrain_het.jobs.interrupted import Interrupted
 
     try:
         return run()
@@ -255,6 +255,7 @@ def _simulate(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _probe(arguments: argparse.Namespace) -> int:
     from raytrain_het.errors import HetError
+    from raytrain_het.jobs.probe_checks import check_before_torch
     from raytrain_het.jobs.table import load_job
 
     def say(line: str) -> None:
@@ -264,6 +265,7 @@ def _probe(arguments: argparse.Namespace) -> int:
         if arguments.overrides and arguments.model is None:
             raise ConfigError(f"--set {arguments.overrides[0]} needs a job: write --model JOB.yaml too")
         job = load_job(arguments.model, arguments.overrides) if arguments.model is not None else None
+        job = check_before_torch(job, address=arguments.address, compression=arguments.compression)
 
         from raytrain_het.jobs.probe import run_probe
         from raytrain_het.jobs.probe_report import show

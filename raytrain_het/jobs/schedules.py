@@ -18,6 +18,7 @@ from raytrain_het.optim import SCHEDULES, Schedule, schedule_of
 from raytrain_het.ray_train.narration import number
 
 POINTS_PER_EPOCH = 50
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps", ".pgf", ".gif")
 _BAR = 30
 
 
@@ -75,6 +76,7 @@ def draw(schedules: dict[str, Schedule], *, epochs: int, lr: float, out: str) ->
     Raises:
         ConfigError: matplotlib is not there, or the file cannot be written.
     """
+    check_picture(out)
     curves = {
         name: rates(schedule, epochs=epochs, lr=lr, per_epoch=POINTS_PER_EPOCH) for name, schedule in schedules.items()
     }
@@ -84,6 +86,18 @@ def draw(schedules: dict[str, Schedule], *, epochs: int, lr: float, out: str) ->
     axes.set(xlabel="epochs done", ylabel="learning rate", xlim=(0, epochs), ylim=(0, None))
     axes.legend()
     save(figure, out)
+
+
+def check_picture(out: str) -> None:
+    """Refuse a name of no kind of picture, before matplotlib is loaded.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if Path(out).suffix not in PICTURES:
+        raise ConfigError(f"--out {out}: allowed is a name that ends with {', '.join(PICTURES)}. Write --out x.png")
+    if not Path(out).absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {Path(out).absolute().parent}. Write --out x.png")
 
 
 def new_figure(**options: Any) -> tuple[Any, Any]:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.trainer import AtStart
-from raytrain_het.sweeps.driver import run_sweep, sweeps_in
+from raytrain_het.sweeps.folders import check_before_ray, sweeps_in
 from raytrain_het.sweeps.sweep import Sweep
+
+if TYPE_CHECKING:
+    from raytrain_het.sweeps.results import Results
+
+
+def run_sweep(sweep: Sweep, **options: Any) -> Results:
+    """:func:`raytrain_het.sweeps.driver.run_sweep`, loaded here: Ray Tune takes seconds, which a typo need not wait."""
+    from raytrain_het.sweeps.driver import run_sweep as run
+
+    return run(sweep, **options)
 
 
 def sweep_command(
@@ -29,6 +40,7 @@ def sweep_command(
             f"{', '.join(there) or 'none'}. Write --name {there[0] if there else 'mine'}, or --storage"
         )
     name = f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_before_ray(sweep, name=name, resume=resume, address=address)
     results = run_sweep(
         sweep, name=name, resume=resume, address=address, at_start=at_start, retry_failed=retry_failed,
         to_stderr=as_json,
