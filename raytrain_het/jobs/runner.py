@@ -61,8 +61,8 @@ def run_job(
         summary = about | _of_complete_run(last)
         display.end_at_once(
             summary,
-            f"{job.name} is complete ({last.epoch} of {epochs} epochs, {last.path}): nothing left to do. "
-            f"More epochs: --set epochs={2 * last.epoch}; afresh: another --name",
+            f"{job.name} is complete ({last.epoch} of {epochs} epochs): nothing left to do.\n"
+            f"More epochs: --set epochs={2 * last.epoch}; afresh: another --name\nlast checkpoint: {last.path}",
         )
         return summary
     started = False

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.lines import show as write_table
 from raytrain_het.jobs.validation import shown
 from raytrain_het.optim import SCHEDULES, Schedule, schedule_of
 from raytrain_het.ray_train.narration import number
@@ -67,7 +68,7 @@ def show(schedules: dict[str, Schedule], *, epochs: int, lr: float, as_json: boo
         if alone:
             row.append("█" * round(_BAR * alone[k][1] / highest) if highest else "")
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    write_table(table, sys.stdout)
 
 
 def draw(schedules: dict[str, Schedule], *, epochs: int, lr: float, out: str) -> None:

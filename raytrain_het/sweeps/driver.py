@@ -15,6 +15,7 @@ from ray import cloudpickle
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.interrupted import Interrupted, interruptible
+from raytrain_het.jobs.lines import write
 from raytrain_het.jobs.ray_session import ray_session
 from raytrain_het.jobs.table import check_data
 from raytrain_het.jobs.trainer import AtStart, num_cpus, scaling_of
@@ -83,8 +84,8 @@ def run_sweep(
                 _write_files(sweep, folder)
                 tuner = make_tuner(sweep, folder, at_once, at_start=at_start)
             say(
-                f"sweep folder: {folder}\n{plural(sweep.num_trials, 'trial')}, {at_once} at once; watch them with: "
-                f"tensorboard --logdir {folder}"
+                f"sweep folder: {folder}\n{plural(sweep.num_trials, 'trial')}, {at_once} at once; watch them with:\n"
+                f"  tensorboard --logdir {folder}"
             )
             open_ledger(Book(folder, sweep.objective, sweep.num_trials, to_stderr))
             with budget:
@@ -220,7 +221,7 @@ def _cpus(sweep: Sweep) -> float:
 def _teller(to_stderr: bool) -> Callable[[str], None]:
     import sys
 
-    return lambda text: print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+    return lambda text: write(text, sys.stderr if to_stderr else sys.stdout)
 
 
 @contextmanager
