@@ -18,6 +18,7 @@ from ray.train import RunConfig
 from ray.train.v2._internal.execution.storage import StorageContext, _pyarrow_fs_copy_files
 
 from raytrain_het.errors import CheckpointError, ConfigError
+from raytrain_het.ray_train.disk import write_some
 from raytrain_het.training.storage import StagedStorage, Wanted
 
 logger = logging.getLogger(__name__)
@@ -179,20 +180,6 @@ def check_writable(run_config: RunConfig) -> StorageContext:
             f"be written: {_first_line(error)} Write RunConfig(storage_path=...) with a folder that exists and is "
             "writable on every node, or a URI such as 's3://bucket/runs'."
         ) from error
-
-
-def write_some(folder: Path) -> None:
-    """Write some KiB into a folder and remove them: on a full disk an empty file can still be made.
-
-    Raises:
-        OSError: They could not be written.
-    """
-    path = folder / f".check.{uuid.uuid4().hex[:8]}"
-    try:
-        path.write_bytes(bytes(65536))
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 def write_atomically(context: StorageContext, path: str, content: bytes) -> None:
