@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from raytrain_het.training.data_loader import HetDataLoader, dataset_size, to_device
 from raytrain_het.training.fetch import SampleFetcher
+from raytrain_het.training.metrics import check_sums
 from raytrain_het.training.optimizer import make_het
 from raytrain_het.training.session import current
 
@@ -99,11 +100,12 @@ def report(metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, che
 
     Returns at once, unless two earlier checkpoints are still being stored; repeated until acknowledged.
 
-    Every worker calls it at the same place. Metrics are averaged over workers, weighted by the samples each has trained
-    on since its last report.
+    Every worker calls it at the same place: a run in which only some do fails, and says who. Metrics are averaged over
+    workers, weighted by the samples each has trained on since its last report.
 
     Args:
-        metrics: numbers, texts, flags or one-element tensors by name.
+        metrics: numbers, texts, flags or one-element tensors by name, or dictionaries of these, whose names are joined
+            by ``/``.
         reduce: other reductions by name: "mean", "sum", "max" or "min".
         checkpoint: whether to save model, optimizer, registered state and cursor with it.
 
@@ -127,14 +129,18 @@ def evaluate(
     worker dies.
 
     Args:
-        fn: takes a batch on this worker's device, returns for each metric its *sum* over the batch's samples. Runs
-            under ``torch.no_grad()`` with the model in evaluation mode.
+        fn: takes a batch on this worker's device, returns for each metric its *sum* over the batch's samples, the same
+            names for every batch. Runs under ``torch.no_grad()`` with the model in evaluation mode.
         dataset: map-style, with a length.
         batch_size: samples per chunk.
         name: tells evaluations at the same step apart.
 
     Returns:
-        ``sum / len(dataset)`` for each metric, the same to the bit on every worker.
+        ``sum / len(dataset)`` for each metric, the same to the bit on every worker that calls it at the same line.
+
+    Raises:
+        ConfigError: ``fn`` returned something that is no number, or other names for another batch.
+        Exception: what ``fn`` or the dataset raised, on whichever worker: all that take part raise it.
     """
     session = current()
     size = dataset_size(dataset)
@@ -146,7 +152,7 @@ def evaluate(
     def run_chunk(chunk: int) -> dict[str, float]:
         indices: Sequence[int] = range(chunk * batch_size, min(size, (chunk + 1) * batch_size))
         batch = to_device(fetcher.fetch(0, indices), session.device)
-        return {k: float(v) for k, v in fn(batch).items()}
+        return check_sums(fn(batch))
 
     try:
         model.eval()
