@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from raytrain_het.errors import ConfigError, LoopOrderError
+from raytrain_het.plain import plain
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.fetch import SampleFetcher
 from raytrain_het.training.weights import checked_weight
@@ -41,8 +42,9 @@ class HetDataLoader:
             )
         self.dataset = loader.dataset
         size = dataset_size(self.dataset)
-        batch = loader.batch_size if global_batch_size is None else global_batch_size
-        if batch is None or not isinstance(batch, int) or batch < 1:
+        batch = plain(loader.batch_size if global_batch_size is None else global_batch_size)
+        micro_batch_size = plain(micro_batch_size)
+        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
             raise ConfigError(f"global_batch_size={batch!r} is not valid: allowed is a whole number from 1. Write 512.")
         if batch < session.num_slots:
             raise ConfigError(
@@ -51,9 +53,9 @@ class HetDataLoader:
                 f"global_batch_size={session.num_slots * 32} (for a job: --set global_batch_size=...), or take fewer "
                 "workers."
             )
-        if micro_batch_size is not None and micro_batch_size < 1:
+        if micro_batch_size is not None and (not isinstance(micro_batch_size, int) or micro_batch_size < 1):
             raise ConfigError(
-                f"micro_batch_size={micro_batch_size} is not valid: allowed is a whole number from 1, or None "
+                f"micro_batch_size={micro_batch_size!r} is not valid: allowed is a whole number from 1, or None "
                 "(null in a job)."
             )
         if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
@@ -84,8 +86,12 @@ class HetDataLoader:
         Raises:
             LoopOrderError: the inner loop was left before its end, or called twice.
         """
-        if not isinstance(num_epochs, int) or num_epochs < 1:
+        num_epochs = plain(num_epochs)
+        if not isinstance(num_epochs, int) or isinstance(num_epochs, bool) or num_epochs < 1:
             raise ConfigError(f"epochs({num_epochs!r}) is not valid: allowed is a whole number from 1.")
+        return self._epochs(num_epochs)
+
+    def _epochs(self, num_epochs: int) -> Iterator[int]:
         engine = self._engine = self._session.begin(num_epochs)
         while engine.cursor.epoch < num_epochs:
             self._epoch = epoch = engine.cursor.epoch

@@ -46,7 +46,8 @@ def packed(error: BaseException) -> str | None:
     """It as text from which :func:`unpacked` makes it again; None where it cannot be sent, or is too large."""
     try:
         data = _pickler().dumps(error)
-        if len(data) > MAX_PICKLED_BYTES or type(pickle.loads(data)) is not type(error):
+        again = pickle.loads(data) if len(data) <= MAX_PICKLED_BYTES else None
+        if type(again) is not type(error) or text_of(again) != text_of(error):
             return None
     except BaseException:  # Its own __reduce__, __init__ or __setstate__ may raise anything.
         return None
