@@ -7,13 +7,14 @@ import difflib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from raytrain_het.codec_options import AUTO, AUTO_CODECS, one_word, parsed, used_together
 from raytrain_het.errors import ConfigError
 from raytrain_het.optim import Schedule, schedule_of
+from raytrain_het.plain import plain
 
 
 def _require(condition: bool, field: str, value: object, allowed: str, fix: str) -> None:
@@ -154,8 +155,12 @@ class HetConfig:
     """How long the first step waits for all workers before it starts with those that are there."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         if self.shares is not None and self.shares != "auto":
-            shares = tuple(self.shares) if isinstance(self.shares, Iterable) else ()
+            # Of a dictionary the keys would be taken, and a set has no order.
+            ordered = isinstance(self.shares, Iterable) and not isinstance(self.shares, Mapping | Set)
+            shares = tuple(map(plain, self.shares)) if ordered else ()
             ok = all(_is_number(s) and s >= 0 for s in shares) and sum(shares) > 0
             _require(
                 ok,

@@ -47,6 +47,13 @@ class ProtocolError(HetError, RuntimeError):
     """A peer sent what the protocol does not allow; the step fails, nothing is applied."""
 
 
+class ForeignError(HetError, RuntimeError):
+    """Stands for an exception of the training function that cannot be sent to another process as it is.
+
+    Its text begins with the class of that one.
+    """
+
+
 class RunFailedError(HetError, RuntimeError):
     """The run cannot go on: the membership actor ended it, with the reason.
 

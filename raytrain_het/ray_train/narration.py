@@ -65,6 +65,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
         + f" ({e['reason']})"
     ),
     "warning": lambda e: e["text"],
+    "waiting": lambda e: f"somebody has waited for {number(e['waited_s'])} s; {e['reason']}",
     "failed": lambda e: f"the run fails: {_in_a_line(e['message'])}",
     "table_kept": lambda e: f"shares and scores stay as they are: {e['reason']}",
     "formed": lambda e: (

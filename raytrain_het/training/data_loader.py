@@ -89,6 +89,9 @@ class HetDataLoader:
             LoopOrderError: the inner loop was left before its end, or called twice.
         """
         num_epochs = whole_number(num_epochs, "epochs({})")
+        return self._epochs(num_epochs)
+
+    def _epochs(self, num_epochs: int) -> Iterator[int]:
         engine = self._engine = self._session.begin(num_epochs)
         while engine.cursor.epoch < num_epochs:
             self._epoch = epoch = engine.cursor.epoch

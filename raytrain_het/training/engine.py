@@ -125,6 +125,26 @@ class Engine:
         """Position after the last committed step."""
         return Cursor.from_dict(self.agent.cursor)
 
+    @property
+    def open_body(self) -> Opened | None:
+        """The step whose body runs, until it is committed: it may be done again."""
+        return self.opened if self.opened is not None and not self.opened.closed else None
+
+    def doing(self, waits: bool) -> str:
+        """Where the training thread is, in words."""
+        opened, step = self.opened, self.agent.cursor["step"]
+        if opened is None:
+            return "waiting for the others before its first step" if waits else "before its first step"
+        if opened.closed:
+            return f"after step {step}, " + ("waiting for the others" if waits else "in the function's own code")
+        if opened.settled:
+            return f"in step {opened.job.step}, after backward()"
+        if opened.submitted:
+            return f"in step {opened.job.step}, waiting for the others' gradients"
+        num = len(opened.micro)
+        part = f", pass {max(1, len(opened.weights))} of {num}" if num > 1 else ""
+        return f"computing step {opened.job.step}{part}"
+
     # ---------------------------------------------------------------- opening
 
     def start(self) -> None:
@@ -548,6 +568,14 @@ class Engine:
                 "needs one backward() and one step(). To accumulate gradients, give prepare_data_loader a "
                 "micro_batch_size; to skip an update, set p.grad = None for all parameters and call step()."
             )
+
+    def abandon(self) -> None:
+        """The function has returned: a step that it has opened and not committed is not this worker's any more."""
+        opened = self.opened
+        if opened is not None and opened.settled and opened.sums is not None and not opened.sums.applies:
+            self._settle_last()
+        elif opened is not None:
+            opened.closed = True
 
     def _current(self) -> Opened:
         assert self.opened is not None

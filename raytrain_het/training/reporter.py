@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_het.errors import ConfigError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.record import Record
-from raytrain_het.membership.reports import REDUCTIONS
 from raytrain_het.training import checkpoint as files
+from raytrain_het.training.report_keys import Keys
 from raytrain_het.training.state_server import StateServer
 from raytrain_het.training.writing import Writer
 
@@ -52,21 +51,36 @@ class Reporter:
         self._writer = Writer(agent, server, storage, token)
         self._open: dict[str, Report] = {}
         self._confirmed = 0
-        self._last = (0, 0, -1)
+        self._keys = Keys()
         self._returning = False
         agent.on_message["acknowledged"] = self._acknowledged
         agent.on_message["write"] = self._write_asked
 
-    def next_key(self, step: int) -> str:
+    def begins(self, life: int, step: int) -> None:
+        """This worker's loop begins: reports of this step and those after it are its business too."""
+        self._keys.begins(life, step)
+
+    def went_on(self, life: int, step: int) -> None:
+        """Its loop has committed a step."""
+        self._keys.went_on(life, step)
+
+    def told(self, *, complete: bool = False) -> dict[str, Any] | None:
+        """What the hub sees from that this worker has left a report out; ``complete``: its loop is at its end."""
+        return self._keys.told(complete=complete)
+
+    def next_key(self, step: int, body: object = None) -> str:
         """The key of the next report made at this step: ``<life>.<step>.<ordinal>``, the same on all workers.
 
-        Where all began again from a checkpoint, the same step is reported once more, in another life.
+        Where all began again from a checkpoint, the same step is reported once more, in another life. ``body`` is the
+        step that is open, if one is: where it is done again its reports are the same as before.
         """
         record = self._agent.record
         assert record is not None
-        *last, ordinal = self._last
-        self._last = (record.life, step, ordinal + 1 if last == [record.life, step] else 0)
-        return ".".join(map(str, self._last))
+        return self._keys.next(record.life, step, body)
+
+    def has(self, key: str) -> bool:
+        """Whether this report is on its way already: it was made when its step was done before."""
+        return key in self._open
 
     def add(self, report: Report, own_state: dict[str, Any]) -> None:
         """Take a report; it is sent once its step is confirmed.
@@ -74,7 +88,9 @@ class Reporter:
         Waits while too many snapshots are being stored. Those that are not sent yet do not count: they go with the next
         step, which would not come.
         """
-        self._agent.wait_for_peers(lambda: report.snapshot is None or self._num_stored_now() < MAX_UNACKNOWLEDGED)
+        doing = f"in report() at step {report.step}, waiting for the checkpoints of earlier reports to be stored"
+        with self._agent.doing.call("report", doing):
+            self._agent.wait_for_peers(lambda: report.snapshot is None or self._num_stored_now() < MAX_UNACKNOWLEDGED)
         self._open[report.key] = report
         self._writer.offer(report.key, own_state)
         self.send_up_to(self._confirmed)
@@ -110,7 +126,9 @@ class Reporter:
 
     def wait(self) -> None:
         """Wait until every report is acknowledged."""
-        self._agent.wait_for_peers(lambda: not self._open)
+        step = self._agent.cursor["step"]
+        with self._agent.doing.call("returned", f"after step {step}, waiting for its reports to be stored"):
+            self._agent.wait_for_peers(lambda: not self._open)
 
     def _acknowledged(self, message: dict[str, Any]) -> None:
         with self._agent.condition:
@@ -143,29 +161,3 @@ class Reporter:
         cursor = report.meta["cursor"]
         report.stored = {"key": report.key, "path": path, "error": error, "cursor": cursor}
         self._agent.tell("stored", **report.stored)
-
-
-def check_metrics(metrics: dict[str, Any], reduce: dict[str, str]) -> dict[str, Any]:
-    """Metrics as plain values.
-
-    Raises:
-        ConfigError: a metric is no number, text or flag, or ``reduce`` names what is not there.
-    """
-    plain: dict[str, Any] = {}
-    for name, value in metrics.items():
-        count = value.numel() if hasattr(value, "numel") else getattr(value, "size", 1)
-        if hasattr(value, "item") and count == 1:
-            value = value.item()
-        if not isinstance(value, int | float | str | bool | None):
-            raise ConfigError(
-                f"report(): metric {name!r} is a {type(value).__name__}; allowed are numbers, texts, flags and tensors "
-                "of one element. Reduce it first, for example with .mean().item()."
-            )
-        plain[name] = value
-    for name, how in reduce.items():
-        if name not in metrics or how not in REDUCTIONS:
-            raise ConfigError(
-                f"report(reduce={{{name!r}: {how!r}}}): allowed are the metrics {sorted(metrics)} with one of "
-                f"{REDUCTIONS}."
-            )
-    return plain

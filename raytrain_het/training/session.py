@@ -8,7 +8,6 @@ import functools
 import logging
 import secrets
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any
@@ -27,6 +26,8 @@ from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
+from raytrain_het.training import stock
+from raytrain_het.training.call_site import call_site
 from raytrain_het.training.clipping import Clipping
 from raytrain_het.training.codec_warnings import warnings_of_epochs, warnings_of_model, warnings_of_optimizer
 from raytrain_het.training.cursor import DataPlan, slice_of
@@ -36,14 +37,16 @@ from raytrain_het.training.extras import Extra, Extras
 from raytrain_het.training.gradients import Gradients, trained
 from raytrain_het.training.handing_on import HandingOn
 from raytrain_het.training.healing import Healing
+from raytrain_het.training.last_words import text_of, traceback_of
 from raytrain_het.training.losses import LossCheck
 from raytrain_het.training.memory import MemoryLimit
+from raytrain_het.training.metrics import check_metrics, check_reduce
 from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
 from raytrain_het.training.rehearsal import Rehearsal
 from raytrain_het.training.replica import Replica
 from raytrain_het.training.replica_check import ReplicaCheck, kind_of_machine
-from raytrain_het.training.reporter import Report, Reporter, check_metrics
+from raytrain_het.training.reporter import Report, Reporter
 from raytrain_het.training.resuming import Resuming
 from raytrain_het.training.state_server import StateServer
 from raytrain_het.training.stats import Stats
@@ -100,6 +103,7 @@ class Session:
         self._epoch = 0
         self._evaluations = Evaluations()
         self._leaving = False
+        self._num_epochs: int | None = None
         self._clipping = Clipping(**config.clip) if config.clip else None
         self._warnings: list[str] = []
         self._handing_on: HandingOn | None = None
@@ -217,8 +221,13 @@ class Session:
         self.engine.on_commit.append(self._committed)
         self.engine.on_confirm.append(self.reporter.send_up_to)
         self.agent.on_reconnect.append(self._tell_a_new_hub)
+        self.agent.doing.otherwise, self.agent.told = self.engine.doing, self.reporter.told
+        self._num_epochs = num_epochs
         self.agent.join()
         self.engine.start()
+        record = self.agent.record
+        assert record is not None
+        self.reporter.begins(record.life, self.engine.cursor.step + (not record.reset))
         if self.slot == 0:  # One of all who say the same; a worker's log is read by few.
             for text in self._warnings:
                 self.agent.tell("event", event={"kind": "warning", "text": text})
@@ -264,6 +273,8 @@ class Session:
     # ---------------------------------------------------------------- while it runs
 
     def _committed(self, opened: Opened, sums: Sums) -> None:
+        if self.reporter is not None:
+            self.reporter.went_on(opened.record.life, opened.job.step)
         if self.listeners:
             digest = functools.partial(self.replica.digest, optimizer=True)
             note = StepRecord.of(opened, sums, self._plan(), self._agent().uid, digest)
@@ -289,7 +300,7 @@ class Session:
         engine, reporter, communicator = self.engine, self.reporter, self._communicator
         if engine is None or reporter is None or communicator is None:
             raise LoopOrderError("report() was called before loader.epochs(): there is no step to report on yet.")
-        reduce = dict(reduce or {})
+        reduce = check_reduce(reduce)
         plain = check_metrics(metrics, reduce)
         engine.agent.check()
         cursor, record = engine.cursor, engine.agent.record
@@ -298,11 +309,14 @@ class Session:
         # Not those that healed at the very end of an epoch: they begin with the next one, and do not come here.
         healed = [m.uid for m in record.members if m.uid not in (*record.unhealed, *record.fresh)]
         holds = checkpoint and engine.agent.uid in healed[:2]
+        told, key = reporter.told(), reporter.next_key(cursor.step, engine.open_body)
+        if reporter.has(key):
+            return
         assert self.stats is not None
         since_last = self.stats.since_report()
-        key = reporter.next_key(cursor.step)
         message = {
-            "key": key, "step": cursor.step, "epoch": self._epoch, "metrics": plain, "reduce": reduce,
+            "key": key, "at": call_site().where, "told": told,
+            "step": cursor.step, "epoch": self._epoch, "metrics": plain, "reduce": reduce,
             "samples": since_last["samples"], "since_last": since_last, "lr": self.replica.learning_rate(),
             "checkpoint": checkpoint, "holds_snapshot": holds,
         }  # fmt: skip
@@ -332,10 +346,12 @@ class Session:
             self.reporter.wait()
 
     def evaluate(self, num_chunks: int, run_chunk: Callable[[int], dict[str, float]], name: str) -> dict[str, float]:
-        """Sums over all chunks, computed by whoever is free; the same on every worker."""
+        """Sums over all chunks, computed by whoever is free; the same on every worker that asks for them there."""
         if self.engine is None:
             raise LoopOrderError("evaluate() was called before loader.epochs(): join the run first.")
-        return self._evaluations.sums(self._agent(), self.engine.cursor.step, name, num_chunks, run_chunk)
+        body = self.engine.open_body
+        under = "" if body is None else str(body.job.generation)
+        return self._evaluations.sums(self._agent(), self.engine.cursor.step, name, num_chunks, run_chunk, under)
 
     def leave(self) -> None:
         """Leave the run in good order after the step under way: the others go on without this worker."""
@@ -379,36 +395,50 @@ class Session:
     # ---------------------------------------------------------------- the end
 
     def finish(self) -> None:
-        """The training function has returned: nothing of this worker's may be lost when its process goes."""
+        """The training function has returned: nothing of this worker's may be lost when its process goes.
+
+        Raises:
+            LoopOrderError: it has not trained with the others at all.
+        """
         engine, agent, reporter = self.engine, self.agent, self.reporter
         if engine is None or agent is None or reporter is None:
-            logger.warning(
-                "worker %d: the training function returned without a step: nothing was trained together. Use "
-                "prepare_model, "
-                "prepare_optimizer, prepare_data_loader and for epoch in loader.epochs(n).", self.slot,
-            )  # fmt: skip
-            return
+            raise refuse("own loop", f"worker {self.slot} returned without {self._never_called()}")
+        if engine.opened is None and engine.cursor.step == 0 and not self._evaluations.any:
+            raise refuse("own loop", f"worker {self.slot} returned in epoch 0 without a turn of `for batch in loader`")
         if self._speed is not None:
             self._speed.keep(engine.timings)
-        engine._settle_last()
+        engine.abandon()
         engine._wait_for_confirmation()
         reporter.flush()
         self.send_stats()
+        complete = self._num_epochs is not None and engine.cursor.epoch >= self._num_epochs
 
         def say() -> None:
             cursor = agent.cursor
-            agent.tell("finish", cursor=cursor, confirmed=engine.confirmed >= cursor["step"])
+            agent.tell(
+                "finish", cursor=cursor, confirmed=engine.confirmed >= cursor["step"],
+                told=reporter.told(complete=complete),
+            )  # fmt: skip
 
         agent.on_reconnect.append(say)
         say()
-        with contextlib.suppress(RunOver):
+        step = agent.cursor["step"]
+        with agent.doing.call("returned", f"returned after step {step}"), contextlib.suppress(RunOver):
             agent.wait_for_peers(lambda: agent.finished)
+
+    def _never_called(self) -> str:
+        """What the training function has left out, in the order in which it is called."""
+        there = (
+            ("prepare_model()", self.replica.model), ("prepare_optimizer()", self.replica.optimizer),
+            ("prepare_data_loader()", self.plan),
+        )  # fmt: skip
+        missing = [name for name, value in there if value is None]
+        return " and ".join([*missing, "a turn of `for epoch in loader.epochs(n)`"])
 
     def raised(self, error: BaseException) -> None:
         """Tell the hub before unwinding: no generation follows, nobody waits for this worker."""
         if self.agent is not None and self.agent.gone is None:
-            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            self.agent.tell("raised", error=text[-4000:])
+            self.agent.tell("raised", error=traceback_of(error), last=text_of(error).splitlines()[0][:500])
 
     def close(self) -> None:
         """Let go of threads and sockets, and take everything off torch that was put there."""
@@ -495,7 +525,8 @@ def run_worker(train_fn: Callable[[], Any], **kwargs: Any) -> Any:
     with _lock:
         _current = session
     try:
-        result = train_fn()
+        with stock.refused(session.num_slots):
+            result = _run_to_its_end(train_fn)
         session.finish()
         return result
     except RunOver:
@@ -512,6 +543,16 @@ def run_worker(train_fn: Callable[[], Any], **kwargs: Any) -> Any:
         session.close()
         with _lock:
             _current = None
+
+
+def _run_to_its_end(train_fn: Callable[[], Any]) -> Any:
+    """``sys.exit(0)`` ends a script in good order, and so a function."""
+    try:
+        return train_fn()
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+        return None
 
 
 def _with_samples(session: Session, error: RunFailedError) -> HetError:

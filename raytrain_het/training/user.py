@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from raytrain_het.errors import LoopOrderError
 from raytrain_het.training.data_loader import HetDataLoader
-from raytrain_het.training.evaluations import checked_sums, describe
+from raytrain_het.training.evaluations import describe
 from raytrain_het.training.forked_generators import seed_of, seeded
 from raytrain_het.training.held_out import HeldOut, evaluation_mode
+from raytrain_het.training.metrics import check_sums
 from raytrain_het.training.optimizer import make_het
 from raytrain_het.training.session import current
 
@@ -117,11 +118,12 @@ def report(metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, che
 
     Returns at once, unless two earlier checkpoints are still being stored; repeated until acknowledged.
 
-    Every worker calls it at the same place. Metrics are averaged over workers, weighted by the samples each has trained
-    on since its last report.
+    Every worker calls it at the same place: a run in which only some do fails, and says who. Metrics are averaged over
+    workers, weighted by the samples each has trained on since its last report.
 
     Args:
-        metrics: numbers, texts, flags or one-element tensors by name.
+        metrics: numbers, texts, flags or one-element tensors by name, or dictionaries of these, whose names are joined
+            by ``/``.
         reduce: other reductions by name: "mean", "sum", "max" or "min".
         checkpoint: whether to save model, optimizer, registered state and cursor with it.
 
@@ -159,8 +161,10 @@ def evaluate(
         ``sum / number of samples`` for each metric, the same to the bit on every worker.
 
     Raises:
-        ConfigError: ``fn`` returned something else than one number by name; or the data do not suit.
+        ConfigError: ``fn`` returned something else than one number by name, or other names for another batch; or the
+            data do not suit.
         LoopOrderError: called before ``loader.epochs()``; or data that cannot be dealt out by index.
+        Exception: what ``fn`` or the dataset raised, on whichever worker: all that take part raise it.
     """
     session = current()
     engine, model, seed = session.engine, session.replica.model, session.config.seed
@@ -174,7 +178,7 @@ def evaluate(
 
     def run_chunk(chunk: int) -> dict[str, float]:
         with seeded(seed_of("evaluate", seed, step, name, chunk), session.device):
-            return checked_sums(fn(held_out.batch(chunk, session.device)))
+            return check_sums(fn(held_out.batch(chunk, session.device)))
 
     try:
         with evaluation_mode(model):
