@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.errors import CheckpointError
 from raytrain_het.training import checkpoint as files
 from raytrain_het.training.cursor import Cursor, DataPlan
+from raytrain_het.training.rate_in_force import asked_for, told_of
 from raytrain_het.training.rates import give_back
 from raytrain_het.training.replica import Replica
 
@@ -29,6 +31,8 @@ class Resuming:
     codec_states: CodecStates
     scheduled: bool = False
     """Whether the run sets the learning rate."""
+    tell: Callable[[str], None] = lambda text: None
+    """What the run's log is to say."""
     resumed: bool = False
     """Whether this worker's random states are its own by now: only the first checkpoint of its life sets them."""
 
@@ -44,9 +48,13 @@ class Resuming:
             files.check_same_data(meta, self.data, path)
             own = files.read_worker(directory, self.slot)
             try:
+                optimizer = self.replica.optimizer
+                asked = asked_for(optimizer) if optimizer is not None and not self.resumed else []
                 self.replica.load(files.read_state(directory))
-                if not self.scheduled and self.replica.optimizer is not None:
-                    give_back(self.replica.optimizer)
+                if not self.scheduled and optimizer is not None:
+                    give_back(optimizer)
+                if optimizer is not None and (kept := told_of(asked, optimizer)) is not None:
+                    self.tell(kept)
                 self.codec_states.load(own["codec"] if own is not None else {})
                 for other in files.read_left_over(directory, self.slot, self.num_slots):
                     self.codec_states.adopt(other["codec"])

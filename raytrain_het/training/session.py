@@ -173,7 +173,7 @@ class Session:
             server=self._server, token=self._token, update=self._inner_step,
             load_checkpoint=Resuming(
                 self.storage, self.slot, self.num_slots, plan, self._parameters(), self._data(), self.replica,
-                self._communicator.codec_states, scheduled=rates is not None,
+                self._communicator.codec_states, scheduled=rates is not None, tell=self._tell,
             ).load,
         )  # fmt: skip
         self.engine = Engine(
@@ -199,6 +199,12 @@ class Session:
             for text in self._warnings:
                 self.agent.tell("event", event={"kind": "warning", "text": text})
         return self.engine
+
+    def _tell(self, text: str) -> None:
+        """One of all who say the same; a worker's own log is read by few."""
+        logger.warning(text)
+        if self.slot == 0:
+            self._agent().tell("event", event={"kind": "warning", "text": text})
 
     def _warn(self, warnings: Callable[[Any, tuple[str, ...], Any], list[str]], of: Any) -> None:
         for text in warnings(self.config.compression, self.config.possible_codecs, of):
