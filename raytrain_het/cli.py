@@ -13,13 +13,13 @@ from raytrain_het.errors import ConfigError, ResourceError
 
 _EXAMPLES = """examples:
   raytrain-het train
-  raytrain-het train --set epochs=3 --set het.shares='[7, 1]' --set het.compression=bf16
+  raytrain-het train --set epochs=3 --set het.shares='[7, 1]'
   raytrain-het train experiments/jobs/digits.yaml --name mine --json
   raytrain-het train --simulate 1,0.5,0.25
   raytrain-het probe
   raytrain-het probe --model experiments/jobs/digits.yaml --address auto
   raytrain-het sweep experiments/sweeps/digits.yaml --set trials=4
-  raytrain-het schedule '{cosine: {floor: 0.01, warmup_epochs: 1}}' --out cosine.png
+  raytrain-het schedule '{cosine: {floor: 0.01}}' --out cosine.png
 """
 
 
@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "sweep",
         allow_abbrev=False,
         help="try many settings of a job, and say which is best",
-        description="Run a sweep: a job, a space of settings, a search. Each trial is a whole run on workers of "
-        "its own, as many at once as the cluster holds.",
+        description="Run a sweep: a job, a space of settings, a search. Each trial is a whole run on\n"
+        "workers of its own, as many at once as the cluster holds.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -188,7 +188,7 @@ def _run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _guarded(arguments: argparse.Namespace, run: Callable[[], int]) -> int:
     """The exit status of a command that runs something, whatever becomes of it."""
     from raytrain_het.jobs.failure import describe
-    from raytrain_het.jobs.runner import Interrupted
+    from raytrain_het.jobs.interrupted import Interrupted
 
     try:
         return run()
@@ -203,7 +203,12 @@ def _guarded(arguments: argparse.Namespace, run: Callable[[], int]) -> int:
 
 
 def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
-    print(message, file=sys.stderr, flush=True)
+    if sys.stderr.isatty() and "Traceback" not in message:
+        from raytrain_het.jobs.lines import write
+
+        write(message, sys.stderr)
+    else:  # A line for each mistake, for whoever searches a log.
+        print(message, file=sys.stderr, flush=True)
     if arguments.as_json:
         print(json.dumps({"error": message.removeprefix("raytrain-het: ")}), flush=True)
     return code
@@ -255,15 +260,19 @@ def _simulate(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _probe(arguments: argparse.Namespace) -> int:
     from raytrain_het.errors import HetError
+    from raytrain_het.jobs.probe_checks import check_before_torch
     from raytrain_het.jobs.table import load_job
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        from raytrain_het.jobs.lines import write
+
+        write(line, sys.stderr)
 
     try:
         if arguments.overrides and arguments.model is None:
             raise ConfigError(f"--set {arguments.overrides[0]} needs a job: write --model JOB.yaml too")
         job = load_job(arguments.model, arguments.overrides) if arguments.model is not None else None
+        job = check_before_torch(job, address=arguments.address, compression=arguments.compression)
 
         from raytrain_het.jobs.probe import run_probe
         from raytrain_het.jobs.probe_report import show
@@ -288,6 +297,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from raytrain_het.fleet.cores import cpu_limit
     from raytrain_het.jobs import simulation
+    from raytrain_het.jobs.lines import write
     from raytrain_het.sweeps import load_sweep
     from raytrain_het.sweeps.command import sweep_command
     from raytrain_het.testing.throttle import slow_workers
@@ -306,7 +316,7 @@ def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     simulation.check_alone(workers=None, address=arguments.address)
     cores = simulation.fitting_cores(sweep.config.simulate, cpu_limit().cores)
     with slow_workers(cores) as slow:
-        print(simulation.announcement(cores, slow.how), file=sys.stderr, flush=True)
+        write(simulation.announcement(cores, slow.how), sys.stderr)
         return sweep_command(sweep, address="local", at_start=slow, **options)
 
 

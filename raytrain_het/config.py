@@ -134,8 +134,13 @@ class HetConfig:
     """Seed of the data order and of the randomness that belongs to a sample."""
 
     replica_check_steps: int = 50
-    """Every so many steps the replicas' parameters are compared; where they differ (unlike
-    devices) they are re-sent from one member and the drift is recorded. 0 never."""
+    """Within so many steps everything that updates depend on is compared between workers, a part of it in each step:
+    parameters, buffers, optimizer and registered state, settings. A difference is an error that names it. On unlike
+    devices, which round differently, parameters are sent anew from one worker every so many steps. 0 never."""
+
+    check: Literal["rolling", "every_step"] = "rolling"
+    """``every_step`` compares all of it at every step, and the first steps' gradients with those of one process that
+    has the whole batch: slow, to find what goes wrong."""
 
     max_skipped_steps: int = 10
     """So many updates in a row may be skipped for non-finite gradients before the run fails."""
@@ -217,6 +222,10 @@ class HetConfig:
             "true or false, and true with shares='auto' only",
             "Write warm_spares=False.",
         )
+        _require(
+            self.check in ("rolling", "every_step"), "check", self.check, "'rolling' or 'every_step'",
+            "Write check='every_step' to look for an error.",
+        )  # fmt: skip
         for name in ("replica_check_steps", "max_skipped_steps", "seed"):
             value = getattr(self, name)
             _require(_is_whole(value, 0), name, value, "a whole number from 0", f"The default is {_DEFAULTS[name]}.")

@@ -19,6 +19,10 @@ class LoopOrderError(HetError, RuntimeError):
     """The training loop was used in an order that the step does not know."""
 
 
+class NotSupportedError(LoopOrderError, ConfigError):
+    """The program does what is not supported: one row of docs/training.md's table, with a way out."""
+
+
 class NonFiniteGradientError(HetError, ArithmeticError):
     """Gradients were NaN or infinite for too many steps in a row."""
 

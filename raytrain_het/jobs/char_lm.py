@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,30 +18,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import raytrain_het as het
-from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.char_lm_config import CharLMJob
+from raytrain_het.jobs.char_lm_text import library_text, window_starts
 from raytrain_het.jobs.optimizer import make_optimizer
 from raytrain_het.jobs.training_step import TrainingStep
 
 VOCABULARY = 128
 """ASCII; anything else is read as a question mark."""
-
-
-def library_text(max_characters: int | None) -> bytes:
-    """The modules of the standard library, in order of their names, joined."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(path for path in folder.glob("*.py") if path.is_file())
-    if max_characters is None:
-        files += sorted(path for path in folder.glob("*/*.py") if path.parent.name != "site-packages")
-    # What was found when this Python was built differs between builds of the same version.
-    files = [p for p in files if not p.name.startswith("_sysconfigdata") and not p.parent.name.startswith("config-")]
-    text = b"".join(path.read_text("utf-8", "replace").encode("ascii", "replace") for path in files)
-    if not text:
-        raise ConfigError(
-            f"the standard library's source text is not in {folder}: a Python without it cannot train the job "
-            "'char_lm'. Install Python with its sources, or train another job."
-        )
-    return text[:max_characters]
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
@@ -67,32 +47,8 @@ def windows(config: dict[str, Any]) -> tuple[Windows, Windows]:
     """The training part and the held-out fifth, by seed."""
     text = torch.frombuffer(bytearray(library_text(config["max_characters"])), dtype=torch.uint8)
     context = config["context"]
-    starts = np.arange(0, len(text) - context - 1, context)
-    order = np.random.default_rng(config["seed"]).permutation(starts)
-    num_train = len(order) - max(1, len(order) // 5)
-    if num_train < 1:
-        raise ConfigError(
-            f"context={context} leaves {len(order)} windows of {len(text)} characters: allowed are two or more, one "
-            f"to train on and one held out. Write --set context={max(2, (len(text) - 2) // 10)}, or more "
-            "max_characters"
-        )
+    order, num_train = window_starts(len(text), context, config["seed"])
     return Windows(text, order[:num_train], context), Windows(text, order[num_train:], context)
-
-
-def check(job: CharLMJob) -> list[str]:
-    """Read the text before any worker is started, for the sake of early errors; returns what there is to warn of.
-
-    Raises:
-        ConfigError: the text is not there, or too short for the windows.
-    """
-    train_set, _ = windows(job.train_loop_config())
-    rows = len(train_set)
-    if job.global_batch_size <= rows:
-        return []
-    return [
-        f"global_batch_size={job.global_batch_size} is more than the {rows} windows to train on: an epoch is one "
-        f"step. Perhaps --set global_batch_size={max(job.num_workers or 1, rows // 10)}"
-    ]
 
 
 class Block(nn.Module):

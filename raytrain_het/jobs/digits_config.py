@@ -9,6 +9,14 @@ import pydantic
 
 from raytrain_het.jobs.config import JobConfig, OptimizerChoice, check_batch_size
 
+NUM_SAMPLES = 1437
+"""To train on: four fifths of scikit-learn's 1,797 digits."""
+
+
+def num_samples(job: DigitsJob) -> int:
+    """That a job trains on."""
+    return NUM_SAMPLES
+
 
 def _sgd() -> OptimizerChoice:
     return {"sgd": {"momentum": 0.9, "weight_decay": 5e-4}}

@@ -12,6 +12,7 @@ from typing import IO, Any, Protocol
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
+from raytrain_het.jobs.lines import Sentence, show, wrapped, write
 from raytrain_het.jobs.summary import final_tables, to_json, worker_table
 from raytrain_het.ray_train.narration import event_line, number, report_line, told
 
@@ -58,8 +59,10 @@ class PlainDisplay:
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
+        self.began = time.monotonic()
 
     def __enter__(self) -> Display:
+        self.began = time.monotonic()
         return self
 
     def __exit__(
@@ -68,7 +71,7 @@ class PlainDisplay:
         self.stream.flush()
 
     def say(self, line: str) -> None:
-        print(line, file=self.stream, flush=True)
+        write(line, self.stream)
 
     def on_update(self, status: Status, events: Records, reports: Records) -> None:
         for line in told(events, reports):
@@ -79,11 +82,10 @@ class PlainDisplay:
     def say_if_waiting(self, status: Status) -> None:
         waiting = waiting_line(status)
         if waiting is not None:
-            self.say(waiting)
+            self.say(f"{starting_line(time.monotonic() - self.began)}: {waiting}")
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
-        # A fixed width: a file has none, and rich would otherwise cut the tables at 80 columns.
-        Console(file=self.stream, width=120, highlight=False).print(final_tables(summary, folder), soft_wrap=False)
+        show(final_tables(summary, folder), self.stream)
 
     def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
         self.say(line)
@@ -108,16 +110,18 @@ class LiveDisplay:
     """A table that is redrawn in place, with the reports scrolling by above it."""
 
     def __init__(self, stream: IO[str], *, num_events: int = 5) -> None:
-        self.console = Console(file=stream, highlight=False)
-        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self.stream, self.console = stream, Console(file=stream, highlight=False)
+        self.began = time.monotonic()
+        self.status: Status = {}
         self.events: deque[str] = deque(maxlen=num_events)
         self.rate = Rate()
         self.speeds: dict[int, dict[str, Any]] = {}
         """By slot: what was last known, since a worker that has gone has no speed."""
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True, get_renderable=self.picture)
 
     def __enter__(self) -> Display:
+        self.began = time.monotonic()
         self.live.__enter__()
-        self.live.update("starting the workers")
         return self
 
     def __exit__(
@@ -126,18 +130,25 @@ class LiveDisplay:
         self.live.__exit__(kind, error, trace)
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        for part in wrapped(line, self.console.width):
+            self.console.print(part, markup=False, soft_wrap=True)
 
     def on_update(self, status: Status, events: Records, reports: Records) -> None:
         for report in reports:
             self.say(report_line(report))
         self.events.extend(filter(None, map(event_line, events)))
-        self.live.update(self.picture(status))
+        self.status = status
+        self.rate.of(status.get("samples", 0))
 
-    def picture(self, status: Status) -> RenderableType:
-        """The whole of what is redrawn."""
+    def picture(self, status: Status | None = None) -> RenderableType:
+        """The whole of what is redrawn, a few times a second: seconds count while nothing else happens."""
+        status = self.status if status is None else status
+        waiting = waiting_line(status)
+        if waiting is not None or not (status.get("members") or status.get("generation")):
+            starting = starting_line(time.monotonic() - self.began)
+            return Group(*map(Sentence, [f"{starting}: {waiting}" if waiting else starting, *self.events]))
         rate = self.rate.of(status.get("samples", 0))
-        heading = waiting_line(status) or (
+        heading = (
             f"{status.get('state', 'starting')}: step {status.get('step', 0)}, epoch {status.get('epoch', 0)}, "
             f"{number(round(rate))} samples/s{_together(status)}, generation {status.get('generation', 0)}"
         )
@@ -147,15 +158,20 @@ class LiveDisplay:
             speeds |= {key: member[key] for key in ("score", "lr_scale") if member.get(key) is not None}
             members.append({**member, **speeds, "world_rank": member["slot"]})
         vacant = [f"worker {slot} is not there" for slot in status.get("vacant", ())]
-        return Group(heading, worker_table(members), *vacant, *self.events)
+        return Group(Sentence(heading), worker_table(members), *map(Sentence, [*vacant, *self.events]))
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
         self.live.stop()
-        self.console.print(final_tables(summary, folder))
+        show(final_tables(summary, folder), self.stream)
 
     def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
         self.live.stop()
         self.say(line)
+
+
+def starting_line(seconds: float) -> str:
+    """``starting, 12 s``."""
+    return f"starting, {seconds:.0f} s"
 
 
 def waiting_line(status: Status) -> str | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import traceback
 
-from ray.train import TrainingFailedError
-
 from raytrain_het.errors import HetError
 
 
@@ -16,6 +14,8 @@ def describe(error: BaseException) -> str:
     traceback of this process, which only waited, would bury it. Other errors of this package say
     in their message what is wrong. Anything else is a mistake of ours and shown in full.
     """
+    from ray.train import TrainingFailedError  # Late: a refused job file needs no Ray.
+
     if isinstance(error, TrainingFailedError):
         return f"{str(error).strip()}\n\nraytrain-het: the run failed, the cause is above"
     if isinstance(error, HetError):

@@ -11,6 +11,7 @@ from typing import Any
 
 from raytrain_het.config import HetConfig
 from raytrain_het.jobs.config import JobConfig, Workers
+from raytrain_het.jobs.lines import COLUMNS, wrapped
 from raytrain_het.jobs.validation import shown
 
 _BELOW: dict[str, tuple[str, type]] = {"workers": ("workers.0", Workers), "het": ("het", HetConfig)}
@@ -27,8 +28,11 @@ def _lines(cls: Any, prefix: str) -> Iterator[str]:
         below = _BELOW.get(field.name) if not prefix else None
         if field.name != "het":
             value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            yield f"{prefix}{field.name} = {_default(value)}"
-            yield textwrap.indent(textwrap.fill(" ".join(meanings.get(field.name, "").split()), 100), "    ")
+            yield from wrapped(f"{prefix}{field.name} = {_default(value)}", COLUMNS)
+            meaning = " ".join(meanings.get(field.name, "").split())
+            yield from textwrap.wrap(
+                meaning, COLUMNS, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+            )
         if below is not None:
             yield from _lines(below[1], f"{below[0]}.")
 

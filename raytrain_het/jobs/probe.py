@@ -19,9 +19,10 @@ from raytrain_het.fleet.links import Link, probe_links, slowest_link
 from raytrain_het.fleet.prediction import Advice, Machine, advice
 from raytrain_het.fleet.profile import Profile
 from raytrain_het.jobs.config import JobConfig
+from raytrain_het.jobs.probe_checks import check_before_torch
 from raytrain_het.jobs.probe_places import Handle, Say, call_all, counted, local_workers, ray_workers, this_node
 from raytrain_het.jobs.probe_worker import ProbeWorker
-from raytrain_het.jobs.table import check_data, with_absolute_paths
+from raytrain_het.jobs.table import check_data, with_fitting_batch
 
 SECONDS_EACH = 0.1
 STEP_SECONDS = 2.0
@@ -81,12 +82,11 @@ def run_probe(
         ConfigError: ``compression`` without a job; or the job cannot be measured here.
         ResourceError: the cluster cannot hold its workers.
     """
-    if compression and job is None:
-        raise ConfigError("--compression predicts steps of a job: add --model JOB.yaml")
+    job = check_before_torch(job, address=address, compression=compression)
     if job is not None:
-        job = with_absolute_paths(job)
-        _global_batch_size(job)
-        check_data(job)
+        for note in check_data(job):
+            say(note)
+        job = with_fitting_batch(job)
     if address or os.environ.get("RAY_ADDRESS"):
         from raytrain_het.jobs.ray_session import ray_session
 

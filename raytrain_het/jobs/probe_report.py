@@ -9,17 +9,17 @@ import sys
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from raytrain_het.fleet.codec_advice import CodecAdvice
 from raytrain_het.fleet.links import Link
 from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.fleet.scores import scores
+from raytrain_het.jobs import lines
 from raytrain_het.jobs.probe import BATCH_BOUND, ModelResult, ProbeResult
 from raytrain_het.jobs.summary import jsonable
 
-WIDTH = 100
 HARDWARE_POLICIES = ("flops", "memory_bandwidth")
 
 
@@ -28,9 +28,7 @@ def show(result: ProbeResult, *, as_json: bool) -> None:
     if as_json:
         print(to_json(result))
     else:
-        # Narrower where the terminal is; a fixed width where there is none.
-        width = None if sys.stdout.isatty() else WIDTH
-        Console(width=width, highlight=False).print(tables(result))
+        lines.show(tables(result, lines.columns(sys.stdout)), sys.stdout)
 
 
 def to_json(result: ProbeResult) -> str:
@@ -99,21 +97,29 @@ def _codecs_json(advice: CodecAdvice) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tables(result: ProbeResult) -> RenderableType:
-    """For reading, within ``WIDTH`` columns."""
-    parts: list[RenderableType] = [_device_table(result)]
+def tables(result: ProbeResult, width: int) -> RenderableType:
+    """For reading.
+
+    Args:
+        width: in columns of text. In few, spreads of the devices' figures are left out.
+    """
+    devices = _device_table(result)
+    parts: list[RenderableType] = [devices if lines.fits(devices, width) else _device_table(result, spreads=False)]
     if len(result.devices) > 1:
         parts.append(_score_table(result))
     if result.links:
         parts.append(_link_table(result.links))
     if result.model is not None:
-        parts += [_worker_table(result.model), *_sentences(result.model)]
+        parts += [_worker_table(result.model), *map(lines.Sentence, _sentences(result.model))]
         if result.model.codecs is not None:
-            parts += [_codec_table(result.model.codecs), *_codec_sentences(result.model.codecs)]
+            parts += [_codec_table(result.model.codecs), *map(lines.Sentence, _codec_sentences(result.model.codecs))]
     return Group(*parts)
 
 
-def _device_table(result: ProbeResult) -> Table:
+def _device_table(result: ProbeResult, *, spreads: bool = True) -> Table:
+    def said(measurement: Measurement | None) -> str:
+        return _measured(measurement) if spreads or measurement is None else _si(measurement.median)
+
     table = _table("Devices")
     dtypes = [t for t in ("fp32", "bf16", "fp16") if any(t in d.profile.flops for d in result.devices)]
     has_host = any(d.profile.host_to_device is not None for d in result.devices)
@@ -128,9 +134,9 @@ def _device_table(result: ProbeResult) -> Table:
             device.node,
             _name(profile),
             f"{profile.cores:.3g}",
-            *(_measured(profile.flops.get(dtype)) for dtype in dtypes),
-            _measured(profile.memory_bandwidth),
-            *([_measured(profile.host_to_device)] if has_host else []),
+            *(said(profile.flops.get(dtype)) for dtype in dtypes),
+            said(profile.memory_bandwidth),
+            *([said(profile.host_to_device)] if has_host else []),
         )
     return table
 
@@ -166,17 +172,17 @@ def _name(profile: Profile) -> str:
 
 
 def _worker_table(model: ModelResult) -> Table:
-    table = _table(f"Job {model.job.kind!r} at a global batch of {model.global_batch_size}, as predicted")
+    table = _table(f"Job {model.job.kind!r} at a global batch of {model.global_batch_size}, predicted")
     table.add_column("worker", justify="right")
     table.add_column("node", overflow="fold")
-    for name in ("device", "threads", "step ms, b samples", "samples/s alone", "score", "share", "gain"):
-        table.add_column(name, justify="left" if name == "device" else "right")
+    for name in ("device,\nthreads", "step ms,\nb samples", "samples/s\nalone", "score", "share", "gain"):
+        table.add_column(name, justify="left" if name.startswith("device") else "right", no_wrap=True, overflow="fold")
     by_worker, given = _step_scores(model), model.advice
     for i, worker in enumerate(model.workers):
         cost = worker.profile.step
         assert cost is not None
         table.add_row(
-            str(i), worker.node, worker.profile.device, str(worker.profile.num_threads),
+            str(i), worker.node, f"{worker.profile.device}, {worker.profile.num_threads}",
             f"{_rate(1000 * cost.fixed_s)} + {_rate(1000 * cost.per_sample_s)} b", _rate(given.solo_samples_per_s[i]),
             f"{by_worker[i]:.3g}", str(given.prediction.shares[i]),
             "-" if math.isinf(given.gains[i]) else f"{given.gains[i]:.3g}",
@@ -185,15 +191,15 @@ def _worker_table(model: ModelResult) -> Table:
 
 
 def _codec_table(advice: CodecAdvice) -> Table:
-    table = _table("Codecs, if all workers used one: bytes are what the busiest worker sends in a step")
+    table = _table("Codecs, if all workers used one; bytes: what the busiest sends in a step")
     table.add_column("codec", overflow="fold")
-    for name in ("bytes", "step ms", "of it messages", "loses of a message", "shorter steps below B/s"):
+    for name in ("bytes", "step\nms", "of it\nmessages", "loses of\na message", "shorter steps\nbelow B/s"):
         table.add_column(name, justify="right")
     for word, prediction in advice.by_codec.items():
         below = advice.break_even.get(word)
         error = max(costs[word].error for costs in advice.fleet.costs)
         table.add_row(
-            word, _si(max(prediction.num_bytes)), f"{1000 * prediction.step_s:.4g}",
+            word.replace("(", "\n("), _si(max(prediction.num_bytes)), f"{1000 * prediction.step_s:.4g}",
             f"{1000 * prediction.exchange_s:.3g}", f"{error:.2g}", "-" if below is None else _si(below),
         )  # fmt: skip
     return table
@@ -207,28 +213,28 @@ def _codec_sentences(advice: CodecAdvice) -> list[str]:
 
 def _sentences(model: ModelResult) -> list[str]:
     given, prediction = model.advice, model.advice.prediction
-    lines = [
+    found = [
         f"together {_rate(prediction.samples_per_s)} samples/s, {given.fraction_of_aggregate:.0%} of the sum of their "
         f"solo speeds: a step of {1000 * prediction.step_s:.4g} ms, of which communication "
         f"{1000 * prediction.communication_s:.3g} ms, and waiting for whoever happens to be slowest "
         f"{1000 * prediction.chance_s:.3g} ms",
     ]
     if len(model.workers) > 1:
-        lines.append("gain: throughput with the worker over throughput without it")
+        found.append("gain: throughput with the worker over throughput without it")
     for i in given.costs_more:
         worker = model.workers[i]
-        lines.append(f"worker {i} ({worker.profile.device} on {worker.node}) costs more than it gives: leave it out")
+        found.append(f"worker {i} ({worker.profile.device} on {worker.node}) costs more than it gives: leave it out")
     if given.costs_more:
-        lines.append(f"without: {_rate(given.without_them.samples_per_s)} samples/s")
+        found.append(f"without: {_rate(given.without_them.samples_per_s)} samples/s")
     edge = given.best_batch_size >= BATCH_BOUND * model.global_batch_size
-    lines.append(
+    found.append(
         f"best global batch up to {BATCH_BOUND} times the job's: {given.best_batch_size}"
         f"{' or more' if edge else ''}, with "
         f"{_rate(given.best_samples_per_s)} samples/s; {given.enough_batch_size} gives 95 % of it or more"
     )
     if model.job.het.shares != "auto":
-        lines.append("predicted with shares that follow the speeds; this job's own stay: write --set het.shares=auto")
-    return lines
+        found.append("predicted with shares that follow the speeds; this job's own stay: write --set het.shares=auto")
+    return found
 
 
 def _scores(result: ProbeResult) -> dict[str, dict[int, float]]:

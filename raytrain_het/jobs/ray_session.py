@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,17 @@ def check_address(address: str | None) -> str:
     except OSError as error:
         raise ConfigError(f"--address {address}: no Ray cluster at {host}:{port} ({error}). {_ALLOWED}") from None
     return address
+
+
+def check_before_ray(address: str | None) -> None:
+    """The same before Ray is loaded, which takes seconds. A Ray that this process is connected to needs no address.
+
+    Raises:
+        ConfigError: as :func:`check_address`.
+    """
+    loaded = sys.modules.get("ray")
+    if loaded is None or not loaded.is_initialized():
+        check_address(address)
 
 
 def _first_line(error: BaseException) -> str:

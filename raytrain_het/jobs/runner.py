@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,31 +16,16 @@ from raytrain_het.errors import CheckpointError, ConfigError
 from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.display import Display
-from raytrain_het.jobs.ray_session import is_local, ray_session
-from raytrain_het.jobs.table import KINDS, check_data, with_absolute_paths
+from raytrain_het.jobs.interrupted import Interrupted, interruptible
+from raytrain_het.jobs.ray_session import check_before_ray, is_local, ray_session
+from raytrain_het.jobs.table import KINDS, check_data, glance_at_data, with_absolute_paths, with_fitting_batch
 from raytrain_het.jobs.trainer import AtStart, make_trainer, num_cpus, write_job
 from raytrain_het.jobs.validation import plural, shown
 from raytrain_het.jobs.yaml_file import read_yaml
-from raytrain_het.ray_train.run_folder import LastCheckpoint, last_checkpoint_of
-from raytrain_het.ray_train.storage import check_writable as storage_of
-from raytrain_het.ray_train.storage import write_some
+from raytrain_het.ray_train.disk import write_some
 
-
-class Interrupted(Exception):
-    """The run was ended by a signal.
-
-    Args:
-        exit_code: What the process should end with: 128 and the signal's number.
-
-    Attributes:
-        hint: How to go on, where there is a checkpoint.
-    """
-
-    hint: str = ""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(exit_code)
-        self.exit_code = exit_code
+if TYPE_CHECKING:
+    from raytrain_het.ray_train.run_folder import LastCheckpoint
 
 
 def run_job(
@@ -58,12 +40,19 @@ def run_job(
         ConfigError: The job cannot run here; nothing was started.
         Interrupted: Ctrl-C or SIGTERM; the workers are gone.
     """
+    # What needs neither torch nor Ray comes first: loading them takes seconds, which a typo need not wait for.
     job = resolve(job)
-    assert job.name is not None
+    check_before_ray(address)
+    glance_at_data(job)
     check_reuse(job)
     notes = check_data(job)
+    job = with_fitting_batch(job)
     if "://" in job.storage:
         _check_remote(job)
+
+    from raytrain_het.ray_train.run_folder import last_checkpoint_of
+
+    assert job.name is not None
     folder = f"{job.storage}/{job.name}"
     last = last_checkpoint_of(job.storage, job.name)
     about = {"name": job.name, "run_folder": folder}
@@ -72,8 +61,8 @@ def run_job(
         summary = about | _of_complete_run(last)
         display.end_at_once(
             summary,
-            f"{job.name} is complete ({last.epoch} of {epochs} epochs, {last.path}): nothing left to do. "
-            f"More epochs: --set epochs={2 * last.epoch}; afresh: another --name",
+            f"{job.name} is complete ({last.epoch} of {epochs} epochs): nothing left to do.\n"
+            f"More epochs: --set epochs={2 * last.epoch}; afresh: another --name\nlast checkpoint: {last.path}",
         )
         return summary
     started = False
@@ -163,6 +152,8 @@ def check_writable(storage: Path) -> None:
 def _check_remote(job: JobConfig) -> None:
     import ray.train
 
+    from raytrain_het.ray_train.storage import check_writable as storage_of
+
     try:
         storage_of(ray.train.RunConfig(name=job.name, storage_path=job.storage))
     except CheckpointError as error:
@@ -183,6 +174,9 @@ def check_reuse(job: JobConfig) -> None:
     folder = Path(job.storage) / job.name
     if "://" in job.storage or not folder.is_dir():
         return
+
+    from raytrain_het.ray_train.run_folder import last_checkpoint_of
+
     has_checkpoint = last_checkpoint_of(job.storage, job.name) is not None
     try:
         before = read_yaml(folder / "job.yaml")
@@ -215,24 +209,3 @@ def _free_name(kind: str, storage: str) -> str:
     name = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (name if i == 1 else f"{name}-{i}" for i in range(1, 1000))
     return next(n for n in names if not os.path.exists(os.path.join(storage, n)))
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Turn every way in which a signal ends a run into ``Interrupted``.
-
-    Ray Train puts a handler of its own in place while it runs, which aborts the controller and then
-    leaves by ``sys.exit(0)``; Ray's for SIGTERM leaves by ``sys.exit(15)``.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT) if in_main else None
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(128 + signal.SIGINT) from None
-    except SystemExit as leave:
-        # By way of Ray's Ctrl-C handler the status is 0 or 1, and says nothing.
-        raise Interrupted(128 + (signal.SIGTERM if leave.code == signal.SIGTERM else signal.SIGINT)) from None
-    finally:
-        if in_main:
-            signal.signal(signal.SIGINT, before)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.lines import show as write_table
 from raytrain_het.jobs.validation import shown
 from raytrain_het.optim import SCHEDULES, Schedule, schedule_of
 from raytrain_het.ray_train.narration import number
 
 POINTS_PER_EPOCH = 50
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps", ".pgf", ".gif")
 _BAR = 30
 
 
@@ -66,7 +68,7 @@ def show(schedules: dict[str, Schedule], *, epochs: int, lr: float, as_json: boo
         if alone:
             row.append("█" * round(_BAR * alone[k][1] / highest) if highest else "")
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    write_table(table, sys.stdout)
 
 
 def draw(schedules: dict[str, Schedule], *, epochs: int, lr: float, out: str) -> None:
@@ -75,6 +77,7 @@ def draw(schedules: dict[str, Schedule], *, epochs: int, lr: float, out: str) ->
     Raises:
         ConfigError: matplotlib is not there, or the file cannot be written.
     """
+    check_picture(out)
     curves = {
         name: rates(schedule, epochs=epochs, lr=lr, per_epoch=POINTS_PER_EPOCH) for name, schedule in schedules.items()
     }
@@ -84,6 +87,18 @@ def draw(schedules: dict[str, Schedule], *, epochs: int, lr: float, out: str) ->
     axes.set(xlabel="epochs done", ylabel="learning rate", xlim=(0, epochs), ylim=(0, None))
     axes.legend()
     save(figure, out)
+
+
+def check_picture(out: str) -> None:
+    """Refuse a name of no kind of picture, before matplotlib is loaded.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if Path(out).suffix not in PICTURES:
+        raise ConfigError(f"--out {out}: allowed is a name that ends with {', '.join(PICTURES)}. Write --out x.png")
+    if not Path(out).absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {Path(out).absolute().parent}. Write --out x.png")
 
 
 def new_figure(**options: Any) -> tuple[Any, Any]:

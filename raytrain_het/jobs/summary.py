@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from raytrain_het.jobs.lines import Sentence
 from raytrain_het.ray_train.narration import number
 
 RUN_KEYS = (
@@ -100,8 +101,9 @@ def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
         if together and predicted:
             totals += f", at last {number(together)} samples/s ({number(predicted)} were predicted)"
     return Group(
-        worker_table(summary["workers"]), "", metrics, totals, checkpoint_line(summary), f"run folder: {folder}"
-    )
+        worker_table(summary["workers"]), "", metrics,
+        *map(Sentence, (totals, checkpoint_line(summary), f"run folder: {folder}")),
+    )  # fmt: skip
 
 
 def checkpoint_line(summary: Mapping[str, Any]) -> str:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from raytrain_het.jobs.training_step import TrainingStep
 
 
+STEPS_PER_EPOCH = 10
+"""With a batch that is chosen since the one that was asked for is larger than the data."""
+MANY_WORKERS = 64
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobKind:
     """One built-in job."""
@@ -47,9 +52,15 @@ class JobKind:
     path_keys: tuple[str, ...] = ()
     """Fields that name a file, or a URI. Workers have other working directories: a path is made absolute."""
 
+    glance: str | None = None
+    """A function that takes the job and sees whether its data is there at all, in a moment, without torch and Ray."""
+
     check: str | None = None
-    """A function that takes the job and looks at its data before any worker is started. It returns what there is to
-    warn of, a line each."""
+    """A function that takes the job and looks at its data before any worker is started, without torch and Ray. It
+    returns what there is to warn of, a line each."""
+
+    num_samples: str | None = None
+    """A function that takes a job whose data was checked, to the number of samples that it trains on."""
 
 
 KINDS: dict[str, JobKind] = {
@@ -59,6 +70,7 @@ KINDS: dict[str, JobKind] = {
         make_step="raytrain_het.jobs.digits:make_step",
         requires=("sklearn",),
         optimizer_keys=("lr", "optimizer"),
+        num_samples="raytrain_het.jobs.digits_config:num_samples",
     ),
     "tabular": JobKind(
         config="raytrain_het.jobs.tabular_config:TabularJob",
@@ -67,7 +79,9 @@ KINDS: dict[str, JobKind] = {
         model_keys=("task", "model", "hidden", "data", "target", "features", "columns", "rows"),
         optimizer_keys=("lr", "optimizer", "l1", "l2"),
         path_keys=("data",),
-        check="raytrain_het.jobs.tabular:check",
+        glance="raytrain_het.jobs.tabular_check:glance",
+        check="raytrain_het.jobs.tabular_check:check",
+        num_samples="raytrain_het.jobs.tabular_check:num_samples",
     ),
     "char_lm": JobKind(
         config="raytrain_het.jobs.char_lm_config:CharLMJob",
@@ -75,7 +89,8 @@ KINDS: dict[str, JobKind] = {
         make_step="raytrain_het.jobs.char_lm:make_step",
         model_keys=("context", "layers", "heads", "width", "max_characters"),
         optimizer_keys=("lr", "optimizer"),
-        check="raytrain_het.jobs.char_lm:check",
+        check="raytrain_het.jobs.char_lm_text:check",
+        num_samples="raytrain_het.jobs.char_lm_text:num_samples",
     ),
 }
 
@@ -172,7 +187,53 @@ def check_data(job: JobConfig) -> list[str]:
         ConfigError: The data is not there, or is not what the job needs.
     """
     check = KINDS[job.kind].check
-    return list(_import(check)(job)) if check is not None else []
+    notes = list(_import(check)(job)) if check is not None else []
+    batch = _fitting_batch(job)
+    if batch is not None:
+        notes.append(
+            f"global_batch_size={_batch(job)} is more than the {_num_samples(job)} samples to train on: {batch} are "
+            f"taken, so that an epoch has several steps. Another number: --set global_batch_size={batch}"
+        )
+    return notes
+
+
+def glance_at_data(job: JobConfig) -> None:
+    """See whether a job's data is there at all, and has the columns that it names: in a moment.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    glance = KINDS[job.kind].glance
+    if glance is not None:
+        _import(glance)(job)
+
+
+def with_fitting_batch(job: JobConfig) -> JobConfig:
+    """The job, with a tenth of its samples in a batch if they are fewer than a batch: one step an epoch would hardly
+    train. The data has been checked."""
+    batch = _fitting_batch(job)
+    fields: dict[str, Any] = {"global_batch_size": batch}
+    return job if batch is None else dataclasses.replace(job, **fields)
+
+
+def _fitting_batch(job: JobConfig) -> int | None:
+    """Another batch size than the job's; None where its own is no larger than the data."""
+    samples, batch = _num_samples(job), _batch(job)
+    if samples is None or batch is None or batch <= samples:
+        return None
+    # How many workers `auto` will find is not known yet; each needs a sample.
+    least = job.num_workers or min(samples, MANY_WORKERS)
+    fitting = max(least, samples // STEPS_PER_EPOCH)
+    return fitting if fitting != batch else None
+
+
+def _batch(job: JobConfig) -> int | None:
+    return getattr(job, "global_batch_size", None)
+
+
+def _num_samples(job: JobConfig) -> int | None:
+    count = KINDS[job.kind].num_samples
+    return None if count is None else int(_import(count)(job))
 
 
 def config_class(kind: str) -> type[JobConfig]:

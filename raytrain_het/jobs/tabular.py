@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import ray.train.torch
 import torch
 from torch import Tensor, nn
@@ -13,45 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
-from raytrain_het.jobs.tabular_config import TabularJob
-from raytrain_het.jobs.tabular_data import Source, TableData, open_table
+from raytrain_het.jobs.tabular_check import source_of
+from raytrain_het.jobs.tabular_data import TableData, open_table
 from raytrain_het.jobs.training_step import TrainingStep
-from raytrain_het.jobs.validation import plural
 from raytrain_het.optim import optimizer_of
-
-
-def source_of(config: dict[str, Any]) -> Source:
-    """Which table a job reads."""
-    features = config["features"]
-    return Source(
-        data=config["data"], rows=config["rows"], columns=config["columns"], target=config["target"],
-        features=tuple(features) if features is not None else None, task=config["task"], seed=config["seed"],
-    )  # fmt: skip
-
-
-def check(job: TabularJob) -> list[str]:
-    """Read the table before any worker is started, for the sake of early errors; returns what there is to warn of.
-
-    Raises:
-        ConfigError: see :func:`raytrain_het.jobs.tabular_data.open_table`.
-    """
-    table = open_table(source_of(job.train_loop_config()))
-    rows, notes = table.num_train, []
-    if job.global_batch_size > rows:
-        smaller = max(job.num_workers or 1, rows // 10)
-        notes.append(
-            f"global_batch_size={job.global_batch_size} is more than the {rows} rows to train on: an epoch is one "
-            f"step. Perhaps --set global_batch_size={smaller}"
-        )
-    if table.classes is not None:
-        seen = np.bincount(table.y[:rows], minlength=len(table.classes))
-        unseen = [name for name, count in zip(table.classes, seen, strict=True) if not count]
-        if unseen:
-            notes.append(
-                f"only the held-out part has {plural(len(unseen), 'value')} of the target {table.target!r} "
-                f"({', '.join(map(repr, unseen[:5]))}), which cannot be learnt: merge rare values, or drop their rows"
-            )
-    return notes
 
 
 def build_model(config: dict[str, Any], table: TableData) -> nn.Module:

@@ -11,7 +11,6 @@ from typing import Any
 
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.table import train_function
-from raytrain_het.ray_train.run_folder import write_whole
 
 AtStart = Callable[[int], None]
 """Called in a worker, with its world rank, before the training function; picklable."""
@@ -19,6 +18,8 @@ AtStart = Callable[[int], None]
 
 def write_job(job: JobConfig) -> None:
     """The resolved job beside what the trainer writes: ``raytrain-het train <folder>/job.yaml`` goes on with it."""
+    from raytrain_het.ray_train.run_folder import write_whole
+
     assert job.name is not None
     if "://" not in job.storage:
         write_whole(Path(job.storage) / job.name / "job.yaml", job.to_yaml())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -39,7 +40,9 @@ def build(cls: type[T], data: dict[str, Any], *, source: Callable[[str], str] = 
     problems = [(path, text) for path, text in _structure(cls, data, ())]
     if not problems:
         try:
-            return pydantic.TypeAdapter(cls).validate_python(data)
+            kind: Any = cls
+            found: T = _adapter(kind).validate_python(data)
+            return found
         except pydantic.ValidationError as error:
             problems = [_explain(cls, details) for details in error.errors(include_url=False)]
             # A list whose item is wrong is also "too short" to pydantic: the deeper mistake is the one.
@@ -49,6 +52,12 @@ def build(cls: type[T], data: dict[str, Any], *, source: Callable[[str], str] = 
     lines = {path: f"{source(dotted(path))}{text}" for path, text in reversed(problems)}
     lines = {path: lines[path] for path, _ in problems}
     raise ConfigError("\n".join(dict.fromkeys(lines.values())))
+
+
+@functools.cache
+def _adapter(cls: Any) -> pydantic.TypeAdapter[Any]:
+    """Made once: a sweep checks thousands of jobs."""
+    return pydantic.TypeAdapter(cls)
 
 
 def shown(value: Any) -> str:
@@ -168,6 +177,7 @@ def _walk(cls: Any, loc: tuple[Any, ...]) -> tuple[Where, Any, dataclasses.Field
     return tuple(path), kind, field
 
 
+@functools.cache
 def _fields(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytrain_het.membership.audit import difference
 from raytrain_het.membership.merging import add_up, mixed_up, reduce_metrics
 from raytrain_het.membership.passing import Order, Passing, order
 
@@ -136,6 +137,10 @@ class ReportBook:
             if waiting and any(s in slots and p.get("holds_snapshot") for s, p in report.parts.items()):
                 break
             del self._open[key]
+            audits = {slot: part["audit"] for slot, part in report.parts.items() if "audit" in part}
+            if len(audits) > 1 and (what := difference(audits)) is not None:
+                ready.append({"step": report.step, "differs": what})
+                continue  # It is told to nobody: its checkpoint is not a good one.
             parts = [report.parts[s] for s in sorted(report.parts)]
             entry = {
                 "seq": self._next_seq, "key": key, "step": report.step, "epoch": report.epoch,

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain_het.fleet.profile import Profile
+from raytrain_het.membership import audit
 from raytrain_het.membership.evaluation_book import EvaluationBook
 from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.peers import Peer
@@ -66,6 +67,7 @@ class Hub:
         self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
         self._core.under_way = lambda: self._reports.are_under_way(self._slots())
         self._evaluations = EvaluationBook()
+        self._audits = audit.AuditBook()
         self._warned = self._misused = False
         """About calls that not all workers make: said once, or the run has failed by it."""
         self._writers: dict[str, int] = {}
@@ -86,8 +88,10 @@ class Hub:
     # ---------------------------------------------------------------- for whoever hosts it
 
     def address(self) -> dict[str, Any]:
-        """Where members find it."""
-        return {"host": self.settings.host, "port": self._port, "token": self.token}
+        """Where members find it, and which run it serves."""
+        return {
+            "host": self.settings.host, "port": self._port, "token": self.token, "run": self.settings.run_id,
+        }  # fmt: skip
 
     def slot_lost(self, slot: int, reason: str) -> None:
         """Ray's word that the worker in a slot is dead."""
@@ -281,6 +285,14 @@ class Hub:
                 self._reports.checkpoint_stored(m["key"], m["path"], m["error"])
                 if m["path"] is not None:
                     self._note_checkpoint(m["path"], m["cursor"])
+            case "audit":
+                if core.record is not None and m["generation"] == core.record.number:
+                    slots = [p.member.slot for p in core.peers.values() if p.healed and not p.fresh]
+                    if (what := self._audits.add(slot, m, slots)) is not None:
+                        core.replicas_differ(audit.message(m["step"], what), now)
+            case "claim":
+                if (what := self._audits.claim(slot, m["name"], m["value"])) is not None:
+                    core.replicas_differ(audit.message(m["step"], what), now)
             case "evaluate":
                 reply = self._evaluations.next(
                     f"{core.life}/{m['key']}", m["num_chunks"], uid, m["result"], m.get("error")
@@ -315,6 +327,10 @@ class Hub:
                 self._writers[key] = slot
                 self._send(by_slot[slot], {"type": "write", "key": key, "uids": self._reports.uids(key)})
         for report in self._reports.settle(slots, ended=self._core.over):
+            if "differs" in report:
+                self._core.replicas_differ(audit.message(report["step"], report["differs"]), self._clock.now())
+                self._send_all()
+                continue
             report["time"] = time.time()
             report["fraction_of_aggregate"] = fraction_of_aggregate(self._tables, self._core.record)
         self._let_leave()

@@ -344,6 +344,14 @@ class Membership:
         self._forget(uid, "its training function raised")
         self._fail(f"the training function of worker {peer.member.slot} raised:\n{error}", now)
 
+    def replicas_differ(self, message: str, now: float) -> None:
+        """Members have looked at their replicas and found that they are not the same: the run ends."""
+        if self.failure is None:
+            self.failure = message
+            self._log("failed", now, message=message)
+            for uid in self.peers:
+                self._send(uid, type="mismatch", message=message)
+
     def broken(self, error: str, now: float, about: str = "") -> None:
         """The caller has come upon an error in here, or around it: the run ends, as nobody knows what was half done."""
         if self.failure is None:

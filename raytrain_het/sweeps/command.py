@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.jobs import lines
 from raytrain_het.jobs.trainer import AtStart
-from raytrain_het.sweeps.driver import run_sweep, sweeps_in
+from raytrain_het.sweeps.folders import check_before_ray, sweeps_in
 from raytrain_het.sweeps.sweep import Sweep
+
+if TYPE_CHECKING:
+    from raytrain_het.sweeps.results import Results
+
+
+def run_sweep(sweep: Sweep, **options: Any) -> Results:
+    """:func:`raytrain_het.sweeps.driver.run_sweep`, loaded here: Ray Tune takes seconds, which a typo need not wait."""
+    from raytrain_het.sweeps.driver import run_sweep as run
+
+    return run(sweep, **options)
 
 
 def sweep_command(
@@ -29,21 +40,20 @@ def sweep_command(
             f"{', '.join(there) or 'none'}. Write --name {there[0] if there else 'mine'}, or --storage"
         )
     name = f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_before_ray(sweep, name=name, resume=resume, address=address)
     results = run_sweep(
         sweep, name=name, resume=resume, address=address, at_start=at_start, retry_failed=retry_failed,
         to_stderr=as_json,
     )  # fmt: skip
-    console = Console(highlight=False, markup=False, stderr=as_json)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, stderr=as_json, width=160)
-    console.print(results.table())
+    stream = sys.stderr if as_json else sys.stdout
+    lines.show(results.table(lines.columns(stream)), stream)
     where = results.folder
     if results.best is None:
         none = "no trial has a value" if sweep.objective.target is None else "no trial has reached the target"
-        console.print(f"{none}: see {where / 'trials.csv'}", soft_wrap=True)
+        lines.write(f"{none}: see {where / 'trials.csv'}", stream)
     else:
-        console.print(f"all trials and epochs: {where}/trials.parquet, epochs.parquet (and .csv)", soft_wrap=True)
-        console.print(f"the best again: raytrain-het train {where / 'best.yaml'}", soft_wrap=True)
+        lines.write(f"all trials and epochs: {where}/trials.parquet, epochs.parquet (and .csv)", stream)
+        lines.write(f"the best again: raytrain-het train {where / 'best.yaml'}", stream)
     if as_json:
         print(results.to_json(), flush=True)
     return 0 if results.best is not None or not results.is_finished else 1

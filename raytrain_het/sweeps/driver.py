@@ -14,13 +14,14 @@ from typing import Any
 from ray import cloudpickle
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.interrupted import Interrupted, interruptible
+from raytrain_het.jobs.lines import write
 from raytrain_het.jobs.ray_session import ray_session
-from raytrain_het.jobs.runner import Interrupted, check_writable, interruptible
 from raytrain_het.jobs.table import check_data
 from raytrain_het.jobs.trainer import AtStart, num_cpus, scaling_of
-from raytrain_het.jobs.validation import plural, shown
-from raytrain_het.jobs.yaml_file import read_yaml
+from raytrain_het.jobs.validation import plural
 from raytrain_het.ray_train.run_folder import write_whole
+from raytrain_het.sweeps.folders import SWEEP, check_before_ray
 from raytrain_het.sweeps.ledger import FILE as LEDGER
 from raytrain_het.sweeps.ledger import Book, Ledger, open_ledger, read_ledger
 from raytrain_het.sweeps.results import Results, read_results
@@ -28,7 +29,6 @@ from raytrain_het.sweeps.runs import OUTCOME
 from raytrain_het.sweeps.sweep import Sweep
 from raytrain_het.sweeps.time_budget import TimeBudget
 
-SWEEP = "sweep.yaml"
 TUNE = "tune"
 """Ray Tune's own folder, below the sweep's."""
 _ENVIRONMENT = {
@@ -70,7 +70,7 @@ def run_sweep(
         raise ConfigError(
             "simulate: that is for the command line: write run_sweep(..., at_start=...) for what slows down"
         )
-    folder = folder_of(sweep, name, resume=resume)
+    folder = check_before_ray(sweep, name=name, resume=resume, address=address)
     notes = list(dict.fromkeys(note for job in sweep.jobs_by_data() for note in check_data(job)))
     say = _teller(to_stderr)
     budget = TimeBudget(sweep.config.time_budget_s)
@@ -84,8 +84,8 @@ def run_sweep(
                 _write_files(sweep, folder)
                 tuner = make_tuner(sweep, folder, at_once, at_start=at_start)
             say(
-                f"sweep folder: {folder}\n{plural(sweep.num_trials, 'trial')}, {at_once} at once; watch them with: "
-                f"tensorboard --logdir {folder}"
+                f"sweep folder: {folder}\n{plural(sweep.num_trials, 'trial')}, {at_once} at once; watch them with:\n"
+                f"  tensorboard --logdir {folder}"
             )
             open_ledger(Book(folder, sweep.objective, sweep.num_trials, to_stderr))
             with budget:
@@ -106,48 +106,6 @@ def run_sweep(
             say(f"the time budget of {budget.seconds:g} s is used up; {go_on}")
     results.write()
     return results
-
-
-def folder_of(sweep: Sweep, name: str, *, resume: bool) -> Path:
-    """Where a sweep goes.
-
-    Raises:
-        ConfigError: it cannot be written, or there is a sweep already, or none to go on with.
-    """
-    if "://" in sweep.config.storage:
-        raise ConfigError(
-            f"--storage {sweep.config.storage}: a sweep's folder is read and written by all its trials: allowed is a "
-            "folder that all nodes share. Write --storage sweeps"
-        )
-    storage = Path(sweep.config.storage).expanduser().resolve()
-    check_writable(storage)
-    folder = storage / (sweep.config.name or name)
-    if resume:
-        _check_resume(sweep, folder)
-    elif folder.exists() and any(folder.iterdir()):
-        fix = "--resume to go on with it, or another --name" if (folder / SWEEP).exists() else "another --name"
-        raise ConfigError(f"{folder} is there already. Write {fix}")
-    return folder
-
-
-def sweeps_in(storage: Path) -> list[str]:
-    """The names of the sweeps in a folder."""
-    return sorted(path.parent.name for path in storage.expanduser().glob(f"*/{SWEEP}"))
-
-
-def _check_resume(sweep: Sweep, folder: Path) -> None:
-    if not (folder / SWEEP).exists():
-        there = sweeps_in(folder.parent)
-        hint = f"--name with one of {', '.join(there)}" if there else "the same without --resume"
-        raise ConfigError(f"--resume: there is no sweep in {folder}. Write {hint}")
-    for file, text in sweep.files().items():
-        before, now = read_yaml(folder / file), _loaded(text)
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                raise ConfigError(
-                    f"--resume: {folder / file} has {key}: {shown(before.get(key))}, now it is {shown(now.get(key))}. "
-                    "Write it as it was, or another --name without --resume"
-                )
 
 
 def max_concurrent(sweep: Sweep) -> int:
@@ -256,13 +214,6 @@ def _write_files(sweep: Sweep, folder: Path) -> None:
         write_whole(folder / file, text)
 
 
-def _loaded(text: str) -> dict[str, Any]:
-    import yaml
-
-    data: dict[str, Any] = yaml.safe_load(text)
-    return data
-
-
 def _cpus(sweep: Sweep) -> float:
     return max(map(num_cpus, sweep.jobs_by_workers())) * (sweep.config.max_concurrent or 1)
 
@@ -270,7 +221,7 @@ def _cpus(sweep: Sweep) -> float:
 def _teller(to_stderr: bool) -> Callable[[str], None]:
     import sys
 
-    return lambda text: print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+    return lambda text: write(text, sys.stderr if to_stderr else sys.stdout)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 from ray import tune
 
+from raytrain_het.jobs.lines import write
 from raytrain_het.ray_train.narration import number
 from raytrain_het.ray_train.run_folder import append_lines
 from raytrain_het.sweeps.objective import Objective
@@ -164,7 +165,7 @@ class Ledger(tune.Callback):
             entries = read_ledger(_open[0].folder)
             self._numbers = {key: entry.number for key, entry in entries.items()}
         stream = sys.stderr if _open[0].to_stderr else sys.stdout
-        print(f"trial {self._numbers[trial.trial_id]} {text}", file=stream, flush=True)
+        write(f"trial {self._numbers[trial.trial_id]} {text}", stream)
 
 
 def said(settings: Mapping[str, Any]) -> str:

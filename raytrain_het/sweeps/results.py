@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.text import Text
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
+from raytrain_het.jobs.lines import COLUMNS, Sentence, fits
 from raytrain_het.jobs.summary import jsonable, size
 from raytrain_het.jobs.validation import shown
 from raytrain_het.ray_train.narration import number
@@ -30,6 +31,8 @@ from raytrain_het.sweeps.sweep_file import load_sweep
 
 SEED = "het.seed"
 NUM_FINALISTS = 3
+_LEAST_NEEDED = ("wall s", "sent")
+"""Of the figures in a table: what goes first where it is too wide."""
 _COUNTS = ("epoch", "step", "samples", "bytes_sent")
 
 
@@ -95,28 +98,49 @@ class Results:
             allow_nan=False,
         )  # fmt: skip
 
-    def table(self) -> RenderableType:
-        """For a terminal."""
-        objective, paths = self.sweep.objective, [d.path for d in self.sweep.dimensions]
-        table = Table(
-            title=f"Trials, best first by {objective.name}", title_justify="left", box=box.SIMPLE, pad_edge=False
-        )
-        for name in ("trial", *paths, objective.name, *_others(objective.name, self), "epochs", "s", "wall s", "sent"):
-            table.add_column(name, justify="right", overflow="fold")
-        table.add_column("")
-        for row in self.trials.to_dict("records"):
-            figures = [row["value"], *(row.get(name) for name in _others(objective.name, self))]
-            sent = row.get("bytes_sent")
-            cells = [
-                str(row["trial"]), *(_said(row.get(path)) for path in paths), *map(_said, figures),
-                _said(row.get("epoch")), _said(row.get("seconds")), f"{row['wall_s']:.0f}",
-                size(sent) if _known(sent) else "-", _remark(row),
-            ]  # fmt: skip
-            table.add_row(*map(Text, cells))
+    def table(self, width: int = COLUMNS) -> RenderableType:
+        """For reading, in so many columns of text: what does not fit is left out, and said to be.
+
+        Args:
+            width: of the terminal.
+        """
+        figures = [*_others(self.sweep.objective.name, self), "epochs", "s", "wall s", "sent"]
+        left_out: list[str] = []
+        while not fits(table := self._table([f for f in figures if f not in left_out]), width):
+            rest = [name for name in _LEAST_NEEDED if name in figures and name not in left_out] or [
+                name for name in reversed(figures) if name not in left_out
+            ]
+            if not rest:
+                break  # Settings and the value stay, however many lines they take.
+            left_out.append(rest[0])
         counts = ", ".join(f"{n} {status}" for status, n in self.num_by_status.items() if n)
         failed = self.trials[self.trials["status"] == "failed"]
         errors = [f"trial {n} failed: {last_line(e)}" for n, e in zip(failed["trial"], failed["error"], strict=True)]
-        return Group(table, *map(Text, [*errors, counts, *_by_seed(self)]))
+        narrow = [f"not shown for want of room: {', '.join(left_out)}"] if left_out else []
+        return Group(table, *map(Sentence, [*narrow, *errors, counts, *_by_seed(self)]))
+
+    def _table(self, figures: Sequence[str]) -> Table:
+        """With these figures besides the settings and the value."""
+        objective, paths = self.sweep.objective, [d.path for d in self.sweep.dimensions]
+        table = Table(
+            title=f"Trials, best first by {objective.name}", title_justify="left", box=box.SIMPLE, pad_edge=False,
+            collapse_padding=True,
+        )  # fmt: skip
+        for name in ("trial", *paths, objective.name, *figures):
+            table.add_column(name.replace(".", ".\n") if len(name) > 12 else name, justify="right", overflow="fold")
+        table.add_column("")
+        for row in self.trials.to_dict("records"):
+            sent = row.get("bytes_sent")
+            known = {
+                "epochs": _said(row.get("epoch")), "s": _said(row.get("seconds")), "wall s": f"{row['wall_s']:.0f}",
+                "sent": size(sent) if _known(sent) else "-",
+            }  # fmt: skip
+            cells = [
+                str(row["trial"]), *(_said(row.get(path)) for path in paths), _said(row["value"]),
+                *(known.get(name) or _said(row.get(name)) for name in figures), _remark(row),
+            ]  # fmt: skip
+            table.add_row(*map(Text, cells))
+        return table
 
 
 def read_results(folder: str | Path) -> Results:

@@ -18,6 +18,7 @@ from ray import tune
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
 from raytrain_het.jobs.failure import describe
+from raytrain_het.jobs.table import with_fitting_batch
 from raytrain_het.jobs.trainer import AtStart, make_trainer, write_job
 from raytrain_het.sweeps.runs import (
     Rows,
@@ -200,6 +201,7 @@ class Trial(RunTrial):
             raise tune.TuneError(outcome["error"])
         if outcome:
             return
+        job = with_fitting_batch(job)
         write_job(job)
         rows = Rows()
         for report in reports:

@@ -87,3 +87,10 @@ def _told(agent: MemberAgent, error: Exception) -> dict[str, Any]:
     return {
         "uid": agent.uid, "slot": agent.member.slot, "text": traceback_of(error), "pickled": packed(error),
     }  # fmt: skip
+
+
+def describe(fn: Any) -> str:
+    """Tells the functions of evaluations apart, the same on every worker: name and line."""
+    code = getattr(fn, "__code__", None)
+    where = f" in line {code.co_firstlineno}" if code is not None else ""
+    return f"{getattr(fn, '__qualname__', type(fn).__qualname__)}{where}"

@@ -18,7 +18,7 @@ class Rates:
 
     Args:
         schedule: gives the factor.
-        plan: the dataset's size, ``N``.
+        plan: the size of each epoch, ``N``.
         num_epochs: of the whole run.
 
     Raises:
@@ -27,11 +27,11 @@ class Rates:
 
     def __init__(self, schedule: Schedule, plan: DataPlan, num_epochs: int) -> None:
         schedule.check_run(num_epochs)
-        self._schedule, self._size, self._num_epochs = schedule, plan.dataset_size, num_epochs
+        self._schedule, self._plan, self._num_epochs = schedule, plan, num_epochs
 
     def factor(self, cursor: Cursor) -> float:
         """Of the step that begins there."""
-        return self._schedule.factor(cursor.epoch + cursor.offset / self._size, self._num_epochs)
+        return self._schedule.factor(self._plan.progress(cursor), self._num_epochs)
 
     def set(self, optimizer: torch.optim.Optimizer, cursor: Cursor) -> None:
         """For the step that begins there.

@@ -6,7 +6,6 @@ Never holds training on a barrier.
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.record import Record
 from raytrain_het.training import checkpoint as files
 from raytrain_het.training.report_keys import Keys
-from raytrain_het.training.state_server import StateServer, ask
+from raytrain_het.training.state_server import StateServer
+from raytrain_het.training.writing import Writer
 
 logger = logging.getLogger("raytrain_het")
 
@@ -47,7 +47,8 @@ class Reporter:
     def __init__(
         self, agent: MemberAgent, server: StateServer, storage: files.Storage, token: Callable[[], str]
     ) -> None:
-        self._agent, self._server, self._storage, self._token = agent, server, storage, token
+        self._agent = agent
+        self._writer = Writer(agent, server, storage, token)
         self._open: dict[str, Report] = {}
         self._confirmed = 0
         self._keys = Keys()
@@ -91,7 +92,7 @@ class Reporter:
         with self._agent.doing.call("report", doing):
             self._agent.wait_for_peers(lambda: report.snapshot is None or self._num_stored_now() < MAX_UNACKNOWLEDGED)
         self._open[report.key] = report
-        self._server.offer(_own_state(report.key), lambda _: own_state)
+        self._writer.offer(report.key, own_state)
         self.send_up_to(self._confirmed)
 
     def _num_stored_now(self) -> int:
@@ -134,7 +135,7 @@ class Reporter:
             for key in message["keys"]:
                 report = self._open.pop(key, None)
                 if report is not None:
-                    self._server.withdraw(_own_state(key))
+                    self._writer.withdraw(key)
             self._agent.condition.notify_all()
 
     def _write_asked(self, message: dict[str, Any]) -> None:
@@ -151,9 +152,8 @@ class Reporter:
         path, error = None, None
         try:
             assert report.snapshot is not None
-            with tempfile.TemporaryDirectory(prefix="het_checkpoint_") as directory:
-                files.write(directory, report.meta, report.snapshot, self._own_states(report, uids))
-                path = self._storage.persist(directory, name)
+            members = [m for m in report.record.members if m.uid in uids]
+            path = self._writer.write(name, report.meta, report.snapshot, members)
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
             logger.warning("the checkpoint of step %d could not be stored, the run goes on: %s", report.step, error)
@@ -161,17 +161,3 @@ class Reporter:
         cursor = report.meta["cursor"]
         report.stored = {"key": report.key, "path": path, "error": error, "cursor": cursor}
         self._agent.tell("stored", **report.stored)
-
-    def _own_states(self, report: Report, uids: list[str]) -> dict[int, dict[str, Any]]:
-        states = {}
-        for member in (m for m in report.record.members if m.uid in uids):
-            gone = lambda uid=member.uid: self._agent.record is None or self._agent.record.rank_of(uid) is None  # noqa: E731
-            own = ask(member.host, member.state_port, self._token(), _own_state(report.key), give_up=gone)
-            if own is not None:
-                states[member.slot] = own
-        return states
-
-
-def _own_state(key: str) -> str:
-    """Under which name a worker's own state is asked for. No name is the beginning of another one."""
-    return f"worker.{key}/"

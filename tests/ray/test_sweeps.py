@@ -17,7 +17,7 @@ from ray_waiting import eventually, free
 
 from raytrain_het.jobs.config import Workers
 from raytrain_het.sweeps import SweepConfig, load_sweep, make_sweep, run_sweep
-from raytrain_het.sweeps.driver import folder_of
+from raytrain_het.sweeps.folders import folder_of
 from raytrain_het.sweeps.ledger import read_ledger
 from raytrain_het.sweeps.runs import read_reports
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs import char_lm
+from raytrain_het.jobs import char_lm, char_lm_text
 from raytrain_het.jobs.table import check_data, load_job
 
 JOB = Path(__file__).parents[2] / "experiments" / "jobs" / "char_lm.yaml"
@@ -41,18 +41,18 @@ def test_a_context_that_leaves_no_windows_is_found_before_any_worker_is_started(
         with pytest.raises(ConfigError, match=f"context={context} leaves [01] windows of 10000.*--set context=999"):
             check_data(load_job(JOB, ["max_characters=10000", f"context={context}"]))
     (note,) = check_data(load_job(JOB, ["max_characters=10000", "context=999"]))
-    assert "more than the 8 windows to train on" in note
+    assert "more than the 8 samples to train on: 2 are taken" in note
     assert check_data(load_job(JOB, SMALL)) == []
 
 
 def test_what_differs_between_builds_of_a_python_is_not_in_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(char_lm.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(char_lm_text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     for name in ("a.py", "_sysconfigdata__linux_x86_64-linux-gnu.py", "b/c.py", "config-3.11/python-config.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n")
-    assert char_lm.library_text(None) == b"# a.py\n# b/c.py\n"
+    assert char_lm_text.library_text(None) == b"# a.py\n# b/c.py\n"
 
 
 def test_no_character_is_predicted_from_what_follows() -> None:

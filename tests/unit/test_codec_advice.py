@@ -48,12 +48,12 @@ def test_why_nothing_is_compressed_is_said():
     assert never.break_even == {"int8": None, "topk": None}
 
 
-def test_the_table_fits_in_100_columns_and_names_each_workers_codec_where_they_differ():
-    console = Console(width=100, record=True, file=io.StringIO())
+def test_the_table_fits_in_80_columns_and_names_each_workers_codec_where_they_differ():
+    console = Console(width=80, record=True, file=io.StringIO())
     advice = codec_advice(SLOW, list(COSTS), 0.97)
     console.print(_codec_table(advice))
     text = console.export_text()
-    assert max(map(len, text.splitlines())) <= 100 and "topk" in text and "int8" in text
+    assert max(map(len, text.splitlines())) <= 80 and "topk" in text and "int8" in text
     assert _codec_sentences(advice)[0].startswith("compression=auto would choose topk: ")
     mixed = dataclasses.replace(advice, chosen=("none", "none", "none", "topk"))
     assert "topk on worker 3" in _codec_sentences(mixed)[0]

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from raytrain_het.jobs import digits
+from raytrain_het.jobs.digits_config import NUM_SAMPLES
 from raytrain_het.jobs.table import load_job
 
 
@@ -34,7 +35,7 @@ def plain_evaluate(fn: Callable[[Any], dict[str, Any]], dataset: Any) -> dict[st
 
 def test_the_split_is_stratified_disjoint_and_fixed_by_the_seed() -> None:
     train, test = digits.digits_split(0)
-    assert (len(train), len(test)) == (1437, 360)
+    assert (len(train), len(test)) == (NUM_SAMPLES, 360) == (1437, 360)
     counts = torch.bincount(test.labels)
     assert counts.min() >= 34
     assert torch.equal(test.images, digits.digits_split(0)[1].images)

@@ -119,6 +119,30 @@ def test_what_was_known_of_a_workers_speed_stays_when_it_has_gone() -> None:
     assert "1.25" in console.file.getvalue() and "0.71" in console.file.getvalue()
 
 
+def picture(display: LiveDisplay, status: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(display.picture(status))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_at_the_start_seconds_count_and_nobody_is_missing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("raytrain_het.jobs.display.time.monotonic", lambda: now[0])
+    display, plain = LiveDisplay(io.StringIO()), PlainDisplay(io.StringIO())
+    now[0] += 12.3
+    assert picture(display, {}).strip() == "starting, 12 s"
+    now[0] += 1
+    waiting = {"generation": 0, "vacant": [0, 1], "members": []}
+    assert picture(display, waiting).strip() == "starting, 13 s: 0 of 2 workers are there"
+    one = {"generation": 0, "vacant": [1], "members": [{"slot": 0}]}
+    joined = {"seq": 0, "kind": "joined", "slot": 0, "device": "cpu", "host": "h"}
+    plain.on_update(one, [joined], [])
+    assert plain.stream.getvalue().splitlines()[-1] == "starting, 13 s: 1 of 2 workers are there"  # type: ignore[attr-defined]
+    begun = {"generation": 1, "state": "running", "vacant": [1], "members": [{"slot": 0, "device": "cpu"}]}
+    assert "starting" not in picture(display, begun) and "worker 1 is not there" in picture(display, begun)
+
+
 def test_a_terminal_gets_the_live_table_and_json_never_does() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -72,7 +72,7 @@ def test_a_jobs_workers_are_measured_together_and_advice_follows(capsys: pytest.
     assert "measuring its training step on all workers at once" in err
 
 
-def test_tables_fit_in_100_columns_and_name_who_costs_more_than_it_gives(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_fit_in_80_columns_and_name_who_costs_more_than_it_gives(capsys: pytest.CaptureFixture[str]) -> None:
     measured = Measurement(1.234e12, 0.1, 5)
     costs = [StepCost(0.001, 1e-5), StepCost(0.002, 2e-5), StepCost(3.0, 0.5)]
     gpu, *cpus = (
@@ -94,10 +94,11 @@ def test_tables_fit_in_100_columns_and_name_who_costs_more_than_it_gives(capsys:
     links = {("192.168.100.0", "192.168.100.1"): link, ("192.168.100.1", "192.168.100.2"): None}
     show(probe.ProbeResult(devices, links, probe.ModelResult(job, 1024, 10**6, devices, given)), as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
     for words in (
-        "1.23T ±10%", "worker 2 (cpu on 192.168.100.2) costs more than it gives", "firewall", "het.shares=auto",
+        "1.23T", "1.23m ±10%", "worker 2 (cpu on 192.168.100.2) costs more than it gives", "firewall",
+        "het.shares=auto",
         "best global batch up to 8 times the job's: 8192 or more",
     ):  # fmt: skip
         assert words in text, text

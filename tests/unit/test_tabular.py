@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs import tabular, tabular_data
+from raytrain_het.jobs import table_file, tabular, tabular_data
 from raytrain_het.jobs.runner import resolve
-from raytrain_het.jobs.table import KINDS, check_data, load_job
+from raytrain_het.jobs.table import KINDS, check_data, load_job, with_fitting_batch
 from raytrain_het.jobs.tabular_data import Source, open_table
 from raytrain_het.training.fetch import SampleFetcher
 
@@ -256,9 +256,8 @@ def test_a_class_that_only_the_held_out_part_has_is_warned_of(tmp_path: Path) ->
     kinds = np.where(np.arange(200) % 2, "red", "blue").astype(object)
     kinds[held_out[0]] = "green"
     frame().assign(kind=kinds).to_csv(path, index=False)
-    (note,) = check_data(
-        load_job(_tabular(), [f"data={path}", "task=classification", "target=kind", "global_batch_size=16"])
-    )
+    overrides = [f"data={path}", "task=classification", "target=kind", "global_batch_size=16", "features=[a, b]"]
+    (note,) = check_data(load_job(_tabular(), overrides))
     assert "only the held-out part has 1 value of the target 'kind' ('green')" in note
 
 
@@ -285,13 +284,13 @@ def test_a_place_that_cannot_be_read_is_named(data: str, match: str) -> None:
 
 
 def test_a_storage_of_google_that_cannot_be_reached_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tabular_data, "GS_RETRY_S", 0.1)
+    monkeypatch.setattr(table_file, "GS_RETRY_S", 0.1)
     nowhere = "gs://anonymous@bucket/t.csv?scheme=http&endpoint_override=127.0.0.1:1"
     began = time.monotonic()
     with pytest.raises(ConfigError, match="cannot be reached"):
         open_table(dataclasses.replace(GENERATED, data=nowhere))
     assert time.monotonic() - began < 10
-    _, path = tabular_data._file_system(f"{nowhere}&retry_limit_seconds=1")
+    _, path = table_file.file_system(f"{nowhere}&retry_limit_seconds=1")
     assert path == "bucket/t.csv"
 
 
@@ -339,12 +338,18 @@ def _tabular() -> Path:
     return Path(__file__).parents[2] / "experiments" / "jobs" / "tabular.yaml"
 
 
-def test_a_batch_larger_than_the_table_is_warned_of(tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_table_becomes_a_tenth_of_it_and_says_so(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     frame().to_csv(path, index=False)
-    (note,) = check_data(load_job(_tabular(), [f"data={path}"]))
-    assert "more than the 160 rows" in note and "--set global_batch_size=16" in note
-    assert check_data(load_job(_tabular(), [f"data={path}", "global_batch_size=160"])) == []
+    job = load_job(_tabular(), [f"data={path}", "target=a"])
+    (note, _) = reversed(check_data(job))
+    assert "global_batch_size=4096 is more than the 160 samples to train on: 16 are taken" in note
+    assert with_fitting_batch(job).train_loop_config() == job.train_loop_config() | {"global_batch_size": 16}
+    fits = load_job(_tabular(), [f"data={path}", "global_batch_size=160"])
+    assert with_fitting_batch(fits) is fits
+    many = load_job(_tabular(), [f"data={path}", "workers=[{count: 40}]"])
+    assert with_fitting_batch(many).global_batch_size == 40, "a sample for each worker"
+    assert check_data(load_job(_tabular(), [f"data={path}", "target=a", "features=[b]", "global_batch_size=160"])) == []
 
 
 def fit(table_source: Source, **changes: object) -> tuple[torch.nn.Module, tabular.TableData]:

@@ -1,0 +1,26 @@
+"""What `raytrain-het probe` checks before torch and Ray are loaded, which takes seconds."""
+
+from __future__ import annotations
+
+import os
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.config import JobConfig
+from raytrain_het.jobs.ray_session import check_before_ray
+from raytrain_het.jobs.table import glance_at_data, with_absolute_paths
+
+
+def check_before_torch(job: JobConfig | None, *, address: str | None, compression: bool) -> JobConfig | None:
+    """The job with its files found from any working directory.
+
+    Raises:
+        ConfigError: ``compression`` without a job; or there is no such cluster, or the job's data is not there.
+    """
+    if compression and job is None:
+        raise ConfigError("--compression predicts steps of a job: add --model JOB.yaml")
+    if address or os.environ.get("RAY_ADDRESS"):
+        check_before_ray(address)
+    if job is not None:
+        job = with_absolute_paths(job)
+        glance_at_data(job)
+    return job

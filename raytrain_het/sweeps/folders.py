@@ -1,0 +1,78 @@
+"""A sweep's folder: where it is, and whether it can be begun or gone on with. Checked before Ray is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raytrain_het.errors import ConfigError
+from raytrain_het.jobs import ray_session
+from raytrain_het.jobs.runner import check_writable
+from raytrain_het.jobs.table import glance_at_data
+from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.yaml_file import read_yaml
+from raytrain_het.sweeps.sweep import Sweep
+
+SWEEP = "sweep.yaml"
+
+
+def check_before_ray(sweep: Sweep, *, name: str, resume: bool, address: str | None) -> Path:
+    """What can be known of a sweep before Ray is loaded, which takes seconds; returns its folder.
+
+    Raises:
+        ConfigError: as :func:`folder_of`; or there is no such address, or a trial's data is not there.
+    """
+    folder = folder_of(sweep, name, resume=resume)
+    ray_session.check_before_ray(address)
+    for job in sweep.jobs_by_data():
+        glance_at_data(job)
+    return folder
+
+
+def folder_of(sweep: Sweep, name: str, *, resume: bool) -> Path:
+    """Where a sweep goes.
+
+    Raises:
+        ConfigError: it cannot be written, or there is a sweep already, or none to go on with.
+    """
+    if "://" in sweep.config.storage:
+        raise ConfigError(
+            f"--storage {sweep.config.storage}: a sweep's folder is read and written by all its trials: allowed is a "
+            "folder that all nodes share. Write --storage sweeps"
+        )
+    storage = Path(sweep.config.storage).expanduser().resolve()
+    check_writable(storage)
+    folder = storage / (sweep.config.name or name)
+    if resume:
+        _check_resume(sweep, folder)
+    elif folder.exists() and any(folder.iterdir()):
+        fix = "--resume to go on with it, or another --name" if (folder / SWEEP).exists() else "another --name"
+        raise ConfigError(f"{folder} is there already. Write {fix}")
+    return folder
+
+
+def sweeps_in(storage: Path) -> list[str]:
+    """The names of the sweeps in a folder."""
+    return sorted(path.parent.name for path in storage.expanduser().glob(f"*/{SWEEP}"))
+
+
+def _check_resume(sweep: Sweep, folder: Path) -> None:
+    if not (folder / SWEEP).exists():
+        there = sweeps_in(folder.parent)
+        hint = f"--name with one of {', '.join(there)}" if there else "the same without --resume"
+        raise ConfigError(f"--resume: there is no sweep in {folder}. Write {hint}")
+    for file, text in sweep.files().items():
+        before, now = read_yaml(folder / file), _loaded(text)
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                raise ConfigError(
+                    f"--resume: {folder / file} has {key}: {shown(before.get(key))}, now it is {shown(now.get(key))}. "
+                    "Write it as it was, or another --name without --resume"
+                )
+
+
+def _loaded(text: str) -> dict[str, Any]:
+    data: dict[str, Any] = yaml.safe_load(text)
+    return data
