@@ -167,6 +167,8 @@ class RunFolder:
             if self._tensorboard is None:
                 from tensorboardX import SummaryWriter
 
+                # It warns of each number that is not finite; the display shows them anyway.
+                logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
                 self._tensorboard = SummaryWriter(logdir=str(self._path))
             self._tensorboard.add_scalar(name, value, step)
         except OSError as error:
@@ -181,7 +183,7 @@ def _as_float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _of_training(report: dict[str, Any]) -> dict[str, Any]:

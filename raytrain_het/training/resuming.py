@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from raytrain_het.errors import CheckpointError
 from raytrain_het.training import checkpoint as files
 from raytrain_het.training.cursor import Cursor, DataPlan
 from raytrain_het.training.extras import Extras
+from raytrain_het.training.rate_in_force import asked_for, told_of
 from raytrain_het.training.rates import give_back
 from raytrain_het.training.replica import Replica
 
@@ -31,6 +33,10 @@ class Resuming:
     extras: Extras = field(default_factory=Extras)
     scheduled: bool = False
     """Whether the run sets the learning rate."""
+    tell: Callable[[str], None] = lambda text: None
+    """What the run's log is to say."""
+    resumed: bool = False
+    """Whether this worker has gone on from a checkpoint before: only the first differs from what the program says."""
 
     def load(self, path: str, cursor: dict[str, int]) -> dict[str, int]:
         """Load a checkpoint; returns where its cursor stands under this run's batch size, the same on all workers.
@@ -53,9 +59,14 @@ class Resuming:
     def _load(self, directory: str) -> None:
         state, own = files.read_state(directory), files.read_worker(directory, self.slot) or {}
         left_over = files.read_left_over(directory, self.slot, self.num_slots)
+        optimizer = self.replica.optimizer
+        asked = asked_for(optimizer) if optimizer is not None and not self.resumed else []
         self.replica.load(state)
-        if not self.scheduled and self.replica.optimizer is not None:
-            give_back(self.replica.optimizer)
+        if not self.scheduled and optimizer is not None:
+            give_back(optimizer)
+        if optimizer is not None and (kept := told_of(asked, optimizer)) is not None:
+            self.tell(kept)
+        self.resumed = True
         self.codec_states.load(own.get("codec", {}))
         for other in left_over:
             self.codec_states.adopt(other["codec"])

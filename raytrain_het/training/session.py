@@ -202,7 +202,7 @@ class Session:
             server=self._server, token=self._token, update=self._inner_step, randomness=randomness,
             load_checkpoint=Resuming(
                 self.storage, self.slot, self.num_slots, plan, self._parameters(), self._data(), self.replica,
-                self._communicator.codec_states, self.extras, scheduled=rates is not None,
+                self._communicator.codec_states, self.extras, scheduled=rates is not None, tell=self._tell,
             ).load,
         )  # fmt: skip
         watched = self.config.check == "every_step"
@@ -232,6 +232,12 @@ class Session:
             for text in self._warnings:
                 self.agent.tell("event", event={"kind": "warning", "text": text})
         return self.engine
+
+    def _tell(self, text: str) -> None:
+        """One of all who say the same; a worker's own log is read by few."""
+        logger.warning(text)
+        if self.slot == 0:
+            self._agent().tell("event", event={"kind": "warning", "text": text})
 
     def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         if self.replica.model is not None and (outside := parameters_outside(self.replica.model, optimizer)):

@@ -324,3 +324,18 @@ def test_all_workers_killed_after_a_storage_has_failed_start_from_the_last_good_
     done = run(task, tmp_path, on_poll=power_cut, storage=lambda: FailingStorage(tmp_path / "storage"))
     assert relative_error(done.parameters, plain(TASK)) < 1e-9
     assert [e["base"] for e in done.kinds("formed") if e["reset"]] == [0, STEPS]
+
+
+def test_a_run_that_goes_on_with_other_settings_says_which_are_in_force(tmp_path):
+    task = Regression(epochs=1)
+    run(task, tmp_path / "first", num_slots=1)
+    (path,) = (tmp_path / "first" / "storage").iterdir()
+    for name, lr in (("same", task.lr), ("other", 0.01)):
+        again = dataclasses.replace(task, epochs=2, lr=lr)
+        done = run(again, tmp_path / name, num_slots=1, settings=resume_from(path))
+        assert {rate for _, rate in done.results[0]["rates"]} == {task.lr}
+        said = [e["text"] for e in done.kinds("warning")]
+        if name == "same":
+            assert said == []
+        else:
+            assert f"the learning rate in force is {task.lr}, the program asked for 0.01" in said[0]
