@@ -1,8 +1,10 @@
-"""What comparing replicas costs a step: CPU time of one worker's look at its part, and what else is done at each opening.
+"""What comparing replicas costs a step: CPU time of one worker's look at its part, and what else is done at each
+opening.
 
-One process, one torch thread, no peers: a look reads memory, hashes it and hashes the settings, whoever else is there. The
-model is a perceptron of about the given number of parameters with Adam's state beside it, and is used as in a run: light state,
-look, digest, at each step. Steps after the first twenty are those of the usual rate; the first twenty read up to 5 MB each.
+One process, one torch thread, no peers: a look reads memory, hashes it and hashes the settings, whoever else is there.
+The model is a perceptron of about the given number of parameters with Adam's state beside it, and is used as in a run:
+light state, look, digest, at each step. Steps after the first twenty are those of the usual rate; the first twenty
+read up to 5 MB each.
 """
 
 from __future__ import annotations

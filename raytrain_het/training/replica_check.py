@@ -5,8 +5,8 @@ registered tensors by digests; rates and other settings of each parameter group,
 registered numbers and the order of samples at every step. A digest travels in the step's first header. Where two
 differ each member tells the hub what it has looked at, by name (:mod:`raytrain_het.membership.audit`).
 
-After each change of members the first ``EAGER_STEPS`` steps look at up to ``EAGER_BYTES`` each. Then a part of the bytes
-is looked at in every step, so that all of them are within ``every`` steps, or within as many as there are
+After each change of members the first ``EAGER_STEPS`` steps look at up to ``EAGER_BYTES`` each. Then a part of the
+bytes is looked at in every step, so that all of them are within ``every`` steps, or within as many as there are
 ``STEADY_BYTES``: a look reads memory that is in no cache.
 """
 
