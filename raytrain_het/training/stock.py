@@ -37,7 +37,7 @@ def refused(num_workers: int) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for name, cls in _classes().items():
-            stack.enter_context(_put(cls, "__init__", _refusing(name)))
+            stack.enter_context(_put(cls, "__init__", _refusing(name, cls.__init__)))
         within = getattr(distributed_c10d, "_rank_not_in_group", None)
         if within is not None and num_workers > 1:
             stack.enter_context(_put(distributed_c10d, "_rank_not_in_group", _looking_at_callers(within)))
@@ -55,8 +55,11 @@ def _classes() -> dict[str, Any]:
     return found
 
 
-def _refusing(row: str) -> Any:
+def _refusing(row: str, real: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            real(self, *args, **kwargs)  # On a group that the program has made itself: it knows what it does.
+            return
         raise refuse(row)
 
     return __init__

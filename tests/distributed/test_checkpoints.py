@@ -22,6 +22,7 @@ from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import Regression, relative_error
 from raytrain_het.training import session as sessions
 from raytrain_het.training.checkpoint import LocalStorage, read_meta, read_state
+from raytrain_het.training.extras import Extra
 
 TASK = Regression(scheduled=True)
 STEPS = TASK.plan.steps_per_epoch
@@ -149,6 +150,22 @@ def test_what_a_killed_run_has_stored_and_not_registered_is_not_the_next_runs(tm
         weight = alone(functools.partial(train, rate), tmp_path, acknowledge=True)
         (path,) = (tmp_path / "storage").iterdir()
         assert read_state(str(path))["model"]["weight"].item() == weight
+
+
+def test_what_else_belongs_to_a_run_is_stored_under_its_name_and_comes_back(tmp_path):
+    back = []
+
+    def train():
+        names = Extra(save=lambda: {"names": ["age"], "scale": torch.ones(1)}, load=back.append)
+        sessions.current().extras.add("features", names)
+        return train_numbers(epochs=1)
+
+    alone(train, tmp_path, acknowledge=True)
+    path = tmp_path / "storage" / "checkpoint_000000003_0"
+    assert torch.load(path / "extra_features.pt", weights_only=True)["names"] == ["age"]
+    assert back == []
+    alone(train, tmp_path / "again", acknowledge=True, **resume_from(path))
+    assert [extra["names"] for extra in back] == [["age"]]
 
 
 class Lively(torch.nn.Module):

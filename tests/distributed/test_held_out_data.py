@@ -158,9 +158,9 @@ class Rotating:
         (DataLoader(NUMBERS, batch_size=None), {}, LoopOrderError, "batch_size=32"),
         (DataLoader(NUMBERS), {"batch_size": 3}, ConfigError, "give them to the DataLoader"),
         (NUMBERS, {"batch_size": 2.5}, ConfigError, r"batch_size=2\.5"),
-        (NUMBERS, {"fn": lambda batch: batch[0]}, ConfigError, "dictionary of single numbers"),
-        (NUMBERS, {"fn": lambda batch: {"loss": batch[0]}}, ConfigError, "dictionary of single numbers"),
-        (NUMBERS, {"fn": lambda batch: None}, ConfigError, "fn returned None"),
+        (NUMBERS, {"fn": lambda batch: batch[0]}, ConfigError, "got a Tensor.*dictionary of numbers"),
+        (NUMBERS, {"fn": lambda batch: {"loss": batch[0]}}, ConfigError, "is a Tensor of .* elements"),
+        (NUMBERS, {"fn": lambda batch: None}, ConfigError, "got a NoneType.*dictionary of numbers"),
         (3, {}, ConfigError, "int has no length"),
     ],
 )  # fmt: skip
@@ -211,6 +211,21 @@ def test_every_module_has_its_own_flag_again_also_after_an_error(tmp_path):
     assert torch.is_grad_enabled()
     assert seen[0] == ([False] * 4, True, False)
     assert model[0].running_mean.tolist() == [0.0]
+
+
+class AlwaysEvaluating(nn.Dropout):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def test_what_modules_do_when_they_are_put_into_training_is_done_afterwards_and_flags_set_by_hand_stay():
+    model = nn.Sequential(Merging(1, 1), AlwaysEvaluating(), nn.Linear(1, 1))
+    model[1].training = True
+    model[2].training = False
+    with evaluation_mode(model):
+        assert model[0].merged and not model[1].training
+    assert not model[0].merged
+    assert [module.training for module in model.modules()] == [True, True, True, False]
 
 
 def test_a_model_that_is_in_evaluation_mode_stays_in_it():
