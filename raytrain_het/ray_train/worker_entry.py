@@ -68,7 +68,7 @@ class WorkerEntry:
                 raise
             # The others are training already: this worker can help, as long as it need not write.
             logger.warning("%s", error)
-        return self.parts.run_worker(
+        result = self.parts.run_worker(
             self.train_fn,
             config=self.config,
             slot=context.get_world_rank(),
@@ -78,6 +78,19 @@ class WorkerEntry:
             device=get_device(),
             node_ip=ray.util.get_node_ip_address(),
         )
+        _check_can_be_sent(result)
+        return result
+
+
+def _check_can_be_sent(result: Any) -> None:
+    try:
+        ray.cloudpickle.dumps(result)
+    except Exception as error:
+        raise ConfigError(
+            f"the training function has come to its end, and returned a {type(result).__name__} that cannot be sent to "
+            f"the driver ({type(error).__name__}: {error}). Return numbers, texts, tensors, or nothing; the run's "
+            "reports and checkpoints are stored."
+        ) from None
 
 
 def _users_part(traceback: TracebackType | None) -> TracebackType | None:
