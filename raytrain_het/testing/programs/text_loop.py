@@ -1,0 +1,379 @@
+"""The text of a program's training function."""
+
+from __future__ import annotations
+
+from raytrain_het.testing.programs.program import Program
+from raytrain_het.testing.programs.text_data import make_data, make_loader, unpack
+
+_OPTIMIZERS: dict[str, str] = {
+    "sgd": "torch.optim.SGD({}, lr=0.05)",
+    "momentum": "torch.optim.SGD({}, lr=0.05, momentum=0.9, weight_decay=0.01)",
+    "nesterov": "torch.optim.SGD({}, lr=0.05, momentum=0.9, nesterov=True)",
+    "sgd_maximize": "torch.optim.SGD({}, lr=0.001, momentum=0.9, dampening=0.1, maximize=True)",
+    "sgd_fused": "torch.optim.SGD({}, lr=0.05, momentum=0.9, fused=True)",
+    "sgd_foreach": "torch.optim.SGD({}, lr=0.05, momentum=0.9, foreach=True)",
+    "adam": "torch.optim.Adam({}, lr=0.01)",
+    "adam_amsgrad": "torch.optim.Adam({}, lr=0.01, amsgrad=True, weight_decay=0.01)",
+    "adam_fused": "torch.optim.Adam({}, lr=0.01, fused=True)",
+    "adam_foreach": "torch.optim.Adam({}, lr=0.01, foreach=True)",
+    "adam_tensor_lr": "torch.optim.Adam({}, lr=torch.tensor(0.01), foreach=False)",
+    "adamw": "torch.optim.AdamW({}, lr=0.01)",
+    "adamw_fused": "torch.optim.AdamW({}, lr=0.01, fused=True)",
+    "rmsprop": "torch.optim.RMSprop({}, lr=0.01, momentum=0.9, centered=False, eps=1e-4)",
+    "adagrad": "torch.optim.Adagrad({}, lr=0.05, eps=1e-4)",
+    "adagrad_fused": "torch.optim.Adagrad({}, lr=0.05, eps=1e-4, fused=True)",
+    "adafactor": "torch.optim.Adafactor({}, lr=0.01)",
+    "nadam": "torch.optim.NAdam({}, lr=0.01)",
+    "radam": "torch.optim.RAdam({}, lr=0.01)",
+    "adamax": "torch.optim.Adamax({}, lr=0.01, eps=1e-4)",
+    "adadelta": "torch.optim.Adadelta({}, lr=0.5, eps=1e-3)",
+    "asgd": "torch.optim.ASGD({}, lr=0.05, t0=3)",
+    "rprop": "torch.optim.Rprop({}, lr=0.001)",
+    "lbfgs": "torch.optim.LBFGS({}, lr=0.1)",
+}
+OPTIMIZERS = tuple(_OPTIMIZERS)
+
+_GROUPS: dict[str, str] = {
+    "one": "model.parameters()",
+    "list": "[p for p in model.parameters() if p.requires_grad]",
+    "named": "model.named_parameters()",
+    "two": '[{"params": [p for p in model.parameters() if p.ndim > 1]}, '
+    '{"params": [p for p in model.parameters() if p.ndim <= 1], "lr": 0.003}]',
+    "head": "model.head.parameters()",
+    "late_group": "model.stem.parameters()",
+    "decay": '[{"params": model.stem.parameters(), "weight_decay": 0.1}, {"params": model.head.parameters()}]',
+    "each": '[{"params": [p], "lr": 0.01 / (k + 1)} for k, p in enumerate(model.parameters())]',
+    "reversed": "list(model.parameters())[::-1]",
+}
+GROUPS = tuple(_GROUPS)
+
+_SCHEDULERS: dict[str, tuple[str, str, str]] = {
+    # name: (how it is made, after each step, after each epoch)
+    "step_epoch": ("StepLR(optimizer, 1, gamma=0.5)", "", "scheduler.step()"),
+    "exponential": ("ExponentialLR(optimizer, 0.9)", "scheduler.step()", ""),
+    "lambda": ("LambdaLR(optimizer, lambda k: 1.0 / (1 + k))", "scheduler.step()", ""),
+    "one_cycle": ("OneCycleLR(optimizer, max_lr=0.05, total_steps=40)", "scheduler.step()", ""),
+    "cyclic": (
+        "CyclicLR(optimizer, base_lr=0.01, max_lr=0.05, step_size_up=2, cycle_momentum=False)",
+        "scheduler.step()",
+        "",
+    ),
+    "cosine": ("CosineAnnealingLR(optimizer, 4)", "scheduler.step()", ""),
+    "warm_restarts": ("CosineAnnealingWarmRestarts(optimizer, 2)", "", "scheduler.step(epoch + 0.5)"),
+    "plateau": ("ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)", "", 'scheduler.step(scores["error"])'),
+    "sequential": (
+        "SequentialLR(optimizer, [LinearLR(optimizer, 0.1, total_iters=2), ExponentialLR(optimizer, 0.9)], [2])",
+        "scheduler.step()",
+        "",
+    ),
+    "chained": ("ChainedScheduler([ConstantLR(optimizer, 0.5, 2), ExponentialLR(optimizer, 0.9)])", "scheduler.step()", ""),
+    "unregistered": ("ExponentialLR(optimizer, 0.9)", "scheduler.step()", ""),
+    "before_prepare": ("ExponentialLR(optimizer, 0.9)", "scheduler.step()", ""),
+}
+SCHEDULERS = (*_SCHEDULERS, "by_hand", "each_step_by_hand", "config")
+
+_LOSSES: dict[str, dict[str, str]] = {
+    "regress": {"mean": "F.mse_loss(out, y)", "sum": 'F.mse_loss(out, y, reduction="sum")'},
+    "classify": {
+        "mean": "F.cross_entropy(out, y)",
+        "sum": 'F.cross_entropy(out, y, reduction="sum")',
+        "smooth": "F.cross_entropy(out, y, label_smoothing=0.1)",
+        "class_weight": "F.cross_entropy(out, y, weight=class_weights)",
+    },
+    "tokens": {
+        "mean": 'each = F.cross_entropy(out.transpose(1, 2), y, ignore_index=-100, reduction="none")\n'
+        "loss = (each.sum(1) / (y != -100).sum(1)).mean()",
+        "sum": 'F.cross_entropy(out.transpose(1, 2), y, ignore_index=-100, reduction="sum")',
+        "token": "F.cross_entropy(out.transpose(1, 2), y, ignore_index=-100)",
+        "token_mask": 'mask = y != -100\nloss = (F.cross_entropy(out.transpose(1, 2), y, reduction="none") * mask).sum() / mask.sum()',
+    },
+}  # fmt: skip
+
+ZERO: dict[str, str] = {
+    "before": "optimizer.zero_grad()",
+    "first": "optimizer.zero_grad()",
+    "after": "optimizer.zero_grad()",
+    "keep": "optimizer.zero_grad(set_to_none=False)",
+    "model": "model.zero_grad()",
+    "none": "for p in model.parameters():\n    p.grad = None",
+    "in_place": "for p in model.parameters():\n    if p.grad is not None:\n        p.grad.zero_()",
+    "missing": "",
+}
+
+CLIPS: dict[str, str] = {
+    "none": "",
+    "norm": 'seen[epoch, "norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3))',
+    "inf_norm": "torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type=torch.inf)",
+    "value": "torch.nn.utils.clip_grad_value_(model.parameters(), 0.05)",
+    "head": "torch.nn.utils.clip_grad_norm_(model.head.parameters(), 0.1)",
+    "config_norm": "",
+    "config_value": "",
+}
+
+EDITS: dict[str, str] = {
+    "none": "",
+    "scale": "for p in model.parameters():\n    if p.grad is not None:\n        p.grad.mul_(0.5)",
+    "centralise": "for p in model.parameters():\n    if p.grad is not None and p.ndim > 1:\n"
+    "        p.grad.sub_(p.grad.mean())",
+    "new": "for p in model.parameters():\n    if p.grad is not None:\n        p.grad = p.grad * 2.0",
+    "head_none": "model.head.bias.grad = None",
+    "sign": "for p in model.parameters():\n    if p.grad is not None:\n        p.grad.copy_(torch.tanh(100.0 * p.grad))",
+}
+
+AFTERS: dict[str, str] = {
+    "none": "",
+    "clamp": "with torch.no_grad():\n    for p in model.parameters():\n        p.clamp_(-0.3, 0.3)",
+    "renorm": "with torch.no_grad():\n    model.head.weight.div_(model.head.weight.norm(dim=1, keepdim=True))",
+    "data": "model.head.bias.data.mul_(0.9)",
+    "ema": "ema.update_parameters(model)",
+    "ema_by_hand": "with torch.no_grad():\n    for old, new in zip(ema.parameters(), model.parameters()):\n"
+    "        old.lerp_(new, 0.1)",
+}
+
+_HANDS: dict[str, tuple[str, str]] = {
+    # buffer: (between backward() and step(), after step())
+    "hand_before_step": ("model.heat.mul_(0.9)", ""),
+    "hand_after_step": ("", "model.heat.mul_(0.9)"),
+    "shadow": ("", "model.shadow.lerp_(model.head.weight.detach()[0], 0.1)"),
+    "queue": ("", "model.queue.copy_(model.last)"),
+}
+
+
+def _indented(text: str, depth: int) -> list[str]:
+    return ["    " * depth + line if line else "" for line in text.splitlines()]
+
+
+def _loss(program: Program) -> list[str]:
+    kinds = _LOSSES["classify" if program.task == "image" else program.task]
+    name = program.loss.removesuffix("_declared")
+    text = kinds.get(name, kinds["mean"])
+    lines = ["out = model(x)" if program.dataset != "scalars" else "out = model(x).sum(1)"]
+    lines += text.splitlines() if "\n" in text else [f"loss = {text}"]
+    if program.loss == "learned":
+        lines.append("loss = loss * torch.exp(-model.log_scale) + model.log_scale")
+    elif program.loss == "learned_outside":
+        lines.append("loss = criterion(loss)")
+    elif program.loss == "penalty":
+        lines.append("loss = loss + 0.01 * sum(p.square().sum() for p in model.parameters())")
+    elif program.loss == "gradient_penalty":
+        lines = ["x.requires_grad_()", *lines]
+        lines.append("slope = torch.autograd.grad(out.sum(), x, create_graph=True)[0]")
+        lines.append("loss = loss + 0.1 * slope.square().sum(1).mean()")
+    if program.odd == "complex":
+        lines.append("loss = loss + 0.1 * model.phase.abs().sum()")
+    return lines
+
+
+def _freeze(program: Program) -> list[str]:
+    return {
+        "none": [],
+        "stem": ["model.stem.requires_grad_(False)"],
+        "stem_weight": ["next(model.stem.parameters()).requires_grad_(False)"],
+        "head_bias": ["model.head.bias.requires_grad_(False)"],
+        "head": ["model.head.requires_grad_(False)"],
+        "eval_block": ["for module in model.modules():", "    if isinstance(module, nn.Dropout):", "        module.eval()"],
+    }[program.frozen]
+
+
+def _thaw(program: Program) -> list[str]:
+    return {
+        "none": "",
+        "unfreeze": "model.requires_grad_(epoch >= 1)\nmodel.head.requires_grad_(True)",
+        "freeze_stem": "model.stem.requires_grad_(epoch < 1)",
+        "unfreeze_at_1": "if epoch == 1:\n    model.stem.requires_grad_(True)",
+        "replace_head": f"if epoch == 1:\n    model.head = nn.Linear(8, {_outputs(program)})",
+        "add_group": 'if epoch == 1:\n    optimizer.add_param_group({"params": model.head.parameters(), "lr": 0.01})',
+    }[program.thaw].splitlines()
+
+
+def _outputs(program: Program) -> int:
+    return {"regress": 2, "classify": 4, "tokens": 11, "image": 4}[program.task]
+
+
+def _before_loop(program: Program) -> list[str]:
+    lines = [f"torch.manual_seed({program.seed})", *make_data(program)]
+    if program.loss.startswith("class_weight"):
+        lines.append("class_weights = torch.tensor([1.0, 2.0, 0.5, 3.0])")
+    model = "Net()"
+    if program.layout == "channels_last":
+        model += ".to(memory_format=torch.channels_last)"
+    lines.append(f"model = {model}")
+    if program.after == "renorm":
+        lines += ["with torch.no_grad():", "    model.head.weight.div_(model.head.weight.norm(dim=1, keepdim=True))"]
+    lines += [*_freeze(program), "model = het.prepare_model(model)"]
+    if program.odd == "second_model":
+        lines.append("other = het.prepare_model(nn.Linear(2, 2))")
+    if "batch_norm_eval" in program.blocks:
+        lines += [f"model.b{k}.eval()" for k, name in enumerate(program.blocks) if name == "batch_norm_eval"]
+    parameters = _GROUPS[program.groups]
+    if program.loss == "learned_outside":
+        lines.append("criterion = Criterion()")
+        parameters = "[*model.parameters(), *criterion.parameters()]"
+    made = _OPTIMIZERS[program.optimizer].format(parameters)
+    scheduler = _SCHEDULERS.get(program.scheduler)
+    if program.scheduler == "before_prepare":
+        assert scheduler is not None
+        lines += [f"optimizer = {made}", f"scheduler = {scheduler[0]}"]
+        lines += ["optimizer = het.prepare_optimizer(optimizer)"]
+    else:
+        lines.append(f"optimizer = het.prepare_optimizer({made})")
+        if scheduler is not None:
+            lines.append(f"scheduler = {scheduler[0]}")
+    if program.odd == "second_optimizer":
+        lines.append("second = het.prepare_optimizer(torch.optim.SGD(model.head.parameters(), lr=0.01))")
+    if scheduler is not None and program.scheduler != "unregistered":
+        lines.append('het.register_state("scheduler", scheduler)')
+    if program.odd == "scaler":
+        lines.append('scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)')
+        lines.append('het.register_state("scaler", scaler)')
+    if program.after == "ema":
+        lines.append("ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))")
+        lines.append('het.register_state("ema", ema)')
+    elif program.after == "ema_by_hand":
+        lines += ["ema = copy.deepcopy(model)", 'het.register_state("ema", ema)']
+    return [*lines, *make_loader(program)]
+
+
+def _backward(program: Program) -> list[str]:
+    if program.odd == "two_backward":
+        return ["loss.backward(retain_graph=True)", "(0.5 * loss).backward()"]
+    if program.odd == "create_graph":
+        return ["loss.backward(create_graph=True)"]
+    if program.odd == "autograd_backward":
+        return ["torch.autograd.backward([loss])"]
+    if program.odd == "scaler":
+        return ["scaler.scale(loss).backward()"]
+    return ["loss.backward()"]
+
+
+def _step(program: Program) -> list[str]:
+    if program.optimizer == "lbfgs" or program.odd == "closure":
+        zero, loss = "optimizer.zero_grad()", _loss(program)
+        return ["def closure():", *_indented("\n".join([zero, *loss, "loss.backward()", "return loss"]), 1), "optimizer.step(closure)"]  # fmt: skip
+    if program.odd == "second_optimizer":
+        return ["optimizer.step()", "second.step()"]
+    if program.odd == "no_step":
+        return []
+    if program.odd == "scaler":
+        return ["scaler.step(optimizer)", "scaler.update()"]
+    if program.odd == "step_twice":
+        return ["optimizer.step()", "optimizer.step()"]
+    return ["optimizer.step()"]
+
+
+def _body(program: Program) -> list[str]:
+    bound, lines = unpack(program)
+    zero = ZERO[program.zero].splitlines()
+    if program.early == "top":
+        lines += ["if epoch == 1 and step == 1:", "    return seen"]
+    if program.odd == "break":
+        lines += ["if step == 1:", "    break"]
+    if program.odd == "continue":
+        lines += ["if step == 1:", "    continue"]
+    if program.odd == "raise":
+        lines += ["if epoch == 1:", '    raise OwnError("the program gives up", 7)']
+    if program.odd == "raise_on_one":
+        lines += ["if epoch == 1 and RANK == WORLD - 1:", '    raise OwnError("the program gives up", 7)']
+    if program.odd == "return_on_one":
+        lines += ["if epoch == 1 and RANK == WORLD - 1:", "    return seen"]
+    if program.layout == "channels_last":
+        lines.append("x = x.contiguous(memory_format=torch.channels_last)")
+    if program.zero == "first":
+        lines += zero
+    closes = program.optimizer == "lbfgs" or program.odd == "closure"
+    if not closes:
+        lines += _loss(program)
+        if program.zero not in ("first", "after"):
+            lines += zero
+        lines += _backward(program)
+    if program.odd == "scaler" and (program.clip != "none" or program.edit != "none"):
+        lines.append("scaler.unscale_(optimizer)")
+    if program.keep == "compare":
+        lines += [
+            "grads = [p.grad for p in model.parameters() if p.grad is not None]",
+            'seen[epoch, "agree"] = float(sum((a * b).sum() for a, b in zip(grads, kept)))',
+            "kept = grads",
+        ]
+    lines += CLIPS[program.clip].splitlines() + EDITS[program.edit].splitlines()
+    for name in program.buffers:
+        lines += _HANDS.get(name, ("", ""))[0].splitlines()
+    stepping = _step(program)
+    if program.odd == "accumulate":
+        lines += ["if step % 2 == 1:", *_indented("\n".join([*stepping, "optimizer.zero_grad()"]), 1)]
+    else:
+        lines += stepping
+    lines += AFTERS[program.after].splitlines()
+    for name in program.buffers:
+        lines += _HANDS.get(name, ("", ""))[1].splitlines()
+    lines += _SCHEDULERS.get(program.scheduler, ("", "", ""))[1].splitlines()
+    if program.scheduler == "each_step_by_hand":
+        lines += ["for group in optimizer.param_groups:", '    group["lr"] = group["lr"] * 0.9']
+    if program.zero == "after":
+        lines += zero
+    if program.report == "sum":
+        lines.append("total += loss.item() * len(x)")
+    if program.early == "after_step":
+        lines += ["if epoch == 1 and step == 1:", "    return seen"]
+    counts = program.early in ("top", "after_step") or program.odd in ("break", "continue", "accumulate")
+    head = f"for step, {bound if bound == 'batch' else f'({bound})'} in enumerate(loader):" if counts else f"for {bound} in loader:"  # fmt: skip
+    return [head, *_indented("\n".join(lines), 1)]
+
+
+def _evaluate(program: Program) -> list[str]:
+    pad = program.task == "tokens"
+    loss = 'F.cross_entropy(out.transpose(1, 2), batch[1], ignore_index=-100, reduction="sum")' if pad else (
+        "(out.sum(1) - batch[1].double().reshape(len(out), -1).sum(1)).square().sum()"
+    )  # fmt: skip
+    given = "DataLoader(held_out, batch_size=3)" if program.evaluate == "loader" else "held_out, batch_size=3"
+    return [
+        "def measure(batch):",
+        "    out = model(batch[0])",
+        f'    return {{"error": {loss}, "training": float(model.training)}}',
+        "",
+        f"scores = het.evaluate(measure, {given})",
+        'seen[epoch, "error"] = scores["error"]',
+        'seen[epoch, "modes"] = sum(module.training for module in model.modules())',
+    ]
+
+
+def train_text(program: Program) -> str:
+    """The training function."""
+    lines = [*_before_loop(program), "seen = {}"]
+    if program.keep == "compare":
+        lines.append("kept = []")
+    if program.odd == "warm_up_pass":
+        lines += ["for batch in loader:", "    pass"]
+    inner: list[str] = []
+    if program.early == "epoch":
+        inner += ["if epoch == 1:", "    return seen"]
+    if program.dataset == "curriculum":
+        inner.append("data.epoch = epoch")
+    if program.sampler == "set_epoch":
+        inner.append("sampler.set_epoch(epoch)")
+    if "late" in program.blocks or {"becomes_none", "grows"} & set(program.buffers):
+        inner.append("model.epoch = epoch")
+    inner += _thaw(program)
+    if program.scheduler == "by_hand":
+        inner += ["if epoch == 1:", "    for group in optimizer.param_groups:", '        group["lr"] = 0.02']
+    if program.report == "sum":
+        inner.append("total = 0.0")
+    if program.odd == "list_first":
+        inner.append("count = len(list(loader))")
+    inner += _body(program)
+    if program.odd == "second_pass":
+        inner += ["for batch in loader:", "    pass"]
+    if program.evaluate != "none":
+        inner += _evaluate(program)
+    if "best" in program.buffers:
+        inner.append("model.best.copy_(torch.minimum(model.best, torch.tensor(scores['error'])))")
+    inner += _SCHEDULERS.get(program.scheduler, ("", "", ""))[2].splitlines()
+    inner += {
+        "none": "",
+        "sum": 'het.report({"total": total}, reduce={"total": "sum"})',
+        "same": 'het.report({"rate": optimizer.param_groups[0]["lr"], "epoch": epoch}, checkpoint=False)',
+        "tensor": 'het.report({"size": model.head.weight.detach().abs().sum(), "name": "mine"})',
+        "on_one": 'if RANK == 0:\n    het.report({"epoch": epoch})',
+        "twice": 'het.report({"epoch": epoch})\nhet.report({"epoch": epoch + 1})',
+    }[program.report].splitlines()
+    lines += [f"for epoch in loader.epochs({program.epochs}):", *_indented("\n".join(inner), 1), "return seen"]
+    return "\n".join(["def train_fn():", *_indented("\n".join(lines), 1)]) + "\n"
