@@ -6,9 +6,10 @@ import dataclasses
 import random
 from typing import Any
 
-from raytrain_het.testing.programs.program import CONSTANT, Program
+from raytrain_het.testing.programs.program import AVERAGED, CONSTANT, EXTREMES, Program
 from raytrain_het.testing.programs.text_data import DATASETS, EXTRAS, SAMPLERS, fetches_pairs
 from raytrain_het.testing.programs.text_loop import AFTERS, CLIPS, EDITS, GROUPS, OPTIMIZERS, SCHEDULERS, ZERO
+from raytrain_het.testing.programs.text_loss import LOSSES, tasks_of
 from raytrain_het.testing.programs.text_model import BLOCKS, BUFFERS
 
 ODD = (
@@ -24,11 +25,7 @@ _DRAWS: dict[str, tuple[float, tuple[Any, ...]]] = {
     "frozen": (0.6, ("stem", "stem_weight", "head_bias", "head")),
     "thaw": (0.4, ("unfreeze", "freeze_stem", "unfreeze_at_1", "replace_head", "add_group")),
     "layout": (0.4, ("channels_last",)),
-    "loss": (
-        1.2,
-        ("sum", "sum_declared", "token", "token_declared", "token_mask", "class_weight", "class_weight_declared",
-         "smooth", "learned", "learned_outside", "penalty", "gradient_penalty"),
-    ),
+    "loss": (1.5, LOSSES),
     "optimizer": (2.5, tuple(name for name in OPTIMIZERS if name not in ("sgd", "lbfgs")) + ("lbfgs",)),
     "groups": (1.0, GROUPS[1:]),
     "dataset": (1.0, DATASETS[1:]),
@@ -103,8 +100,9 @@ def settled(program: Program) -> Program:
         put(task="tokens")
     if p.loss.startswith("token"):
         put(task="tokens")
-    if p.loss in ("smooth", "class_weight", "class_weight_declared") and p.task not in ("classify", "image"):
-        put(task="classify")
+    tasks = tasks_of(p.loss)
+    if p.task not in tasks:
+        put(task=tasks[0]) if p.layout == "none" else put(loss="mean")
     if p.loss == "gradient_penalty" and p.task not in ("regress", "classify"):
         put(task="regress")
     if p.dataset in ("scalars", "augmented", "curriculum") and p.task != "regress":
@@ -119,11 +117,9 @@ def settled(program: Program) -> Program:
     if p.collate == "own" and p.loss == "sum_declared":
         put(collate="default")
     if p.layout == "channels_last" and p.task != "image":
-        put(task="image" if p.loss in ("mean", "smooth", "sum", "learned", "penalty") and p.dataset in ("tensors", "tuples", "dicts") and p.collate != "pad" else p.task)  # fmt: skip # noqa: E501
+        put(task="image" if "image" in tasks_of(p.loss) and p.loss != "gradient_penalty" and p.dataset in ("tensors", "tuples", "dicts") and p.collate != "pad" else p.task)  # fmt: skip # noqa: E501
         if p.task != "image":
             put(layout="none")
-    if p.task == "image" and p.loss not in ("mean", "sum", "sum_declared", "smooth", "class_weight", "class_weight_declared", "learned", "learned_outside", "penalty"):  # fmt: skip # noqa: E501
-        put(loss="mean")
     if p.head == "tied" and (p.thaw == "replace_head" or p.frozen != "none" or p.odd == "sparse"):
         put(head="linear")
     # What needs something else.
@@ -169,8 +165,7 @@ def settled(program: Program) -> Program:
     # Bodies that run once for each pass: what a program keeps by itself counts passes then.
     if p.micro:
         put(early="epoch" if p.early in ("top", "after_step") else p.early, keep="none")
-        put(buffers=tuple(b for b in p.buffers if not (b.startswith("hand_") or b in ("shadow", "queue", "best"))))
-        if p.odd in ("break", "continue", "accumulate") or p.after == "ema_by_hand":
+        if p.odd in ("break", "continue", "accumulate"):
             put(micro=0)
     if p.scheduler == "each_step_by_hand" and p.fault != "none":
         put(fault="none")
@@ -191,18 +186,24 @@ def settled(program: Program) -> Program:
     if p.odd in ("list_first", "second_pass", "warm_up_pass", "no_step", "second_model"):
         put(fault="none")
     if p.odd == "accumulate":
-        put(zero="none_at_all" if False else "missing")
+        put(zero="missing")
     if p.zero == "missing" and p.odd == "none":
         put(fault="none")
     if p.early != "none" and p.epochs < 2:
         put(epochs=2)
-    # A sum's rate is that of a mean times the batch.
-    if p.loss.startswith("sum") and p.optimizer in ("sgd", "momentum", "nesterov", "sgd_fused", "sgd_foreach", "asgd"):
-        put(optimizer="adam")
+    if p.loss == "gradient_penalty":
+        twice = ("inner_backward", "checkpoint_reentrant", "checkpoint_reentrant_twice", "gru")
+        put(blocks=tuple(b for b in p.blocks if b not in twice))  # Torch has no second derivatives of them.
     if "batch_norm" in p.blocks and p.batch < 12:
         put(batch=12)
     if set(p.buffers) - CONSTANT and p.thaw == "replace_head" and "shadow" in p.buffers:
         put(thaw="none")
     if "late" in p.blocks and p.groups == "head":
         put(groups="one")
+    if p.collate == "pad":  # Statistics of what is padded depend on how a batch is cut.
+        put(buffers=tuple(b for b in p.buffers if b not in (*AVERAGED, *EXTREMES, "none_then_data", "queue")))
+    if p.by_pass:
+        put(keep="none")
+        names = ("none_at_first", "none_then_data", "becomes_none", "grows")
+        put(buffers=tuple(b for b in p.buffers if b not in names))
     return p

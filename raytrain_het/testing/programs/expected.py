@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raytrain_het.testing.programs.program import Program
+from raytrain_het.testing.programs.text_loss import UNDECLARED
 
 _REFUSALS: dict[tuple[str, str], str] = {
     ("loss", "learned_outside"): r"optimizer.*(not|outside).*model|log_scale|criterion",
@@ -68,9 +69,10 @@ def refusals_of(program: Program) -> list[str]:
         there = getattr(program, field)
         if there == value or isinstance(there, tuple) and value in there:
             patterns.append(pattern)
-    uneven = not program.equal_shares or program.fault != "none" or bool(program.micro)
-    if program.loss in ("sum", "token", "token_mask", "class_weight"):
-        patterns.append(r"loss=|weight=|reduction" if uneven or program.loss != "mean" else r"$^")
+    if program.loss in UNDECLARED:
+        patterns.append(r"loss|weight=|reduction")
     if program.workers > program.batch:
         patterns.append("global_batch_size")
+    if program.drop_last and program.batch > program.samples - 3:
+        patterns.append("leaves no step")
     return patterns

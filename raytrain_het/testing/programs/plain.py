@@ -20,6 +20,7 @@ from raytrain_het.allocation.batch_shares import apportion
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.traces import Outcome, StepNote, bits_of, state_of
+from raytrain_het.training.clipping import Clipping
 from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches
 from raytrain_het.training.rates import Rates
 from raytrain_het.training.sample_source import SampleSource
@@ -65,13 +66,8 @@ class PlainHet:
         def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
             if plain.loader is not None and not plain.loader.whole:
                 return None
-            if plain.loader is not None:
-                plain.loader.before_update()
             if plain.config.clip and plain.model is not None:
-                if "value" in plain.config.clip:
-                    nn.utils.clip_grad_value_(plain.model.parameters(), plain.config.clip["value"])
-                if "norm" in plain.config.clip:
-                    nn.utils.clip_grad_norm_(plain.model.parameters(), plain.config.clip["norm"])
+                Clipping(**plain.config.clip).clip(plain.model.parameters())
             result = cls.step(self, closure) if closure is not None else cls.step(self)
             plain.note()
             return result
@@ -123,7 +119,6 @@ class PlainLoader:
         self.batch_size = global_batch_size
         self.whole = True
         """Whether the pass under way is the step's last."""
-        self._passes: Passes | None = None
         self._source = SampleSource(loader.dataset, het.config.seed)
         plain_order = type(loader.sampler) in (RandomSampler, SequentialSampler) and (
             not isinstance(loader.sampler, RandomSampler)
@@ -195,21 +190,16 @@ class PlainLoader:
         het = self.het
         assert het.model is not None
         cut = [[part[s.start : s.stop] for s in micro_batches(range(len(part)), self.micro)] for part in parts]
-        passes = self._passes = Passes(het, sums=self.sums)
-        todo = [(member, list(one)) for member, own in enumerate(cut) for one in own]
+        passes = Passes(het, sums=self.sums)
+        todo = [list(one) for own in cut for one in own]
         with passes:
-            for number, (member, indices) in enumerate(todo):
+            for number, indices in enumerate(todo):
                 batch = self._fetch(indices)
                 weight = float(self.weight(batch)) if self.weight is not None else float(len(indices))
                 self.whole = number == len(todo) - 1
-                passes.begin(member, weight, last=self.whole)
+                passes.begin(weight, last=self.whole)
                 yield batch
-        self.whole, self._passes = True, None
-
-    def before_update(self) -> None:
-        """The step is to be made: buffers take the mean change."""
-        if self._passes is not None:
-            self._passes.settle_buffers()
+        self.whole = True
 
 
 class Passes:
@@ -222,11 +212,10 @@ class Passes:
         trained = [p for group in het.optimizer.param_groups for p in group["params"]]
         self._own: list[nn.Parameter] = list({id(p): p for p in [*het.model.parameters(), *trained]}.values())
         self._gradients: dict[int, torch.Tensor] = {}
-        self._weight, self._total, self._member = 0.0, 0.0, -1
-        self._last = False
-        self._weights: dict[int, float] = {}
+        self._weight, self._total = 0.0, 0.0
+        self._first, self._last = True, False
         self._at_start = self._state()
-        self._changes: dict[int, dict[str, torch.Tensor]] = {}
+        self._changes: dict[str, torch.Tensor] = {}
         self._backward = torch.Tensor.backward
         self._depth = 0
 
@@ -249,50 +238,41 @@ class Passes:
     def __exit__(self, *_: object) -> None:
         torch.Tensor.backward = self._backward  # type: ignore[method-assign]
 
-    def begin(self, member: int, weight: float, *, last: bool) -> None:
-        """The next pass is a member's, of so much weight; what the last one changed besides buffers is undone."""
-        if self._member >= 0:
-            self._keep_changes()
-            self._go_back(buffers=member != self._member)
-        self._member, self._weight, self._last = member, weight, last
+    def begin(self, weight: float, *, last: bool) -> None:
+        """The next pass has so much weight; what the last one's body has changed is undone."""
+        if not self._first:
+            self._go_back()
+        self._first, self._weight, self._last = False, weight, last
         self._total += weight
-        self._weights[member] = self._weights.get(member, 0.0) + weight
 
-    def _go_back(self, *, buffers: bool) -> None:
+    def _go_back(self) -> None:
         with torch.no_grad():
-            names = {n for n, _ in self._model.named_buffers()}
             for name, t in self._tensors():
-                if name not in names or buffers:
-                    t.copy_(self._at_start["model"][name])
+                t.copy_(self._at_start["model"][name])
         for group, old in zip(self._optimizer.param_groups, self._at_start["groups"], strict=True):
             group.update(old)
         for name, obj in self._registered.items():
             obj.load_state_dict(copy.deepcopy(self._at_start["registered"][name]))
 
     def _keep_changes(self) -> None:
-        start = self._at_start["model"]
-        self._changes[self._member] = {
-            n: torch.where(b == start[n], 0.0, b.double() - start[n].double()) for n, b in self._model.named_buffers()
-        }
+        for name, b in self._model.named_buffers():
+            new, old = b.double(), self._at_start["model"][name].double()
+            change = torch.where(torch.isfinite(old), torch.where(new == old, 0.0, new - old), new) * self._weight
+            self._changes[name] = self._changes[name] + change if name in self._changes else change
 
-    def settle_buffers(self) -> None:
-        """``b + sum_i w_i (b_i - b) / sum_i w_i``; whole numbers are rounded."""
-        self._keep_changes()
-        total = sum(self._weights.values())
+    def _settle_buffers(self) -> None:
+        """``b + sum_j w_j (b_j - b) / sum_j w_j``; where ``b`` is not finite, the mean of ``b_j``."""
         with torch.no_grad():
             for name, b in self._model.named_buffers():
-                start = self._at_start["model"][name]
-                change = sum(
-                    w * self._changes[m][name] for m, w in self._weights.items() if m in self._changes and w
-                ) / total  # fmt: skip
-                if not isinstance(change, torch.Tensor) or not bool((change != 0).any()):
-                    b.copy_(start)
-                elif b.is_floating_point():
-                    b.copy_(start + change)
+                old = self._at_start["model"][name]
+                change = self._changes[name] / self._total
+                new = torch.where(torch.isfinite(old), old.double() + change, change)
+                if b.is_floating_point():
+                    b.copy_(torch.where(torch.isfinite(old) & (change == 0), old, new.to(b.dtype)))
                 elif b.dtype == torch.bool:
-                    b.copy_((start.double() + change).round())
+                    b.copy_(new.round())
                 else:
-                    b.copy_(start + change.round().to(b.dtype))
+                    b.copy_(old + change.round().to(b.dtype))
 
     def _combined(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         self._depth += 1
@@ -310,10 +290,12 @@ class Passes:
             part = p.grad.detach() * factor
             self._gradients[id(p)] = part if sofar is None else sofar + part
             p.grad = torch.zeros_like(p)
+        self._keep_changes()
         if self._last:
             for p in self._own:
                 mean = self._gradients.get(id(p))
                 p.grad = None if mean is None else (mean if self._sums else mean / self._total)
+            self._settle_buffers()
 
 
 def run_plain(program: Program, text: str, config: HetConfig, used: dict[int, Used]) -> Outcome:

@@ -85,10 +85,10 @@ class Program:
     def by_pass(self) -> bool:
         """Whether what is computed depends on how a batch is cut into passes, as the documents say: the reference then
         makes the same passes."""
-        normalises = {"batch_norm"} & set(self.blocks)
-        counts = {"spectral_norm"} & set(self.blocks) or set(self.buffers) - CONSTANT
-        weighed = set(self.buffers) & AVERAGED and self.loss not in ("mean", "smooth", "learned", "penalty")
-        return bool(normalises or weighed or (counts and self.micro))
+        weighed = set(self.buffers) & AVERAGED and (self.loss.startswith(WEIGHED) or self.loss.endswith("_local"))
+        return bool(
+            "batch_norm" in self.blocks or weighed or EXTREMES & set(self.buffers) or self.loss.endswith("_local")
+        )  # fmt: skip
 
     @property
     def random_passes(self) -> bool:
@@ -98,6 +98,8 @@ class Program:
 
 CONSTANT = {"const_inf", "const_nan", "const_bool", "const_int", "expanded"}
 """Buffers that never change."""
+WEIGHED = ("token", "class_weight", "sample_weight")
+"""Losses that are means over something else than samples, by which changes of buffers are weighed too."""
 AVERAGED = {"mean", "non_persistent", "single"}
 """Buffers that hold averages over the samples of passes."""
 EXTREMES = {"infinite"}

@@ -31,8 +31,17 @@ _OWN_ERROR = '''class OwnError(Exception):
 
 def text_of(program: Program) -> str:
     """The program's source."""
-    parts = [HEADER]
+    run = f"# {program.workers} workers with shares={program.shares}, {config_words(program)}"
+    parts = [f"{run}\n{HEADER}"]
     if program.odd in ("raise", "raise_on_one"):
         parts.append(_OWN_ERROR)
     parts += [model_text(program), data_text(program), train_text(program)]
     return "\n\n".join(part for part in parts if part)
+
+
+def config_words(program: Program) -> str:
+    """The run's other settings and its fault, in words."""
+    words = [f"bucket_mib={program.bucket_mib}", f"replica_check_steps={program.check_steps}"]
+    words += [f"clip={program.clip.removeprefix('config_')}"] if program.clip.startswith("config") else []
+    words += ["schedule=cosine"] if program.scheduler == "config" else []
+    return ", ".join(words) + (f"; fault: {program.fault}" if program.fault != "none" else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from raytrain_het.testing.programs.program import Program
+from raytrain_het.testing.programs.text_loss import declared
 
 _DATASETS: dict[str, str] = {
     "tuples": "        return self.x[index], self.y[index]",
@@ -186,12 +187,8 @@ def make_loader(program: Program) -> list[str]:
     x, y = ("batch.x", "batch.y") if program.collate == "own" else ("batch[0]", "batch[1]")
     if program.dataset == "dicts" or program.collate == "dict":
         x, y = 'batch["x"]', 'batch["y"]'
-    if program.loss == "token_declared":
-        prepared.append(f"weight=lambda batch: float(({y} != -100).sum())")
-    elif program.loss == "class_weight_declared":
-        prepared.append(f"weight=lambda batch: float(class_weights[{y}].sum())")
-    elif program.loss == "sum_declared":
-        prepared.append('loss="sum"')
+    if told := declared(program, y):
+        prepared.append(told)
     lines = ["sampler = Rotated(data)"] if program.sampler == "set_epoch" else []
     return [*lines, f"loader = het.prepare_data_loader({', '.join(prepared)})"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.text_data import make_data, make_loader, unpack
+from raytrain_het.testing.programs.text_loss import loss_lines
 
 _OPTIMIZERS: dict[str, str] = {
     "sgd": "torch.optim.SGD({}, lr=0.05)",
@@ -72,23 +73,6 @@ _SCHEDULERS: dict[str, tuple[str, str, str]] = {
 }
 SCHEDULERS = (*_SCHEDULERS, "by_hand", "each_step_by_hand", "config")
 
-_LOSSES: dict[str, dict[str, str]] = {
-    "regress": {"mean": "F.mse_loss(out, y)", "sum": 'F.mse_loss(out, y, reduction="sum")'},
-    "classify": {
-        "mean": "F.cross_entropy(out, y)",
-        "sum": 'F.cross_entropy(out, y, reduction="sum")',
-        "smooth": "F.cross_entropy(out, y, label_smoothing=0.1)",
-        "class_weight": "F.cross_entropy(out, y, weight=class_weights)",
-    },
-    "tokens": {
-        "mean": 'each = F.cross_entropy(out.transpose(1, 2), y, ignore_index=-100, reduction="none")\n'
-        "loss = (each.sum(1) / (y != -100).sum(1)).mean()",
-        "sum": 'F.cross_entropy(out.transpose(1, 2), y, ignore_index=-100, reduction="sum")',
-        "token": "F.cross_entropy(out.transpose(1, 2), y, ignore_index=-100)",
-        "token_mask": 'mask = y != -100\nloss = (F.cross_entropy(out.transpose(1, 2), y, reduction="none") * mask).sum() / mask.sum()',
-    },
-}  # fmt: skip
-
 ZERO: dict[str, str] = {
     "before": "optimizer.zero_grad()",
     "first": "optimizer.zero_grad()",
@@ -143,27 +127,6 @@ def _indented(text: str, depth: int) -> list[str]:
     return ["    " * depth + line if line else "" for line in text.splitlines()]
 
 
-def _loss(program: Program) -> list[str]:
-    kinds = _LOSSES["classify" if program.task == "image" else program.task]
-    name = program.loss.removesuffix("_declared")
-    text = kinds.get(name, kinds["mean"])
-    lines = ["out = model(x)" if program.dataset != "scalars" else "out = model(x).sum(1)"]
-    lines += text.splitlines() if "\n" in text else [f"loss = {text}"]
-    if program.loss == "learned":
-        lines.append("loss = loss * torch.exp(-model.log_scale) + model.log_scale")
-    elif program.loss == "learned_outside":
-        lines.append("loss = criterion(loss)")
-    elif program.loss == "penalty":
-        lines.append("loss = loss + 0.01 * sum(p.square().sum() for p in model.parameters())")
-    elif program.loss == "gradient_penalty":
-        lines = ["x.requires_grad_()", *lines]
-        lines.append("slope = torch.autograd.grad(out.sum(), x, create_graph=True)[0]")
-        lines.append("loss = loss + 0.1 * slope.square().sum(1).mean()")
-    if program.odd == "complex":
-        lines.append("loss = loss + 0.1 * model.phase.abs().sum()")
-    return lines
-
-
 def _freeze(program: Program) -> list[str]:
     return {
         "none": [],
@@ -210,6 +173,8 @@ def _before_loop(program: Program) -> list[str]:
         lines.append("criterion = Criterion()")
         parameters = "[*model.parameters(), *criterion.parameters()]"
     made = _OPTIMIZERS[program.optimizer].format(parameters)
+    if program.loss.startswith("sum"):
+        made = made.replace("lr=0.05", "lr=0.005")
     scheduler = _SCHEDULERS.get(program.scheduler)
     if program.scheduler == "before_prepare":
         assert scheduler is not None
@@ -248,7 +213,7 @@ def _backward(program: Program) -> list[str]:
 
 def _step(program: Program) -> list[str]:
     if program.optimizer == "lbfgs" or program.odd == "closure":
-        zero, loss = "optimizer.zero_grad()", _loss(program)
+        zero, loss = "optimizer.zero_grad()", loss_lines(program)
         return ["def closure():", *_indented("\n".join([zero, *loss, "loss.backward()", "return loss"]), 1), "optimizer.step(closure)"]  # fmt: skip
     if program.odd == "second_optimizer":
         return ["optimizer.step()", "second.step()"]
@@ -282,7 +247,7 @@ def _body(program: Program) -> list[str]:
         lines += zero
     closes = program.optimizer == "lbfgs" or program.odd == "closure"
     if not closes:
-        lines += _loss(program)
+        lines += loss_lines(program)
         if program.zero not in ("first", "after"):
             lines += zero
         lines += _backward(program)

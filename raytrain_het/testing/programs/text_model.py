@@ -8,57 +8,57 @@ WIDTH = 8
 WORDS = 11
 
 _BLOCKS: dict[str, tuple[str, str]] = {
-    # name: (what __init__ does, what forward does); "@" is the block's own name
-    "residual": ("self.@ = nn.Linear(8, 8)", "h = h + torch.tanh(self.@(h))"),
-    "layer_norm": ("self.@ = nn.LayerNorm(8)", "h = self.@(h)"),
-    "group_norm": ("self.@ = nn.GroupNorm(2, 8)", "h = {channels}"),
-    "batch_norm": ("self.@ = nn.BatchNorm1d(8)", "h = {channels}"),
+    # name: (what __init__ does, what forward does); "$" is the block's own name
+    "residual": ("self.$ = nn.Linear(8, 8)", "h = h + torch.tanh(self.$(h))"),
+    "layer_norm": ("self.$ = nn.LayerNorm(8)", "h = self.$(h)"),
+    "group_norm": ("self.$ = nn.GroupNorm(2, 8)", "h = {channels}"),
+    "batch_norm": ("self.$ = nn.BatchNorm1d(8)", "h = {channels}"),
     "batch_norm_eval": (
-        "self.@ = nn.BatchNorm1d(8)\nself.@.running_mean.fill_(0.1)\nself.@.running_var.fill_(2.0)",
+        "self.$ = nn.BatchNorm1d(8)\nself.$.running_mean.fill_(0.1)\nself.$.running_var.fill_(2.0)",
         "h = {channels}",
     ),
-    "dropout0": ("self.@ = nn.Dropout(0.0)", "h = self.@(h)"),
-    "dropout": ("self.@ = nn.Dropout(0.1)", "h = self.@(h)"),
+    "dropout0": ("self.$ = nn.Dropout(0.0)", "h = self.$(h)"),
+    "dropout": ("self.$ = nn.Dropout(0.1)", "h = self.$(h)"),
     "noise": ("", "h = h + 0.1 * noise_of(x, h)"),
     "tied": (
-        "self.@ = nn.Linear(8, 8)\nself.@_twin = nn.Linear(8, 8, bias=False)\nself.@_twin.weight = self.@.weight",
-        "h = self.@_twin(torch.tanh(self.@(h)))",
+        "self.$ = nn.Linear(8, 8)\nself.$_twin = nn.Linear(8, 8, bias=False)\nself.$_twin.weight = self.$.weight",
+        "h = self.$_twin(torch.tanh(self.$(h)))",
     ),
     "checkpoint": (
-        "self.@ = nn.Sequential(nn.Linear(8, 8), nn.Tanh())",
-        "h = checkpoint(self.@, h, use_reentrant=False)",
+        "self.$ = nn.Sequential(nn.Linear(8, 8), nn.Tanh())",
+        "h = checkpoint(self.$, h, use_reentrant=False)",
     ),
     "checkpoint_reentrant": (
-        "self.@ = nn.Sequential(nn.Linear(8, 8), nn.Tanh())",
-        "h = checkpoint(self.@, h, use_reentrant=True)",
+        "self.$ = nn.Sequential(nn.Linear(8, 8), nn.Tanh())",
+        "h = checkpoint(self.$, h, use_reentrant=True)",
     ),
     "checkpoint_twice": (
-        "self.@ = nn.Sequential(nn.Linear(8, 8), nn.Tanh())",
-        "for _ in range(2):\n    h = checkpoint(self.@, h, use_reentrant=False)",
+        "self.$ = nn.Sequential(nn.Linear(8, 8), nn.Tanh())",
+        "for _ in range(2):\n    h = checkpoint(self.$, h, use_reentrant=False)",
     ),
     "checkpoint_reentrant_twice": (
-        "self.@ = nn.Sequential(nn.Linear(8, 8), nn.Tanh())",
-        "for _ in range(2):\n    h = checkpoint(self.@, h, use_reentrant=True)",
+        "self.$ = nn.Sequential(nn.Linear(8, 8), nn.Tanh())",
+        "for _ in range(2):\n    h = checkpoint(self.$, h, use_reentrant=True)",
     ),
-    "inner_backward": ("self.@ = nn.Linear(8, 8)", "h = Again.apply(h, self.@)"),
-    "shared": ("self.@ = nn.Linear(8, 8)", "h = torch.tanh(self.@(torch.tanh(self.@(h))))"),
-    "spectral_norm": ("self.@ = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))", "h = torch.tanh(self.@(h))"),
-    "weight_norm": ("self.@ = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))", "h = torch.tanh(self.@(h))"),
-    "unused": ("self.@ = nn.Linear(8, 8)", ""),
-    "late": ("self.@ = nn.Linear(8, 8)", "if self.epoch >= 1:\n    h = h + torch.tanh(self.@(h))"),
-    "scale": ("self.@ = nn.Parameter(torch.tensor(1.5))", "h = h * self.@"),
-    "empty": ("self.@ = nn.Parameter(torch.empty(0))", "h = h + self.@.sum()"),
+    "inner_backward": ("self.$ = nn.Linear(8, 8)", "h = Again.apply(h, self.$)"),
+    "shared": ("self.$ = nn.Linear(8, 8)", "h = torch.tanh(self.$(torch.tanh(self.$(h))))"),
+    "spectral_norm": ("self.$ = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))", "h = torch.tanh(self.$(h))"),
+    "weight_norm": ("self.$ = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))", "h = torch.tanh(self.$(h))"),
+    "unused": ("self.$ = nn.Linear(8, 8)", ""),
+    "late": ("self.$ = nn.Linear(8, 8)", "if self.epoch >= 1:\n    h = h + torch.tanh(self.$(h))"),
+    "scale": ("self.$ = nn.Parameter(torch.tensor(1.5))", "h = h * self.$"),
+    "empty": ("self.$ = nn.Parameter(torch.empty(0))", "h = h + self.$.sum()"),
     "hook": ("", "h.register_hook(lambda grad: 0.5 * grad)"),
-    "detach": ("self.@ = nn.Linear(8, 8)", "h = h + torch.tanh(self.@(h.detach()))"),
-    "gru": ("self.@ = nn.GRU(8, 8, batch_first=True)", "h = self.@({steps})[0]{unsteps}"),
+    "detach": ("self.$ = nn.Linear(8, 8)", "h = h + torch.tanh(self.$(h.detach()))"),
+    "gru": ("self.$ = nn.GRU(8, 8, batch_first=True)", "h = self.$({steps})[0]{unsteps}"),
     "attention": (
-        "self.@ = nn.MultiheadAttention(8, 2, batch_first=True)",
-        "h = h + self.@({steps}, {steps}, {steps}, need_weights=False)[0]{unsteps}",
+        "self.$ = nn.MultiheadAttention(8, 2, batch_first=True)",
+        "h = h + self.$({steps}, {steps}, {steps}, need_weights=False)[0]{unsteps}",
     ),
-    "transposed": ("self.@ = nn.Parameter(torch.randn(8, 8).t() / 3)", "h = torch.tanh(h @ self.@)"),
+    "transposed": ("self.$ = nn.Parameter(torch.randn(8, 8).t() / 3)", "h = torch.tanh(h @ self.$)"),
     "gain_list": (
-        "self.@ = nn.ParameterList([torch.ones(8), torch.zeros(8)])",
-        "h = h * self.@[0] + self.@[1]",
+        "self.$ = nn.ParameterList([torch.ones(8), torch.zeros(8)])",
+        "h = h * self.$[0] + self.$[1]",
     ),
 }
 
@@ -174,7 +174,7 @@ def model_text(program: Program) -> str:
     forward.append("h = self.stem(x).mean((2, 3))" if program.task == "image" else "h = torch.tanh(self.stem(x))")
     for place, name in enumerate(program.blocks):
         own = f"b{place}"
-        made, used = (part.replace("@", own) for part in _BLOCKS[name])
+        made, used = (part.replace("$", own) for part in _BLOCKS[name])
         call = f"self.{own}(h.transpose(1, 2)).transpose(1, 2)" if tokens else f"self.{own}(h)"
         used = used.replace("{channels}", call)
         used = used.replace("{steps}", "h" if tokens else "h[:, None]").replace("{unsteps}", "" if tokens else "[:, 0]")

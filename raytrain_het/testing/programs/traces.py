@@ -61,6 +61,8 @@ def state_of(model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -
     names: dict[int, str] = {}
     if model is not None:
         for name, p in model.named_parameters():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                continue
             state[f"parameter {name}"] = p.detach().clone()
             names[id(p)] = name
         for name, b in model.named_buffers():
@@ -72,6 +74,8 @@ def state_of(model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -
                     value = group[key]
                     state[f"group {k} {key}"] = value.detach().clone() if isinstance(value, torch.Tensor) else value
             for place, p in enumerate(group["params"]):
+                if isinstance(p, nn.parameter.UninitializedParameter):
+                    continue
                 name = names.get(id(p), f"group {k} number {place}")
                 if id(p) not in names:
                     state[f"parameter {name}"] = p.detach().clone()
