@@ -51,6 +51,7 @@ _DRAWS: dict[str, tuple[float, tuple[Any, ...]]] = {
     "workers": (1.2, (3,)),
     "bucket_mib": (1.5, (0.0002, 0.001)),
     "check_steps": (1.0, (1, 3, 0)),
+    "check": (0.5, ("every_step",)),
     "fault": (0.9, ("kill", "kill_first", "kill_updated", "kill_decoded", "leave", "kill_all", "hub")),
 }  # fmt: skip
 _SHARES = {

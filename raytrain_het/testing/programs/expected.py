@@ -16,6 +16,7 @@ _REFUSALS: dict[tuple[str, str], str] = {
     ("sampler", "own_batches"): r"batch_sampler|Buckets",
     ("sampler", "batches"): r"batch_sampler|BatchSampler",
     ("sampler", "random_batches"): r"batch_sampler|BatchSampler",
+    ("sampler", "counting"): r"depends on how often it was iterated",
     ("extra", "timeout"): r"timeout",
     ("extra", "worker_init_fn"): r"worker_init_fn",
     ("extra", "prefetch"): r"prefetch_factor",
@@ -74,5 +75,5 @@ def refusals_of(program: Program) -> list[str]:
     if program.workers > program.batch:
         patterns.append("global_batch_size")
     if program.drop_last and program.batch > program.samples - 3:
-        patterns.append("leaves no step")
+        patterns.append("leaves no step|makes no step")
     return patterns

@@ -8,6 +8,7 @@ weighted mean is what the step applies. The body of the loop then runs once for 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +98,13 @@ class PlainHet:
 
     def evaluate(self, fn: Callable[[Any], dict[str, Any]], data: Any, *, batch_size: int = 256) -> dict[str, float]:
         assert self.model is not None
-        data = data.dataset if isinstance(data, DataLoader) else data
+        collate = default_collate if self.loader is None else self.loader.inner.collate_fn
+        if isinstance(data, DataLoader):
+            data, collate = data.dataset, data.collate_fn
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         with torch.no_grad():
-            batch = default_collate([data[k] for k in range(len(data))])
+            batch = collate([data[k] for k in range(len(data))])
             sums = {k: float(v) for k, v in fn(batch).items()}
         for module, mode in modes.items():
             module.training = mode
@@ -156,6 +159,7 @@ class PlainLoader:
 
     def __iter__(self) -> Iterator[Any]:
         het, done = self.het, 0
+        self._times: Counter[int] = Counter()
         for batch in self.batches(het.epoch):
             parts = self._parts(batch, het.epoch)
             if self._rates is not None and het.optimizer is not None:
@@ -183,8 +187,13 @@ class PlainLoader:
         return used.parts
 
     def _fetch(self, indices: list[int]) -> Any:
-        collate = self.inner.collate_fn
-        return collate(self._source.fetch(self.het.epoch, indices))
+        repeats = [self._again(index) for index in indices]
+        return self.inner.collate_fn(self._source.fetch(self.het.epoch, indices, repeats))
+
+    def _again(self, index: int) -> int:
+        """How often a sample was used before in the epoch: its own random numbers are others each time."""
+        self._times[index] += 1
+        return self._times[index] - 1
 
     def _by_pass(self, parts: tuple[tuple[int, ...], ...]) -> Iterator[Any]:
         het = self.het

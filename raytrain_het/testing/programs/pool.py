@@ -245,7 +245,7 @@ def config_of(program: Program) -> HetConfig:
     return HetConfig(
         shares=program.shares, bucket_mib=program.bucket_mib, replica_check_steps=program.check_steps, clip=clip,
         schedule={"cosine": {"floor": 0.1}} if program.scheduler == "config" else None,
-        silence_s=10.0, hang_limit_s=30.0,
+        check=program.check, silence_s=10.0, hang_limit_s=30.0,
     )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class Program:
     shares: tuple[float, ...] | None = (3.0, 1.0)
     bucket_mib: float = 4.0
     check_steps: int = 50
+    check: str = "rolling"
     fault: str = "none"
 
     def changed(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def text_of(program: Program) -> str:
 def config_words(program: Program) -> str:
     """The run's other settings and its fault, in words."""
     words = [f"bucket_mib={program.bucket_mib}", f"replica_check_steps={program.check_steps}"]
+    words += [f"check={program.check}"] if program.check != "rolling" else []
     words += [f"clip={program.clip.removeprefix('config_')}"] if program.clip.startswith("config") else []
     words += ["schedule=cosine"] if program.scheduler == "config" else []
     return ", ".join(words) + (f"; fault: {program.fault}" if program.fault != "none" else "")

@@ -26,7 +26,11 @@ _SAMPLERS: dict[str, str] = {
     "reversed": "sampler=list(range(len(data)))[::-1]",
     "own": "sampler=Backwards(data)",
     "own_subclass": "sampler=Upwards(data)",
+    "own_random": "sampler=Shuffled(data)",
     "set_epoch": "sampler=sampler",
+    "set_by_hand": "sampler=sampler",
+    "longer": "sampler=sampler",
+    "counting": "sampler=Counting(data)",
     "batches": "batch_sampler=BatchSampler(SequentialSampler(data), {batch}, drop_last={drop_last})",
     "random_batches": "batch_sampler=BatchSampler(RandomSampler(data), {batch}, drop_last={drop_last})",
     "own_batches": "batch_sampler=Buckets(data)",
@@ -35,6 +39,50 @@ _SAMPLERS: dict[str, str] = {
 SAMPLERS = tuple(_SAMPLERS)
 
 _CLASSES: dict[str, str] = {
+    "own_random": """class Shuffled(Sampler):
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        return iter(torch.randperm(len(self.data)).tolist())
+""",
+    "set_by_hand": """class Shifted(Sampler):
+    def __init__(self, data):
+        self.data, self.shift = data, 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        return iter([(k + self.shift) % len(self.data) for k in range(len(self.data))])
+""",
+    "longer": """class Longer(Sampler):
+    def __init__(self, data):
+        self.data, self.epoch = data, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return min(len(self.data), 13 + 8 * self.epoch)
+
+    def __iter__(self):
+        return iter(range(len(self)))
+""",
+    "counting": """class Counting(Sampler):
+    def __init__(self, data):
+        self.data, self.rounds = data, 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        self.rounds += 1
+        return iter([(k + self.rounds) % len(self.data) for k in range(len(self.data))])
+""",
     "own": """class Backwards(Sampler):
     def __init__(self, data):
         self.data = data
@@ -189,7 +237,8 @@ def make_loader(program: Program) -> list[str]:
         x, y = 'batch["x"]', 'batch["y"]'
     if told := declared(program, y):
         prepared.append(told)
-    lines = ["sampler = Rotated(data)"] if program.sampler == "set_epoch" else []
+    held = {"set_epoch": "Rotated", "set_by_hand": "Shifted", "longer": "Longer"}.get(program.sampler)
+    lines = [f"sampler = {held}(data)"] if held is not None else []
     return [*lines, f"loader = het.prepare_data_loader({', '.join(prepared)})"]
 
 

@@ -285,15 +285,17 @@ def _body(program: Program) -> list[str]:
 
 
 def _evaluate(program: Program) -> list[str]:
-    pad = program.task == "tokens"
-    loss = 'F.cross_entropy(out.transpose(1, 2), batch[1], ignore_index=-100, reduction="sum")' if pad else (
-        "(out.sum(1) - batch[1].double().reshape(len(out), -1).sum(1)).square().sum()"
-    )  # fmt: skip
-    given = "DataLoader(held_out, batch_size=3)" if program.evaluate == "loader" else "held_out, batch_size=3"
+    given, collated = "held_out, batch_size=3", program.collate
+    if program.evaluate == "loader":
+        given, collated = "DataLoader(held_out, batch_size=3)", "default"
+    x, y = {"own": ("batch.x", "batch.y"), "dict": ('batch["x"]', 'batch["y"]')}.get(collated, ("batch[0]", "batch[1]"))
+    loss = f"(out.sum(1) - {y}.double().reshape(len(out), -1).sum(1)).square().sum()"
+    if program.task == "tokens":
+        loss = f'F.cross_entropy(out.transpose(1, 2), {y}, ignore_index=-100, reduction="sum")'
     return [
         "def measure(batch):",
-        "    out = model(batch[0])",
-        f'    return {{"error": {loss}, "training": float(model.training)}}',
+        f"    out = model({x})",
+        f'    return {{"error": {loss}, "training": len(out) * float(model.training)}}',
         "",
         f"scores = het.evaluate(measure, {given})",
         'seen[epoch, "error"] = scores["error"]',
@@ -313,8 +315,10 @@ def train_text(program: Program) -> str:
         inner += ["if epoch == 1:", "    return seen"]
     if program.dataset == "curriculum":
         inner.append("data.epoch = epoch")
-    if program.sampler == "set_epoch":
+    if program.sampler in ("set_epoch", "longer"):
         inner.append("sampler.set_epoch(epoch)")
+    elif program.sampler == "set_by_hand":
+        inner.append("sampler.shift = 3 * epoch")
     if "late" in program.blocks or {"becomes_none", "grows"} & set(program.buffers):
         inner.append("model.epoch = epoch")
     inner += _thaw(program)

@@ -20,10 +20,11 @@ from raytrain_het.training.cursor import DataPlan
 
 TOLERANCE = 1e-9
 GOOD = ("equal", "refused")
-KINDS = (*GOOD, "wrong", "hang", "internal", "misnamed")
+KINDS = (*GOOD, "late", "wrong", "hang", "internal", "misnamed")
 """equal: the same numbers as one process. refused: an error of raytrain_het's own that names what the program does.
 
-wrong: other numbers, or an error after them. hang: not over in time. internal: an error from within. misnamed: an
+late: replicas came to differ, and the check of them has raised an error with names, steps later. wrong: other numbers
+than one process, without a word, or an error long after them. hang: not over in time. internal: an error from within. misnamed: an
 error of raytrain_het's own, for a program that it should run, or that names another thing than the program does."""
 
 
@@ -49,8 +50,8 @@ class Verdict:
 def verdict_of(ran: Ran) -> Verdict:
     """Judge one run."""
     verdict = _verdict_of(ran)
-    if verdict.kind == "wrong" and ran.program.loss in UNDECLARED:
-        return Verdict(kind="wrong", detail=f"undeclared loss {ran.program.loss}: {verdict.detail}")
+    if verdict.kind in ("wrong", "late") and ran.program.loss in UNDECLARED:
+        return Verdict(kind=verdict.kind, detail=f"undeclared loss {ran.program.loss}: {verdict.detail}")
     return verdict
 
 
@@ -80,6 +81,8 @@ def _verdict_of(ran: Ran) -> Verdict:
         return Verdict(kind="internal", detail=f"{_line(outcome.error)} (worker {slot})\n{outcome.traceback}")
     first = next((o for o in errors.values() if o.error_class != "RunFailedError"), next(iter(errors.values())))
     text = _line(first.error)
+    if wrong is not None and first.error_class == "ReplicaMismatchError":
+        return Verdict(kind="late", detail=f"{wrong}; then {text}")
     if wrong is not None and not program.random_passes:
         return Verdict(kind="wrong", detail=f"{wrong}; then it was refused: {text}")
     if ran.plain.kind == "error":
@@ -213,6 +216,7 @@ def _order(program: Program, epoch: int, indices: list[int], fault: bool) -> str
         "reversed": list(range(n))[::-1], "own": list(range(n - 1, 1, -1)),
         "own_subclass": sorted(range(n), key=lambda k: (k % 5, k)),
         "set_epoch": [(k + 5 * epoch) % n for k in range(n)], "batches": list(range(n)),
+        "set_by_hand": [(k + 3 * epoch) % n for k in range(n)], "longer": list(range(min(n, 13 + 8 * epoch))),
         "own_batches": [k for start in range(4) for k in range(start, n, 4)],
     }.get(program.sampler)  # fmt: skip
     if exact is not None and not fault and indices != exact[: len(indices)]:
@@ -225,6 +229,7 @@ def _order(program: Program, epoch: int, indices: list[int], fault: bool) -> str
     if distinct and len(set(indices)) < len(indices):
         return "has samples twice"
     count = {"weighted": n - 3, "replacement": n - 3, "fewer": n - 3, "subset_random": -(-n // 2), "own": n - 2}
+    count["longer"] = min(n, 13 + 8 * epoch)
     if whole and not fault and len(indices) != count.get(program.sampler, n):
         return f"has not the length {count.get(program.sampler, n)}"
     return ""
