@@ -31,7 +31,7 @@ def main() -> None:
         return
     with Pool() as pool:
         if args.shrink is not None:
-            small, verdict = shrunk(pool, generate(args.shrink))
+            small, verdict = shrunk(lambda program: verdict_of(pool.run(program)), generate(args.shrink))
             print(f"{verdict.kind}: {verdict.detail}\n\n# {small}\n{text_of(small)}")
             return
         numbers = args.only or range(args.seed * 100_000, args.seed * 100_000 + args.count)

@@ -269,11 +269,9 @@ def used_in(notes: Sequence[StepNote]) -> dict[int, Used]:
     for note in notes:
         if note.generation > newest.get(note.step, -1):
             newest[note.step] = note.generation
-    for step, generation in newest.items():
-        counting = [n for n in notes if n.step == step and n.generation == generation]
-        own = {n.uid: tuple(n.own) for n in counting}
-        places = sorted(counting[0].slices.items(), key=lambda item: item[1])
-        if all(uid in own or start == stop for uid, (start, stop) in places):
-            parts = tuple(own.get(uid, ()) for uid, _ in places)
-            used[step] = Used(epoch=counting[0].epoch, parts=parts)
+    for note in notes:
+        if note.generation == newest[note.step] and note.step not in used:
+            places = sorted(note.slices.values())
+            parts = tuple(tuple(note.batch[a - note.offset : b - note.offset]) for a, b in places)
+            used[note.step] = Used(epoch=note.epoch, parts=parts)
     return used

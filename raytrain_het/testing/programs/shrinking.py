@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from raytrain_het.testing.programs.drawing import settled
-from raytrain_het.testing.programs.pool import Pool
 from raytrain_het.testing.programs.program import Program
-from raytrain_het.testing.programs.verdict import Verdict, verdict_of
+from raytrain_het.testing.programs.verdict import Verdict
 
 
-def shrunk(pool: Pool, program: Program) -> tuple[Program, Verdict]:
+def shrunk(judge: Callable[[Program], Verdict], program: Program) -> tuple[Program, Verdict]:
     """Switch features off, one at a time, as long as the verdict is of the same kind; returns what is left."""
-    verdict = verdict_of(pool.run(program))
+    verdict = judge(program)
     if verdict.good:
         return program, verdict
     tried: set[Program] = {program}
@@ -24,7 +23,7 @@ def shrunk(pool: Pool, program: Program) -> tuple[Program, Verdict]:
             if smaller in tried:
                 continue
             tried.add(smaller)
-            seen = verdict_of(pool.run(smaller))
+            seen = judge(smaller)
             if _alike(seen, verdict):
                 program, verdict, going = smaller, seen, True
                 break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.text_data import make_data, make_loader, unpack
-from raytrain_het.testing.programs.text_loss import loss_lines
+from raytrain_het.testing.programs.text_loss import additive, loss_lines
 
 _OPTIMIZERS: dict[str, str] = {
     "sgd": "torch.optim.SGD({}, lr=0.05)",
@@ -276,7 +276,7 @@ def _body(program: Program) -> list[str]:
     if program.zero == "after":
         lines += zero
     if program.report == "sum":
-        lines.append("total += loss.item() * len(x)")
+        lines.append(f"total += {additive(program)}")
     if program.early == "after_step":
         lines += ["if epoch == 1 and step == 1:", "    return seen"]
     counts = program.early in ("top", "after_step") or program.odd in ("break", "continue", "accumulate")

@@ -112,3 +112,10 @@ def declared(program: Program, y: str) -> str:
     if program.loss.startswith("class_weight"):
         return f"weight=lambda batch: float(class_weights[{y}].sum())"
     return 'loss="sum"'
+
+
+def additive(program: Program) -> str:
+    """Something of a batch whose sum over the parts of a batch is that of the whole."""
+    if program.loss.startswith("sum"):
+        return "loss.item()"
+    return "float(len(x))" if base_of(program.loss) in UNDECLARED else "loss.item() * len(x)"

@@ -29,8 +29,12 @@ class StepNote:
     slices: dict[str, tuple[int, int]] = field(default_factory=dict)
     """By member: [start, stop) in the epoch's order."""
     uid: str = ""
+    offset: int = 0
+    """Where the batch begins in the epoch's order."""
+    batch: list[int] = field(default_factory=list)
+    """Dataset indices of the global batch, in order, as this worker knows it."""
     own: list[int] = field(default_factory=list)
-    """Dataset indices of this worker's part, in order."""
+    """Those of this worker's part."""
 
 
 @dataclass(kw_only=True)

@@ -189,6 +189,11 @@ def _steps(ran: Ran) -> Iterator[str]:
 def _orders(ran: Ran) -> Iterator[str]:
     program = ran.program
     yield from ran.plain.complaints[:1]
+    for step, notes in _counting(ran).items():
+        for note in notes:
+            start, stop = (k - note.offset for k in note.slices[note.uid])
+            if note.batch != notes[0].batch or note.own != note.batch[start:stop]:
+                yield f"step {step}: worker {note.slot} trained on {note.own}, which is not its part of {notes[0].batch}"
     whole = program.early == "none" and program.odd == "none"
     if program.sampler in ("shuffle", "plain") and whole:
         plan = DataPlan(
@@ -203,14 +208,12 @@ def _orders(ran: Ran) -> Iterator[str]:
     for _, used in sorted(ran.used.items()):
         by_epoch.setdefault(used.epoch, []).extend(index for part in used.parts for index in part)
     for epoch, indices in by_epoch.items():
-        if text := _order(program, epoch, indices, ran.fault_happened):
+        if text := _order(program, epoch, indices):
             yield f"epoch {epoch}: the order {indices} {text}"
 
 
-def _order(program: Program, epoch: int, indices: list[int], fault: bool) -> str:
-    """What is wrong with an epoch's order of samples; nothing if it may be that of the program's sampler.
-
-    With a fault, what a dead worker used may be known from its peers' slices only."""
+def _order(program: Program, epoch: int, indices: list[int]) -> str:
+    """What is wrong with an epoch's order of samples; nothing if it may be that of the program's sampler."""
     n, whole = program.samples, program.early == "none" and program.odd == "none" and not program.drop_last
     exact = {
         "reversed": list(range(n))[::-1], "own": list(range(n - 1, 1, -1)),
@@ -219,7 +222,7 @@ def _order(program: Program, epoch: int, indices: list[int], fault: bool) -> str
         "set_by_hand": [(k + 3 * epoch) % n for k in range(n)], "longer": list(range(min(n, 13 + 8 * epoch))),
         "own_batches": [k for start in range(4) for k in range(start, n, 4)],
     }.get(program.sampler)  # fmt: skip
-    if exact is not None and not fault and indices != exact[: len(indices)]:
+    if exact is not None and indices != exact[: len(indices)]:
         return f"is not the sampler's {exact}"
     if program.sampler == "weighted" and any(k % 3 == 0 for k in indices):
         return "has samples of weight 0"
@@ -230,7 +233,7 @@ def _order(program: Program, epoch: int, indices: list[int], fault: bool) -> str
         return "has samples twice"
     count = {"weighted": n - 3, "replacement": n - 3, "fewer": n - 3, "subset_random": -(-n // 2), "own": n - 2}
     count["longer"] = min(n, 13 + 8 * epoch)
-    if whole and not fault and len(indices) != count.get(program.sampler, n):
+    if whole and len(indices) != count.get(program.sampler, n):
         return f"has not the length {count.get(program.sampler, n)}"
     return ""
 

@@ -105,6 +105,9 @@ class Watched:
     def committed(self, note: StepRecord) -> None:
         """A step was committed here."""
         state = state_of(self.model, self.optimizer)
+        plan = sessions.current().plan
+        assert plan is not None
+        batch = plan.permutation(note.epoch)[note.offset : note.offset + note.batch_size].tolist()
         slices = {uid: (int(s[0]), int(s[1])) for uid, s in note.slices.items()}
         self._ledger.append(
             LedgerEntry(
@@ -115,7 +118,7 @@ class Watched:
         self._notes.append(
             StepNote(
                 step=note.step, epoch=note.epoch, state=state, bits=bits_of(state), generation=note.generation,
-                slot=self._job.slot, slices=slices, uid=note.uid, own=[int(k) for k in note.own_samples],
+                slot=self._job.slot, slices=slices, uid=note.uid, offset=note.offset, batch=batch, own=[int(k) for k in note.own_samples],
             )
         )  # fmt: skip
 
