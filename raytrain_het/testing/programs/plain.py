@@ -7,7 +7,6 @@ weighted mean is what the step applies. The body of the loop then runs once for 
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, defau
 
 from raytrain_het.allocation.batch_shares import apportion
 from raytrain_het.config import HetConfig
+from raytrain_het.testing.programs.passes import Passes
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.traces import Outcome, StepNote, bits_of, state_of
 from raytrain_het.training.clipping import Clipping
@@ -75,7 +75,12 @@ class PlainHet:
 
         if "step" in vars(optimizer):  # A scheduler was made before: it counts the steps of what it has wrapped.
             inner = optimizer.step
-            optimizer.step = lambda *a: (inner(*a), plain.note())[0]  # type: ignore[method-assign]
+
+            def noted(*args: Any) -> None:
+                inner(*args)
+                plain.note()
+
+            optimizer.step = noted  # type: ignore[method-assign, assignment]
         else:
             optimizer.__class__ = type(cls.__name__, (cls,), {"step": step})
         return optimizer
@@ -197,9 +202,9 @@ class PlainLoader:
 
     def _by_pass(self, parts: tuple[tuple[int, ...], ...]) -> Iterator[Any]:
         het = self.het
-        assert het.model is not None
+        assert het.model is not None and het.optimizer is not None
         cut = [[part[s.start : s.stop] for s in micro_batches(range(len(part)), self.micro)] for part in parts]
-        passes = Passes(het, sums=self.sums)
+        passes = Passes(het.model, het.optimizer, het.registered, sums=self.sums)
         todo = [list(one) for own in cut for one in own]
         with passes:
             for number, indices in enumerate(todo):
@@ -209,102 +214,6 @@ class PlainLoader:
                 passes.begin(weight, last=self.whole)
                 yield batch
         self.whole = True
-
-
-class Passes:
-    """The passes of one step, made one after the other from the same state."""
-
-    def __init__(self, het: PlainHet, *, sums: bool) -> None:
-        assert het.model is not None and het.optimizer is not None
-        self._model, self._optimizer, self._registered = het.model, het.optimizer, het.registered
-        self._sums = sums
-        trained = [p for group in het.optimizer.param_groups for p in group["params"]]
-        self._own: list[nn.Parameter] = list({id(p): p for p in [*het.model.parameters(), *trained]}.values())
-        self._gradients: dict[int, torch.Tensor] = {}
-        self._weight, self._total = 0.0, 0.0
-        self._first, self._last = True, False
-        self._at_start = self._state()
-        self._changes: dict[str, torch.Tensor] = {}
-        self._backward = torch.Tensor.backward
-        self._depth = 0
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "model": {n: t.detach().clone() for n, t in self._tensors()},
-            "groups": [{k: v for k, v in g.items() if k != "params"} for g in self._optimizer.param_groups],
-            "registered": {n: copy.deepcopy(obj.state_dict()) for n, obj in self._registered.items()},
-        }
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._model.named_parameters()
-        yield from self._model.named_buffers()
-
-    def __enter__(self) -> None:
-        passes = self
-        # A function, and no bound method: torch's own is called with the tensor in front.
-        torch.Tensor.backward = lambda t, *a, **k: passes._combined(t, *a, **k)  # type: ignore[method-assign, assignment]
-
-    def __exit__(self, *_: object) -> None:
-        torch.Tensor.backward = self._backward  # type: ignore[method-assign]
-
-    def begin(self, weight: float, *, last: bool) -> None:
-        """The next pass has so much weight; what the last one's body has changed is undone."""
-        if not self._first:
-            self._go_back()
-        self._first, self._weight, self._last = False, weight, last
-        self._total += weight
-
-    def _go_back(self) -> None:
-        with torch.no_grad():
-            for name, t in self._tensors():
-                t.copy_(self._at_start["model"][name])
-        for group, old in zip(self._optimizer.param_groups, self._at_start["groups"], strict=True):
-            group.update(old)
-        for name, obj in self._registered.items():
-            obj.load_state_dict(copy.deepcopy(self._at_start["registered"][name]))
-
-    def _keep_changes(self) -> None:
-        for name, b in self._model.named_buffers():
-            new, old = b.double(), self._at_start["model"][name].double()
-            change = torch.where(torch.isfinite(old), torch.where(new == old, 0.0, new - old), new) * self._weight
-            self._changes[name] = self._changes[name] + change if name in self._changes else change
-
-    def _settle_buffers(self) -> None:
-        """``b + sum_j w_j (b_j - b) / sum_j w_j``; where ``b`` is not finite, the mean of ``b_j``."""
-        with torch.no_grad():
-            for name, b in self._model.named_buffers():
-                old = self._at_start["model"][name]
-                change = self._changes[name] / self._total
-                new = torch.where(torch.isfinite(old), old.double() + change, change)
-                if b.is_floating_point():
-                    b.copy_(torch.where(torch.isfinite(old) & (change == 0), old, new.to(b.dtype)))
-                elif b.dtype == torch.bool:
-                    b.copy_(new.round())
-                else:
-                    b.copy_(old + change.round().to(b.dtype))
-
-    def _combined(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        self._depth += 1
-        try:
-            self._backward(tensor, *args, **kwargs)
-        finally:
-            self._depth -= 1
-        if self._depth:
-            return
-        factor = 1.0 if self._sums else self._weight
-        for p in self._own:
-            if p.grad is None:
-                continue
-            sofar = self._gradients.get(id(p))
-            part = p.grad.detach() * factor
-            self._gradients[id(p)] = part if sofar is None else sofar + part
-            p.grad = torch.zeros_like(p)
-        self._keep_changes()
-        if self._last:
-            for p in self._own:
-                mean = self._gradients.get(id(p))
-                p.grad = None if mean is None else (mean if self._sums else mean / self._total)
-            self._settle_buffers()
 
 
 def run_plain(program: Program, text: str, config: HetConfig, used: dict[int, Used]) -> Outcome:
@@ -317,6 +226,10 @@ def run_plain(program: Program, text: str, config: HetConfig, used: dict[int, Us
         outcome.value = space["train_fn"]()
         outcome.kind = "result"
     except Exception as error:
-        outcome.kind, outcome.error, outcome.error_class = "error", f"{type(error).__name__}: {error}", type(error).__name__
+        outcome.kind, outcome.error, outcome.error_class = (
+            "error",
+            f"{type(error).__name__}: {error}",
+            type(error).__name__,
+        )
     outcome.final = state_of(het.model, het.optimizer)
     return outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Program:
     shares: tuple[float, ...] | None = (3.0, 1.0)
     bucket_mib: float = 4.0
     check_steps: int = 50
-    check: str = "rolling"
+    check: Literal["rolling", "every_step"] = "rolling"
     fault: str = "none"
 
     def changed(self) -> dict[str, Any]:
@@ -72,6 +72,10 @@ class Program:
         return {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
         }  # fmt: skip
+
+    def but(self, **fields: Any) -> Program:
+        """The same with some fields changed."""
+        return dataclasses.replace(self, **fields)
 
     def __str__(self) -> str:
         return f"Program({', '.join(f'{k}={v!r}' for k, v in self.changed().items())})"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
-from raytrain_het.testing.programs.drawing import settled
 from raytrain_het.testing.programs.program import Program
+from raytrain_het.testing.programs.settling import settled
 from raytrain_het.testing.programs.verdict import Verdict
+
+PLAINEST = Program()
 
 
 def shrunk(judge: Callable[[Program], Verdict], program: Program) -> tuple[Program, Verdict]:
@@ -43,8 +44,7 @@ def _smaller(program: Program) -> Iterator[Program]:
         for place in range(len(getattr(program, name))):
             rest = list(getattr(program, name))
             del rest[place]
-            yield settled(dataclasses.replace(program, **{name: tuple(rest)}))
+            yield settled(program.but(**{name: tuple(rest)}))
     for name in program.changed():
         if name not in ("blocks", "buffers"):
-            default = Program.__dataclass_fields__[name].default
-            yield settled(dataclasses.replace(program, **{name: default}))
+            yield settled(program.but(**{name: getattr(PLAINEST, name)}))

@@ -21,12 +21,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 torch.set_default_dtype(torch.float64)
 """
-"""``het`` is not imported: it is given, raytrain_het in a worker and its stand-in in the reference; RANK and WORLD too."""
+"""Given are ``het``, which is raytrain_het in a worker and its stand-in in the reference, and RANK and WORLD."""
 
-_OWN_ERROR = '''class OwnError(Exception):
+_OWN_ERROR = """class OwnError(Exception):
     def __init__(self, what, code):
         super().__init__(what)
-'''
+"""
 
 
 def text_of(program: Program) -> str:

@@ -173,7 +173,8 @@ def data_text(program: Program) -> str:
     elif program.collate == "own":
         parts.append(
             "class Batch:\n    def __init__(self, samples):\n"
-            "        self.x, self.y = (torch.stack(part) for part in zip(*samples))\n        self.count = len(samples)\n"
+            "        self.x, self.y = (torch.stack(part) for part in zip(*samples))\n"
+            "        self.count = len(samples)\n"
         )
     elif program.collate == "pad":
         parts.append(
@@ -206,7 +207,7 @@ def make_data(program: Program) -> list[str]:
     made = {
         "tensors": "data = TensorDataset(x, y)",
         "subset": "data = Subset(TensorDataset(x, y), list(range(len(x) - 1, -1, -1)))",
-        "concat": f"data = ConcatDataset([TensorDataset(x[:9], y[:9]), TensorDataset(x[9:], y[9:])])",
+        "concat": "data = ConcatDataset([TensorDataset(x[:9], y[:9]), TensorDataset(x[9:], y[9:])])",
         "list": "data = list(zip(x, y))",
     }[program.dataset]
     return [*lines, made]
@@ -232,9 +233,9 @@ def make_loader(program: Program) -> list[str]:
         prepared.append(f"global_batch_size={program.batch}")
     if program.micro:
         prepared.append(f"micro_batch_size={program.micro}")
-    x, y = ("batch.x", "batch.y") if program.collate == "own" else ("batch[0]", "batch[1]")
+    y = "batch.y" if program.collate == "own" else "batch[1]"
     if program.dataset == "dicts" or program.collate == "dict":
-        x, y = 'batch["x"]', 'batch["y"]'
+        y = 'batch["y"]'
     if told := declared(program, y):
         prepared.append(told)
     held = {"set_epoch": "Rotated", "set_by_hand": "Shifted", "longer": "Longer"}.get(program.sampler)

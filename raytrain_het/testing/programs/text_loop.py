@@ -3,124 +3,18 @@
 from __future__ import annotations
 
 from raytrain_het.testing.programs.program import Program
+from raytrain_het.testing.programs.text_choices import (
+    AFTERS,
+    CLIPS,
+    EDITS,
+    GROUPS_TEXT,
+    HANDS,
+    OPTIMIZERS_TEXT,
+    SCHEDULERS_TEXT,
+    ZERO,
+)  # fmt: skip
 from raytrain_het.testing.programs.text_data import make_data, make_loader, unpack
 from raytrain_het.testing.programs.text_loss import additive, loss_lines
-
-_OPTIMIZERS: dict[str, str] = {
-    "sgd": "torch.optim.SGD({}, lr=0.05)",
-    "momentum": "torch.optim.SGD({}, lr=0.05, momentum=0.9, weight_decay=0.01)",
-    "nesterov": "torch.optim.SGD({}, lr=0.05, momentum=0.9, nesterov=True)",
-    "sgd_maximize": "torch.optim.SGD({}, lr=0.001, momentum=0.9, dampening=0.1, maximize=True)",
-    "sgd_fused": "torch.optim.SGD({}, lr=0.05, momentum=0.9, fused=True)",
-    "sgd_foreach": "torch.optim.SGD({}, lr=0.05, momentum=0.9, foreach=True)",
-    "adam": "torch.optim.Adam({}, lr=0.01)",
-    "adam_amsgrad": "torch.optim.Adam({}, lr=0.01, amsgrad=True, weight_decay=0.01)",
-    "adam_fused": "torch.optim.Adam({}, lr=0.01, fused=True)",
-    "adam_foreach": "torch.optim.Adam({}, lr=0.01, foreach=True)",
-    "adam_tensor_lr": "torch.optim.Adam({}, lr=torch.tensor(0.01), foreach=False)",
-    "adamw": "torch.optim.AdamW({}, lr=0.01)",
-    "adamw_fused": "torch.optim.AdamW({}, lr=0.01, fused=True)",
-    "rmsprop": "torch.optim.RMSprop({}, lr=0.01, momentum=0.9, centered=False, eps=1e-4)",
-    "adagrad": "torch.optim.Adagrad({}, lr=0.05, eps=1e-4)",
-    "adagrad_fused": "torch.optim.Adagrad({}, lr=0.05, eps=1e-4, fused=True)",
-    "adafactor": "torch.optim.Adafactor({}, lr=0.01)",
-    "nadam": "torch.optim.NAdam({}, lr=0.01)",
-    "radam": "torch.optim.RAdam({}, lr=0.01)",
-    "adamax": "torch.optim.Adamax({}, lr=0.01, eps=1e-4)",
-    "adadelta": "torch.optim.Adadelta({}, lr=0.5, eps=1e-3)",
-    "asgd": "torch.optim.ASGD({}, lr=0.05, t0=3)",
-    "rprop": "torch.optim.Rprop({}, lr=0.001)",
-    "lbfgs": "torch.optim.LBFGS({}, lr=0.1)",
-}
-OPTIMIZERS = tuple(_OPTIMIZERS)
-
-_GROUPS: dict[str, str] = {
-    "one": "model.parameters()",
-    "list": "[p for p in model.parameters() if p.requires_grad]",
-    "named": "model.named_parameters()",
-    "two": '[{"params": [p for p in model.parameters() if p.ndim > 1]}, '
-    '{"params": [p for p in model.parameters() if p.ndim <= 1], "lr": 0.003}]',
-    "head": "model.head.parameters()",
-    "late_group": "model.stem.parameters()",
-    "decay": '[{"params": model.stem.parameters(), "weight_decay": 0.1}, {"params": model.head.parameters()}]',
-    "each": '[{"params": [p], "lr": 0.01 / (k + 1)} for k, p in enumerate(model.parameters())]',
-    "reversed": "list(model.parameters())[::-1]",
-}
-GROUPS = tuple(_GROUPS)
-
-_SCHEDULERS: dict[str, tuple[str, str, str]] = {
-    # name: (how it is made, after each step, after each epoch)
-    "step_epoch": ("StepLR(optimizer, 1, gamma=0.5)", "", "scheduler.step()"),
-    "exponential": ("ExponentialLR(optimizer, 0.9)", "scheduler.step()", ""),
-    "lambda": ("LambdaLR(optimizer, lambda k: 1.0 / (1 + k))", "scheduler.step()", ""),
-    "one_cycle": ("OneCycleLR(optimizer, max_lr=0.05, total_steps=40)", "scheduler.step()", ""),
-    "cyclic": (
-        "CyclicLR(optimizer, base_lr=0.01, max_lr=0.05, step_size_up=2, cycle_momentum=False)",
-        "scheduler.step()",
-        "",
-    ),
-    "cosine": ("CosineAnnealingLR(optimizer, 4)", "scheduler.step()", ""),
-    "warm_restarts": ("CosineAnnealingWarmRestarts(optimizer, 2)", "", "scheduler.step(epoch + 0.5)"),
-    "plateau": ("ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)", "", 'scheduler.step(scores["error"])'),
-    "sequential": (
-        "SequentialLR(optimizer, [LinearLR(optimizer, 0.1, total_iters=2), ExponentialLR(optimizer, 0.9)], [2])",
-        "scheduler.step()",
-        "",
-    ),
-    "chained": ("ChainedScheduler([ConstantLR(optimizer, 0.5, 2), ExponentialLR(optimizer, 0.9)])", "scheduler.step()", ""),
-    "unregistered": ("ExponentialLR(optimizer, 0.9)", "scheduler.step()", ""),
-    "before_prepare": ("ExponentialLR(optimizer, 0.9)", "scheduler.step()", ""),
-}
-SCHEDULERS = (*_SCHEDULERS, "by_hand", "each_step_by_hand", "config")
-
-ZERO: dict[str, str] = {
-    "before": "optimizer.zero_grad()",
-    "first": "optimizer.zero_grad()",
-    "after": "optimizer.zero_grad()",
-    "keep": "optimizer.zero_grad(set_to_none=False)",
-    "model": "model.zero_grad()",
-    "none": "for p in model.parameters():\n    p.grad = None",
-    "in_place": "for p in model.parameters():\n    if p.grad is not None:\n        p.grad.zero_()",
-    "missing": "",
-}
-
-CLIPS: dict[str, str] = {
-    "none": "",
-    "norm": 'seen[epoch, "norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3))',
-    "inf_norm": "torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type=torch.inf)",
-    "value": "torch.nn.utils.clip_grad_value_(model.parameters(), 0.05)",
-    "head": "torch.nn.utils.clip_grad_norm_(model.head.parameters(), 0.1)",
-    "config_norm": "",
-    "config_value": "",
-}
-
-EDITS: dict[str, str] = {
-    "none": "",
-    "scale": "for p in model.parameters():\n    if p.grad is not None:\n        p.grad.mul_(0.5)",
-    "centralise": "for p in model.parameters():\n    if p.grad is not None and p.ndim > 1:\n"
-    "        p.grad.sub_(p.grad.mean())",
-    "new": "for p in model.parameters():\n    if p.grad is not None:\n        p.grad = p.grad * 2.0",
-    "head_none": "model.head.bias.grad = None",
-    "sign": "for p in model.parameters():\n    if p.grad is not None:\n        p.grad.copy_(torch.tanh(100.0 * p.grad))",
-}
-
-AFTERS: dict[str, str] = {
-    "none": "",
-    "clamp": "with torch.no_grad():\n    for p in model.parameters():\n        p.clamp_(-0.3, 0.3)",
-    "renorm": "with torch.no_grad():\n    model.head.weight.div_(model.head.weight.norm(dim=1, keepdim=True))",
-    "data": "model.head.bias.data.mul_(0.9)",
-    "ema": "ema.update_parameters(model)",
-    "ema_by_hand": "with torch.no_grad():\n    for old, new in zip(ema.parameters(), model.parameters()):\n"
-    "        old.lerp_(new, 0.1)",
-}
-
-_HANDS: dict[str, tuple[str, str]] = {
-    # buffer: (between backward() and step(), after step())
-    "hand_before_step": ("model.heat.mul_(0.9)", ""),
-    "hand_after_step": ("", "model.heat.mul_(0.9)"),
-    "shadow": ("", "model.shadow.lerp_(model.head.weight.detach()[0], 0.1)"),
-    "queue": ("", "model.queue.copy_(model.last)"),
-}
 
 
 def _indented(text: str, depth: int) -> list[str]:
@@ -134,7 +28,11 @@ def _freeze(program: Program) -> list[str]:
         "stem_weight": ["next(model.stem.parameters()).requires_grad_(False)"],
         "head_bias": ["model.head.bias.requires_grad_(False)"],
         "head": ["model.head.requires_grad_(False)"],
-        "eval_block": ["for module in model.modules():", "    if isinstance(module, nn.Dropout):", "        module.eval()"],
+        "eval_block": [
+            "for module in model.modules():",
+            "    if isinstance(module, nn.Dropout):",
+            "        module.eval()",
+        ],
     }[program.frozen]
 
 
@@ -168,14 +66,14 @@ def _before_loop(program: Program) -> list[str]:
         lines.append("other = het.prepare_model(nn.Linear(2, 2))")
     if "batch_norm_eval" in program.blocks:
         lines += [f"model.b{k}.eval()" for k, name in enumerate(program.blocks) if name == "batch_norm_eval"]
-    parameters = _GROUPS[program.groups]
+    parameters = GROUPS_TEXT[program.groups]
     if program.loss == "learned_outside":
         lines.append("criterion = Criterion()")
         parameters = "[*model.parameters(), *criterion.parameters()]"
-    made = _OPTIMIZERS[program.optimizer].format(parameters)
+    made = OPTIMIZERS_TEXT[program.optimizer].format(parameters)
     if program.loss.startswith("sum"):
         made = made.replace("lr=0.05", "lr=0.005")
-    scheduler = _SCHEDULERS.get(program.scheduler)
+    scheduler = SCHEDULERS_TEXT.get(program.scheduler)
     if program.scheduler == "before_prepare":
         assert scheduler is not None
         lines += [f"optimizer = {made}", f"scheduler = {scheduler[0]}"]
@@ -214,7 +112,8 @@ def _backward(program: Program) -> list[str]:
 def _step(program: Program) -> list[str]:
     if program.optimizer == "lbfgs" or program.odd == "closure":
         zero, loss = "optimizer.zero_grad()", loss_lines(program)
-        return ["def closure():", *_indented("\n".join([zero, *loss, "loss.backward()", "return loss"]), 1), "optimizer.step(closure)"]  # fmt: skip
+        body = "\n".join([zero, *loss, "loss.backward()", "return loss"])
+        return ["def closure():", *_indented(body, 1), "optimizer.step(closure)"]
     if program.odd == "second_optimizer":
         return ["optimizer.step()", "second.step()"]
     if program.odd == "no_step":
@@ -261,7 +160,7 @@ def _body(program: Program) -> list[str]:
         ]
     lines += CLIPS[program.clip].splitlines() + EDITS[program.edit].splitlines()
     for name in program.buffers:
-        lines += _HANDS.get(name, ("", ""))[0].splitlines()
+        lines += HANDS.get(name, ("", ""))[0].splitlines()
     stepping = _step(program)
     if program.odd == "accumulate":
         lines += ["if step % 2 == 1:", *_indented("\n".join([*stepping, "optimizer.zero_grad()"]), 1)]
@@ -269,8 +168,8 @@ def _body(program: Program) -> list[str]:
         lines += stepping
     lines += AFTERS[program.after].splitlines()
     for name in program.buffers:
-        lines += _HANDS.get(name, ("", ""))[1].splitlines()
-    lines += _SCHEDULERS.get(program.scheduler, ("", "", ""))[1].splitlines()
+        lines += HANDS.get(name, ("", ""))[1].splitlines()
+    lines += SCHEDULERS_TEXT.get(program.scheduler, ("", "", ""))[1].splitlines()
     if program.scheduler == "each_step_by_hand":
         lines += ["for group in optimizer.param_groups:", '    group["lr"] = group["lr"] * 0.9']
     if program.zero == "after":
@@ -280,7 +179,9 @@ def _body(program: Program) -> list[str]:
     if program.early == "after_step":
         lines += ["if epoch == 1 and step == 1:", "    return seen"]
     counts = program.early in ("top", "after_step") or program.odd in ("break", "continue", "accumulate")
-    head = f"for step, {bound if bound == 'batch' else f'({bound})'} in enumerate(loader):" if counts else f"for {bound} in loader:"  # fmt: skip
+    head = f"for {bound} in loader:"
+    if counts:
+        head = f"for step, {bound if bound == 'batch' else f'({bound})'} in enumerate(loader):"
     return [head, *_indented("\n".join(lines), 1)]
 
 
@@ -335,7 +236,7 @@ def train_text(program: Program) -> str:
         inner += _evaluate(program)
     if "best" in program.buffers:
         inner.append("model.best.copy_(torch.minimum(model.best, torch.tensor(scores['error'])))")
-    inner += _SCHEDULERS.get(program.scheduler, ("", "", ""))[2].splitlines()
+    inner += SCHEDULERS_TEXT.get(program.scheduler, ("", "", ""))[2].splitlines()
     inner += {
         "none": "",
         "sum": 'het.report({"total": total}, reduce={"total": "sum"})',

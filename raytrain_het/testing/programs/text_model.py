@@ -183,7 +183,7 @@ def model_text(program: Program) -> str:
     for name in program.buffers:
         made, used = _BUFFERS[name]
         init += made.splitlines()
-        if used and not (name in ("const_inf", "const_bool", "const_nan", "const_int", "expanded")):
+        if used and name not in ("const_inf", "const_bool", "const_nan", "const_int", "expanded"):
             # Statistics are those of training, as batch norm's are.
             lines = used.splitlines()
             forward += ["if self.training:", *("    " + line for line in lines)]

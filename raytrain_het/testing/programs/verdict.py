@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from raytrain_het.testing.ledger import LedgerError, check_exactly_once
+from raytrain_het.testing.programs.comparing import TOLERANCE, differences, error_of, same_bits
 from raytrain_het.testing.programs.expected import refusals_of
 from raytrain_het.testing.programs.pool import Ran
 from raytrain_het.testing.programs.program import Program
@@ -18,14 +18,14 @@ from raytrain_het.testing.programs.text_loss import UNDECLARED
 from raytrain_het.testing.programs.traces import Outcome
 from raytrain_het.training.cursor import DataPlan
 
-TOLERANCE = 1e-9
 GOOD = ("equal", "refused")
 KINDS = (*GOOD, "late", "wrong", "hang", "internal", "misnamed")
 """equal: the same numbers as one process. refused: an error of raytrain_het's own that names what the program does.
 
 late: replicas came to differ, and the check of them has raised an error with names, steps later. wrong: other numbers
-than one process, without a word, or an error long after them. hang: not over in time. internal: an error from within. misnamed: an
-error of raytrain_het's own, for a program that it should run, or that names another thing than the program does."""
+than one process, without a word, or an error long after them. hang: not over in time. internal: an error from within.
+misnamed: an error of raytrain_het's own, for a program that it should run, or that names another thing than the
+program does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +67,13 @@ def _verdict_of(ran: Ran) -> Verdict:
         if ran.failure:
             return Verdict(kind="internal", detail=f"the hub: {ran.failure}")
         return _of_results(ran, wrong)
-    raised = {o.error_class for o in errors.values()}
-    if ran.plain.kind == "error":
-        # Others than the one that raised hear of it from the hub.
-        if ran.plain.error_class in raised or any(ran.plain.error_class in o.error for o in errors.values()):
-            return Verdict(kind="equal", detail=f"both raise {ran.plain.error}")
+    # Others than the one that raised hear of it from the hub.
+    if ran.plain.kind == "error" and any(ran.plain.error_class in (o.error_class + o.error) for o in errors.values()):
+        return Verdict(kind="equal", detail=f"both raise {ran.plain.error}")
     own = {slot: o for slot, o in errors.items() if not o.refused}
     if own:
         slot, outcome = next(iter(own.items()))
-        expected = program.odd == "raise_on_one" and outcome.error_class == "OwnError"
-        if expected:
+        if program.odd == "raise_on_one" and outcome.error_class == "OwnError":
             return Verdict(kind="equal", detail="one raises, all hear of it")
         return Verdict(kind="internal", detail=f"{_line(outcome.error)} (worker {slot})\n{outcome.traceback}")
     first = next((o for o in errors.values() if o.error_class != "RunFailedError"), next(iter(errors.values())))
@@ -104,7 +101,9 @@ def _of_results(ran: Ran, wrong: str | None) -> Verdict:
     if plain.kind == "error":
         if program.random_passes:
             return Verdict(kind="equal")
-        return Verdict(kind="wrong", detail=f"torch alone raises {_line(plain.error)}, the run does not\n{plain.traceback}")
+        return Verdict(
+            kind="wrong", detail=f"torch alone raises {_line(plain.error)}, the run does not\n{plain.traceback}"
+        )
     problems = [
         *([wrong] if wrong is not None else []), *_steps(ran), *_orders(ran), *_replicas(ran), *_ends(ran, results),
         *_values(ran, results), *_reports(ran),
@@ -139,45 +138,8 @@ def _differences_of_steps(ran: Ran) -> Iterator[str]:
         if step not in expected:
             continue
         for note in notes:
-            for name, text in _differ(note.state, expected[step].state):
+            for name, text in differences(note.state, expected[step].state):
                 yield f"step {step}, worker {note.slot}: {name} {text}"
-
-
-def _differ(got: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in [*expected, *(n for n in got if n not in expected)]:
-        if name not in got or name not in expected:
-            yield name, f"is {'missing' if name not in got else 'not there with torch alone'}"
-            continue
-        a, b = got[name], expected[name]
-        error = error_of(a, b)
-        if not error < (1e-5 if isinstance(b, torch.Tensor) and b.dtype == torch.float32 else TOLERANCE):
-            yield name, f"is off by {error:.2g}"
-
-
-def error_of(got: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest expected value; infinite where they are not comparable."""
-    if isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor):
-        if got.shape != expected.shape or got.dtype != expected.dtype:
-            return math.inf
-        if not got.numel() or torch.equal(got, expected):
-            return 0.0
-        if not got.is_floating_point() and not got.is_complex():
-            return float((got.double() - expected.double()).abs().max())
-        a, b = (got, expected) if got.is_complex() else (got.double(), expected.double())
-        same = (a == b) | (torch.isnan(a.abs()) & torch.isnan(b.abs()))
-        difference = torch.where(same, 0.0, (a - b).abs())
-        finite = b.abs()[torch.isfinite(b.abs())]
-        scale = max(float(finite.max()) if finite.numel() else 0.0, 1e-6)
-        error = float(difference.max()) / scale
-        return error if not math.isnan(error) else math.inf
-    if isinstance(expected, tuple | list) and isinstance(got, tuple | list) and len(got) == len(expected):
-        return max((error_of(a, b) for a, b in zip(got, expected, strict=True)), default=0.0)
-    if isinstance(expected, int | float) and isinstance(got, int | float):
-        if got == expected or (math.isnan(got) and math.isnan(expected)):
-            return 0.0
-        error = abs(got - expected) / max(abs(expected), 1e-6)
-        return error if not math.isnan(error) else math.inf
-    return 0.0 if got == expected else math.inf
 
 
 def _steps(ran: Ran) -> Iterator[str]:
@@ -193,7 +155,7 @@ def _orders(ran: Ran) -> Iterator[str]:
         for note in notes:
             start, stop = (k - note.offset for k in note.slices[note.uid])
             if note.batch != notes[0].batch or note.own != note.batch[start:stop]:
-                yield f"step {step}: worker {note.slot} trained on {note.own}, which is not its part of {notes[0].batch}"
+                yield f"step {step}: worker {note.slot} trained on {note.own}, no part of {notes[0].batch}"
     whole = program.early == "none" and program.odd == "none"
     if program.sampler in ("shuffle", "plain") and whole:
         plan = DataPlan(
@@ -240,21 +202,19 @@ def _order(program: Program, epoch: int, indices: list[int]) -> str:
 
 def _replicas(ran: Ran) -> Iterator[str]:
     for step, notes in sorted(_counting(ran).items()):
-        if len({note.bits for note in notes}) > 1:
-            for note in notes[1:]:
-                for name, value in notes[0].state.items():
-                    other = note.state.get(name)
-                    same = torch.equal(value, other) if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor) and value.shape == other.shape else value == other  # fmt: skip # noqa: E501
-                    if not (same or error_of(other, value) == 0.0):
-                        yield f"step {step}: {name} is not the same on workers {notes[0].slot} and {note.slot}"
-                        return
+        for note in notes[1:]:
+            if note.bits == notes[0].bits:
+                continue
+            names = [n for n, v in notes[0].state.items() if not same_bits(v, note.state.get(n))]
+            yield f"step {step}: {names[:1] or note.state.keys()} not the same on workers {notes[0].slot}, {note.slot}"
+            return
 
 
 def _ends(ran: Ran, results: dict[int, Outcome]) -> Iterator[str]:
     if ran.program.random_passes:
         return
     for slot, outcome in results.items():
-        for name, text in _differ(outcome.final, ran.plain.final):
+        for name, text in differences(outcome.final, ran.plain.final):
             yield f"at the end, worker {slot}: {name} {text}"
             break
 

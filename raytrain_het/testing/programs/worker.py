@@ -118,7 +118,8 @@ class Watched:
         self._notes.append(
             StepNote(
                 step=note.step, epoch=note.epoch, state=state, bits=bits_of(state), generation=note.generation,
-                slot=self._job.slot, slices=slices, uid=note.uid, offset=note.offset, batch=batch, own=[int(k) for k in note.own_samples],
+                slot=self._job.slot, slices=slices, uid=note.uid, offset=note.offset, batch=batch,
+                own=[int(k) for k in note.own_samples],
             )
         )  # fmt: skip
 
