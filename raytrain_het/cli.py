@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--check", action="store_true",
-        help="compare everything between workers at every step, and the first steps with one process that has the whole "
-        "batch: slow, to find what goes wrong (het.check=every_step)",
+        help="compare everything between workers at every step, and the first steps with one process that has the "
+        "whole batch: slow, to find what goes wrong (het.check=every_step)",
     )  # fmt: skip
     train.add_argument(
         "--json", action="store_true", dest="as_json", help="end with one JSON object on stdout, progress on stderr"

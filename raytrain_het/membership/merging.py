@@ -49,13 +49,15 @@ def reduce_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Merge the workers' metrics, the parts in the order of ranks.
 
     A number is the mean over those that gave it, weighted by samples, unless a part's ``reduce`` says otherwise (the
-    first one's that says anything). A worker that trained on nothing since its last report has weight 0; if all have,
-    they count the same. A text or a flag is the first worker's; ``None`` counts as nothing given, as long as another
-    worker gave something.
+    first one's that says anything). A worker that trained on nothing since its last report does not count, in sums
+    neither: its body ran on samples that stand in. If all have, they count the same. A text or a flag is the first
+    worker's; ``None`` counts as nothing given, as long as another worker gave something.
     """
     merged: dict[str, Any] = {}
     for name in dict.fromkeys(name for part in parts for name in part["metrics"]):
         having = [p for p in parts if p["metrics"].get(name) is not None]
+        if any(p["samples"] for p in having) and all(is_number(p["metrics"][name]) for p in having):
+            having = [p for p in having if p["samples"]]
         values = [p["metrics"][name] for p in having]
         how = next((p["reduce"][name] for p in parts if name in p.get("reduce", {})), "mean")
         if not values or not all(map(is_number, values)):
@@ -65,9 +67,7 @@ def reduce_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
         elif how in ("max", "min"):
             merged[name] = extreme(how, values)
         else:
-            pairs = [(p["samples"], v) for p, v in zip(having, values, strict=True) if p["samples"]]
-            pairs = pairs or [(1, v) for v in values]
-            merged[name] = weighted_mean([w for w, _ in pairs], [v for _, v in pairs])
+            merged[name] = weighted_mean([p["samples"] or 1 for p in having], values)
     return merged
 
 

@@ -61,8 +61,8 @@ class BufferSync:
         self._buckets: list[Bucket] = []
 
     def travelling(self) -> list[tuple[str, torch.Tensor]]:
-        """(name, real tensor) of each buffer that travels, for the layout."""
-        return [(name, _real(getattr(module, attribute))) for name, module, attribute in self._places]
+        """(name, a tensor of the shape in which it travels) of each buffer, for the layout."""
+        return [(name, _as_travels(getattr(module, attribute))) for name, module, attribute in self._places]
 
     def bind(self, layout: Layout) -> None:
         """The layout is made: these are the buckets."""
@@ -93,8 +93,7 @@ class BufferSync:
         for bucket in self._buckets:
             for segment in bucket.segments:
                 target = locals_[bucket.index][segment.offset : segment.stop].view(segment.shape)
-                new, old = _real(live[place]).to(target.dtype), _real(self._before[place]).to(target.dtype)
-                change = torch.where(torch.isfinite(old), torch.where(new == old, 0, new - old), new)
+                change = _change(live[place], self._before[place], target.dtype)
                 if first:
                     torch.mul(change, weight, out=target)
                 else:
@@ -127,9 +126,7 @@ class BufferSync:
                     elif own:
                         _check_same(where[0], live[place], old, mean)
                     else:
-                        change = mean.round()
-                        new = old.to(change.dtype) + change if old.dtype == torch.bool else old + change.to(old.dtype)
-                        _put(where, new.to(old.dtype))
+                        _put(where, _added(old, mean))
                     place += 1
 
     def forget(self) -> None:
@@ -163,6 +160,46 @@ def _real(t: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
+_LIMB = 22
+"""Bits of a whole number's change that travel in one fp32 number, which holds them exactly."""
+
+
+def _num_limbs(dtype: torch.dtype) -> int:
+    return -(-dtype.itemsize * 8 // _LIMB)
+
+
+def _is_averaged(t: torch.Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _as_travels(t: torch.Tensor) -> torch.Tensor:
+    """Real and imaginary parts; of whole numbers as many fp32 numbers as hold their bits."""
+    return _real(t) if _is_averaged(t) else torch.empty((_num_limbs(t.dtype), *t.shape))
+
+
+def _change(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a pass has made of a buffer, as it travels."""
+    if not _is_averaged(old):
+        return _limbs(new, old).to(dtype)
+    new, old = _real(new).to(dtype), _real(old).to(dtype)
+    return torch.where(torch.isfinite(old), torch.where(new == old, 0, new - old), new)
+
+
+def _limbs(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """``new - old`` in pieces of ``_LIMB`` bits (limbs, ...), the lowest first; the highest has the sign."""
+    change = new.to(torch.int64) - old.to(torch.int64)
+    num = _num_limbs(old.dtype)
+    low = [(change >> (_LIMB * k)) & (2**_LIMB - 1) for k in range(num - 1)]
+    return torch.stack([*low, change >> (_LIMB * (num - 1))])
+
+
+def _added(old: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """A whole number, and the change that all members agree on."""
+    pieces = mean.round().to(torch.int64)
+    change = sum((piece << (_LIMB * k) for k, piece in enumerate(pieces)), torch.zeros_like(pieces[0]))
+    return (old.to(torch.int64) + change).to(old.dtype)
+
+
 def _dense_clone(t: torch.Tensor) -> torch.Tensor:
     """A copy with memory for each element of its own, also of an expanded tensor."""
     return torch.empty_like(t, memory_format=torch.preserve_format).copy_(t) if _is_dense(t) else t.contiguous().clone()
@@ -193,13 +230,14 @@ def _mean(old: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
 
 
 def _check_same(name: str, new: torch.Tensor, old: torch.Tensor, mean: torch.Tensor) -> None:
-    own = new.to(mean.dtype) - old.to(mean.dtype)
-    off = (own - mean).abs() > _SAME * own.abs() + 1e-3
+    own = _limbs(new, old)
+    off = ((own - mean).abs() > _SAME * own.abs() + 1e-3).any(dim=0)
     if bool(off.any()):
         where = tuple(int(k) for k in off.nonzero()[0])
+        change = float(new[where]) - float(old[where])
         raise ReplicaMismatchError(
             f"buffer {name!r} ({new.dtype}) differs between workers: at {list(where)} this one has changed it by "
-            f"{float(own[where]):g}, all of them by {float(mean[where]):g} in the mean. Whole numbers and flags are no "
-            "averages: they must not depend on a worker's own samples. Keep what counts a worker's samples outside "
-            "of the model, or as a floating-point buffer, of which workers' changes are averaged."
+            f"{change:g}, and others by something else. Whole numbers and flags are no averages: they must not "
+            "depend on a worker's own samples. Keep what counts a worker's samples outside of the model, or as a "
+            "floating-point buffer, of which workers' changes are averaged."
         )

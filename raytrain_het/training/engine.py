@@ -26,6 +26,7 @@ from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
 from raytrain_het.training.gradients import Gradients
+from raytrain_het.training.hand_edits import HandEdits
 from raytrain_het.training.healing import Healing
 from raytrain_het.training.losses import LossCheck
 from raytrain_het.training.memory import FIRST, MemoryLimit
@@ -56,8 +57,6 @@ class Opened:
     loss_scale: float = 1.0
     """What this worker's loss is multiplied by."""
     weights: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    """Of the parameters, when the step was opened."""
     rehearses: bool = False
     """Whether the first pass is of the whole batch, to compare with."""
     contributed: bool = False
@@ -110,6 +109,7 @@ class Engine:
         self._micro_batch_size, self._memory, self._rates = micro_batch_size, memory, rates
         self._structure, self._randomness, self._loss = structure, randomness, loss
         self._check, self._rehearsal = check, rehearsal
+        self._edits = HandEdits([p for _, p in replica.named_parameters()])
         self._looked: Look | None = None
         self._pass_weight = 0.0
         gradients.inspect = self._inspect
@@ -174,7 +174,7 @@ class Engine:
                 break
         cursor = self.cursor
         self._structure.check()
-        if self._redo and self.opened is not None and self.opened.versions != self.replica.versions():
+        if self._redo and not self._edits.take_back():
             raise refuse("weights changed in a failed step", f"it was step {cursor.step + 1}")
         light = self._light if self._redo else None
         if light is not None:
@@ -232,8 +232,8 @@ class Engine:
             micro = [batch, *micro]
         opened = Opened(
             record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale, rehearses=rehearses,
-            versions=self.replica.versions(),
         )  # fmt: skip
+        self._edits.step_begins(len(micro))
         self.gradients.begin(
             job,
             wires=self.comm.wires(record, cursor.epoch),
@@ -308,6 +308,7 @@ class Engine:
             # The loop's body runs once for each micro-batch: what it does to schedules counts once.
             assert self._light is not None
             self.replica.restore_light(self._light, buffers=False)
+            self._edits.take_back()
         rehearsal = opened.rehearses and index == 0
         counts = opened.job.contributes and not rehearsal
         opened.weights.append(self._scaled(opened, index, weight) if counts else 0.0)
@@ -408,10 +409,11 @@ class Engine:
             )  # fmt: skip
         if sums is not None:
             self.gradients.buffers.settle(self.gradients.outs, sums.applies, own=opened.contributed)
-        self.gradients.publish(sums, scale=opened.loss_scale)
         if opened.rehearses and sums is not None and sums.applies and self._rehearsal is not None:
-            event = self._rehearsal.compare(opened.cursor.step, self.gradients.reference, opened.record)
+            means = self.gradients.means(scale=opened.loss_scale)
+            event = self._rehearsal.compare(opened.cursor.step, means, self.gradients.reference, opened.record)
             self.agent.tell("event", event=event)
+        self.gradients.publish(sums, scale=opened.loss_scale)
         now = time.monotonic()
         self.counters.compute_s += opened.submitted - opened.started
         self.counters.wait_s += now - opened.submitted

@@ -78,6 +78,8 @@ class Gradients:
         self._aim(None)
         self._left: list[torch.Tensor | None] = [None] * len(self._params)
         """What ``p.grad`` was before the pass: the mean is added to it."""
+        self._fillers: list[torch.Tensor | None] = [None] * len(self._params)
+        """The zeros that stand in ``p.grad`` between the passes of a step."""
         self._touched = [False] * len(self._params)
         self._fired: set[int] = set()
         self._missing: list[int] = []
@@ -199,7 +201,9 @@ class Gradients:
         if not self._armed or self._ended:
             return
         self._complaint = self.inspect(roots)
-        self._left = [p.grad for p in self._params]
+        # The zeros of the pass before are not the user's.
+        pairs = zip(self._params, self._fillers, strict=True)
+        self._left = [None if p.grad is filler else p.grad for p, filler in pairs]
         for p in self._params:
             p.grad = None
         if self._last and not self._job.over:
@@ -307,8 +311,8 @@ class Gradients:
         if not self._armed or self._ended:
             return
         if not self._fired:  # It was a pass through other models.
-            for p, left in zip(self._params, self._left, strict=True):
-                p.grad = left
+            for p, left, filler in zip(self._params, self._left, self._fillers, strict=True):
+                p.grad = left if left is not None else filler
             return
         self._ended = True
         if self._nested or self._again:
@@ -349,12 +353,14 @@ class Gradients:
         ]
         for index, (bucket, place) in enumerate(self._slots):
             p, left = self._params[index], self._left[index]
-            self._left[index] = None
+            self._left[index] = self._fillers[index] = None
             if sums is not None and not sums.used[bucket] >> place & 1:
                 p.grad = left
                 continue
             if sums is None:
-                p.grad = left if left is not None else torch.zeros_like(p, memory_format=torch.preserve_format)
+                if left is None:
+                    self._fillers[index] = left = torch.zeros_like(p, memory_format=torch.preserve_format)
+                p.grad = left
                 continue
             mean = means[bucket][place].view(p.shape)
             if not sums.finite:
@@ -368,6 +374,11 @@ class Gradients:
             else:
                 p.grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(mean)
 
+    def means(self, *, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        """By parameter: the mean of all workers' gradients in this step, times the loss's scale."""
+        gradients = [(b, out) for b, out in zip(self.layout.buckets, self.outs, strict=True) if not b.is_state]
+        return {s.name: out[s.offset : s.stop].view(s.shape) * scale for b, out in gradients for s in b.segments}
+
     def adopt(self, outs: list[torch.Tensor]) -> None:
         """The sums of a step came from a peer, by bucket: these are its means."""
         self.outs = [out.to(local.device) for out, local in zip(outs, self.locals, strict=True)]
@@ -375,7 +386,7 @@ class Gradients:
     def clear(self) -> None:
         """Forget all gradients, and the step that was open."""
         self.buffers.forget()
-        self._left = [None] * len(self._params)
+        self._left, self._fillers = [None] * len(self._params), [None] * len(self._params)
         for p in self._params:
             p.grad = None
 

@@ -23,6 +23,11 @@ _PASS_THROUGH = (
     "Neg", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Alias", "Clone", "Select", "Expand",
 )  # fmt: skip
 _NOT_LINEAR = ("Sqrt", "Log", "Log1p", "Log2", "Exp", "Expm1", "Pow", "Reciprocal", "Rsqrt", "Sigmoid", "Tanh")
+_BENT_REDUCTIONS = (
+    "Std", "StdMean", "Var", "VarMean", "Norm", "LinalgVectorNorm", "LinalgMatrixNorm", "Logsumexp", "Max", "Amax",
+    "Min", "Amin", "Median", "Nanmedian", "Prod",
+)  # fmt: skip
+"""Reductions that are no means."""
 _TAKES_DATA = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Mv", "Dot", "Addmv")
 """Operations of a model by which samples come in: one of their inputs needs no gradient."""
 _MOST_NODES = 400
@@ -40,6 +45,10 @@ class Reduction:
     """As autograd calls it."""
     exact: bool = True
     """Whether the count was not rounded."""
+    size: int = 0
+    """Of a sum: how many numbers were added up."""
+    divisor: float | None = None
+    """Of a quotient: what stands below the line, where nothing is multiplied."""
     weighted: bool = False
     """Whether classes have weights, or some of the targets were left out."""
 
@@ -52,13 +61,13 @@ def reductions(root: Any, scale: float = 1.0) -> list[Reduction]:
         scale: by which a loss scaler has multiplied it.
     """
     found: list[Reduction] = []
-    stack: list[tuple[Any, float | None, bool]] = [(root, scale, False)]
+    stack: list[tuple[Any, float | None, float | None, bool]] = [(root, scale, 1.0, False)]
     divided: set[Any] = set()
     """Nodes below a division."""
     for _ in range(64):
         if not stack:
             break
-        node, divided_by, bent = stack.pop()
+        node, divided_by, divisor, bent = stack.pop()
         if node is None:
             continue
         name = node.name().partition("Backward")[0]
@@ -66,28 +75,32 @@ def reductions(root: Any, scale: float = 1.0) -> list[Reduction]:
         if name == "Div" or node in divided:
             divided.update(children)
         if name in ("Add", "Sub", "Rsub") or name in _PASS_THROUGH:
-            stack += [(child, divided_by, bent) for child in children]
+            stack += [(child, divided_by, divisor, bent) for child in children]
         elif name in ("Mul", "Div"):
             both = all(child is not None for child in children)
             if both:  # A product or a quotient of two things that are trained.
                 quotient = bent or name == "Div" and _is_of_data(children[1])
-                stack += [(child, None, quotient) for child in children]
+                stack += [(child, None, None, quotient) for child in children]
                 continue
             factor = _scalar(node, "_saved_other" if children[0] is not None else "_saved_self")
             known = divided_by is not None and factor is not None and factor != 0
             part = (divided_by * factor if name == "Div" else divided_by / factor) if known else None  # type: ignore
-            stack += [(child, part, bent) for child in children]
+            if name == "Div":
+                divisor = divisor * factor if divisor is not None and factor is not None else None
+            elif factor != scale:
+                divisor = None
+            stack += [(child, part, divisor, bent) for child in children]
         elif name in _NOT_LINEAR and len(children) == 1:
-            stack.append((children[0], None, True))
+            stack.append((children[0], None, None, True))
         elif (reduction := _reduction(node, name, children)) is not None:
             if isinstance(reduction, list):
-                stack += [(child, None, bent) for child in reduction]
+                stack += [(child, None, None, bent) for child in reduction]
             elif bent:
                 found.append(Reduction("bent", None, name))
             elif reduction.kind == "sum" and divided_by is None:
                 continue  # By what it is divided is not known.
             elif reduction.kind == "sum" and (divided_by != 1 or node in divided):
-                found.append(Reduction("quotient", divided_by, name))
+                found.append(Reduction("quotient", divided_by, name, size=reduction.size, divisor=divisor))
             else:
                 found.append(reduction)
     return found
@@ -99,7 +112,11 @@ def _reduction(node: Any, name: str, children: list[Any]) -> Reduction | list[An
         if node._saved_reduction not in (1, 2):
             return None
         count, exact, weighted = _count(node)
-        return Reduction("mean" if node._saved_reduction == 1 else "sum", count, name, exact, weighted)
+        if node._saved_reduction == 2:
+            return Reduction("sum", None, name, size=node._saved_self.numel())
+        return Reduction("mean", count, name, exact, weighted=weighted)
+    if name in _BENT_REDUCTIONS and _is_of_data(children[0]):
+        return Reduction("bent", None, name)
     if name not in ("Sum", "Mean"):
         return None
     child = children[0]
@@ -109,7 +126,7 @@ def _reduction(node: Any, name: str, children: list[Any]) -> Reduction | list[An
         return None  # A penalty on parameters, which is the same on all.
     size = math.prod(node._saved_self_sym_sizes)
     if name == "Sum":
-        return Reduction("sum", None, name)
+        return Reduction("sum", None, name, size=size)
     return Reduction("mean", float(size), name)
 
 
@@ -201,6 +218,8 @@ class LossCheck:
                 return refuse("loss that is no mean", f"this one is a function of a {r.name.lower()}")
             if r.kind not in (self._loss, "quotient"):
                 return _other_kind(r, self._loss)
+            if r.divisor is not None and self._loss == "mean" and not self._weighed and not _divides(r, weight):
+                return _by_a_constant(r, weight)
             if r.kind == "mean" and r.weighted and not self._weighed:
                 return _weighted(r, weight)
         per = weight if self._loss == "mean" else 1.0
@@ -210,6 +229,21 @@ class LossCheck:
         elif any(not math.isclose(a, b, rel_tol=1e-6) for a, b in zip(ratios, self._ratios, strict=True)):
             return _other_count(ratios, self._ratios, self._loss, self._weighed)
         return None
+
+
+def _divides(found: Reduction, samples: float) -> bool:
+    """Whether a sum over a pass is divided by its samples, or by its numbers of some dimensions."""
+    each = (found.divisor or 0.0) / samples
+    return each >= 1 and each == int(each) and found.size / samples % each == 0
+
+
+def _by_a_constant(found: Reduction, samples: float) -> ConfigError:
+    return ConfigError(
+        f"the loss is a sum ({found.name}) over {found.size} numbers of {samples:g} samples, divided by "
+        f"{found.divisor:g}: that is neither their number nor that of the samples. If it is a constant, write "
+        "prepare_data_loader(..., loss='sum'); if it counts something in the batch, write weight=lambda batch: with "
+        "what it counts."
+    )
 
 
 def _other_kind(found: Reduction, said: str) -> ConfigError:

@@ -122,10 +122,6 @@ class Replica:
         """The model's, without a walk through it."""
         return self._named
 
-    def versions(self) -> list[int]:
-        """Of each parameter, how often it was changed in place."""
-        return [p._version for p in self._parts[0]]
-
     @property
     def device(self) -> torch.device:
         """That of the first parameter."""

@@ -31,7 +31,6 @@ MEANS = {
     "cross entropy": (lambda: F.cross_entropy(MODEL(X), TARGET), 6),
     "with penalties": (lambda: F.cross_entropy(MODEL(X), TARGET) + penalty() + orthogonal(), 6),
     "scaled": (lambda: 1024.0 * F.cross_entropy(MODEL(X), TARGET), 6),
-    "masked": (lambda: (F.cross_entropy(MODEL(X), TARGET, reduction="none") * MASK).sum() / MASK.sum(), 4),
     "two": (lambda: torch.stack([F.mse_loss(MODEL(X), Y), F.l1_loss(MODEL(X), Y)]).sum(), 24),
 }
 SUMS = {
@@ -43,6 +42,8 @@ SUMS = {
     "bce": lambda: F.binary_cross_entropy_with_logits(MODEL(X), Y.sigmoid(), reduction="sum"),
 }
 NEITHER = {
+    "deviation": lambda: F.mse_loss(MODEL(X), Y) + 0.1 * MODEL(X).std(),
+    "norm": lambda: (MODEL(X) - Y).norm(),
     "root": lambda: F.mse_loss(MODEL(X), Y).sqrt(),
     "log": lambda: torch.log(F.mse_loss(MODEL(X), Y)),
     "dice": lambda: 1 - 2 * (MODEL(X).sigmoid() * Y).sum() / (MODEL(X).sigmoid().sum() + Y.sum()),
@@ -76,6 +77,8 @@ def test_a_function_of_a_mean_is_refused_unless_it_was_said_to_be_local(name):
 @pytest.mark.parametrize(
     "loss",
     [
+        lambda: (F.cross_entropy(MODEL(X), TARGET, reduction="none") * MASK).sum() / MASK.sum(),
+        lambda: MODEL(X).square().sum() / 16,
         lambda: F.cross_entropy(MODEL(X), LEFT_OUT),
         lambda: F.cross_entropy(MODEL(X), TARGET, weight=torch.tensor([1.0, 2.0, 3.0, 4.0])),
     ],
@@ -84,6 +87,11 @@ def test_a_mean_over_a_weight_has_to_be_said(loss):
     error = LossCheck("mean", weighed=False).look([loss()], 6.0)
     assert isinstance(error, ConfigError) and "weight=lambda batch" in str(error)
     assert LossCheck("mean", weighed=True).look([loss()], 4.0) is None
+
+
+@pytest.mark.parametrize("divisor", [6, 24])
+def test_a_sum_is_a_mean_if_it_is_divided_by_samples_or_by_all_numbers(divisor):
+    assert LossCheck("mean", weighed=False).look([(MODEL(X) - Y).square().sum() / divisor], 6.0) is None
 
 
 def test_a_mean_over_another_number_for_each_sample_is_noticed():
