@@ -238,15 +238,22 @@ class Membership:
         """A member has waited past its deadline. Only a suspicion: everybody is pinged."""
         if self._heard(uid, now) is None or self.record is None or generation != self.record.number or self.voided:
             return
-        there = [self.peers.get(m.uid) for m in self.record.members]
-        if any(p is None or p.phase is Phase.FINISHED or p.returning for p in there):
-            # Once for who is returning: the new base confirms the step that its reports are of.
-            for peer in self.peers.values():
-                peer.returning = False
-            self._start_forming(void=True, reason="a member has finished and the others go on", now=now)
+        if self._go_on_without_the_finished(now):
             return
         if self._suspicion.suspect(uid, generation, step, now):
             self._ping(now)
+
+    def _go_on_without_the_finished(self, now: float) -> bool:
+        """The others wait for a member whose function has returned: whether there is one."""
+        assert self.record is not None
+        there = [self.peers.get(m.uid) for m in self.record.members]
+        if not any(p is None or p.phase is Phase.FINISHED or p.returning for p in there):
+            return False
+        # Once for who is returning: the new base confirms the step that its reports are of.
+        for peer in self.peers.values():
+            peer.returning = False
+        self._start_forming(void=True, reason="a member has finished and the others go on", now=now)
+        return True
 
     def waiting(self, uid: str, now: float) -> None:
         """A member waits for others outside of a collective: are they all alive?"""
@@ -727,6 +734,8 @@ class Membership:
         if self.failure is not None or self.record is None or self.forming or not somebody_waits(partners):
             return
         if deadlocked(partners, now) and not self.under_way():
+            if self._go_on_without_the_finished(now):
+                return
             self._fail(
                 f"every worker waits for another one, and none will go on: {where_all_are(partners)}. The training "
                 "function must make the same calls (loader, report, evaluate) in the same order on every worker: look "

@@ -40,7 +40,8 @@ class Evaluations:
         base = f"{step}/{under}/{name}/{site.key}/{num_chunks}"
         self._made = {k: v for k, v in self._made.items() if k.startswith(f"{step}/")}
         ordinal = self._made[base] = self._made.get(base, -1) + 1
-        key, where = f"{base}/{ordinal}", f"evaluate({name!r}) at {site.where}, step {step}"
+        # What tells functions and data apart follows the user's name, in brackets.
+        key, where = f"{base}/{ordinal}", f"evaluate({name.partition(' (')[0]!r}) at {site.where}, step {step}"
         result: list[Any] | None = None
         raised: Exception | None = None
         impatience = Impatience(agent)

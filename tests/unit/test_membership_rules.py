@@ -380,6 +380,19 @@ def test_a_program_in_which_all_wait_at_unlike_places_fails_within_seconds_with_
     assert "evicted" not in run.kinds()
 
 
+@pytest.mark.parametrize("how", ["finished", "returning"])
+def test_long_steps_are_not_waited_for_when_somebody_has_returned_and_that_is_no_deadlock(how: str) -> None:
+    run = started()
+    if how == "finished":
+        run.core.finish("0-a", cursor=cursor(4), confirmed=False, now=0.0)
+    else:
+        run.core.returning("0-a", 0.0)
+    returned = at("returned after step 4", waits=True, kind="returned")
+    asked(run, {"0-a": returned, "1-a": IN_STEP, "2-a": IN_STEP}, seconds=10.0)
+    assert run.core.failure is None
+    assert run.core.forming
+
+
 @pytest.mark.parametrize("why", ["something is under way", "one computes", "all are in the step"])
 def test_waiting_is_no_deadlock_as_long_as_something_may_end_it(why: str) -> None:
     run = started()
