@@ -15,7 +15,8 @@ from raytrain_het.testing.programs.text_model import BLOCKS, BUFFERS
 ODD = (
     "two_backward", "create_graph", "autograd_backward", "closure", "second_model", "second_optimizer", "no_step",
     "step_twice", "break", "continue", "accumulate", "raise", "raise_on_one", "return_on_one", "sparse", "complex",
-    "lazy", "list_first", "second_pass", "warm_up_pass", "scaler",
+    "lazy", "list_first", "second_pass", "warm_up_pass", "scaler", "own_loop", "evaluate_on_one", "evaluate_raises",
+    "conditional_step", "finite_step", "local_rate", "rank_seed", "optimizer_first", "numpy_sizes", "post_hook_after",
 )  # fmt: skip
 
 _DRAWS: dict[str, tuple[float, tuple[Any, ...]]] = {
@@ -23,7 +24,7 @@ _DRAWS: dict[str, tuple[float, tuple[Any, ...]]] = {
     "task": (2.0, ("classify", "tokens", "image")),
     "head": (0.2, ("tied",)),
     "frozen": (0.6, ("stem", "stem_weight", "head_bias", "head")),
-    "thaw": (0.4, ("unfreeze", "freeze_stem", "unfreeze_at_1", "replace_head", "add_group")),
+    "thaw": (0.5, ("restore", "unfreeze", "freeze_stem", "unfreeze_at_1", "replace_head", "add_group")),
     "layout": (0.4, ("channels_last",)),
     "loss": (1.5, LOSSES),
     "optimizer": (2.5, OPTIMIZERS[1:]),
@@ -44,7 +45,7 @@ _DRAWS: dict[str, tuple[float, tuple[Any, ...]]] = {
     "after": (0.8, tuple(AFTERS)[1:]),
     "keep": (0.3, ("compare",)),
     "evaluate": (0.8, ("plain", "loader")),
-    "report": (1.2, ("sum", "same", "tensor", "sum", "same", "on_one", "twice")),
+    "report": (1.2, ("sum", "same", "tensor", "sum", "same", "on_one", "twice", "kinds")),
     "early": (0.4, ("top", "after_step", "epoch")),
     "odd": (0.5, ODD),
     "micro": (1.0, (2, 3)),
@@ -52,7 +53,10 @@ _DRAWS: dict[str, tuple[float, tuple[Any, ...]]] = {
     "bucket_mib": (1.5, (0.0002, 0.001)),
     "check_steps": (1.0, (1, 3, 0)),
     "check": (0.5, ("every_step",)),
-    "fault": (0.9, ("kill", "kill_first", "kill_updated", "kill_decoded", "leave", "kill_all", "hub")),
+    "fault": (
+        0.9,
+        ("kill", "kill_first", "kill_updated", "kill_decoded", "leave", "kill_all", "hub", "kill_reporting", "resume"),
+    ),
 }  # fmt: skip
 _SHARES = {
     2: ((3.0, 1.0), (1.0, 3.0), None, (1.0, 1.0), (5.0, 2.0), (1.0, 0.0), (0.0, 1.0), (100.0, 1.0)),

@@ -123,7 +123,9 @@ class PlainLoader:
         self, het: PlainHet, loader: DataLoader, *, global_batch_size: int | None = None,
         micro_batch_size: int | None = None, weight: Callable[[Any], float] | None = None, loss: str = "mean",
     ) -> None:  # fmt: skip
-        self.het, self.inner, self.micro, self.weight, self.sums = het, loader, micro_batch_size, weight, loss == "sum"
+        self.het, self.inner, self.weight, self.sums = het, loader, weight, loss == "sum"
+        self.micro = None if micro_batch_size is None else int(micro_batch_size)
+        global_batch_size = None if global_batch_size is None else int(global_batch_size)
         self.batch_size = global_batch_size
         self.whole = True
         """Whether the pass under way is the step's last."""
@@ -158,7 +160,7 @@ class PlainLoader:
         decay = self.het.config.decay
         plan = self.plan or DataPlan(dataset_size=1, global_batch_size=1, shuffle=False, drop_last=False, seed=0)
         self._rates = Rates(decay, plan, count) if decay is not None else None
-        for epoch in range(count):
+        for epoch in range(int(count)):
             self.het.epoch = epoch
             yield epoch
 

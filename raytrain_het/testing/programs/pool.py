@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -25,6 +26,7 @@ from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.settings import config_of, faults_of, used_in
 from raytrain_het.testing.programs.text import text_of
 from raytrain_het.testing.programs.traces import Outcome, StepNote, read_notes
+from raytrain_het.training.checkpoint import read_meta
 
 DEADLINE_S = 60.0
 """A program that takes longer hangs: an ordinary one takes half a second."""
@@ -157,6 +159,7 @@ class _Run:
         self._pool, self._ran, self._jobs, self._deadline = pool, ran, jobs, deadline
         self._directory = jobs[0].directory
         self._at_work: dict[int, Kept] = {}
+        self._resumes = ran.program.fault == "resume"
         self._refills = 0
         self._hub_restarts = 1 if ran.program.fault == "hub" else 0
         self._settings = processes.hub_settings(jobs[0].config, len(jobs))
@@ -173,6 +176,8 @@ class _Run:
                 for slot, kept in list(self._at_work.items()):
                     if kept.connection in ready:
                         self._take_answer(slot, kept)
+                if not self._at_work and self._resumes:
+                    self._resume()
                 if self._hub_restarts and self._steps() >= 2:
                     self._hub_restarts = 0
                     self._shut_down_hub()
@@ -201,6 +206,9 @@ class _Run:
         self._pool._give_back(kept, outcome)
         self._ran.outcomes[slot] = outcome or Outcome(kind="gone", error="the process died")
         if outcome is not None and outcome.kind in ("result", "error"):
+            self._resumes = False
+            return
+        if self._resumes:  # All are killed at one point, and the whole run begins again.
             return
         status = self._hub.status()
         if status["state"] in ("ended", "failed") or slot in status["dead_slots"]:
@@ -210,6 +218,20 @@ class _Run:
             return
         self._refills += 1
         self._start(self._jobs[slot])
+
+    def _resume(self) -> None:
+        """All workers are gone: begin again from the newest checkpoint, as a new run of that name would."""
+        self._resumes = False
+        self._shut_down_hub()
+        stored = sorted((self._directory / "storage").glob("checkpoint_*"))
+        if stored:
+            cursor = read_meta(str(stored[-1]))["cursor"]
+            self._settings = dataclasses.replace(
+                self._settings, checkpoint=str(stored[-1]), checkpoint_cursor=cursor
+            )  # fmt: skip
+        self._hub = self._new_hub()
+        for job in self._jobs:
+            self._start(dataclasses.replace(job, life=1))
 
     def _new_hub(self) -> Hub:
         hub = Hub(self._settings)

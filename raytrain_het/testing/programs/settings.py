@@ -24,12 +24,15 @@ def config_of(program: Program) -> HetConfig:
 def faults_of(program: Program) -> tuple[Fault, ...]:
     """The faults that happen in a program's run."""
     last = program.workers - 1
+    steps = -(-program.samples // program.batch)  # Of an epoch, for most samplers.
     return {
         "kill": (Fault(slot=last, step=3, point="backward"),),
         "kill_first": (Fault(slot=0, step=2, point="between_buckets"),),
         "kill_updated": (Fault(slot=last, step=2, point="updated"),),
         "kill_decoded": (Fault(slot=0, step=4, point="decoded"),),
         "leave": (Fault(slot=last, step=2, point="slice", kind="leave"),),
+        "kill_reporting": (Fault(slot=last, step=steps, point="report"),),
+        "resume": tuple(Fault(slot=k, step=steps + 2, point="slice", when_stored=True) for k in range(program.workers)),
         "kill_all": tuple(Fault(slot=k, step=5, point="backward") for k in range(program.workers)),
     }.get(program.fault, ())
 

@@ -121,7 +121,9 @@ def _loop(p: Program) -> dict[str, Any]:
     if p.early != "none" and p.epochs < 2:
         new["epochs"] = 2
     # A hand that turns the rate at each step does so again when the step is done again, if it is not registered.
-    if p.scheduler == "each_step_by_hand" or p.zero == "missing" and p.odd == "none":
+    if p.fault in ("resume", "kill_reporting"):
+        new["report"] = p.report if p.report not in ("none", "same") else "tensor"
+    if p.thaw == "restore" or p.scheduler == "each_step_by_hand" or p.zero == "missing" and p.odd == "none":
         new["fault"] = "none"
     changes_head = p.frozen == "head" or p.head == "tied" or p.thaw == "replace_head"
     if p.after == "renorm" and changes_head:
@@ -146,6 +148,8 @@ def _odd(p: Program) -> dict[str, Any]:
         return {"optimizer": "sgd", "clip": "none", "edit": "none", "after": "none", "loss": "mean"}
     if p.odd in ("list_first", "second_pass", "warm_up_pass", "no_step", "second_model"):
         return {"fault": "none"}
+    if p.odd in ("evaluate_on_one", "evaluate_raises"):
+        return {"evaluate": "plain"}
     if p.odd == "accumulate":
         return {"zero": "missing", "micro": 0}
     return {"micro": 0} if p.odd in ("break", "continue") else {}

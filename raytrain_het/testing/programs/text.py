@@ -10,6 +10,7 @@ from raytrain_het.testing.programs.text_model import model_text
 HEADER = """import collections
 import copy
 
+import numpy
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -33,7 +34,7 @@ def text_of(program: Program) -> str:
     """The program's source."""
     run = f"# {program.workers} workers with shares={program.shares}, {config_words(program)}"
     parts = [f"{run}\n{HEADER}"]
-    if program.odd in ("raise", "raise_on_one"):
+    if program.odd in ("raise", "raise_on_one", "evaluate_raises"):
         parts.append(_OWN_ERROR)
     parts += [model_text(program), data_text(program), train_text(program)]
     return "\n\n".join(part for part in parts if part)

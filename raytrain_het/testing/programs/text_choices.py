@@ -109,6 +109,7 @@ AFTERS: dict[str, str] = {
     "none": "",
     "clamp": "with torch.no_grad():\n    for p in model.parameters():\n        p.clamp_(-0.3, 0.3)",
     "renorm": "with torch.no_grad():\n    model.head.weight.div_(model.head.weight.norm(dim=1, keepdim=True))",
+    "new_data": "model.head.bias.data = 0.9 * model.head.bias.data",
     "data": "model.head.bias.data.mul_(0.9)",
     "ema": "ema.update_parameters(model)",
     "ema_by_hand": "with torch.no_grad():\n    for old, new in zip(ema.parameters(), model.parameters()):\n"

@@ -229,10 +229,11 @@ def make_loader(program: Program) -> list[str]:
     if program.extra != "none":
         arguments.append(_EXTRAS[program.extra])
     prepared = [f"DataLoader({', '.join(arguments)})"]
+    number = "numpy.int64({})" if program.odd == "numpy_sizes" else "{}"
     if not whole_batches:
-        prepared.append(f"global_batch_size={program.batch}")
+        prepared.append(f"global_batch_size={number.format(program.batch)}")
     if program.micro:
-        prepared.append(f"micro_batch_size={program.micro}")
+        prepared.append(f"micro_batch_size={number.format(program.micro)}")
     y = "batch.y" if program.collate == "own" else "batch[1]"
     if program.dataset == "dicts" or program.collate == "dict":
         y = 'batch["y"]'

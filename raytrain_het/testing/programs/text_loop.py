@@ -43,6 +43,7 @@ def _thaw(program: Program) -> list[str]:
         "freeze_stem": "model.stem.requires_grad_(epoch < 1)",
         "unfreeze_at_1": "if epoch == 1:\n    model.stem.requires_grad_(True)",
         "replace_head": f"if epoch == 1:\n    model.head = nn.Linear(8, {_outputs(program)})",
+        "restore": "if epoch == 1:\n    model.load_state_dict(start)",
         "add_group": 'if epoch == 1:\n    optimizer.add_param_group({"params": model.head.parameters(), "lr": 0.01})',
     }[program.thaw].splitlines()
 
@@ -58,10 +59,14 @@ def _before_loop(program: Program) -> list[str]:
     model = "Net()"
     if program.layout == "channels_last":
         model += ".to(memory_format=torch.channels_last)"
+    if program.odd == "rank_seed":
+        lines.append("torch.manual_seed(RANK)")
     lines.append(f"model = {model}")
     if program.after == "renorm":
         lines += ["with torch.no_grad():", "    model.head.weight.div_(model.head.weight.norm(dim=1, keepdim=True))"]
-    lines += [*_freeze(program), "model = het.prepare_model(model)"]
+    lines += _freeze(program)
+    if program.odd != "optimizer_first":
+        lines.append("model = het.prepare_model(model)")
     if program.odd == "second_model":
         lines.append("other = het.prepare_model(nn.Linear(2, 2))")
     if "batch_norm_eval" in program.blocks:
@@ -82,6 +87,12 @@ def _before_loop(program: Program) -> list[str]:
         lines.append(f"optimizer = het.prepare_optimizer({made})")
         if scheduler is not None:
             lines.append(f"scheduler = {scheduler[0]}")
+    if program.odd == "optimizer_first":
+        lines.append("model = het.prepare_model(model)")
+    if program.odd == "post_hook_after":
+        lines.append("model.head.weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))")
+    if program.thaw == "restore":
+        lines.append("start = copy.deepcopy(model.state_dict())")
     if program.odd == "second_optimizer":
         lines.append("second = het.prepare_optimizer(torch.optim.SGD(model.head.parameters(), lr=0.01))")
     if scheduler is not None and program.scheduler != "unregistered":
@@ -120,6 +131,16 @@ def _step(program: Program) -> list[str]:
         return []
     if program.odd == "scaler":
         return ["scaler.step(optimizer)", "scaler.update()"]
+    if program.odd == "conditional_step":
+        return ["if loss.item() < 1.0:", "    optimizer.step()"]
+    if program.odd == "finite_step":
+        return ["if torch.isfinite(loss):", "    optimizer.step()"]
+    if program.odd == "local_rate":
+        return [
+            "for group in optimizer.param_groups:",
+            '    group["lr"] = 0.01 * min(1.0, loss.item())',
+            "optimizer.step()",
+        ]
     if program.odd == "step_twice":
         return ["optimizer.step()", "optimizer.step()"]
     return ["optimizer.step()"]
@@ -179,6 +200,8 @@ def _body(program: Program) -> list[str]:
     if program.early == "after_step":
         lines += ["if epoch == 1 and step == 1:", "    return seen"]
     counts = program.early in ("top", "after_step") or program.odd in ("break", "continue", "accumulate")
+    if program.odd == "own_loop":
+        return [f"for {bound} in DataLoader(data, batch_size={program.batch}):", *_indented("\n".join(lines), 1)]
     head = f"for {bound} in loader:"
     if counts:
         head = f"for step, {bound if bound == 'batch' else f'({bound})'} in enumerate(loader):"
@@ -193,13 +216,21 @@ def _evaluate(program: Program) -> list[str]:
     loss = f"(out.sum(1) - {y}.double().reshape(len(out), -1).sum(1)).square().sum()"
     if program.task == "tokens":
         loss = f'F.cross_entropy(out.transpose(1, 2), {y}, ignore_index=-100, reduction="sum")'
+    call = f"scores = het.evaluate(measure, {given})"
+    before, after = [], ['seen[epoch, "error"] = scores["error"]']
+    if program.odd == "evaluate_on_one":
+        call, after = f"if RANK == 0:\n    {call}", []
+    elif program.odd == "evaluate_raises":
+        before = ["    if RANK == 1:", '        raise OwnError("no score", 1)']
+        call, after = f"try:\n    {call}\nexcept OwnError:\n    pass", []
     return [
         "def measure(batch):",
+        *before,
         f"    out = model({x})",
         f'    return {{"error": {loss}, "training": len(out) * float(model.training)}}',
         "",
-        f"scores = het.evaluate(measure, {given})",
-        'seen[epoch, "error"] = scores["error"]',
+        *call.splitlines(),
+        *after,
         'seen[epoch, "modes"] = sum(module.training for module in model.modules())',
     ]
 
@@ -242,8 +273,15 @@ def train_text(program: Program) -> str:
         "sum": 'het.report({"total": total}, reduce={"total": "sum"})',
         "same": 'het.report({"rate": optimizer.param_groups[0]["lr"], "epoch": epoch}, checkpoint=False)',
         "tensor": 'het.report({"size": model.head.weight.detach().abs().sum(), "name": "mine"})',
+        "kinds": 'het.report({"inf": float("inf"), "nan": torch.tensor(float("nan")), "one": numpy.float32(1.5),'
+        ' "flag": True, "count": torch.tensor([3]), "none": None}, checkpoint=False)',
         "on_one": 'if RANK == 0:\n    het.report({"epoch": epoch})',
         "twice": 'het.report({"epoch": epoch})\nhet.report({"epoch": epoch + 1})',
     }[program.report].splitlines()
-    lines += [f"for epoch in loader.epochs({program.epochs}):", *_indented("\n".join(inner), 1), "return seen"]
+    rounds = f"loader.epochs({program.epochs})"
+    if program.odd == "numpy_sizes":
+        rounds = f"loader.epochs(numpy.int64({program.epochs}))"
+    elif program.odd == "own_loop":
+        rounds = f"range({program.epochs})"
+    lines += [f"for epoch in {rounds}:", *_indented("\n".join(inner), 1), "return seen"]
     return "\n".join(["def train_fn():", *_indented("\n".join(lines), 1)]) + "\n"

@@ -56,6 +56,26 @@ _BLOCKS: dict[str, tuple[str, str]] = {
         "h = h + self.$({steps}, {steps}, {steps}, need_weights=False)[0]{unsteps}",
     ),
     "transposed": ("self.$ = nn.Parameter(torch.randn(8, 8).t() / 3)", "h = torch.tanh(h @ self.$)"),
+    "functional": (
+        "self.$ = nn.Linear(8, 8)",
+        "h = torch.tanh(torch.func.functional_call(self.$, dict(self.$.named_parameters()), (h,)))",
+    ),
+    "parameter_hook": (
+        "self.$ = nn.Linear(8, 8)\nself.$.weight.register_hook(lambda grad: 0.5 * grad)",
+        "h = torch.tanh(self.$(h))",
+    ),
+    "module_hook": (
+        "self.$ = nn.Linear(8, 8)\nself.$.register_full_backward_hook(lambda module, ins, outs: (0.5 * ins[0],))",
+        "h = torch.tanh(self.$(h))",
+    ),
+    "post_hook": (
+        "self.$ = nn.Linear(8, 8)\nself.$.weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))",
+        "h = torch.tanh(self.$(h))",
+    ),
+    "branch": (
+        "self.$ = nn.Linear(8, 8)",
+        "h = torch.where(h[..., :1] > 0, torch.tanh(self.$(h)), h)",
+    ),
     "gain_list": (
         "self.$ = nn.ParameterList([torch.ones(8), torch.zeros(8)])",
         "h = h * self.$[0] + self.$[1]",

@@ -73,7 +73,7 @@ def _verdict_of(ran: Ran) -> Verdict:
     own = {slot: o for slot, o in errors.items() if not o.refused}
     if own:
         slot, outcome = next(iter(own.items()))
-        if program.odd == "raise_on_one" and outcome.error_class == "OwnError":
+        if program.odd in ("raise_on_one", "evaluate_raises") and outcome.error_class == "OwnError":
             return Verdict(kind="equal", detail="one raises, all hear of it")
         return Verdict(kind="internal", detail=f"{_line(outcome.error)} (worker {slot})\n{outcome.traceback}")
     first = next((o for o in errors.values() if o.error_class != "RunFailedError"), next(iter(errors.values())))
@@ -96,6 +96,8 @@ def _line(error: str) -> str:
 def _of_results(ran: Ran, wrong: str | None) -> Verdict:
     program, plain = ran.program, ran.plain
     results = {slot: o for slot, o in ran.outcomes.items() if o.kind == "result"}
+    if program.odd == "return_on_one":  # The others go on without it.
+        results.pop(program.workers - 1, None)
     if not results:
         return Verdict(kind="internal", detail=f"nobody came to the end: {[o.error for o in ran.outcomes.values()]}")
     if plain.kind == "error":

@@ -42,6 +42,8 @@ class Job:
     config: HetConfig
     directory: Path
     slot: int = 0
+    life: int = 0
+    """How often the whole run was begun anew from a checkpoint, by another hub."""
     faults: tuple[fault_kit.Fault, ...] = ()
     used: dict[int, Used] | None = None
     """Given: this is the reference."""
@@ -108,16 +110,17 @@ class Watched:
         plan = sessions.current().plan
         assert plan is not None
         batch = plan.permutation(note.epoch)[note.offset : note.offset + note.batch_size].tolist()
+        generation = self._job.life * 100_000 + note.generation  # A new hub counts from 1 again.
         slices = {uid: (int(s[0]), int(s[1])) for uid, s in note.slices.items()}
         self._ledger.append(
             LedgerEntry(
-                step=note.step, generation=note.generation, epoch=note.epoch, offset=note.offset,
+                step=note.step, generation=generation, epoch=note.epoch, offset=note.offset,
                 batch_size=note.batch_size, slices=slices, writer=note.uid, own_samples=note.own_samples,
             )
         )  # fmt: skip
         self._notes.append(
             StepNote(
-                step=note.step, epoch=note.epoch, state=state, bits=bits_of(state), generation=note.generation,
+                step=note.step, epoch=note.epoch, state=state, bits=bits_of(state), generation=generation,
                 slot=self._job.slot, slices=slices, uid=note.uid, offset=note.offset, batch=batch,
                 own=[int(k) for k in note.own_samples],
             )
