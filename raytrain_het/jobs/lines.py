@@ -38,6 +38,9 @@ def wrapped(text: str, width: int) -> list[str]:
         start = re.match(r" *", line)
         indent = start.group() if start else ""
         gap = "  " if "  " in line.strip() else " "
+        if gap == "  " and len(line) > width >= len(indent) + len(single := " ".join(line.split())):
+            lines.append(f"{indent}{single}")  # It is only just too long.
+            continue
         current = ""
         for part in _parts(line.strip(), gap):
             longer = f"{current}{gap}{part}" if current.strip() else f"{current}{part}"

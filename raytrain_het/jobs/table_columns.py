@@ -177,8 +177,12 @@ def feature_notes(table: pa.Table, features: list[str], target: str) -> tuple[st
         leave_out = (
             f": leave it out? --set features={shlex.quote(rest)}" if rest != "[]" and len(features) <= FEW else ""
         )
-        unnamed = " (a column without a name is often the index that pandas writes)" if "" in numbering else ""
-        notes.append(f"the table's {some(numbering)} numbers the rows, like an ID{unnamed}{leave_out}")
+        named = [name for name in numbering if name]
+        what = [
+            *(["the column without a name, as pandas' index,"] if "" in numbering else []),
+            *map(repr, named[:_NAMED]),
+        ]
+        notes.append(f"{', '.join(what)} numbers the rows{', like an ID' if named else ''}{leave_out}")
     if _numbers_rows(table, target):
         notes.append(f"the target {target!r} numbers the rows, like an ID: another? --set target=COLUMN")
     return tuple(notes)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 logger = logging.getLogger("raytrain_het")
+
+
+_NOT_WRITTEN = re.compile(
+    r"Checkpoint \S+ could not be written to '(?P<place>[^']*)': (?P<cause>.*?)\.? Checkpoints written before",
+    re.DOTALL,
+)
 
 
 def number(value: Any) -> str:
@@ -34,6 +41,16 @@ def _without_class(error: str) -> str:
     return text if text and name.isidentifier() else error
 
 
+def _cause(error: str) -> str:
+    """Of a checkpoint that could not be written: events.jsonl has all of the message, which comes with each of them."""
+    text = _without_class(error)
+    found = _NOT_WRITTEN.match(text)
+    if found is None:
+        return text
+    full = "no space left on device" in text.lower()
+    return f"{'no space left on device' if full else found['cause']} ({found['place']})"
+
+
 def _in_a_line(message: str) -> str:
     """Without a traceback: what has happened, and the error itself."""
     first, *rest = message.strip().splitlines()
@@ -56,9 +73,13 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "left": lambda e: f"worker {e['slot']} has left after step {e['step']}",
     "finished": lambda e: f"worker {e['slot']} has finished at step {e['step']}",
     "healed": lambda e: f"worker {e['slot']} has caught up at step {e['step']} by {e['by']}",
-    "vacant": lambda e: f"worker {e['slot']} is not there, and nobody comes for its place yet: {e['reason']}",
+    "vacant": lambda e: (
+        f"worker {e['slot']} is not there, and nobody comes for its place yet: {e['reason']}"
+        if e.get("generation", 1)
+        else f"worker {e['slot']} has not started yet: {e['reason']}"
+    ),
     "given_up": lambda e: f"worker {e['slot']} is given up: {e['reason']}",
-    "checkpoint_failed": lambda e: f"the checkpoint of step {e['step']} is lost: {_without_class(e['error'])}",
+    "checkpoint_failed": lambda e: f"the checkpoint of step {e['step']} is lost: {_cause(e['error'])}",
     "table": lambda e: (
         f"table {e['version']}: shares {', '.join(str(b) for _, b in sorted(e['shares'].items()))}"
         + (f", codecs {', '.join(word for _, word in sorted(e['codecs'].items()))}" if e.get("codecs") else "")

@@ -142,10 +142,12 @@ def test_the_iteration_comes_nearer_to_the_best_rank_with_every_step() -> None:
     part(gradient, "a").copy_(u @ torch.diag(0.8 ** torch.arange(40.0)) @ v.t())
     best = float((0.8 ** torch.arange(4.0, 40.0)).norm())
     reduction, errors = Reduction(record_of([1.0], codec="lowrank"), LAYOUT), []
-    for step in range(8):
+    for step in range(24):
         outs, _ = reduction.run([gradient.clone()], [1.0], at=step)
         errors.append(float((part(torch.cat(outs[0]), "a") - part(gradient, "a")).norm()))
-    assert best * 0.999 < errors[-1] < 1.02 * best < 0.9 * errors[0]
+    # With 40 seeds the first error was 1.26 to 1.73 times the best, after 8 steps up to 1.10, after 24 up to 1.00004.
+    assert best * 0.999 < errors[-1] < 1.01 * best < 0.9 * errors[0]
+    assert all(later < 1.0001 * before for before, later in zip(errors, errors[1:], strict=False))
 
 
 def test_bytes_are_those_of_the_factors() -> None:

@@ -256,7 +256,8 @@ def test_a_column_that_numbers_the_rows_is_warned_of(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     frame().to_csv(path)
     (note,) = read(path).notes
-    assert "'' numbers the rows" in note and """--set features='["a", "b"]'""" in note
+    assert note.startswith("the column without a name, as pandas' index, numbers the rows: leave it out?")
+    assert """--set features='["a", "b"]'""" in note
     frame().assign(user_id=np.random.default_rng(0).permutation(200)).to_csv(path, index=False)
     (note,) = read(path, target="price").notes
     assert "'user_id' numbers the rows" in note

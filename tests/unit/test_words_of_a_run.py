@@ -248,6 +248,15 @@ def test_large_numbers_are_written_out_and_a_failed_checkpoint_is_a_sentence() -
     assert [number(x) for x in (17568.4, 0.91234, 5)] == ["17568", "0.9123", "5"]
     event = {"seq": 1, "kind": "checkpoint_failed", "slot": 0, "step": 46, "error": "CheckpointError: No space left"}
     assert event_line(event) == "the checkpoint of step 46 is lost: No space left"
+    for cause, said in (
+        ("[Errno 28] Error writing. Detail: [errno 28] No space left on device.", "no space left on device"),
+        ("Permission denied.", "Permission denied"),
+    ):
+        text = (
+            f"Checkpoint c_0 could not be written to '/d/runs': {cause} Checkpoints written before are unharmed. Free"
+        )
+        lost = event_line(event | {"error": f"CheckpointError: {text} space there, or take a storage."})
+        assert lost == f"the checkpoint of step 46 is lost: {said} (/d/runs)"
 
 
 def test_a_function_that_raised_is_told_in_a_line_and_who_goes_then_is_not() -> None:
