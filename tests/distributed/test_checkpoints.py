@@ -141,7 +141,7 @@ def test_what_a_killed_run_has_stored_and_not_registered_is_not_the_next_runs(tm
         for _ in loader.epochs(1):
             for (x,) in loader:
                 optimizer.zero_grad()
-                model(x).sum().backward()
+                model(x).mean().backward()
                 optimizer.step()
         het.report({"loss": 0.0})
         return model.weight.item()
@@ -225,7 +225,7 @@ def train_numbers(size=10, epochs=2, batch_size=2, drop_last=False, shuffle=True
     for _ in loader.epochs(epochs):
         for (x,) in loader:
             optimizer.zero_grad()
-            model(x).sum().backward()
+            model(x).mean().backward()
             optimizer.step()
             het.report({"loss": 0.0})
     return used

@@ -28,7 +28,7 @@ def train(model, optimizer, loader):
     for _ in loader.epochs(1):
         for (x,) in loader:
             optimizer.zero_grad()
-            model(x).sum().backward()
+            model(x).mean().backward()
             optimizer.step()
 
 
