@@ -38,6 +38,8 @@ class Header(NamedTuple):
     """Bit ``k`` is set if parameter ``k`` of the bucket had a gradient."""
     numbers: int = 0
     """Digest of the settings and numbers that it goes by in this step, when a comparison is due; else 0."""
+    loss: int = 0
+    """What its loss is a mean over, as 16 bits; 0 where that is not known."""
 
 
 def header_bytes(num_segments: int) -> int:
@@ -58,7 +60,7 @@ def write_header(header: Header, num_segments: int, *places: HeaderPlace) -> Non
         MAGIC,
         header.bucket,
         flags,
-        0,
+        header.loss,
         header.step,
         header.generation,
         header.want,
@@ -86,10 +88,20 @@ def read_header(message: HeaderPlace, num_segments: int) -> Header:
     """
     if isinstance(message, torch.Tensor):
         message = message[: header_bytes(num_segments)].cpu().numpy().data
-    magic, bucket, flags, _, step, generation, want, weight, digest, numbers = _FIXED.unpack_from(message)
+    magic, bucket, flags, loss, step, generation, want, weight, digest, numbers = _FIXED.unpack_from(message)
     if magic != MAGIC:
         raise ProtocolError(f"a message starts with {magic:#06x} instead of {MAGIC:#06x}: it is not a step's message")
     used = int.from_bytes(message[_FIXED.size : _FIXED.size + (num_segments + 7) // 8], "little")
     return Header(
-        step, generation, bucket, want, weight, bool(flags & FINITE), bool(flags & CONTRIBUTES), digest, used, numbers
+        step,
+        generation,
+        bucket,
+        want,
+        weight,
+        bool(flags & FINITE),
+        bool(flags & CONTRIBUTES),
+        digest,
+        used,
+        numbers,
+        loss,
     )

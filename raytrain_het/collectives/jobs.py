@@ -46,6 +46,7 @@ class StepJob(Job):
     used: list[int] = field(default_factory=list)
     digest: int = 0
     numbers: int = 0
+    loss: int = 0
     resync_due: bool = False
     """Whether parameters are sent anew after this step, if members turn out to differ."""
     sums: Sums | None = None

@@ -83,6 +83,7 @@ class Rounds:
             contributes=job.contributes,
             digest=job.digest,
             numbers=job.numbers,
+            loss=job.loss,
             used=job.used[k] if job.used else 0,
         )
 

@@ -25,6 +25,9 @@ class Sums:
     digests: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By rank: those of tensors and of numbers, if a comparison of replicas was due."""
 
+    losses_differ: bool = False
+    """Whether members' losses are means over different numbers."""
+
     @property
     def applies(self) -> bool:
         """Whether there is an update to apply."""
@@ -40,6 +43,7 @@ class Sums:
         contributing = [(rank, h) for rank, h in enumerate(headers) if h.contributes]
         if bucket.index == 0:
             self.total_weight = float(sum(h.weight for _, h in contributing))
+            self.losses_differ = len({h.loss for _, h in contributing if h.loss}) > 1
             self.digests = {rank: (h.digest, h.numbers) for rank, h in enumerate(headers) if h.digest}
         self.want = max(self.want, *(h.want for h in headers))
         used = 0

@@ -291,7 +291,7 @@ class Hub:
                     if (what := self._audits.add(slot, m, slots)) is not None:
                         core.replicas_differ(audit.message(m["step"], what), now)
             case "claim":
-                if (what := self._audits.claim(slot, m["name"], m["value"])) is not None:
+                if (what := self._audits.claim(slot, f"{m['name']}, step {m['step'] + 1},", m["value"])) is not None:
                     core.replicas_differ(audit.message(m["step"], what), now)
             case "evaluate":
                 reply = self._evaluations.next(

@@ -79,7 +79,7 @@ class BufferSync:
         """Another pass of the step begins: it starts from ``b`` too."""
         with torch.no_grad():
             for place, old in zip(self._places, self._before, strict=True):
-                _put(place, old)
+                put(place, old)
 
     def gather(self, locals_: Sequence[torch.Tensor], weight: float, *, first: bool) -> None:
         """A pass of this weight is over: add ``w_j (b_j - b)`` to the buckets (n,).
@@ -95,9 +95,9 @@ class BufferSync:
                 target = locals_[bucket.index][segment.offset : segment.stop].view(segment.shape)
                 change = _change(live[place], self._before[place], target.dtype)
                 if first:
-                    torch.mul(change, weight, out=target)
+                    target.copy_(change).mul_(weight)
                 else:
-                    target.add_(change, alpha=weight)
+                    target.add_(change.to(target.device), alpha=weight)
                 place += 1
 
     def settle(self, outs: Sequence[torch.Tensor], applies: bool, *, own: bool) -> None:
@@ -120,18 +120,22 @@ class BufferSync:
                     old, where = before[place], self._places[place]
                     mean = outs[bucket.index][segment.offset : segment.stop].view(segment.shape).to(old.device)
                     if not applies:
-                        _put(where, old)
+                        put(where, old)
                     elif old.is_floating_point() or old.is_complex():
-                        _put(where, _mean(old, mean))
+                        put(where, _mean(old, mean))
                     elif own:
                         _check_same(where[0], live[place], old, mean)
                     else:
-                        _put(where, _added(old, mean))
+                        put(where, _added(old, mean))
                     place += 1
 
     def forget(self) -> None:
-        """The step that was open is not any more."""
+        """The step that was open is not any more, and the state may have been loaded."""
         self._before = []
+        self._constant = [
+            (name, module, attribute, kept, kept._version if kept is not None else 0)
+            for name, module, attribute, kept, _ in self._constant
+        ]
 
     # ---------------------------------------------------------------- inside
 
@@ -209,7 +213,7 @@ def _is_dense(t: torch.Tensor) -> bool:
     return all(stride > 0 or size <= 1 for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
-def _put(place: tuple[str, nn.Module, str], value: torch.Tensor) -> None:
+def put(place: tuple[str, nn.Module, str], value: torch.Tensor) -> None:
     """Give a buffer a value: in its own memory, so that whoever holds it sees it, where each element has some."""
     _, module, attribute = place
     buffer = module._buffers[attribute]

@@ -8,9 +8,10 @@ again under the next record.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +113,7 @@ class Engine:
         self._edits = HandEdits([p for _, p in replica.named_parameters()])
         self._looked: Look | None = None
         self._pass_weight = 0.0
-        gradients.inspect = self._inspect
+        gradients.inspect, gradients.inspect_fired = self._inspect, loss.fired
         self._light: dict[str, Any] | None = None
         self._redo = False
         self._confirm: ConfirmJob | None = None
@@ -174,6 +175,7 @@ class Engine:
                 break
         cursor = self.cursor
         self._structure.check()
+        self._take_back_the_beginning()
         if self._redo and not self._edits.take_back():
             raise refuse("weights changed in a failed step", f"it was step {cursor.step + 1}")
         light = self._light if self._redo else None
@@ -203,6 +205,29 @@ class Engine:
         self.comm.submit(opened.job)
         points.reach("opened", opened.job.step)
         return opened
+
+    def _take_back_the_beginning(self) -> None:
+        """A worker that has come in the middle of an epoch: what its program has just done at the epoch's beginning (a
+        scheduler's step, draws) was done before."""
+        light, self.healing.arrived = self.healing.arrived, None
+        if light is not None:
+            self.replica.restore_light(light, buffers="buffers" in light)
+            self._randomness.load(light["random"])
+
+    @contextlib.contextmanager
+    def as_when_opened(self) -> Iterator[None]:
+        """Buffers are what they were when the step under way was opened, and not what this worker's pass has made of
+        them: for what is saved in the middle of it."""
+        opened, light = self.opened, self._light
+        if opened is None or opened.closed or opened.settled or light is None:
+            yield
+            return
+        live = self.replica.buffers()
+        self.replica.set_buffers(light["buffers"])
+        try:
+            yield
+        finally:
+            self.replica.set_buffers(live)
 
     def _loop_goes_on(self, before: Opened, now: float) -> None:
         """The loop asks for what comes after a step that is done; at an epoch's end it does so twice."""
@@ -234,6 +259,7 @@ class Engine:
             record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale, rehearses=rehearses,
         )  # fmt: skip
         self._edits.step_begins(len(micro))
+        self._loss.begin_step()
         self.gradients.begin(
             job,
             wires=self.comm.wires(record, cursor.epoch),
@@ -288,6 +314,10 @@ class Engine:
             self._check.restart()
             if record.reset or self.agent.uid in record.fresh:
                 self._redo = False  # What a step to be done again would go back to is no longer its beginning.
+            if record.reset and record.checkpoint is not None and self.cursor.offset > 0:
+                light = self.replica.light()
+                settings = {name: light[name] for name in ("registered", "hyperparameters")}
+                self.healing.arrived = settings | {"random": self._randomness.state()}
             if record.reset:
                 self.comm.patience.step_s = 0.0
             self._confirm_up_to(record.base)
@@ -351,12 +381,8 @@ class Engine:
         alone = len(opened.record.members) == 1 and len(opened.micro) == 1
         if alone:
             return None
-        before = self._loss.ratios
-        error = self._loss.look(roots, self._pass_weight, opened.loss_scale)
-        if error is None and self._loss.ratios != before:
-            name = f"over how many numbers for each sample the loss is a mean ({len(self._loss.ratios)} terms)"
-            self.agent.tell("claim", step=opened.cursor.step, name=name, value=list(self._loss.ratios))
-        return error
+        samples = len(opened.micro[len(opened.weights) - 1])
+        return self._loss.look(roots, self._pass_weight, opened.loss_scale, samples=samples)
 
     def body_done(self) -> None:
         """The user's loop body has come to its end and asks for the next batch."""
@@ -385,6 +411,8 @@ class Engine:
         if not opened.job.ready and self._looked is not None:
             # Not before: a GPU may have been at it.
             opened.job.digest, opened.job.numbers = self._looked.digest(), self._looked.numbers
+        if not opened.job.ready:
+            opened.job.loss = self._loss.mark
         if count == len(self.gradients.layout.buckets):
             opened.submitted = time.monotonic()
         self.comm.bucket_ready(opened.job, count)
@@ -401,7 +429,14 @@ class Engine:
         opened.cpu.waiting_ends()
         opened.settled = True
         sums = opened.sums
-        if sums is not None and sums.replicas_differ and self._looked is not None:
+        if sums is None:
+            self._edits.step_fails()
+        if sums is not None and sums.losses_differ:
+            name = "over how many numbers the loss is a mean (in all, and for each sample)"
+            self.agent.tell("claim", step=opened.cursor.step, name=name, value=self._loss.terms)
+        # Unlike members' digests always differ: they tell samples now and then.
+        due = not opened.record.is_unlike or opened.cursor.step < 3 or opened.cursor.step % 10 == 0
+        if sums is not None and sums.replicas_differ and self._looked is not None and due:
             look = self._looked
             self.agent.tell(
                 "audit", step=opened.cursor.step, part=look.part, generation=opened.job.generation,
@@ -474,6 +509,7 @@ class Engine:
         if opened.closed:
             self._after_commit(opened)
         else:
+            self._edits.step_fails()
             opened.closed = True
             self._redo = True
         return result

@@ -102,6 +102,8 @@ class Gradients:
         self._on_backward_done: Callable[[bool], None] = lambda last: None
         self.inspect: Callable[[Sequence[Any]], Exception | None] = lambda roots: None
         """Looks at the roots of each pass, before it; what it returns is raised if the pass is one of the step's."""
+        self.inspect_fired: Callable[[], Exception | None] = lambda: None
+        """Called once it is; what it returns is raised."""
         self.watch = BackwardWatch(begins=self._begins, nested=self._begins_inside, ends=self._ends)
         self._handles = [
             p.register_post_accumulate_grad_hook(self._hook(index)) for index, p in enumerate(self._params)
@@ -260,8 +262,8 @@ class Gradients:
             raise refuse("second backward")
         if self._creates_graph:
             raise refuse("create_graph")
-        if self._complaint is not None:
-            raise self._complaint
+        if (complaint := self._complaint or self.inspect_fired()) is not None:
+            raise complaint
         for index, left in enumerate(self._left):
             if left is not None and self._zeroed[index] and bool(left.any()):
                 raise LoopOrderError(

@@ -28,6 +28,11 @@ class HandEdits:
         self._copies = [p.detach().clone() for p in self._parameters] if num_passes > 1 else None
         self._versions = self._versions_now()
 
+    def step_fails(self) -> None:
+        """The step will be done again: what the body does from here on is taken back too."""
+        if self._copies is None and self._versions == self._versions_now():
+            self._copies = [p.detach().clone() for p in self._parameters]
+
     def take_back(self) -> bool:
         """Make parameters what they were when the step was opened.
 

@@ -45,6 +45,9 @@ class Healing:
         self._server, self._token, self._update, self._randomness = server, token, update, randomness
         self._load_checkpoint = load_checkpoint
         self._offered = 0
+        self.arrived: dict[str, Any] | None = None
+        """The light part with which this worker came into the run, where others had begun the epoch: what its program
+        does at the epoch's beginning has been done."""
         self._log: list[tuple[int, Hyperparameters | None]] = []
         self._logging = False
         self._snapshot_step = -1
@@ -187,6 +190,7 @@ class Healing:
                 return False
             self._replica.load(full)
         self._replica.restore_light(light)
+        self.arrived = light
         self._randomness.load(light["random"])
         self._comm.followed.clear()
         why = "more steps had gone by than are kept" if self._gap else "the replay differed"
@@ -247,7 +251,7 @@ class Healing:
         if record.unhealed:
             self._offer_snapshot(record)
         if record.fresh:
-            value = light | {"digest": digest(), "random": random}
+            value = self._replica.offered(light) | {"digest": digest(), "random": random}
             replica = self._replica
             self._server.offer(f"light.{record.number}", lambda _: value)
             # Made when asked for: the step that would change it needs the one that asks.

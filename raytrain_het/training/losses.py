@@ -8,8 +8,11 @@ twenty nodes, ten microseconds.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,8 @@ import torch
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.training.unsupported import refuse
+
+logger = logging.getLogger("raytrain_het")
 
 LOSSES = ("mean", "sum", "local")
 _PASS_THROUGH = (
@@ -31,6 +36,7 @@ _BENT_REDUCTIONS = (
 _TAKES_DATA = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Mv", "Dot", "Addmv")
 """Operations of a model by which samples come in: one of their inputs needs no gradient."""
 _MOST_NODES = 400
+"""Penalties on parameters are smaller than this."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +59,21 @@ class Reduction:
     """Whether classes have weights, or some of the targets were left out."""
 
 
-def reductions(root: Any, scale: float = 1.0) -> list[Reduction]:
+def reductions(
+    root: Any, scale: float = 1.0, *, samples: int = 0, known: dict[tuple[str, ...], bool] | None = None
+) -> list[Reduction]:
     """Those that a loss's node leads to by sums, factors and views; none where the graph does not tell.
 
     Args:
         root: the loss's ``grad_fn``.
         scale: by which a loss scaler has multiplied it.
+        samples: of the pass, as far as known.
+        known: by the names from the root down to a node, whether samples come into it; to look once only.
     """
     found: list[Reduction] = []
+    data = _Data(samples, {} if known is None else known)
     stack: list[tuple[Any, float | None, float | None, bool]] = [(root, scale, 1.0, False)]
+    paths: dict[Any, tuple[str, ...]] = {root: ()}
     divided: set[Any] = set()
     """Nodes below a division."""
     for _ in range(64):
@@ -72,19 +84,20 @@ def reductions(root: Any, scale: float = 1.0) -> list[Reduction]:
             continue
         name = node.name().partition("Backward")[0]
         children = [child for child, _ in node.next_functions]
+        path = (*paths.get(node, ()), name)
+        paths.update(dict.fromkeys(children, path))
         if name == "Div" or node in divided:
             divided.update(children)
         if name in ("Add", "Sub", "Rsub") or name in _PASS_THROUGH:
             stack += [(child, divided_by, divisor, bent) for child in children]
         elif name in ("Mul", "Div"):
-            both = all(child is not None for child in children)
-            if both:  # A product or a quotient of two things that are trained.
-                quotient = bent or name == "Div" and _is_of_data(children[1])
+            if len(children) == 2 and None not in children:  # A product or a quotient of two things that are trained.
+                quotient = bent or name == "Div" and data.comes_into(children[1], (*path, "below"))
                 stack += [(child, None, None, quotient) for child in children]
                 continue
             factor = _scalar(node, "_saved_other" if children[0] is not None else "_saved_self")
-            known = divided_by is not None and factor is not None and factor != 0
-            part = (divided_by * factor if name == "Div" else divided_by / factor) if known else None  # type: ignore
+            certain = divided_by is not None and factor is not None and factor != 0
+            part = (divided_by * factor if name == "Div" else divided_by / factor) if certain else None  # type: ignore
             if name == "Div":
                 divisor = divisor * factor if divisor is not None and factor is not None else None
             elif factor != scale:
@@ -92,7 +105,7 @@ def reductions(root: Any, scale: float = 1.0) -> list[Reduction]:
             stack += [(child, part, divisor, bent) for child in children]
         elif name in _NOT_LINEAR and len(children) == 1:
             stack.append((children[0], None, None, True))
-        elif (reduction := _reduction(node, name, children)) is not None:
+        elif (reduction := _reduction(node, name, children, data, path)) is not None:
             if isinstance(reduction, list):
                 stack += [(child, None, None, bent) for child in reduction]
             elif bent:
@@ -106,7 +119,9 @@ def reductions(root: Any, scale: float = 1.0) -> list[Reduction]:
     return found
 
 
-def _reduction(node: Any, name: str, children: list[Any]) -> Reduction | list[Any] | None:
+def _reduction(
+    node: Any, name: str, children: list[Any], data: _Data, path: tuple[str, ...]
+) -> Reduction | list[Any] | None:
     """What a node reduces; the nodes below it where it puts several losses together."""
     if hasattr(node, "_saved_reduction"):
         if node._saved_reduction not in (1, 2):
@@ -115,16 +130,19 @@ def _reduction(node: Any, name: str, children: list[Any]) -> Reduction | list[An
         if node._saved_reduction == 2:
             return Reduction("sum", None, name, size=node._saved_self.numel())
         return Reduction("mean", count, name, exact, weighted=weighted)
-    if name in _BENT_REDUCTIONS and _is_of_data(children[0]):
+    if name in _BENT_REDUCTIONS and data.comes_into(children[0], path):
         return Reduction("bent", None, name)
     if name not in ("Sum", "Mean"):
         return None
     child = children[0]
     if child is not None and child.name().partition("Backward")[0] in ("Stack", "Cat"):
         return [below for below, _ in child.next_functions]
-    if not _is_of_data(child):
+    if not data.comes_into(child, path):
         return None  # A penalty on parameters, which is the same on all.
     size = math.prod(node._saved_self_sym_sizes)
+    first = _over_samples(child)
+    if first is not None:  # Samples were put together before: what is reduced here are features.
+        name, size = first
     if name == "Sum":
         return Reduction("sum", None, name, size=size)
     return Reduction("mean", float(size), name)
@@ -147,25 +165,71 @@ def _scalar(node: Any, name: str) -> float | None:
     return float(value) if isinstance(value, torch.Tensor) and value.numel() == 1 else None
 
 
-def _is_of_data(node: Any) -> bool:
+def _over_samples(node: Any) -> tuple[str, int] | None:
+    """Sum or Mean, and over how many, if a node below by views reduces the first dimension, that of samples."""
+    for _ in range(8):
+        if node is None:
+            return None
+        name = node.name().partition("Backward")[0]
+        dims = getattr(node, "_saved_dim", None)
+        if name in ("Sum", "Mean") and dims is not None:
+            sizes = node._saved_self_sym_sizes
+            every = [d - 2**64 if d >= 2**63 else d for d in (dims if isinstance(dims, tuple | list) else [dims])]
+            reduced = {d % len(sizes) for d in every} or set(range(len(sizes)))
+            return (name, math.prod(sizes[d] for d in reduced)) if 0 in reduced else None
+        if name not in _PASS_THROUGH or len(node.next_functions) != 1:
+            return None
+        node = node.next_functions[0][0]
+    return None
+
+
+class _Data:
     """Whether samples come into what a node stands for."""
-    return any(
-        name.startswith("Embedding") or name in _TAKES_DATA and any(child is None for child in children)
-        for name, children in _below(node)
-    )
+
+    def __init__(self, samples: int, known: dict[tuple[str, ...], bool]) -> None:
+        self._samples, self._known = samples, known
+
+    def comes_into(self, node: Any, path: tuple[str, ...]) -> bool:
+        """Looked at once for all nodes that are reached by the same names."""
+        if path not in self._known:
+            if len(self._known) > 256:
+                self._known.clear()
+            self._known[path] = self._looks(node)
+        return self._known[path]
+
+    def _looks(self, node: Any) -> bool:
+        seen: set[Any] = set()
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            if len(seen) > _MOST_NODES:
+                return True
+            seen.add(node)
+            children = [child for child, _ in node.next_functions]
+            name = node.name().partition("Backward")[0]
+            if name.startswith("Embedding") or None in children and (name in _TAKES_DATA or self._has_samples(node)):
+                return True
+            stack += children
+        return False
+
+    def _has_samples(self, node: Any) -> bool:
+        """Whether a constant that the node goes by has as many rows as there are samples."""
+        saved = (getattr(node, name, None) for name in ("_saved_other", "_saved_self"))
+        return any(isinstance(t, torch.Tensor) and t.ndim > 0 and len(t) == self._samples > 1 for t in saved)
 
 
-def _below(node: Any) -> Iterator[tuple[str, list[Any]]]:
-    seen: set[Any] = set()
-    stack = [node]
-    while stack and len(seen) < _MOST_NODES:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        children = [child for child, _ in node.next_functions]
-        yield node.name().partition("Backward")[0], children
-        stack += children
+Terms = list[tuple[float, float]]
+"""Of each mean that a loss consists of: over how many numbers it is, in all and for each unit of weight."""
+
+
+def agree(one: Terms, other: Terms) -> bool:
+    """Whether two passes' losses are the same mean: over as many numbers for each sample; or over as many in all, as a
+    term that has nothing to do with the samples is. Of other terms nothing is known."""
+    same = functools.partial(math.isclose, rel_tol=1e-4)
+    pairs = zip(one, other, strict=False)
+    return len(one) != len(other) or all(same(a[1], b[1]) or same(a[0], b[0]) for a, b in pairs)
 
 
 class LossCheck:
@@ -173,14 +237,15 @@ class LossCheck:
 
     Args:
         loss: ``mean`` over samples, or over what ``weight`` counts; ``sum`` over samples; ``local``, a function of a
-        pass's
-            own samples that is not looked at.
+            pass's own samples that is not looked at.
         weighed: whether the program says what counts.
     """
 
     def __init__(self, loss: str, *, weighed: bool) -> None:
         self._loss, self._weighed = loss, weighed
-        self._ratios: tuple[float, ...] | None = None
+        self._seen: Terms = []
+        self._of_step: Terms | None = None
+        self._known: dict[tuple[str, ...], bool] = {}
 
     @property
     def is_local(self) -> bool:
@@ -193,26 +258,41 @@ class LossCheck:
         return self._loss == "sum"
 
     @property
-    def ratios(self) -> tuple[float, ...]:
-        """Of each mean that the loss consists of: over how many numbers it is for each unit of weight; of a sum, what
-        it is divided by. The same on all workers and in all passes, or their gradients do not make the whole
+    def terms(self) -> Terms:
+        """Those of the step under way. They :func:`agree` on all workers, or gradients do not make the whole
         batch's."""
-        return self._ratios or ()
+        return self._of_step or []
 
-    def look(self, roots: Sequence[Any], weight: float, scale: float = 1.0) -> Exception | None:
+    @property
+    def mark(self) -> int:
+        """From 1 to 65535, a digest of :attr:`terms`, for a header; 0 where there are none."""
+        text = ",".join(f"{ratio:.3g}" for _, ratio in self.terms)
+        return zlib.crc32(text.encode()) % 65535 + 1 if text else 0
+
+    def begin_step(self) -> None:
+        """What comes from here on belongs to another step: its loss may be over other numbers."""
+        self._of_step = None
+
+    def look(self, roots: Sequence[Any], weight: float, scale: float = 1.0, *, samples: int = 0) -> Exception | None:
         """Look at a pass before it is done.
 
         Args:
             roots: what ``backward()`` was called on.
             weight: of the pass: its samples, or what the program says.
             scale: by which a loss scaler has multiplied the loss.
+            samples: of the pass.
 
         Returns:
-            An error, if the loss is none of what the program says.
+            An error, if the loss is none of what the program says and the pass is one of the step's.
         """
+        self._seen = []
         if self._loss == "local" or weight <= 0:
             return None
-        found = [r for root in roots for r in reductions(getattr(root, "grad_fn", None), scale)]
+        try:
+            found = [r for root in roots for r in self._reductions(root, scale, samples)]
+        except Exception:
+            logger.debug("a loss's graph could not be read", exc_info=True)
+            return None
         for r in found:
             if r.kind == "bent":
                 return refuse("loss that is no mean", f"this one is a function of a {r.name.lower()}")
@@ -223,12 +303,21 @@ class LossCheck:
             if r.kind == "mean" and r.weighted and not self._weighed:
                 return _weighted(r, weight)
         per = weight if self._loss == "mean" else 1.0
-        ratios = tuple(r.count / per for r in found if r.count is not None and r.exact)
-        if self._ratios is None or len(ratios) != len(self._ratios):
-            self._ratios = ratios
-        elif any(not math.isclose(a, b, rel_tol=1e-6) for a, b in zip(ratios, self._ratios, strict=True)):
-            return _other_count(ratios, self._ratios, self._loss, self._weighed)
+        self._seen = [(r.count, r.count / per) for r in found if r.count is not None and r.exact]
         return None
+
+    def fired(self) -> Exception | None:
+        """The pass that was looked at is one of the step's. An error, if it is another mean than the one before."""
+        if self._of_step is None:
+            self._of_step = self._seen
+        elif self._seen and not agree(self._seen, self._of_step):
+            return _other_count(self._seen, self._of_step, self._loss, self._weighed)
+        return None
+
+    def _reductions(self, root: Any, scale: float, samples: int) -> list[Reduction]:
+        if isinstance(root, torch.Tensor) and root.numel() > 1:
+            return [Reduction("sum", None, "a backward() of several numbers")]
+        return reductions(getattr(root, "grad_fn", None), scale, samples=samples, known=self._known)
 
 
 def _divides(found: Reduction, samples: float) -> bool:
@@ -263,8 +352,9 @@ def _weighted(found: Reduction, weight: float) -> ConfigError:
     )
 
 
-def _other_count(now: Sequence[float], before: Sequence[float], loss: str, weighed: bool) -> ConfigError:
-    a, b = next((a, b) for a, b in zip(now, before, strict=True) if a != b)
+def _other_count(now: Terms, before: Terms, loss: str, weighed: bool) -> ConfigError:
+    pairs = [pair for pair in zip(now, before, strict=False) if not agree([pair[0]], [pair[1]])]
+    (_, a), (_, b) = pairs[0]
     if loss == "sum":
         return ConfigError(
             f"loss='sum': the sum is divided by {a:g} in this pass, and was by {b:g} before: it is no sum over "
@@ -274,7 +364,7 @@ def _other_count(now: Sequence[float], before: Sequence[float], loss: str, weigh
     return ConfigError(
         f"the loss is a mean over {a:g} numbers for each {unit} in this pass, and was one over {b:g} before: it is "
         "no mean over samples. Say what it is a mean over, for example prepare_data_loader(..., weight=lambda batch: "
-        "float(batch['mask'].sum())), or make it a mean over samples."
+        "float(batch['mask'].sum())), make it a mean over samples, or write loss='local'."
     )
 
 

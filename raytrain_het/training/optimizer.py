@@ -37,7 +37,11 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
         # A fused optimizer takes a loss scaler's factor off by itself, later.
         scale = getattr(optimizer, "grad_scale", None)
         session.clip_gradients(1.0 if scale is None else float(scale))
-        return cls.step(optimizer)
+        session.updating = True
+        try:
+            return cls.step(optimizer)
+        finally:
+            session.updating = False
 
     def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
         if closure is not None:
@@ -52,6 +56,8 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
             _check_scaler(_calling_scaler(), session)
         return session.engine.close(lambda: update(self))
 
+    # Torch wraps the step of a class that it has not wrapped yet, in load_state_dict() too: hooks would run twice.
+    step.hooked = True  # type: ignore[attr-defined]
     optimizer.__class__ = type(f"Het{cls.__name__}", (cls,), {"step": step, "__module__": __name__})
     return lambda: update(optimizer)
 

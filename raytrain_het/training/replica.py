@@ -14,6 +14,7 @@ from torch import nn
 
 from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
 from raytrain_het.training import parts, snapshots, strides
+from raytrain_het.training.buffers import put
 
 Hyperparameters = list[dict[str, Any]]
 
@@ -79,13 +80,17 @@ class Replica:
         """Buffers, registered objects and the optimizer's settings: what a step done again has to start from."""
         assert self.model is not None
         return {
-            "buffers": {name: b.detach().clone() for name, b in self._buffers()},
+            "buffers": self.buffers(),
             "registered": {name: _deepcopy(obj.state_dict(), _clone) for name, obj in self.registered.items()},
             "hyperparameters": self.hyperparameters(),
             "scalers": [name for name, obj in self.registered.items() if isinstance(obj, torch.amp.GradScaler)],
             "trained": [p.requires_grad for p in self._parts[0]],
             "training": [module.training for module in self._parts[1]],
         }
+
+    def offered(self, light: dict[str, Any]) -> dict[str, Any]:
+        """What :meth:`light` returned, on the CPU, for a peer."""
+        return _deepcopy(light, _cpu_clone)
 
     def restore_light(self, light: dict[str, Any], *, buffers: bool = True) -> None:
         """Go back to what :meth:`light` returned."""
@@ -97,15 +102,14 @@ class Replica:
                 )
             _load_registered(obj, light["registered"][name])
         self.set_hyperparameters(light["hyperparameters"])
-        for p, flag in zip(self._parts[0], light["trained"], strict=True):
-            if p.requires_grad != flag:
-                p.requires_grad_(flag)
-        for module, flag in zip(self._parts[1], light["training"], strict=True):
-            module.training = flag
+        if "trained" in light:
+            for p, flag in zip(self._parts[0], light["trained"], strict=True):
+                if p.requires_grad != flag:
+                    p.requires_grad_(flag)
+            for module, flag in zip(self._parts[1], light["training"], strict=True):
+                module.training = flag
         if buffers:
-            with torch.no_grad():
-                for name, buffer in self._buffers():
-                    buffer.copy_(light["buffers"][name])
+            self.set_buffers(light["buffers"])
 
     @functools.cached_property
     def _parts(self) -> tuple[list[nn.Parameter], list[nn.Module]]:
@@ -127,6 +131,17 @@ class Replica:
         """That of the first parameter."""
         return self._named[0][1].device
 
+    def set_buffers(self, values: dict[str, torch.Tensor]) -> None:
+        """Give the buffers these values, by name."""
+        with torch.no_grad():
+            for name, module, attribute in self._places or ():
+                if name in values and module._buffers.get(attribute) is not None:
+                    put((name, module, attribute), values[name])
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Copies of the buffers that heal, by name."""
+        return {name: b.detach().clone() for name, b in self._buffers()}
+
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As the model's ``named_buffers()``, without a walk through the model at every step.
 
@@ -141,7 +156,7 @@ class Replica:
             ]
         for name, module, attribute in self._places:
             buffer = getattr(module, attribute)
-            if buffer is not None:
+            if buffer is not None and buffer.layout is torch.strided and not buffer.is_quantized:
                 yield name, buffer
 
     def learning_rate(self) -> float | None:

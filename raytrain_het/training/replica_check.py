@@ -28,7 +28,9 @@ from raytrain_het.training.replica import Replica, row_sums
 EAGER_BYTES = 5_000_000
 STEADY_BYTES = 1_000_000
 EAGER_STEPS = 20
-SAMPLES = 16
+MOST_PIECES = 64
+"""So many tensors a look has at most, after the first steps."""
+SAMPLES = 8
 """So many values of a tensor are told where machines are unlike."""
 
 Light = dict[str, Any]
@@ -78,7 +80,7 @@ class ReplicaCheck:
 
     def restart(self) -> None:
         """The members have changed: begin with the first tensor, and look at much for some steps."""
-        self._tensors, self._eager = [], EAGER_STEPS
+        self._tensors, self._at, self._eager = [], -1, EAGER_STEPS
 
     def replicas_are_the_same(self) -> None:
         """All members have the same parameters now: updates are measured from here."""
@@ -97,15 +99,15 @@ class ReplicaCheck:
         look = Look(step, 0, light, extra)
         look.numbers = _positive(xxhash.xxh3_64_intdigest(_numbers_text(light, extra).encode()))
         if not self._tensors or self._at >= len(self._tensors):
-            self._tensors, self._at, self._offset = self._all_tensors(light), 0, 0
-            self._total = sum(t.numel() * t.element_size() for _, get in self._tensors if (t := get(light)) is not None)
+            self._begin_round(step, light)
         left = self._total
         if not self._everything:
             usual = min(STEADY_BYTES, -(-self._total // max(self._every, 1)))
             left = min(EAGER_BYTES, self._total) if self._eager > 0 else usual
         self._eager -= 1
         look.part = self._at
-        while self._at < len(self._tensors) and left > 0:
+        most = MOST_PIECES if self._eager < 0 and not self._everything else len(self._tensors) + 8
+        while self._at < len(self._tensors) and left > 0 and len(look.pieces) < most:
             name, get = self._tensors[self._at]
             data = _bytes_of(get(light))
             piece = data[self._offset : self._offset + max(left // 8 * 8, 8)]
@@ -115,6 +117,19 @@ class ReplicaCheck:
             if self._offset >= len(data):
                 self._at, self._offset = self._at + 1, 0
         return look
+
+    def _begin_round(self, step: int, light: Light) -> None:
+        """All tensors anew; from the first one on, or after a change of members from a place that the step gives.
+
+        So no tensor is always the last."""
+        self._tensors = self._all_tensors(light)
+        sizes = [t.numel() * t.element_size() if (t := get(light)) is not None else 0 for _, get in self._tensors]
+        self._total = sum(sizes)
+        begin = step * STEADY_BYTES % max(self._total, 1) if self._at < 0 and self._total > EAGER_BYTES else 0
+        self._at, self._offset = 0, 0
+        while begin >= sizes[self._at] and self._at < len(sizes) - 1:
+            begin -= sizes[self._at]
+            self._at += 1
 
     def audit(self, look: Look) -> dict[str, Any]:
         """What a member tells of a look that has found a difference."""
@@ -148,7 +163,7 @@ class ReplicaCheck:
     def _told(self, name: str, t: torch.Tensor) -> tuple[list[float], float | None]:
         values, before = _samples(t), self._sent.get(name)
         moved = float((values - before).abs().max()) if before is not None and before.shape == values.shape else None
-        return values.tolist(), moved
+        return [float(f"{v:.9g}") for v in values.tolist()], moved
 
     def _all_tensors(self, light: Light) -> Tensors:
         replica = self._replica
@@ -280,7 +295,8 @@ def _samples(t: torch.Tensor) -> torch.Tensor:
     if t.layout is not torch.strided or t.is_quantized:
         return torch.zeros(0, dtype=torch.float64)
     flat = (torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach()).reshape(-1)
-    where = torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLES, len(flat)), device=t.device).long()
+    num = min(SAMPLES, len(flat))
+    where = torch.arange(num, device=t.device) * (len(flat) - 1) // max(num - 1, 1)
     return flat[where].double().cpu()
 
 

@@ -108,6 +108,8 @@ class Session:
         self._warnings: list[str] = []
         self._handing_on: HandingOn | None = None
         self.loss_check = LossCheck("mean", weighed=False)
+        self.updating = False
+        """Whether the prepared optimizer's own step is under way, which may take those of others that it wraps."""
         self._check: ReplicaCheck | None = None
         self._guards: list[Any] = []
         self._watched_steps: Any = None
@@ -247,7 +249,7 @@ class Session:
     def _check_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Called before each step of any optimizer in this process."""
         engine, model = self.engine, self.replica.model
-        if engine is None or model is None or optimizer is self.replica.optimizer or torch.is_inference_mode_enabled():
+        if engine is None or model is None or optimizer is self.replica.optimizer or self.updating:
             return
         ours = {id(p) for p in model.parameters()}
         trains_ours = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
@@ -338,11 +340,12 @@ class Session:
             "codec": states.by_parameter() if checkpoint else {}, "weight_per_sample": states.weight_per_sample,
             "extras": self.extras.save_own() if checkpoint else {},
         }  # fmt: skip
-        if checkpoint and self._check is not None and self.config.replica_check_steps:
-            message["audit"] = self._check.whole_audit(
-                self.replica.light(), {"the position in the data": str(list(cursor.to_dict().values()))}
-            )
-        snapshot = {**self.replica.snapshot(), "extras": self.extras.save()} if holds else None
+        with engine.as_when_opened():
+            if checkpoint and self._check is not None and self.config.replica_check_steps:
+                message["audit"] = self._check.whole_audit(
+                    self.replica.light(), {"the position in the data": str(list(cursor.to_dict().values()))}
+                )
+            snapshot = {**self.replica.snapshot(), "extras": self.extras.save()} if holds else None
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
 

@@ -18,11 +18,9 @@ from raytrain_het.testing.programs.verdict import Verdict, verdict_of
 
 NUMBERS = ()
 
-KEPT = {
-}
+KEPT = {}
 
-OPEN = {
-}
+OPEN = {}
 
 
 @pytest.fixture(scope="module")

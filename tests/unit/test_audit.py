@@ -81,5 +81,5 @@ def test_an_audit_waits_for_all_members_and_older_ones_are_dropped():
 
 def test_what_each_says_once_must_be_the_same():
     book = AuditBook()
-    assert book.claim(0, "the loss", [1.0]) is None and book.claim(1, "the loss", [1.0]) is None
-    assert book.claim(2, "the loss", [2.0]) == "the loss is [1.0] on worker 0, [2.0] on worker 2"
+    assert book.claim(0, "the loss", [[12.0, 1.0]]) is None and book.claim(1, "the loss", [[4.0, 1.00001]]) is None
+    assert book.claim(2, "the loss", [[2.0, 1.5]]) == "the loss is [[12.0, 1.0]] on worker 0, [[2.0, 1.5]] on worker 2"

@@ -97,15 +97,17 @@ def test_a_sum_is_a_mean_if_it_is_divided_by_samples_or_by_all_numbers(divisor):
 def test_a_mean_over_another_number_for_each_sample_is_noticed():
     check = LossCheck("mean", weighed=False)
     long, short = torch.randn(2, 9, 5), torch.randn(4, 3, 5)
-    assert check.look([MODEL(long).square().mean()], 2.0) is None and check.ratios == (36.0,)
-    error = check.look([MODEL(short).square().mean()], 4.0)
+    assert check.look([MODEL(long).square().mean()], 2.0) is None and check.fired() is None
+    assert check.terms == [(72.0, 36.0)]
+    assert check.look([MODEL(short).square().mean()], 4.0) is None
+    error = check.fired()
     assert isinstance(error, ConfigError) and "12 numbers for each sample" in str(error)
 
 
 def test_other_shares_of_the_same_samples_are_the_same_mean():
     check = LossCheck("mean", weighed=False)
     for size in (6, 1, 5):
-        assert check.look([F.mse_loss(MODEL(X[:size]), Y[:size])], float(size)) is None
+        assert check.look([F.mse_loss(MODEL(X[:size]), Y[:size])], float(size)) is None and check.fired() is None
 
 
 def test_a_loss_that_is_none_of_them_is_named():
@@ -117,6 +119,52 @@ def test_a_loss_that_is_none_of_them_is_named():
 
 def test_a_sum_may_be_divided_by_a_constant_and_not_by_the_number_of_a_pass():
     check = LossCheck("sum", weighed=False)
-    assert check.look([MODEL(X).sum() / 64], 6.0) is None and check.look([MODEL(X[:2]).sum() / 64], 2.0) is None
-    error = check.look([MODEL(X[:2]).sum() / 2], 2.0)
+    assert check.look([MODEL(X).sum() / 64], 6.0) is None and check.fired() is None
+    assert check.look([MODEL(X[:2]).sum() / 64], 2.0) is None and check.fired() is None
+    assert check.look([MODEL(X[:2]).sum() / 2], 2.0) is None
+    error = check.fired()
     assert isinstance(error, ConfigError) and "divided by 2 in this pass, and was by 64" in str(error)
+
+
+SOFT = torch.randn(6, 4).softmax(1)
+W = nn.Parameter(torch.randn(5))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: F.cross_entropy(MODEL(X), SOFT, label_smoothing=0.1),
+        lambda: MODEL(X).square().mean(0).sum(),
+        lambda: F.mse_loss(MODEL(X), Y) + MODEL(torch.randn(100, 5)).square().mean(),
+    ],
+)
+def test_means_of_other_forms_are_no_sums(loss):
+    assert LossCheck("mean", weighed=False).look([loss()], 6.0, samples=6) is None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: ((X * W).sum(1) - Y[:, 0]).square().sum(),
+        lambda: nn.Sequential(*[nn.Linear(5, 5) for _ in range(300)])(X).square().sum(),
+        lambda: (MODEL(X) - Y).square().mean(1),
+        lambda: MODEL(X).square().mean(1).sum(),
+    ],
+)
+def test_sums_of_other_forms_are_seen(loss):
+    assert isinstance(LossCheck("mean", weighed=False).look([loss()], 6.0, samples=6), ConfigError)
+
+
+def test_losses_by_turns_and_terms_of_a_fixed_size_are_the_same_mean_in_a_step():
+    check = LossCheck("mean", weighed=False)
+    for loss in (lambda n: F.mse_loss(MODEL(X[:n]), Y[:n]), lambda n: F.cross_entropy(MODEL(X[:n]), TARGET[:n])):
+        check.begin_step()
+        for size in (4, 2):
+            fixed = MODEL(torch.randn(100, 5)).square().mean()
+            assert check.look([loss(size) + fixed], float(size), samples=size) is None and check.fired() is None
+
+
+def test_a_pass_that_is_none_of_the_steps_leaves_no_trace():
+    check = LossCheck("mean", weighed=False)
+    check.look([F.mse_loss(MODEL(X), Y)], 6.0)
+    assert check.terms == [] and check.mark == 0
