@@ -8,10 +8,9 @@ again under the next record.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,20 +213,12 @@ class Engine:
             self.replica.restore_light(light, buffers="buffers" in light)
             self._randomness.load(light["random"])
 
-    @contextlib.contextmanager
-    def as_when_opened(self) -> Iterator[None]:
-        """Buffers are what they were when the step under way was opened, and not what this worker's pass has made of
-        them: for what is saved in the middle of it."""
+    def buffers_when_opened(self) -> dict[str, torch.Tensor]:
+        """In the middle of a step: its buffers when it was opened, and not what this worker's pass has made of
+        them; nothing between steps."""
         opened, light = self.opened, self._light
-        if opened is None or opened.closed or opened.settled or light is None:
-            yield
-            return
-        live = self.replica.buffers()
-        self.replica.set_buffers(light["buffers"])
-        try:
-            yield
-        finally:
-            self.replica.set_buffers(live)
+        in_the_middle = opened is not None and not opened.closed and not opened.settled
+        return light["buffers"] if in_the_middle and light is not None else {}
 
     def _loop_goes_on(self, before: Opened, now: float) -> None:
         """The loop asks for what comes after a step that is done; at an epoch's end it does so twice."""

@@ -340,12 +340,18 @@ class Session:
             "codec": states.by_parameter() if checkpoint else {}, "weight_per_sample": states.weight_per_sample,
             "extras": self.extras.save_own() if checkpoint else {},
         }  # fmt: skip
-        with engine.as_when_opened():
-            if checkpoint and self._check is not None and self.config.replica_check_steps:
-                message["audit"] = self._check.whole_audit(
-                    self.replica.light(), {"the position in the data": str(list(cursor.to_dict().values()))}
-                )
-            snapshot = {**self.replica.snapshot(), "extras": self.extras.save()} if holds else None
+        buffers = engine.buffers_when_opened()
+        if checkpoint and self._check is not None and self.config.replica_check_steps:
+            light = self.replica.light()
+            light["buffers"] |= buffers
+            message["audit"] = self._check.whole_audit(
+                light, {"the position in the data": str(list(cursor.to_dict().values()))}
+            )
+        snapshot = None
+        if holds:
+            snapshot = {**self.replica.snapshot(), "extras": self.extras.save()}
+            for part in (snapshot["model"], snapshot["buffers"]):
+                part.update({name: b.to("cpu", copy=True) for name, b in buffers.items() if name in part})
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
 

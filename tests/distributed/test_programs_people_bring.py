@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.config import HetConfig
+from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.processes import WorkersFailedError
 from raytrain_het.testing.regression import relative_error
 from raytrain_het.training.session import current
@@ -450,3 +452,99 @@ def test_with_check_a_loss_that_is_no_mean_is_found_in_the_first_step(tmp_path):
         WorkersFailedError, match="(?s)step 1: the workers' mean gradient is .* off .*The loss is no mean"
     ):
         run(NoMeanThatTheGraphShows(), tmp_path, num_slots=2, config=EVERY_STEP)
+
+
+class WithConstants(Program):
+    """Buffers that nobody changes: sparse and expanded ones, which have no memory of their own for each element."""
+
+    class Net(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 1)
+            self.register_buffer("mask", torch.eye(6).to_sparse())
+            self.register_buffer("gain", torch.ones(1).expand(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.sparse.mm(self.mask, x.T).T * self.gain)
+
+    def build(self) -> nn.Module:
+        return self.Net()
+
+
+class Clamped(Program):
+    """Weights are clamped, and shrunk behind torch's back, after each step; hooks count the steps."""
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = super().optimizer(model)
+        optimizer.register_step_post_hook(lambda *_: model.steps.add_(1))
+        return optimizer
+
+    def build(self) -> nn.Module:
+        model = super().build()
+        model.register_buffer("steps", torch.zeros(()))
+        return model
+
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        super().body(model, optimizer, x, y)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.clamp_(-0.3, 0.3)
+        model[2].weight.data.mul_(0.9)
+
+
+class StepsAtTheEpochsBeginning(Program):
+    """A scheduler's step, and a draw that all workers make alike."""
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = super().optimizer(model)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return optimizer
+
+    def epoch(self, model: nn.Module, epoch: int) -> None:
+        if epoch:
+            self.scheduler.step()
+        self.scheduler.optimizer.param_groups[0]["weight_decay"] = float(torch.rand(()))
+
+
+class StepsAtTheEpochsBeginningOnWorkers(StepsAtTheEpochsBeginning):
+    def __call__(self, directory: str) -> dict[str, torch.Tensor]:
+        model = het.prepare_model(self.made())
+        plain = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        optimizer = het.prepare_optimizer(plain)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        het.register_state("scheduler", self.scheduler)
+        loader = het.prepare_data_loader(DataLoader(data()), global_batch_size=BATCH)
+        for epoch in loader.epochs(EPOCHS):
+            self.epoch(model, epoch)
+            for x, y in loader:
+                time.sleep(
+                    0.5 if het.num_participants() < 2 else 0.0
+                )  # The next worker comes in the middle of an epoch.
+                self.body(model, optimizer, x, y)
+        return state(model)
+
+
+@pytest.mark.parametrize("kind", [WithConstants, Clamped, StepsAtTheEpochsBeginning], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("point", ["backward", "updated"])
+def test_a_lost_worker_changes_nothing(tmp_path, kind, point):
+    faults = [Fault(slot=1, step=6, point=point, kind="kill")]
+    program = StepsAtTheEpochsBeginningOnWorkers() if kind is StepsAtTheEpochsBeginning else kind()
+    outcome = run(program, tmp_path, num_slots=2, config=CONFIG, faults=faults)
+    assert outcome.kinds("lost")
+    for name, value in kind().plain().items():
+        for result in outcome.results.values():
+            assert relative_error(result[name].to_dense(), value.to_dense()) < 1e-9, name
+
+
+class ReportsInTheBody(Program):
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = super().forward(model, x, y)
+        het.report({"loss": loss.item()})
+        return loss
+
+
+def test_a_report_in_the_middle_of_a_step_saves_what_all_have(tmp_path):
+    outcome = run(ReportsInTheBody(), tmp_path, num_slots=2, config=CONFIG)
+    assert len(outcome.lab.reports) == EPOCHS * 4 and all(r["checkpoint"] for r in outcome.lab.reports)
