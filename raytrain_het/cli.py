@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         "such as 1,0.5,0.25; shares follow their speeds, unless --set het.shares says otherwise",
     )
     train.add_argument(
+        "--check", action="store_true",
+        help="compare everything between workers at every step, and the first steps with one process that has the "
+        "whole batch: slow, to find what goes wrong (het.check=every_step)",
+    )  # fmt: skip
+    train.add_argument(
         "--json", action="store_true", dest="as_json", help="end with one JSON object on stdout, progress on stderr"
     )
     train.add_argument(
@@ -176,6 +181,8 @@ def _run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _check_overrides(arguments)
     if arguments.keys:
         return _print_keys(arguments.job)
+    if arguments.check:
+        overrides = [*overrides, "het.check=every_step"]
     if arguments.simulate is not None:
         _simulate(arguments, overrides)
         return 0

@@ -7,13 +7,14 @@ import difflib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from raytrain_het.codec_options import AUTO, AUTO_CODECS, one_word, parsed, used_together
 from raytrain_het.errors import ConfigError
 from raytrain_het.optim import Schedule, schedule_of
+from raytrain_het.plain import plain
 
 
 def _require(condition: bool, field: str, value: object, allowed: str, fix: str) -> None:
@@ -133,8 +134,13 @@ class HetConfig:
     """Seed of the data order and of the randomness that belongs to a sample."""
 
     replica_check_steps: int = 50
-    """Every so many steps the replicas' parameters are compared; where they differ (unlike
-    devices) they are re-sent from one member and the drift is recorded. 0 never."""
+    """Within so many steps everything that updates depend on is compared between workers, a part of it in each step:
+    parameters, buffers, optimizer and registered state, settings. A difference is an error that names it. On unlike
+    devices, which round differently, parameters are sent anew from one worker every so many steps. 0 never."""
+
+    check: Literal["rolling", "every_step"] = "rolling"
+    """``every_step`` compares all of it at every step, and the first steps' gradients with those of one process that
+    has the whole batch: slow, to find what goes wrong."""
 
     max_skipped_steps: int = 10
     """So many updates in a row may be skipped for non-finite gradients before the run fails."""
@@ -149,8 +155,12 @@ class HetConfig:
     """How long the first step waits for all workers before it starts with those that are there."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         if self.shares is not None and self.shares != "auto":
-            shares = tuple(self.shares) if isinstance(self.shares, Iterable) else ()
+            # Of a dictionary the keys would be taken, and a set has no order.
+            ordered = isinstance(self.shares, Iterable) and not isinstance(self.shares, Mapping | Set)
+            shares = tuple(map(plain, self.shares)) if ordered else ()
             ok = all(_is_number(s) and s >= 0 for s in shares) and sum(shares) > 0
             _require(
                 ok,
@@ -212,6 +222,10 @@ class HetConfig:
             "true or false, and true with shares='auto' only",
             "Write warm_spares=False.",
         )
+        _require(
+            self.check in ("rolling", "every_step"), "check", self.check, "'rolling' or 'every_step'",
+            "Write check='every_step' to look for an error.",
+        )  # fmt: skip
         for name in ("replica_check_steps", "max_skipped_steps", "seed"):
             value = getattr(self, name)
             _require(_is_whole(value, 0), name, value, "a whole number from 0", f"The default is {_DEFAULTS[name]}.")

@@ -19,6 +19,10 @@ class LoopOrderError(HetError, RuntimeError):
     """The training loop was used in an order that the step does not know."""
 
 
+class NotSupportedError(LoopOrderError, ConfigError):
+    """The program does what is not supported: one row of docs/training.md's table, with a way out."""
+
+
 class NonFiniteGradientError(HetError, ArithmeticError):
     """Gradients were NaN or infinite for too many steps in a row."""
 
@@ -41,6 +45,13 @@ class EvictedError(HetError, RuntimeError):
 
 class ProtocolError(HetError, RuntimeError):
     """A peer sent what the protocol does not allow; the step fails, nothing is applied."""
+
+
+class ForeignError(HetError, RuntimeError):
+    """Stands for an exception of the training function that cannot be sent to another process as it is.
+
+    Its text begins with the class of that one.
+    """
 
 
 class RunFailedError(HetError, RuntimeError):

@@ -75,10 +75,10 @@ def ours() -> Callable[[torch.Tensor, torch.Tensor], None]:
         gradients.begin(
             job,
             on_ready=lambda count: None,
-            on_backward_done=lambda last: gradients.show(Sums(step=step, total_weight=1.0, used=job.used)),
+            on_backward_done=lambda last: gradients.publish(Sums(step=step, total_weight=1.0, used=job.used)),
         )
         clear(model)
-        gradients.arm(float(len(x)), last=True)
+        gradients.arm(float(len(x)), of_buffers=float(len(x)), last=True)
         F.cross_entropy(model(x), y).backward()
         gradients.disarm()
 

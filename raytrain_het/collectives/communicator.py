@@ -53,8 +53,10 @@ class Communicator:
         advance: Callable[[Cursor], tuple[Cursor, bool]],
         resync_bytes: int,
         hang_limit_s: float,
+        resync_due: Callable[[Record, int], bool] = lambda record, step: False,
     ) -> None:
         self.agent, self.layout = agent, layout
+        self._resync_due = resync_due
         self.entered: Record | None = None
         """The generation whose group stands and whose replays are done."""
         self.replayed: tuple[Sums, list[torch.Tensor]] | None = None
@@ -334,6 +336,7 @@ class Communicator:
         want = sums.want
         if (
             want <= number
+            and self._resync_due(record, step)
             and sums.replicas_differ
             and not self._guard(lambda: self._resync(ResyncJob(number, step)), number)
         ):

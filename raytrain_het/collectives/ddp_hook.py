@@ -44,7 +44,8 @@ class CompressedState:
         model: the module that is wrapped, for the names of its parameters.
         compression: one codec, as ``HetConfig.compression``.
         process_group: a group of the same processes as the ``DistributedDataParallel``'s that is used for nothing
-            else. Left out, one of all processes is made, which all have to come for.
+            else. Left out, one of all processes is made, which all have to come for: at once, or in the first
+            ``backward()`` where torch's default group is made later, as frameworks do.
 
     Raises:
         ConfigError: ``compression`` is not valid.
@@ -63,20 +64,26 @@ class CompressedState:
         self.epoch = 0
         """For codecs that warm up: to be set by all processes before each epoch's first ``backward()``."""
         CODECS[self.codec].prepare()
-        group = process_group or dist.new_group(backend=dist.get_backend())
-        self._group = _TorchGroup(group)
-        self._record = _record(self._group.size, self.codec)
+        self._given = process_group
+        self._peers: _Peers | None = None
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._buckets: dict[tuple[str, ...], _Bucket] = {}
         self._loaded: dict[str, State] = {}
         self._num_dealt = 0
-        self._worker = _Worker(self._group)
-        weakref.finalize(self, self._worker.stop)
+        if process_group is not None or dist.is_initialized():
+            self._meet()
+
+    def _meet(self) -> _Peers:
+        """The other processes: those that there are when this is first asked for."""
+        if self._peers is None:
+            self._peers = _Peers(self._given or dist.new_group(backend=dist.get_backend()), self.codec)
+            weakref.finalize(self, self._peers.worker.stop)
+        return self._peers
 
     @property
     def bytes_sent(self) -> int:
         """To other processes so far, headers included."""
-        return self._worker.bytes_sent
+        return self._peers.worker.bytes_sent if self._peers is not None else 0
 
     def state_dict(self) -> dict[str, State]:
         """What this process's codec remembers, by parameter: for a checkpoint of each process."""
@@ -112,15 +119,16 @@ class CompressedState:
             torch.cuda.current_stream(flat.device).synchronize()
         bucket = self._buckets[names]
         work = _Work(bucket, index, flat, gradients, self.weight, self.loss_scale, self.epoch, future)
-        self._worker.do(work)
+        self._meet().worker.do(work)
         return future
 
     def _deal(self, names: tuple[str, ...], parameters: Sequence[torch.Tensor]) -> None:
         """``DistributedDataParallel`` deals the parameters out once more after the first step."""
         for other in [other for other in self._buckets if set(other) & set(names)]:
             self._loaded |= self._buckets.pop(other).states.by_parameter()
+        peers = self._meet()
         bucket = _Bucket(
-            list(zip(names, parameters, strict=True)), self._record, self._group, first_step=self._num_dealt << 40,
+            list(zip(names, parameters, strict=True)), peers.record, peers.group, first_step=self._num_dealt << 40,
             small_apart=CODECS[self.codec].spares_small,
         )  # fmt: skip
         self._num_dealt += 1
@@ -156,6 +164,15 @@ class _Work:
     loss_scale: float
     epoch: int
     future: Any
+
+
+class _Peers:
+    """A process group, the record that its exchanges go by, and the thread that speaks in it."""
+
+    def __init__(self, group: Any, codec: str) -> None:
+        self.group = _TorchGroup(group)
+        self.record = _record(self.group.size, codec)
+        self.worker = _Worker(self.group)
 
 
 class _Worker:

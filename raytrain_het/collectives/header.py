@@ -10,7 +10,7 @@ import torch
 from raytrain_het.collectives.layout import aligned
 from raytrain_het.errors import ProtocolError
 
-_FIXED = struct.Struct("<HHHHqqqdq")
+_FIXED = struct.Struct("<HHHHqqqdqq")
 MAGIC = 0x4E57
 FINITE, CONTRIBUTES = 1, 2
 
@@ -33,9 +33,11 @@ class Header(NamedTuple):
     contributes: bool
     """False with an empty share: the payload is to be dropped, not multiplied by 0."""
     digest: int
-    """Digest of its parameters after the last commit, when a comparison is due; else 0."""
+    """Digest of a part of its replica when the step was opened, when a comparison is due; else 0."""
     used: int
     """Bit ``k`` is set if parameter ``k`` of the bucket had a gradient."""
+    numbers: int = 0
+    """Digest of the settings and numbers that it goes by in this step, when a comparison is due; else 0."""
 
 
 def header_bytes(num_segments: int) -> int:
@@ -53,7 +55,16 @@ def write_header(header: Header, num_segments: int, *places: HeaderPlace) -> Non
     """Pack it into each of ``places`` (header_bytes,) uint8."""
     flags = FINITE * header.finite + CONTRIBUTES * header.contributes
     data = _FIXED.pack(
-        MAGIC, header.bucket, flags, 0, header.step, header.generation, header.want, header.weight, header.digest
+        MAGIC,
+        header.bucket,
+        flags,
+        0,
+        header.step,
+        header.generation,
+        header.want,
+        header.weight,
+        header.digest,
+        header.numbers,
     )
     data += header.used.to_bytes((num_segments + 7) // 8, "little")
     data = data.ljust(header_bytes(num_segments), b"\0")
@@ -75,8 +86,10 @@ def read_header(message: HeaderPlace, num_segments: int) -> Header:
     """
     if isinstance(message, torch.Tensor):
         message = message[: header_bytes(num_segments)].cpu().numpy().data
-    magic, bucket, flags, _, step, generation, want, weight, digest = _FIXED.unpack_from(message)
+    magic, bucket, flags, _, step, generation, want, weight, digest, numbers = _FIXED.unpack_from(message)
     if magic != MAGIC:
         raise ProtocolError(f"a message starts with {magic:#06x} instead of {MAGIC:#06x}: it is not a step's message")
     used = int.from_bytes(message[_FIXED.size : _FIXED.size + (num_segments + 7) // 8], "little")
-    return Header(step, generation, bucket, want, weight, bool(flags & FINITE), bool(flags & CONTRIBUTES), digest, used)
+    return Header(
+        step, generation, bucket, want, weight, bool(flags & FINITE), bool(flags & CONTRIBUTES), digest, used, numbers
+    )

@@ -45,6 +45,9 @@ class StepJob(Job):
     finite: list[bool] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     digest: int = 0
+    numbers: int = 0
+    resync_due: bool = False
+    """Whether parameters are sent anew after this step, if members turn out to differ."""
     sums: Sums | None = None
     epoch: int = 0
     """That the step belongs to."""

@@ -82,6 +82,7 @@ class Rounds:
             finite=job.finite[k] if job.finite else True,
             contributes=job.contributes,
             digest=job.digest,
+            numbers=job.numbers,
             used=job.used[k] if job.used else 0,
         )
 
@@ -93,7 +94,8 @@ class Rounds:
         out = torch.zeros_like(message)
         header = Header(
             step=job.step, generation=job.generation, bucket=_CONFIRM.index,
-            want=max(self._agent.want, job.generation), weight=0.0, finite=True, contributes=False, digest=0, used=0,
+            want=max(self._agent.want, job.generation), weight=0.0, finite=True, contributes=False, digest=0,
+            numbers=0, used=0,
         )  # fmt: skip
         for rank in range(size):
             write_header(header, 0, message[rank * length : (rank + 1) * length])

@@ -22,8 +22,8 @@ class Sums:
     used: list[int] = field(default_factory=list)
     """By bucket: bit ``k`` is set if any contributing member had a gradient for tensor ``k``."""
     want: int = 0
-    digests: dict[int, int] = field(default_factory=dict)
-    """By rank, if a comparison of replicas was due."""
+    digests: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By rank: those of tensors and of numbers, if a comparison of replicas was due."""
 
     @property
     def applies(self) -> bool:
@@ -40,7 +40,7 @@ class Sums:
         contributing = [(rank, h) for rank, h in enumerate(headers) if h.contributes]
         if bucket.index == 0:
             self.total_weight = float(sum(h.weight for _, h in contributing))
-            self.digests = {rank: h.digest for rank, h in enumerate(headers) if h.digest}
+            self.digests = {rank: (h.digest, h.numbers) for rank, h in enumerate(headers) if h.digest}
         self.want = max(self.want, *(h.want for h in headers))
         used = 0
         for rank, header in contributing:

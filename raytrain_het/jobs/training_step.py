@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from raytrain_het.collectives.layout import Layout
 from raytrain_het.compression import CODECS, LowRank
+from raytrain_het.training.batches import to_device
 from raytrain_het.training.cursor import micro_batches
-from raytrain_het.training.data_loader import to_device
 from raytrain_het.training.fetch import SampleFetcher
 from raytrain_het.training.step_key import step_key
 

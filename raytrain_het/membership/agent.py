@@ -11,6 +11,7 @@ from typing import Any
 
 from raytrain_het.errors import EvictedError, HetError, ReplicaMismatchError, RunFailedError
 from raytrain_het.membership.record import Member, Record
+from raytrain_het.membership.whereabouts import Doing
 from raytrain_het.membership.wire import Connection
 
 logger = logging.getLogger("raytrain_het")
@@ -56,6 +57,9 @@ class MemberAgent:
         """Where the state server of the member is that takes over what this one has left to send, once it was let go.
         """
         self.position: Callable[[], int] = lambda: 0
+        self.doing = Doing()
+        self.told: Callable[[], dict[str, Any] | None] = lambda: None
+        """How far the training function is, and what it has reported: by this the hub sees who leaves a report out."""
         self.batch: Callable[[], list[int] | None] = lambda: None
         self.patience = 0
         self.checkpoint: str | None = None
@@ -76,11 +80,15 @@ class MemberAgent:
         self._next_id = 0
         self._failed = (0, "")
         self._thread = threading.Thread(target=self._read, name="het-member", daemon=True)
+        self._training = 0
+        """Id of the thread that runs the training function."""
+        self._waits = False
 
     # ---------------------------------------------------------------- what the other threads ask
 
     def join(self) -> None:
-        """Connect and say hello."""
+        """Connect and say hello. The calling thread is the one that trains."""
+        self._training = threading.get_ident()
         self._thread.start()
 
     def check(self) -> None:
@@ -95,8 +103,13 @@ class MemberAgent:
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> bool:
         """Wait on the shared condition until the predicate holds. Raises if this member is out."""
+        trains = threading.get_ident() == self._training
         with self.condition:
-            self.condition.wait_for(lambda: self.gone is not None or predicate(), timeout)
+            self._waits = self._waits or trains
+            try:
+                self.condition.wait_for(lambda: self.gone is not None or predicate(), timeout)
+            finally:
+                self._waits = self._waits and not trains
             self.check()
             return bool(predicate())
 
@@ -237,7 +250,8 @@ class MemberAgent:
     def _handle(self, m: dict[str, Any]) -> None:
         kind = m["type"]
         if kind == "ping":
-            self._send(type="pong", position=self.position())
+            place = self.doing.place(self._waits).to_json()
+            self._send(type="pong", position=self.position(), place=place, told=self.told())
             return
         if kind in self.on_message:
             self.on_message[kind](m)

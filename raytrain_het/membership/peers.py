@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from raytrain_het.membership.record import Member
+from raytrain_het.membership.whereabouts import Place
 
 Cursor = dict[str, int]
 ZERO: Cursor = {"epoch": 0, "offset": 0, "step": 0}
@@ -42,12 +44,24 @@ class Peer:
     """Steps it has committed, as it told in passing: for people and for the count of deaths, never for a base."""
     position: int = 0
     """How far into the protocol it is, for telling who holds up the others."""
+    place: Place = field(default_factory=Place)
+    """What its training function is at, as it answered last."""
+    place_since: float = 0.0
+    """When it was first heard to be there."""
+    place_heard: float = -math.inf
+    """When it last said so."""
     left_out: float | None = None
     """The norm of what its codec has left out, as it told in passing: for people."""
     confirmed: bool = False
     returning: bool = False
     """Its function has returned, and its reports wait for the others, which may wait for its next step."""
     batch: list[int] | None = None
+
+    def is_at(self, place: Place, position: int, now: float) -> None:
+        """It has answered from there."""
+        if (place, position) != (self.place, self.position) or self.place_heard == -math.inf:
+            self.place_since = now
+        self.place, self.position, self.place_heard = place, position, now
 
 
 @dataclass(frozen=True)

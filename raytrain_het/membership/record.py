@@ -21,6 +21,8 @@ class Member:
     """Port of its state server, from which an unhealed member takes snapshots."""
     device: str
     """Its device, as torch writes it."""
+    kind: str = ""
+    """What its arithmetic depends on, in words: members of one kind round alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,11 @@ class Record:
     def base(self) -> int:
         """The last step that counts as committed when this generation starts."""
         return self.cursor["step"]
+
+    @property
+    def is_unlike(self) -> bool:
+        """Whether members may differ by rounding."""
+        return len({m.kind for m in self.members}) > 1
 
     @property
     def leaders(self) -> list[int]:

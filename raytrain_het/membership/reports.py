@@ -1,61 +1,19 @@
-"""Reports and evaluations on the hub's side: pure bookkeeping, keyed so that nothing counts twice."""
+"""Reports on the hub's side: pure bookkeeping, keyed so that nothing counts twice."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_EVALUATIONS = 16
-"""So many of the last evaluations are remembered, for workers that ask late."""
+from raytrain_het.membership.audit import difference
+from raytrain_het.membership.merging import add_up, mixed_up, reduce_metrics
+from raytrain_het.membership.passing import Order, Passing, order
 
 MAX_REPORTS = 1000
 """So many of the last whole reports are remembered; whoever wants them asks every second or so."""
-
-REDUCTIONS = ("mean", "sum", "max", "min")
-
-Order = tuple[int, ...]
-
-
-def reduce_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the workers' metrics: means weighted by samples, unless a part's ``reduce`` says otherwise.
-
-    A value that is no number is taken from the first worker. A worker that trained on nothing since its last report has
-    weight 0; if all have, they count the same.
-    """
-    merged: dict[str, Any] = {}
-    names = list(dict.fromkeys(name for part in parts for name in part["metrics"]))
-    for name in names:
-        having = [p for p in parts if name in p["metrics"]]
-        values = [p["metrics"][name] for p in having]
-        how = next((p["reduce"][name] for p in having if name in p.get("reduce", {})), "mean")
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            merged[name] = values[0]
-        elif how == "sum":
-            merged[name] = math.fsum(values)
-        elif how in ("max", "min"):
-            merged[name] = (max if how == "max" else min)(values)
-        else:
-            weights = [p["samples"] for p in having]
-            if sum(weights) == 0:
-                weights = [1] * len(values)
-            pairs = [(w, v) for w, v in zip(weights, values, strict=True) if w]
-            same = len({v for _, v in pairs}) == 1
-            merged[name] = pairs[0][1] if same else math.fsum(w * v for w, v in pairs) / sum(w for w, _ in pairs)
-    return merged
-
-
-def add_up(parts: list[dict[str, Any]]) -> dict[str, float]:
-    """What all have done since the report before: samples and bytes are added up, the rest is told by who has done the
-    most steps. A worker that was lost meanwhile has told nothing."""
-    told = [part["since_last"] for part in parts if "since_last" in part]
-    if not told:
-        return {}
-    summed = {name: sum(part[name] for part in told) for name in ("samples", "bytes_sent")}
-    return {**max(told, key=lambda part: part["steps"]), **summed}
 
 
 @dataclass
@@ -74,7 +32,8 @@ class ReportBook:
     """Collects every worker's part of each report until it is whole.
 
     A report is whole when each current member has given its part, or has gone past it, or is no longer there; and when
-    its checkpoint is stored, or has failed.
+    its checkpoint is stored, or has failed. A member that has gone past it without a part is an error of the program,
+    which :meth:`left_out` words.
     """
 
     def __init__(self, first_seq: int = 0) -> None:
@@ -84,10 +43,12 @@ class ReportBook:
         self._unacknowledged: dict[str, dict[str, Any]] = {}
         self._acknowledged: dict[str, None] = {}
         self._last_order: dict[int, Order] = {}
+        self._passing = Passing()
 
     def part(self, slot: int, message: dict[str, Any]) -> str | None:
         """A worker's part. Returns the key if it was acknowledged long ago (so that the worker is told again)."""
         key = message["key"]
+        self._passing.called(slot, key, message.get("told"))
         if key in self._acknowledged:
             return key
         if key in self._unacknowledged:
@@ -95,8 +56,40 @@ class ReportBook:
         report = self._open.setdefault(key, _Report(step=message["step"], epoch=message["epoch"]))
         report.parts[slot] = message
         report.checkpoint_wanted = bool(message["checkpoint"])
-        self._last_order[slot] = _order(key)
+        self._last_order[slot] = order(key)
         return None
+
+    def told(self, slot: int, told: dict[str, Any] | None) -> None:
+        """How far a worker's loop is, and which report it has made last: by this it is seen that it left one out."""
+        self._passing.told(slot, told)
+
+    def left_out(self) -> str | None:
+        """Who called ``report()`` where, who went on without, and the fix; None as long as all do the same."""
+        for key in sorted(self._open, key=order):
+            passed = self._passing.without(key, self._open[key].parts)
+            if passed:
+                others = ", and ".join(f"worker {slot} {how}" for slot, how in sorted(passed.items()))
+                return (
+                    f"{self._called(key)}, and not by all: {others}. Every worker calls report() at the same places, "
+                    "since metrics are averaged over all of them and one writes the checkpoint. Take het.report(...) "
+                    "out of what not every worker does, such as `if rank == 0:`."
+                )
+        return None
+
+    def mixed_up(self) -> str | None:
+        """The same for parts of one report that cannot be merged."""
+        for key, report in self._open.items():
+            if mixed := mixed_up(report.parts):
+                return (
+                    f"{self._called(key)} with what cannot be merged: {mixed}. Call report() with the same kinds of "
+                    "metrics, `reduce` and `checkpoint` on every worker."
+                )
+        return None
+
+    def _called(self, key: str) -> str:
+        report = self._open[key]
+        where = next((f" at {p['at']}" for p in report.parts.values() if p.get("at")), "")
+        return f"report() was called at step {report.step}{where} by {_workers(report.parts)}"
 
     def checkpoint_stored(self, key: str, path: str | None, error: str | None) -> None:
         """The writer has stored the checkpoint of a report, or failed to."""
@@ -128,10 +121,15 @@ class ReportBook:
         """Whether any of these reports is not whole yet."""
         return any(key in self._open for key in keys)
 
+    def are_under_way(self, slots: list[int]) -> bool:
+        """Whether something is being done about a report that needs no worker's training function: its checkpoint is
+        written, or it is being registered."""
+        return bool(self._unacknowledged) or any(not self._missing(key, slots) for key in self._open)
+
     def settle(self, slots: list[int], *, ended: bool = False) -> list[dict[str, Any]]:
         """Reports that have become whole, given the slots of the current members; oldest first."""
         ready = []
-        for key in sorted(self._open, key=_order):
+        for key in sorted(self._open, key=order):
             report = self._open[key]
             if self._missing(key, slots) and not ended:
                 break
@@ -139,6 +137,10 @@ class ReportBook:
             if waiting and any(s in slots and p.get("holds_snapshot") for s, p in report.parts.items()):
                 break
             del self._open[key]
+            audits = {slot: part["audit"] for slot, part in report.parts.items() if "audit" in part}
+            if len(audits) > 1 and (what := difference(audits)) is not None:
+                ready.append({"step": report.step, "differs": what})
+                continue  # It is told to nobody: its checkpoint is not a good one.
             parts = [report.parts[s] for s in sorted(report.parts)]
             entry = {
                 "seq": self._next_seq, "key": key, "step": report.step, "epoch": report.epoch,
@@ -157,11 +159,13 @@ class ReportBook:
     def _missing(self, key: str, slots: list[int]) -> list[int]:
         """Current members that have neither given their part nor gone past it."""
         parts = self._open[key].parts
-        return [s for s in slots if s not in parts and self._last_order.get(s, ()) < _order(key)]
+        passed = self._passing.without(key, parts)
+        return [s for s in slots if s not in parts and s not in passed and self._last_order.get(s, ()) < order(key)]
 
     def forget(self, slot: int) -> None:
         """A slot's process is gone, with the snapshots it held; a new one in its place starts from nothing."""
         self._last_order.pop(slot, None)
+        self._passing.forget(slot)
         for report in self._open.values():
             if slot in report.parts:
                 report.parts[slot] = report.parts[slot] | {"holds_snapshot": False}
@@ -187,43 +191,7 @@ class ReportBook:
         return [r for r in self._done if r["seq"] >= seq]
 
 
-def _order(key: str) -> Order:
-    """(life, step, ordinal) of a key."""
-    return tuple(map(int, key.split(".")))
-
-
-class EvaluationBook:
-    """Hands the chunks of an evaluation out to whoever is free, and adds up the results exactly.
-
-    A chunk given to a worker that dies is given out again. Sums are taken over chunks in their order with
-    ``math.fsum``, so the result depends neither on who computed what nor on when.
-    """
-
-    def __init__(self) -> None:
-        self._runs: dict[str, dict[str, Any]] = {}
-
-    def next(self, key: str, num_chunks: int, uid: str, result: list[Any] | None) -> dict[str, Any]:
-        """Take a finished chunk's result and give the next: ``{"chunk": i}``, ``{"wait": True}`` or ``{"sums":
-        ...}``."""
-        if key not in self._runs:
-            for old in list(self._runs)[: -MAX_EVALUATIONS + 1]:
-                del self._runs[old]
-        run = self._runs.setdefault(key, {"results": {}, "given": {}, "num_chunks": num_chunks})
-        if result is not None:
-            chunk, sums = result
-            run["results"].setdefault(chunk, sums)
-        self.forget(uid)  # Whoever asks is at no chunk any more, even if an answer to it was lost.
-        if len(run["results"]) >= run["num_chunks"]:
-            names = list(dict.fromkeys(n for c in range(run["num_chunks"]) for n in run["results"][c]))
-            chunks = [run["results"][c] for c in range(run["num_chunks"])]
-            return {"sums": {n: math.fsum(c.get(n, 0.0) for c in chunks) for n in names}}
-        for chunk in range(run["num_chunks"]):
-            if chunk not in run["results"] and chunk not in run["given"]:
-                run["given"][chunk] = uid
-                return {"chunk": chunk}
-        return {"wait": True}
-
-    def forget(self, uid: str) -> None:
-        """A worker is at nothing, or gone: its chunks are free again."""
-        for run in self._runs.values():
-            run["given"] = {c: u for c, u in run["given"].items() if u != uid}
+def _workers(slots: Iterable[int]) -> str:
+    """``worker 0``, ``workers 0, 2``."""
+    listed = sorted(slots)
+    return f"worker{'s' * (len(listed) > 1)} {', '.join(map(str, listed))}"

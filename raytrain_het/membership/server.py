@@ -20,13 +20,17 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain_het.fleet.profile import Profile
+from raytrain_het.membership import audit
+from raytrain_het.membership.evaluation_book import EvaluationBook
 from raytrain_het.membership.last_groups import LastGroups
+from raytrain_het.membership.peers import Peer
 from raytrain_het.membership.record import Member, Record
-from raytrain_het.membership.reports import EvaluationBook, ReportBook
+from raytrain_het.membership.reports import ReportBook
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import Membership
 from raytrain_het.membership.status import fraction_of_aggregate, status
 from raytrain_het.membership.table_keeper import TableKeeper
+from raytrain_het.membership.whereabouts import Place
 from raytrain_het.membership.wire import MAX_LINE_BYTES, encode, tune
 
 logger = logging.getLogger("raytrain_het")
@@ -61,7 +65,11 @@ class Hub:
         self._tables = TableKeeper(settings, self._core)
         self._clock = FairClock()
         self._reports = ReportBook(first_seq=self._core.incarnation // 1_000_000)
+        self._core.under_way = lambda: self._reports.are_under_way(self._slots())
         self._evaluations = EvaluationBook()
+        self._audits = audit.AuditBook()
+        self._warned = self._misused = False
+        """About calls that not all workers make: said once, or the run has failed by it."""
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
         self._joined: set[str] = set()
@@ -80,8 +88,10 @@ class Hub:
     # ---------------------------------------------------------------- for whoever hosts it
 
     def address(self) -> dict[str, Any]:
-        """Where members find it."""
-        return {"host": self.settings.host, "port": self._port, "token": self.token}
+        """Where members find it, and which run it serves."""
+        return {
+            "host": self.settings.host, "port": self._port, "token": self.token, "run": self.settings.run_id,
+        }  # fmt: skip
 
     def slot_lost(self, slot: int, reason: str) -> None:
         """Ray's word that the worker in a slot is dead."""
@@ -129,10 +139,11 @@ class Hub:
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout=30)
 
-    def _decide(self, fn: Callable[[], Any]) -> Any:
+    def _decide(self, fn: Callable[[], Any], about: str = "") -> Any:
         """Let the logic decide something, and send it.
 
         An error in it fails the run: what it says afterwards is not to be trusted, and members would wait for it.
+        ``about`` names what it was about.
         """
         try:
             result = fn()
@@ -140,7 +151,7 @@ class Hub:
             return result
         except Exception as error:
             logger.exception("an error in the membership actor; the run fails")
-            self._core.broken(f"{type(error).__name__}: {error}", self._clock.now())
+            self._core.broken(f"{type(error).__name__}: {error}", self._clock.now(), about)
             self._send_all()
             raise
 
@@ -181,10 +192,11 @@ class Hub:
             uid = member.uid
             self._connections[uid] = writer
             tune(writer.get_extra_info("socket"))
-            self._decide(lambda: self._hello(member, hello))
+            self._decide(lambda: self._hello(member, hello), f" when worker {member.slot} said hello")
             while (message := await _read_message(reader)) is not None:
                 with contextlib.suppress(Exception):  # As in _tick.
-                    self._decide(functools.partial(self._handle, member.uid, member.slot, message))
+                    about = f" when worker {member.slot} told it {message.get('type')!r}"
+                    self._decide(functools.partial(self._handle, member.uid, member.slot, message), about)
         except Exception:
             logger.debug("a connection has ended", exc_info=True)
         finally:
@@ -233,7 +245,8 @@ class Hub:
                     now=now,
                 )
             case "pong":
-                core.pong(uid, m["position"], now)
+                core.pong(uid, m["position"], now, Place.from_json(m.get("place")))
+                self._reports.told(slot, m.get("told"))
             case "failed":
                 core.failed(uid, m["generation"], m["reason"], now)
             case "suspect":
@@ -245,7 +258,8 @@ class Hub:
             case "verified":
                 core.verified(uid, now)
             case "stats":
-                core.progress(uid, m["step"], now, m.get("left_out"))
+                core.progress(uid, m["step"], now, m.get("left_out"), m.get("step_s", 0.0))
+                self._reports.told(slot, m.get("told"))
                 self._stats[slot] = m | {"uid": uid}
             case "timing":
                 self._tables.heard_of_messages(slot, m)
@@ -258,6 +272,7 @@ class Hub:
                 self._leaving.setdefault(uid, self._reports.waiting_for_storage(slot))
             case "finish":
                 core.finish(uid, cursor=m["cursor"], confirmed=m["confirmed"], now=now)
+                self._reports.told(slot, m.get("told"))
             case "returning":
                 core.returning(uid, now)
             case "raised":
@@ -270,8 +285,18 @@ class Hub:
                 self._reports.checkpoint_stored(m["key"], m["path"], m["error"])
                 if m["path"] is not None:
                     self._note_checkpoint(m["path"], m["cursor"])
+            case "audit":
+                if core.record is not None and m["generation"] == core.record.number:
+                    slots = [p.member.slot for p in core.peers.values() if p.healed and not p.fresh]
+                    if (what := self._audits.add(slot, m, slots)) is not None:
+                        core.replicas_differ(audit.message(m["step"], what), now)
+            case "claim":
+                if (what := self._audits.claim(slot, m["name"], m["value"])) is not None:
+                    core.replicas_differ(audit.message(m["step"], what), now)
             case "evaluate":
-                reply = self._evaluations.next(f"{core.life}/{m['key']}", m["num_chunks"], uid, m["result"])
+                reply = self._evaluations.next(
+                    f"{core.life}/{m['key']}", m["num_chunks"], uid, m["result"], m.get("error")
+                )
                 self._send(uid, {"type": "reply", "id": m["id"], **reply})
 
     def _flush(self) -> None:
@@ -288,21 +313,50 @@ class Hub:
         self._send_all()
         if self._core.recovering:
             return  # Who has not come back yet is not lost: its part of a report may be on its way.
-        partners = [p for p in self._core.peers.values() if p.healed and not p.fresh]
-        for peer in partners:
+        for peer in self._partners():
             if peer.member.uid not in self._joined:
                 self._joined.add(peer.member.uid)
                 self._reports.joined(peer.member.slot, self._core.life, peer.reports_after)
-        slots = [p.member.slot for p in partners]
+        self._look_at_calls()
+        if self._misused:
+            return
+        slots = self._slots()
         by_slot = {p.member.slot: p.member.uid for p in self._core.peers.values()}
         for key, slot in self._reports.writer_wanted(slots).items():
             if self._writers.get(key) not in slots:
                 self._writers[key] = slot
                 self._send(by_slot[slot], {"type": "write", "key": key, "uids": self._reports.uids(key)})
         for report in self._reports.settle(slots, ended=self._core.over):
+            if "differs" in report:
+                self._core.replicas_differ(audit.message(report["step"], report["differs"]), self._clock.now())
+                self._send_all()
+                continue
             report["time"] = time.time()
             report["fraction_of_aggregate"] = fraction_of_aggregate(self._tables, self._core.record)
         self._let_leave()
+
+    def _partners(self) -> list[Peer]:
+        return [p for p in self._core.peers.values() if p.healed and not p.fresh]
+
+    def _slots(self) -> list[int]:
+        return [p.member.slot for p in self._partners()]
+
+    def _look_at_calls(self) -> None:
+        """A report that only some workers make is an error of the program, and so is one that cannot be merged.
+
+        Once a worker has come late, or a step was done again, workers that count their steps themselves may call it at
+        different ones: then the report is that of those who called it, and one warning says so.
+        """
+        text = self._reports.mixed_up()
+        if text is None and (text := self._reports.left_out()) is not None and self._core.disturbed:
+            if not self._warned:
+                self._warned = True
+                self._core.log.note({"kind": "warning", "text": f"{text} This report is of those that called it."})
+            return
+        if text is not None and not self._misused:
+            self._misused = True
+            self._core.misused(text, self._clock.now())
+            self._send_all()
 
     def _pass_on(self, uid: str, message: dict[str, Any]) -> None:
         """Something that a member says to all who meet in a group; the last two are kept for those that come back."""

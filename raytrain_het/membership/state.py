@@ -11,6 +11,7 @@ answered or is gone.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,17 @@ from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.peers import ZERO, Cursor, Peer, Phase, Succession, lag, succession
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
+from raytrain_het.membership.standstill import (
+    ASK_AGAIN_S,
+    TELL_AFTER_S,
+    TYPICAL_STEPS,
+    deadlocked,
+    is_innocent,
+    longest_wait,
+    somebody_waits,
+    to_blame,
+    where_all_are,
+)
 from raytrain_het.membership.suspicion import Suspicion
 from raytrain_het.membership.tables import (
     codecs_of,
@@ -32,6 +44,7 @@ from raytrain_het.membership.tables import (
     speeds_of,
     table_of,
 )
+from raytrain_het.membership.whereabouts import Place
 
 MAX_GONE = 1000
 """So many of the members that were let go are remembered, to be told so should they come back."""
@@ -45,6 +58,11 @@ class Membership:
     def __init__(self, settings: HubSettings, *, incarnation: int) -> None:
         self.settings = settings
         self.incarnation = incarnation
+        self.under_way: Callable[[], bool] = lambda: False
+        """Whether something is done that members may wait for and that none of their training functions does: a
+        checkpoint is written, or a report registered."""
+        self.disturbed = False
+        """Whether anything has happened in this run after which workers' own counts of steps may differ."""
         self.table_for: Callable[[list[int]], Table | None] = lambda slots: None
         """A table for these slots; None where that in force fits them, or too little is known."""
         self.peers: dict[str, Peer] = {}
@@ -74,6 +92,9 @@ class Membership:
         self._recovery_needs_void = False
         self._fingerprint: tuple[str, int] | None = None
         self._reason = ""
+        self._asked_at = self._told_at = 0.0
+        self._told_of: tuple[tuple[int, str], ...] = ()
+        self._step_s = 0.0
 
     # ---------------------------------------------------------------- what the caller reads
 
@@ -217,27 +238,35 @@ class Membership:
         """A member has waited past its deadline. Only a suspicion: everybody is pinged."""
         if self._heard(uid, now) is None or self.record is None or generation != self.record.number or self.voided:
             return
-        there = [self.peers.get(m.uid) for m in self.record.members]
-        if any(p is None or p.phase is Phase.FINISHED or p.returning for p in there):
-            # Once for who is returning: the new base confirms the step that its reports are of.
-            for peer in self.peers.values():
-                peer.returning = False
-            self._start_forming(void=True, reason="a member has finished and the others go on", now=now)
+        if self._go_on_without_the_finished(now):
             return
         if self._suspicion.suspect(uid, generation, step, now):
-            self._ping()
+            self._ping(now)
+
+    def _go_on_without_the_finished(self, now: float) -> bool:
+        """The others wait for a member whose function has returned: whether there is one."""
+        assert self.record is not None
+        there = [self.peers.get(m.uid) for m in self.record.members]
+        if not any(p is None or p.phase is Phase.FINISHED or p.returning for p in there):
+            return False
+        # Once for who is returning: the new base confirms the step that its reports are of.
+        for peer in self.peers.values():
+            peer.returning = False
+        self._start_forming(void=True, reason="a member has finished and the others go on", now=now)
+        return True
 
     def waiting(self, uid: str, now: float) -> None:
         """A member waits for others outside of a collective: are they all alive?"""
         if self._heard(uid, now) is not None and self.record is not None and self._suspicion.begin(now):
-            self._ping()
+            self._ping(now)
 
-    def pong(self, uid: str, position: int, now: float) -> None:
-        """A member has answered a ping."""
+    def pong(self, uid: str, position: int, now: float, place: Place | None = None) -> None:
+        """A member has answered a ping: how far it is in its collectives, and what its training function is at."""
         peer = self._heard(uid, now)
         if peer is not None:
-            peer.position = position
+            peer.is_at(place or Place(), position, now)
             self._settle_suspicion(now)
+            self._look_for_a_standstill(now)
 
     def healed(self, uid: str, now: float) -> None:
         """An unhealed member has caught up and wants a share."""
@@ -258,12 +287,15 @@ class Membership:
             peer.fresh = False
             self._form_if_all_have_verified(now)
 
-    def progress(self, uid: str, step: int, now: float, left_out: float | None = None) -> None:
-        """A member has committed a step, and its codec has left out gradients of such a norm; told from time to time
-        only."""
+    def progress(
+        self, uid: str, step: int, now: float, left_out: float | None = None, step_s: float = 0.0
+    ) -> None:  # fmt: skip
+        """A member has committed a step, a typical one takes it so long, and its codec has left out gradients of such a
+        norm; told from time to time only."""
         peer = self._heard(uid, now)
         if peer is not None:
             peer.reached, peer.left_out = max(peer.reached, step), left_out
+            self._step_s = step_s
         if peer is not None and step > max(peer.first_base, 0) and peer.first_base >= 0:
             self._deaths.commit(peer.member.slot)
 
@@ -314,15 +346,28 @@ class Membership:
         peer = self._heard(uid, now)
         if peer is None or self.failure is not None:
             return
-        self._log("raised", now, slot=peer.member.slot, uid=uid, error=error.strip().splitlines()[-1])
+        self._log("raised", now, slot=peer.member.slot, uid=uid, error=(error.strip().splitlines() or [""])[-1])
         self.peers.pop(uid)
         self._forget(uid, "its training function raised")
         self._fail(f"the training function of worker {peer.member.slot} raised:\n{error}", now)
 
-    def broken(self, error: str, now: float) -> None:
+    def replicas_differ(self, message: str, now: float) -> None:
+        """Members have looked at their replicas and found that they are not the same: the run ends."""
+        if self.failure is None:
+            self.failure = message
+            self._log("failed", now, message=message)
+            for uid in self.peers:
+                self._send(uid, type="mismatch", message=message)
+
+    def broken(self, error: str, now: float, about: str = "") -> None:
         """The caller has come upon an error in here, or around it: the run ends, as nobody knows what was half done."""
         if self.failure is None:
-            self._fail(f"the membership actor failed ({error}); its log has the traceback.", now)
+            self._fail(f"the membership actor failed{about} ({error}); its log has the traceback.", now)
+
+    def misused(self, message: str, now: float) -> None:
+        """The training function does what cannot be right: the run ends before it has trained on."""
+        if self.failure is None and self.record is not None:
+            self._fail(message, now)
 
     def tick(self, now: float) -> None:
         """Time has passed."""
@@ -344,7 +389,9 @@ class Membership:
                 for peer in missing:
                     self._lose(peer.member.uid, "it did not answer within the hang limit", now, died=False)
             elif missing and self._suspicion.begin(now):
-                self._ping()
+                self._ping(now)
+        if now - self._asked_at >= ASK_AGAIN_S and somebody_waits(self._partners()):
+            self._ping(now)
 
     # ---------------------------------------------------------------- forming
 
@@ -383,6 +430,7 @@ class Membership:
                 now,
             )
             return
+        self.disturbed |= void
         self._log("void" if void else "wanted", now, number=self.number, reason=reason)
         self._announce("void" if void else "want")
         self._form_if_answered(now)
@@ -447,6 +495,7 @@ class Membership:
                 peer.healed, peer.fresh, peer.cursor = True, False, dict(base)
         assert base is not None and source is not None
         behind, unhealed, fresh = lag(peers, base)
+        self.disturbed |= bool(unhealed)
         self._count_deaths(died_after, peers, now)
         if self.failure is not None:
             return
@@ -639,25 +688,73 @@ class Membership:
 
     # ---------------------------------------------------------------- suspicion
 
-    def _ping(self) -> None:
+    def _ping(self, now: float) -> None:
+        self._asked_at = now
         for peer in self._required():
             self._send(peer.member.uid, type="ping")
 
+    def _partners(self) -> list[Peer]:
+        """Who takes part in steps and reports, or has done so to the end."""
+        return [p for p in self._required() if p.healed and not p.fresh]
+
     def _settle_suspicion(self, now: float) -> None:
         suspecting = self._suspicion.settled(self._required())
-        if not suspecting:
+        if suspecting is None or self._drop_who_hangs(bool(suspecting), now):
             return
-        limit = f"{self.settings.hang_limit_s:g} s"
-        late = self._suspicion.hung(self._required(), now)
-        for peer in late:
-            self._lose(peer.member.uid, f"its peers waited {limit} for it", now, died=False)
-        if late:
-            return
-        if waiting := self._suspicion.to_tell(self._required(), now):
-            step, slots = waiting
-            self._log("waiting", now, step=step, slots=slots, reason=f"alive, but not there; dropped after {limit}")
         for uid in sorted(suspecting):
             self._send(uid, type="patience")
+
+    def _drop_who_hangs(self, in_a_step: bool, now: float) -> bool:
+        """Somebody has waited for the hang limit: drop who holds it up, but nobody who waits for others itself."""
+        limit_s, since = self.settings.hang_limit_s, self._suspicion.since
+        late = self._suspicion.late(self._required(), now) if in_a_step else []
+        busy = [p for p in self._partners() if not p.place.waits]
+        if not late:
+            if longest_wait(self._partners(), now) < limit_s or self.under_way():
+                return False
+            late, since = busy, None
+        elif all(map(is_innocent, late)):
+            late = busy or late
+        began = since[2] if since is not None else -math.inf
+        # The ping that found it there came up to so much later.
+        guilty = to_blame(late, began, limit_s - self.settings.silence_s, now)
+        for peer in guilty:
+            at = f"; it was {peer.place.text}" if peer.place.text else ""
+            self._lose(peer.member.uid, f"its peers waited {limit_s:g} s for it{at}", now, died=False)
+        if not guilty and all(map(is_innocent, late)) and not self.forming:
+            self._fail(
+                f"the workers have waited for {limit_s:g} s, and none of them is to blame: "
+                f"{where_all_are(self._partners())}. If it may, raise HetConfig(hang_limit_s={limit_s:g}).",
+                now,
+            )
+        return bool(guilty) or self.failure is not None
+
+    def _look_for_a_standstill(self, now: float) -> None:
+        partners = self._partners()
+        if self.failure is not None or self.record is None or self.forming or not somebody_waits(partners):
+            return
+        if deadlocked(partners, now) and not self.under_way():
+            if self._go_on_without_the_finished(now):
+                return
+            self._fail(
+                f"every worker waits for another one, and none will go on: {where_all_are(partners)}. The training "
+                "function must make the same calls (loader, report, evaluate) in the same order on every worker: look "
+                "for what only some of them do, such as `if rank == 0:`.",
+                now,
+            )
+            return
+        waited_s = longest_wait(partners, now)
+        busy = [p.member.slot for p in partners if not p.place.waits]
+        told_of = tuple((p.member.slot, p.place.text) for p in partners)
+        if waited_s < max(TELL_AFTER_S, TYPICAL_STEPS * self._step_s) or told_of == self._told_of:
+            return
+        if now - self._told_at < TELL_AFTER_S:
+            return
+        self._told_of, self._told_at = told_of, now
+        self._log(
+            "waiting", now, slots=busy, waited_s=round(waited_s, 1),
+            reason=where_all_are(partners), limit_s=self.settings.hang_limit_s,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------- a restart of this actor
 
@@ -693,6 +790,7 @@ class Membership:
         self.table = table_of(record, codecs_chosen=self.settings.compression_error is not None)
         members = {m.uid for m in record.members}
         self._log("recovered", now, number=record.number)
+        self.disturbed = True
         for peer in [p for p in self._required() if p.member.uid not in members]:
             self._lose(peer.member.uid, "it was not in the last record", now, died=False)
         if record.reset:  # As when it was issued: who was loading then tells nobody that it has done so.

@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from raytrain_het.membership.peers import Peer
 from raytrain_het.membership.settings import HubSettings
 
-TELL_OF_WAITING_S = 10.0
-"""A step that waits so long for a living member is told about."""
-
 
 @dataclass
 class Round:
@@ -39,7 +36,6 @@ class Suspicion:
         self.round: Round | None = None
         self.since: tuple[int, int, float] | None = None
         """Generation and step in which somebody is waited for, and since when."""
-        self._told: tuple[int, int] | None = None
 
     def forget(self) -> None:
         """A new generation has begun: nobody waits yet."""
@@ -69,30 +65,16 @@ class Suspicion:
         self.round = None
         return silent
 
-    def settled(self, peers: Sequence[Peer]) -> set[str]:
-        """Who is to be told to have patience. Ends the round if all have been heard of."""
+    def settled(self, peers: Sequence[Peer]) -> set[str] | None:
+        """Who is to be told to have patience. Ends the round if all have been heard of; None if it goes on."""
         if self.round is None or self.round.silent(peers):
-            return set()
+            return None
         suspecting, self.round = self.round.suspecting, None
         return suspecting
 
-    def hung(self, peers: Sequence[Peer], now: float) -> list[Peer]:
-        """Who answers, but has been behind the others for longer than anybody has to wait."""
-        return _late(peers) if self._waited_s(now) >= self.settings.hang_limit_s else []
-
-    def to_tell(self, peers: Sequence[Peer], now: float) -> tuple[int, list[int]] | None:
-        """Step and slots of those who are waited for, long before the hang limit drops them. Once for each step."""
-        assert self.since is not None
-        if self._waited_s(now) < TELL_OF_WAITING_S or self._told == self.since[:2]:
-            return None
-        self._told = self.since[:2]
-        return self.since[1], [p.member.slot for p in _late(peers)]
-
-    def _waited_s(self, now: float) -> float:
-        assert self.since is not None
-        return now - self.since[2]
-
-
-def _late(peers: Sequence[Peer]) -> list[Peer]:
-    furthest = max(p.position for p in peers)
-    return [p for p in peers if p.position < furthest]
+    def late(self, peers: Sequence[Peer], now: float) -> list[Peer]:
+        """Who answers, but has been behind the others in a step for longer than anybody has to wait."""
+        if self.since is None or now - self.since[2] < self.settings.hang_limit_s:
+            return []
+        furthest = max(p.position for p in peers)
+        return [p for p in peers if p.position < furthest]

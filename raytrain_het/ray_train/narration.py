@@ -86,6 +86,12 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
         + f" ({e['reason']})"
     ),
     "warning": lambda e: e["text"],
+    "compared": lambda e: (
+        f"step {e['step'] + 1}: the mean gradient is that of one process with the whole batch, but for a part of "
+        f"{number(e['error'])}"
+        + (f", most in {e['parameter']}; {e['explained_by']} makes a difference" if e["explained_by"] else "")
+    ),
+    "waiting": lambda e: f"somebody has waited for {number(e['waited_s'])} s; {e['reason']}",
     "failed": lambda e: f"the run fails: {_in_a_line(e['message'])}",
     "table_kept": lambda e: f"shares and scores stay as they are: {e['reason']}",
     "formed": lambda e: (

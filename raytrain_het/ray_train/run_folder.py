@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import numbers
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ from raytrain_het.config import HetConfig
 from raytrain_het.ray_train.scaling import HetScalingConfig
 
 logger = logging.getLogger(__name__)
+
+MAX_ELEMENTS = 1000
+"""Arrays of up to so many are written as they are, larger ones by their shape."""
+MAX_DEPTH = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +117,7 @@ class RunFolder:
         """The settings as they were resolved."""
         slots = scaling.slots or ()
         content = {
-            "het_config": dataclasses.asdict(config),
+            "het_config": {field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
             "workers": [
                 {"world_rank": i, "resources": s.resources, "labels": s.labels, "from": s.origin}
                 for i, s in enumerate(slots)
@@ -120,17 +126,17 @@ class RunFolder:
         }
         if self._path is not None:
             try:
-                write_whole(self._path / "config.json", json.dumps(content, indent=2, default=str) + "\n")
+                write_whole(self._path / "config.json", json.dumps(for_json(content), indent=2) + "\n")
             except OSError as error:
                 self._give_up(error)
 
     def add_reports(self, reports: list[dict[str, Any]]) -> None:
         """One line per report, and its numbers as TensorBoard scalars."""
-        self._append("metrics.jsonl", "".join(json.dumps(r, default=_plain) + "\n" for r in reports))
+        self._append("metrics.jsonl", "".join(json.dumps(for_json(r)) + "\n" for r in reports))
         for report in reports:
             for name, value in {**report.get("metrics", {}), **_of_training(report)}.items():
                 if not isinstance(value, bool) and isinstance(value, numbers.Real):
-                    self._add_scalar(name, float(value), int(report.get("step", 0)))
+                    self._add_scalar(name, _as_float(value), int(report.get("step", 0)))
 
     def add_bytes_per_step(self, world_rank: int, num_bytes: float, step: int) -> None:
         """What a worker has sent in each of its last steps, as a TensorBoard scalar."""
@@ -138,7 +144,7 @@ class RunFolder:
 
     def add_events(self, events: list[dict[str, Any]]) -> None:
         """One line per membership event."""
-        self._append("events.jsonl", "".join(json.dumps(e, default=_plain) + "\n" for e in events))
+        self._append("events.jsonl", "".join(json.dumps(for_json(e)) + "\n" for e in events))
 
     def close(self) -> None:
         """Flush what is buffered."""
@@ -161,6 +167,8 @@ class RunFolder:
             if self._tensorboard is None:
                 from tensorboardX import SummaryWriter
 
+                # It warns of each number that is not finite; the display shows them anyway.
+                logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
                 self._tensorboard = SummaryWriter(logdir=str(self._path))
             self._tensorboard.add_scalar(name, value, step)
         except OSError as error:
@@ -169,6 +177,13 @@ class RunFolder:
     def _give_up(self, error: OSError) -> None:
         logger.warning("The run folder %s can no longer be written (%s); the run goes on.", self._path, error)
         self._path = None
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _of_training(report: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +198,37 @@ def _of_training(report: dict[str, Any]) -> dict[str, Any]:
     return drawn
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's, anything else as text."""
-    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
+def for_json(value: Any, depth: int = 0) -> Any:
+    """Anything at all as what JSON holds: numbers of numpy and torch as Python's, small arrays as lists, other keys
+    and values as text. What contains itself, or goes too deep, is cut."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if depth > MAX_DEPTH:
+        return "..."
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        size = math.prod(value.shape)
+        if size <= MAX_ELEMENTS and hasattr(value, "tolist"):
+            return for_json(value.tolist(), depth + 1)
+        return f"{type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {_as_key(k): for_json(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [for_json(v, depth + 1) for v in value]
+    return _text(value)
+
+
+def _as_key(key: Any) -> str:
+    """A dictionary's key; JSON has texts only."""
+    if isinstance(key, bool) or key is None:
+        return json.dumps(key)
+    key = key.item() if hasattr(key, "item") and getattr(key, "size", 1) == 1 else key
+    return key if isinstance(key, str) else _text(key)
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception as error:  # A user's own class.
+        return f"{type(value).__name__} (its text cannot be made: {type(error).__name__})"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from raytrain_het.config import names_unknown_fields, refuse_unknown
 from raytrain_het.errors import ConfigError
+from raytrain_het.plain import plain
 from raytrain_het.ray_train import versions  # noqa: F401  (checks Ray before its private modules are used)
 from raytrain_het.ray_train.resources import SlotSpec
 
@@ -49,6 +50,8 @@ class WorkerSpec:
     """A label selector for its node, as Ray's: ``{"ray.io/market-type": "spot"}``."""
 
     def __post_init__(self) -> None:
+        for name in ("count", "resources", "labels"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
             raise ConfigError(
                 f"WorkerSpec.count={self.count!r} is not valid: allowed is a whole number from 1. Write count=1."
@@ -101,14 +104,14 @@ class HetScalingConfig(ScalingConfig):
         refuse_unknown("HetScalingConfig", rays, ["workers"])
         if isinstance(workers, WorkerSpec):
             workers = [workers]
-        if workers != "auto":
+        if not (isinstance(workers, str) and workers == "auto"):
             ok = isinstance(workers, Sequence) and not isinstance(workers, str) and len(workers) > 0
             if not ok or not all(isinstance(w, WorkerSpec) for w in workers):
                 raise ConfigError(
                     f"HetScalingConfig(workers={workers!r}): allowed is 'auto' or a list of WorkerSpec. "
                     "Write workers=[WorkerSpec(count=2, resources={'CPU': 1})]."
                 )
-        self.workers: Literal["auto"] | tuple[WorkerSpec, ...] = "auto" if workers == "auto" else tuple(workers)
+        self.workers: Literal["auto"] | tuple[WorkerSpec, ...] = "auto" if isinstance(workers, str) else tuple(workers)
         self.slots: tuple[SlotSpec, ...] | None = None if self.workers == "auto" else _slots_of(self.workers)
         # 0 would mean Ray's local mode, so that "auto" stands as 1 until it is resolved.
         super().__init__(num_workers=len(self.slots) if self.slots else 1)

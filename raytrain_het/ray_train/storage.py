@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import posixpath
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
-from ray.train import Checkpoint, RunConfig
+from pyarrow.fs import FileType
+from ray.train import RunConfig
 from ray.train.v2._internal.execution.storage import StorageContext, _pyarrow_fs_copy_files
 
 from raytrain_het.errors import CheckpointError, ConfigError
 from raytrain_het.ray_train.disk import write_some
+from raytrain_het.training.storage import StagedStorage, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +27,8 @@ SEEN_WITHIN_S = 3.0
 _RENAMES = ("local", "hdfs", "subtree")  # where a move is a rename, and so all or nothing
 
 
-class RayStorage:
-    """``training.checkpoint.Storage`` on Ray Train's storage context.
+class RayStorage(StagedStorage):
+    """``training.storage.Storage`` on Ray Train's storage context.
 
     Args:
         context: Ray Train's, of this run.
@@ -36,6 +38,12 @@ class RayStorage:
         self._context = context
         self._fs = context.storage_filesystem
         self._root = context.experiment_fs_path
+        self.renames = self._fs.type_name in _RENAMES
+
+    @property
+    def root(self) -> str:
+        """The run's folder."""
+        return str(self._root)
 
     def check_seen(self, node: str) -> None:
         """Look from a worker whether this is the storage that the driver prepared: any worker may have to write, and
@@ -61,55 +69,52 @@ class RayStorage:
                 "RunConfig(storage_path='s3://bucket/runs') or '/a/shared/folder' (for a job: --storage)."
             ) from missing
 
-    def persist(self, local_dir: str, name: str) -> str:
-        """Upload a directory as ``<storage>/<run>/<name>``.
+    def stage(self, name: str, life: int = 0) -> str:
+        """See :class:`~raytrain_het.training.storage.Storage`.
 
-        Where the file system can rename, it is uploaded under another name first; elsewhere (object
-        stores) a failed upload is deleted. Other checkpoints are not touched.
+        Raises:
+            CheckpointError: The storage cannot be written.
+        """
+        try:
+            self._context._check_validation_file()
+            return super().stage(name, life)
+        except Exception as error:
+            raise self._not_written(name, error) from error
 
-        A checkpoint with the same ``het.json`` stays as it is: it was written by the other member that
-        holds the snapshot.
+    def sees(self, staged: str) -> bool:
+        """See :class:`~raytrain_het.training.storage.Storage`. An object store has no directories to be seen."""
+        return not self.renames or self._fs.get_file_info(staged).type == FileType.Directory
+
+    def persist(self, local_dir: str, name: str, staged: str | None = None) -> str:
+        """Store a checkpoint as ``<storage>/<run>/<name>``. Others are not touched.
 
         Returns:
-            The path on the storage.
+            The path on the storage. Where it cannot rename, letters of the checkpoint's own stand behind the name.
 
         Raises:
             CheckpointError: It could not be written; nothing of it is left.
         """
-        final = self._path(name)
-        if self._holds_same(local_dir, final):
-            return final
-        renames = self._fs.type_name in _RENAMES
-        target = self._path(f".{name}.{uuid.uuid4().hex[:8]}.partial") if renames else final
         try:
-            self._context._check_validation_file()
-            self._fs.create_dir(target)
-            _pyarrow_fs_copy_files(local_dir, target, destination_filesystem=self._fs)
-            if renames and not self._holds_same(local_dir, final):
-                self._rename(target, final)
-            elif renames:
-                self._delete(target)
+            return super().persist(local_dir, name, staged)
         except Exception as error:
-            self._delete(target)
-            raise CheckpointError(
-                f"Checkpoint {name} could not be written to {self._root!r}: {_first_line(error)} Checkpoints written "
-                "before are unharmed. Free space there, or take a storage (RunConfig(storage_path=...), --storage) "
-                "that every node can write to, and run the same name again to go on from the last one."
-            ) from error
-        return final
+            raise self._not_written(name, error) from error
 
     @contextmanager
-    def fetch(self, path: str) -> Iterator[str]:
-        """A local directory with a persisted checkpoint's files, while the context lasts.
+    def fetch(self, path: str, wanted: Wanted = lambda name: True) -> Iterator[str]:
+        """A local directory with a checkpoint's files, while the context lasts.
 
         Raises:
             CheckpointError: It could not be read.
         """
         with contextlib.ExitStack() as stack:
             try:
-                local = stack.enter_context(Checkpoint(path, filesystem=self._fs).as_directory())
-                if self._fs.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
+                if self._fs.get_file_info(path).type == FileType.NotFound:
                     raise FileNotFoundError(path)
+                local = path
+                if self._fs.type_name != "local":
+                    local = stack.enter_context(tempfile.TemporaryDirectory(prefix="het_fetched_"))
+                    for name in filter(wanted, self._names(path)):
+                        _pyarrow_fs_copy_files(f"{path}/{name}", f"{local}/{name}", source_filesystem=self._fs)
             except Exception as error:
                 raise CheckpointError(
                     f"Checkpoint {path!r} could not be read: {_first_line(error)} Check that every node can read the "
@@ -117,37 +122,45 @@ class RayStorage:
                 ) from error
             yield local
 
-    def _delete(self, path: str) -> None:
-        """Remove what was half written, or stepped aside."""
+    def _not_written(self, name: str, error: Exception) -> CheckpointError:
+        if isinstance(error, CheckpointError):
+            return error
+        return CheckpointError(
+            f"Checkpoint {name} could not be written to {self._root!r}: {_first_line(error)} Checkpoints written "
+            "before are unharmed. Free space there, or take a storage (RunConfig(storage_path=...), --storage) "
+            "that every node can write to, and run the same name again to go on from the last one."
+        )
+
+    def _make(self, path: str) -> None:
+        self._fs.create_dir(path)
+
+    def _upload(self, file: str, path: str) -> None:
+        _pyarrow_fs_copy_files(file, path, destination_filesystem=self._fs)
+
+    def _move(self, path: str, to: str) -> None:
+        self._fs.move(path, to)
+
+    def _remove(self, path: str) -> None:
+        """A directory or file that was half written, or has stepped aside."""
         try:
-            if self._fs.get_file_info(path).type == pyarrow.fs.FileType.Directory:
+            kind = self._fs.get_file_info(path).type
+            if kind == FileType.Directory:
                 self._fs.delete_dir(path)
+            elif kind == FileType.File:
+                self._fs.delete_file(path)
         except OSError:
             logger.warning("A half-written checkpoint could not be removed: %s", path)
 
-    def _holds_same(self, local_dir: str, final: str) -> bool:
+    def _names(self, path: str) -> list[str]:
+        found = self._fs.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+        return [info.base_name for info in found]
+
+    def _read(self, path: str) -> bytes | None:
         try:
-            with self._fs.open_input_stream(f"{final}/het.json") as stream:
-                return bool(stream.read() == Path(local_dir, "het.json").read_bytes())
+            with self._fs.open_input_stream(path) as stream:
+                return bytes(stream.read())
         except OSError:
-            return False
-
-    def _path(self, name: str) -> str:
-        return self._context.build_checkpoint_path_from_name(name)
-
-    def _rename(self, source: str, final: str) -> None:
-        """Move into place. A checkpoint of the same name steps aside first and comes back if that fails."""
-        if self._fs.get_file_info(final).type == pyarrow.fs.FileType.NotFound:
-            self._fs.move(source, final)
-            return
-        aside = f"{posixpath.dirname(final)}/.{posixpath.basename(final)}.{uuid.uuid4().hex[:8]}.old"
-        self._fs.move(final, aside)
-        try:
-            self._fs.move(source, final)
-        except Exception:
-            self._fs.move(aside, final)
-            raise
-        self._delete(aside)
+            return None
 
 
 def check_writable(run_config: RunConfig) -> StorageContext:

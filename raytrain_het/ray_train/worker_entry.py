@@ -13,6 +13,8 @@ from ray.train.v2._internal.util import construct_train_func
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.ray_train.hub import Parts
+from raytrain_het.training.last_words import portable
+from raytrain_het.training.unsupported import refuse
 
 logger = logging.getLogger("raytrain_het")
 
@@ -40,7 +42,11 @@ class WorkerEntry:
             return self._run()
         except BaseException as error:
             # Ray leaves out the first three frames, of which this is the last.
-            raise error.with_traceback(_users_part(error.__traceback__)) from error.__cause__
+            of_user = error.with_traceback(_users_part(error.__traceback__))
+            sent = portable(of_user)
+            if sent is of_user:
+                raise of_user from of_user.__cause__
+            raise sent.with_traceback(of_user.__traceback__) from None
 
     def _run(self) -> Any:
         from ray.train.torch import get_device
@@ -51,6 +57,7 @@ class WorkerEntry:
 
         _quieten()
         set_train_fn_utils(_utils())
+        _refuse_rays_preparing()
         context = get_train_context()
         hub = _hub
         storage = RayStorage(context.get_storage())
@@ -61,7 +68,7 @@ class WorkerEntry:
                 raise
             # The others are training already: this worker can help, as long as it need not write.
             logger.warning("%s", error)
-        return self.parts.run_worker(
+        result = self.parts.run_worker(
             self.train_fn,
             config=self.config,
             slot=context.get_world_rank(),
@@ -71,6 +78,19 @@ class WorkerEntry:
             device=get_device(),
             node_ip=ray.util.get_node_ip_address(),
         )
+        _check_can_be_sent(result)
+        return result
+
+
+def _check_can_be_sent(result: Any) -> None:
+    try:
+        ray.cloudpickle.dumps(result)
+    except Exception as error:
+        raise ConfigError(
+            f"the training function has come to its end, and returned a {type(result).__name__} that cannot be sent to "
+            f"the driver ({type(error).__name__}: {error}). Return numbers, texts, tensors, or nothing; the run's "
+            "reports and checkpoints are stored."
+        ) from None
 
 
 def _users_part(traceback: TracebackType | None) -> TracebackType | None:
@@ -92,24 +112,39 @@ def _quieten() -> None:
 
 
 def _utils() -> Any:
-    """Ray's functions for the training function, less those that wait for every rank."""
+    """Ray's functions for the training function, less those that wait for every rank or know nothing of this run."""
     from ray.train.v2._internal.execution.train_fn_utils import DistributedTrainFnUtils
 
-    def refuse(name: str, instead: str) -> Any:
-        def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
-            raise ConfigError(
-                f"{name} waits for every rank, and here workers come and go: it would stop the run. Write {instead}."
-            )
+    def refused(row: str) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            raise refuse(row)
 
-        return refused
+        return method
 
-    refused = {
-        "report": ("ray.train.report", "raytrain_het.report(metrics)"),
-        "barrier": ("ray.train.collective.barrier", "nothing: steps and reports keep workers together"),
-        "broadcast_from_rank_zero": (
-            "ray.train.collective.broadcast_from_rank_zero",
-            "raytrain_het.register_state(name, obj)",
-        ),
-        "get_preemption_info": ("ray.train.get_preemption_info", "nothing: a lost worker does not end the run"),
+    rows = {
+        "report": "ray.train.report",
+        "get_checkpoint": "ray.train.get_checkpoint",
+        "barrier": "ray.train.collective.barrier",
+        "broadcast_from_rank_zero": "ray.train.collective.broadcast_from_rank_zero",
+        "get_preemption_info": "ray.train.get_preemption_info",
     }
-    return type("HetTrainFnUtils", (DistributedTrainFnUtils,), {k: refuse(*v) for k, v in refused.items()})()
+    methods = {name: refused(row) for name, row in rows.items()}
+    return type("HetTrainFnUtils", (DistributedTrainFnUtils,), methods)()
+
+
+def _refuse_rays_preparing() -> None:
+    """``ray.train.torch.prepare_model`` and ``prepare_data_loader``, however they were imported: both note their use
+    first, through a name of their module."""
+    from ray._common.usage.usage_lib import TagKey
+    from ray.train.v2.torch import train_loop_utils
+
+    rows = {
+        TagKey.TRAIN_TORCH_PREPARE_MODEL: "ray.train.torch.prepare_model",
+        TagKey.TRAIN_TORCH_PREPARE_DATALOADER: "ray.train.torch.prepare_data_loader",
+    }
+
+    def note(key: Any, value: str) -> None:
+        if key in rows:
+            raise refuse(rows[key])
+
+    train_loop_utils.record_extra_usage_tag = note

@@ -15,7 +15,6 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.train import Checkpoint
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.checkpoint.report_handler import ReportCallbackHandler
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 from ray.train.v2._internal.execution.worker_group import ReplicaGroup, WorkerGroup, WorkerGroupPollStatus
@@ -153,7 +152,11 @@ class HetWorkerGroup(WorkerGroup):
                 except RayActorError as error:
                     slot.answer = error
                 except Exception as error:
-                    failure = WorkerHealthCheckFailedError("A worker's answer could not be read.", failure=error)
+                    # What the worker told the others first, with its traceback, counts before this.
+                    failure = RunFailedError(
+                        f"what worker {slot.index}'s training function returned or raised could not be brought here: "
+                        f"{type(error).__name__}: {_short(error)}"
+                    )
                     slot.answer = WorkerStatus(running=False, error=failure)
 
     def _collect_starts(self) -> None:

@@ -241,7 +241,7 @@ def _shared_part(entry: LedgerEntry) -> tuple[object, ...]:
 
 def _check_uses(num_uses: np.ndarray, plan: DataPlan, epoch: int, num_used: int) -> Iterator[tuple[int, str]]:
     due = np.zeros_like(num_uses)
-    due[plan.permutation(epoch)[:num_used]] = 1
+    np.add.at(due, plan.permutation(epoch)[:num_used], 1)  # A sampler may give a sample several times.
     for what, wrong in (("never", num_uses < due), ("too often", num_uses > due)):
         if wrong.any():
             samples = np.flatnonzero(wrong).tolist()

@@ -99,15 +99,7 @@ class ProcessLab:
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
-        settings_of_config = HubSettings(
-            run_id="lab", num_slots=num_slots, shares=self.config.given_shares,
-            codecs=self.config.codecs_for(num_slots), compression_error=self.config.compression_error,
-            balance=self.config.shares == "auto", warm_spares=self.config.warm_spares,
-            score_policy=self.config.score_policy, alpha=self.config.alpha,
-            lr_scale_normalisation=self.config.lr_scale_normalisation,
-            silence_s=self.config.silence_s, hang_limit_s=self.config.hang_limit_s,
-            start_timeout_s=self.config.start_timeout_s, hierarchy=self.config.given_hierarchy,
-        )  # fmt: skip
+        settings_of_config = hub_settings(self.config, num_slots)
         self.settings = dataclasses.replace(settings_of_config, **(settings or {}))
         self._network: Network | None = None
         if rates_mbit is not None:
@@ -262,6 +254,19 @@ class ProcessLab:
             self.start(slot)
         else:
             self.hub.slot_vacant(slot, "the lab does not refill")
+
+
+def hub_settings(config: HetConfig, num_slots: int) -> HubSettings:
+    """What the hub of a lab's run has to know of the run's settings."""
+    return HubSettings(
+        run_id="lab", num_slots=num_slots, shares=config.given_shares,
+        codecs=config.codecs_for(num_slots), compression_error=config.compression_error,
+        balance=config.shares == "auto", warm_spares=config.warm_spares,
+        score_policy=config.score_policy, alpha=config.alpha,
+        lr_scale_normalisation=config.lr_scale_normalisation,
+        silence_s=config.silence_s, hang_limit_s=config.hang_limit_s,
+        start_timeout_s=config.start_timeout_s, hierarchy=config.given_hierarchy,
+    )  # fmt: skip
 
 
 def _work(slot: int, payload: bytes) -> None:

@@ -1,87 +1,42 @@
-"""Checkpoints: what is in the directory, and who may put it where.
+"""Checkpoints: what is in the directory.
 
-Format 1, one directory per report, named ``checkpoint_<step>_<ordinal>``:
+Format 2, one directory per report, named ``checkpoint_<step>_<ordinal>``. Each ``.pt`` is read by
+``torch.load(..., weights_only=True)``; what in it needs code is in a ``.pkl`` beside it, see
+:mod:`raytrain_het.training.parts`.
 
-- ``het.json``: format, cursor (epoch, offset, step), generation (the number of the one in force), version of its table
-  of shares (0: none), layout fingerprint, parameter names and shapes, world size, and the data plan that the cursor
-  belongs to (files without it are accepted);
-- ``state.pt``: ``model``, ``optimizer`` and ``registered`` state dictionaries (``torch.save``);
-- ``worker_<slot>.pt``: what is a worker's own: its random states, its codec's state by parameter name, and the
-  weight of a sample that this goes with.
+- ``het.json``: format, identity (see :mod:`raytrain_het.training.storage`), cursor (epoch, offset, step), generation
+  (the number of the one in force), version of its table of shares (0: none), layout fingerprint, parameter names and
+  shapes, world size, the data plan that the cursor belongs to, the slots of the workers whose own files are there, and
+  the names of extras;
+- ``model.pt``: the model's state dictionary;
+- ``training.pt``: ``optimizer`` (its state dictionary), ``optimizer_class``, ``groups`` (names of each group's
+  parameters), ``buffers`` (those that the model's state dictionary leaves out) and ``registered``;
+- ``extra_<name>.pt``: see :mod:`raytrain_het.training.extras`;
+- ``worker_<slot>.pt``, written by that worker: its codec's state by parameter name, the weight of a sample that this
+  goes with, and extras of its own, its random states among them.
+
+Format 1 is read too: ``state.pt`` with ``model``, ``optimizer`` and ``registered``, and ``worker_<slot>.pt``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from raytrain_het.errors import CheckpointError
+from raytrain_het.training import parts
+from raytrain_het.training.storage import META
+from raytrain_het.training.storage import LocalStorage as LocalStorage
+from raytrain_het.training.storage import Storage as Storage
 
-FORMAT = 1
-
-
-class Storage(Protocol):
-    """Where checkpoints go."""
-
-    def persist(self, local_dir: str, name: str) -> str:
-        """Store a local directory under this name; returns its path there. All or nothing.
-
-        What has the same ``het.json`` is the same checkpoint, and stays as it is: two members hold each snapshot, and
-        one that was stopped while it wrote may wake up when the other's is stored and registered.
-        """
-        ...
-
-    def fetch(self, path: str) -> contextlib.AbstractContextManager[str]:
-        """A local directory with a stored checkpoint's files."""
-        ...
-
-
-class LocalStorage:
-    """A directory on this machine or a shared file system."""
-
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
-
-    def persist(self, local_dir: str, name: str) -> str:
-        """Copy to a temporary name, then rename: nobody ever sees half a checkpoint."""
-        final = self.root / name
-        part, aside = (self.root / f".{name}.{secrets.token_hex(4)}.{end}" for end in ("part", "old"))
-        self.root.mkdir(parents=True, exist_ok=True)
-        try:
-            self._copy(local_dir, part)
-            if not _is_same(Path(local_dir), final):
-                with contextlib.suppress(FileNotFoundError):
-                    final.rename(aside)  # From a life of the run that went another way.
-                part.rename(final)
-        finally:
-            for path in (part, aside):
-                shutil.rmtree(path, ignore_errors=True)
-        return str(final)
-
-    def _copy(self, local_dir: str, part: Path) -> None:
-        shutil.copytree(local_dir, part)
-
-    @contextlib.contextmanager
-    def fetch(self, path: str) -> Iterator[str]:
-        """The directory itself."""
-        yield path
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    try:
-        return (one / "het.json").read_bytes() == (other / "het.json").read_bytes()
-    except OSError:
-        return False
+FORMAT = 2
+READABLE = (1, 2)
 
 
 def random_states() -> dict[str, Any]:
@@ -101,13 +56,37 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def write(directory: str, meta: dict[str, Any], state: dict[str, Any], workers: dict[int, dict[str, Any]]) -> None:
-    """Write a checkpoint's files into a local directory."""
-    path = Path(directory)
-    torch.save(state, path / "state.pt")
-    for slot, own in workers.items():
-        torch.save(own, path / f"worker_{slot}.pt")
-    (path / "het.json").write_text(json.dumps({"format": FORMAT, **meta}, indent=1))
+def write_shared(directory: str | Path, snapshot: dict[str, Any]) -> Iterator[str]:
+    """Write what all workers have in common; yields the name of each file when it is there."""
+    rest = {name: value for name, value in snapshot.items() if name not in ("model", "extras")}
+    yield from parts.save(directory, "model", snapshot["model"])
+    yield from parts.save(directory, "training", rest)
+    for name, value in snapshot.get("extras", {}).items():
+        yield from parts.save(directory, f"extra_{name}", value)
+
+
+def write_own(directory: str | Path, slot: int, own: dict[str, Any]) -> list[str]:
+    """Write what is one worker's own; returns the names of the files."""
+    return parts.save(directory, f"worker_{slot}", own)
+
+
+def write_meta(directory: str | Path, meta: dict[str, Any], workers: list[int]) -> None:
+    """Write ``het.json``: the checkpoint is complete, with the own files of these workers."""
+    text = json.dumps({"format": FORMAT, **meta, "workers": sorted(workers)}, indent=1)
+    (Path(directory) / META).write_text(text)
+
+
+def wanted(slot: int, num_slots: int) -> Any:
+    """Which files a worker needs of a checkpoint: not those that other workers' own parts are in."""
+
+    def is_wanted(name: str) -> bool:
+        stem = name.partition(".")[0]
+        if not stem.startswith("worker_"):
+            return True
+        theirs = int(stem.removeprefix("worker_"))
+        return theirs == slot or theirs >= num_slots and theirs % num_slots == slot
+
+    return is_wanted
 
 
 def read_meta(directory: str) -> dict[str, Any]:
@@ -117,15 +96,15 @@ def read_meta(directory: str) -> dict[str, Any]:
         CheckpointError: it is missing, torn, or of an unknown format.
     """
     try:
-        meta = json.loads((Path(directory) / "het.json").read_text())
+        meta = json.loads((Path(directory) / META).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {directory}: het.json can't be read ({error}). It was not written by raytrain_het, or is "
             "damaged: remove it, or start anew with another name: RunConfig(name=...), or --name."
         ) from error
-    if meta.get("format") != FORMAT:
+    if meta.get("format") not in READABLE:
         raise CheckpointError(
-            f"checkpoint {directory}: format {meta.get('format')!r} is not supported, allowed is {FORMAT}. "
+            f"checkpoint {directory}: format {meta.get('format')!r} is not supported, allowed are {READABLE}. "
             "Install the version of raytrain-het that wrote it."
         )
     return meta
@@ -160,9 +139,11 @@ def check_same_data(meta: dict[str, Any], data: dict[str, Any], path: str) -> No
     Raises:
         CheckpointError: the order is another one, so that samples would be repeated and others left out.
     """
-    theirs = meta.get("data", data)
+    theirs = {"sampler": "", **meta.get("data", data)}  # Older ones have no sampler.
     for field, fix in _ORDER.items():
-        if "" not in (theirs[field], data[field]) and theirs[field] != data[field]:  # "": it has no fingerprint.
+        if field == "dataset_fingerprint" and "" in (theirs[field], data[field]):
+            continue  # It has none.
+        if theirs[field] != data[field]:
             raise CheckpointError(
                 f"checkpoint {path} is from a run with {field}={theirs[field]!r}, here it is {data[field]!r}: going on "
                 "in the middle of another order of samples would repeat some and leave out others. "
@@ -173,24 +154,42 @@ def check_same_data(meta: dict[str, Any], data: dict[str, Any], path: str) -> No
 _ORDER = {
     "dataset_size": "Give the same dataset of {} samples",
     "dataset_fingerprint": "Give the dataset whose fingerprint is {!r}",
+    "sampler": "Give the DataLoader the sampler that gave {!r}",
     "shuffle": "Write DataLoader(dataset, shuffle={})",
     "seed": "Write HetConfig(seed={})",
 }
 
 
 def read_state(directory: str) -> dict[str, Any]:
-    """``state.pt``, on the CPU."""
-    return torch.load(Path(directory) / "state.pt", map_location="cpu", weights_only=False)
+    """What all workers have in common, on the CPU: what :meth:`Replica.load` takes, and ``extras``.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    meta = read_meta(directory)
+    if meta["format"] == 1:
+        return parts.read(Path(directory) / "state.pt", weights_only=False) | {"extras": {}}
+    extras = {name: parts.load(directory, f"extra_{name}") for name in meta["extras"]}
+    return {"model": parts.load(directory, "model"), **parts.load(directory, "training"), "extras": extras}
 
 
 def read_worker(directory: str, slot: int) -> dict[str, Any] | None:
-    """``worker_<slot>.pt``; None if that worker was lost, or the fleet was smaller, when it was written."""
-    path = Path(directory) / f"worker_{slot}.pt"
-    return torch.load(path, map_location="cpu", weights_only=False) if path.exists() else None
+    """What is one worker's own; None if that worker was lost, or the fleet was smaller, when it was written."""
+    meta, stem = read_meta(directory), f"worker_{slot}"
+    if meta["format"] == 1:
+        path = Path(directory) / f"{stem}.pt"
+        own = parts.read(path, weights_only=False) if path.exists() else None
+        return own and {**own, "extras": {"random": own["random"]}}
+    return parts.load(directory, stem) if slot in meta["workers"] else None
 
 
 def read_left_over(directory: str, slot: int, num_slots: int) -> list[dict[str, Any]]:
     """The files of workers that a fleet of ``num_slots`` has no slot for: each is given to one of its workers."""
-    slots = (int(path.stem.removeprefix("worker_")) for path in Path(directory).glob("worker_*.pt"))
+    meta = read_meta(directory)
+    slots = (
+        meta["workers"]
+        if meta["format"] > 1
+        else [int(p.stem.removeprefix("worker_")) for p in Path(directory).glob("worker_*.pt")]
+    )
     found = (read_worker(directory, s) for s in sorted(slots) if s >= num_slots and s % num_slots == slot)
     return [own for own in found if own is not None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +26,18 @@ from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
 from raytrain_het.training.gradients import Gradients
+from raytrain_het.training.hand_edits import HandEdits
 from raytrain_het.training.healing import Healing
+from raytrain_het.training.losses import LossCheck
 from raytrain_het.training.memory import FIRST, MemoryLimit
+from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
+from raytrain_het.training.rehearsal import Rehearsal
 from raytrain_het.training.replica import Replica
+from raytrain_het.training.replica_check import Look, ReplicaCheck
+from raytrain_het.training.structure import Structure
 from raytrain_het.training.timings import CpuSplit, Timings
+from raytrain_het.training.unsupported import refuse
 
 logger = logging.getLogger("raytrain_het")
 
@@ -50,6 +57,10 @@ class Opened:
     loss_scale: float = 1.0
     """What this worker's loss is multiplied by."""
     weights: list[float] = field(default_factory=list)
+    rehearses: bool = False
+    """Whether the first pass is of the whole batch, to compare with."""
+    contributed: bool = False
+    """Whether this worker's passes are part of the sums."""
     sums: Sums | None = None
     settled: bool = False
     """Whether the backward pass is over and it is known what became of the step."""
@@ -83,7 +94,8 @@ class Engine:
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, plan: DataPlan,
         config: HetConfig, healing: Healing, micro_batch_size: int | None, memory: MemoryLimit,
-        rates: Rates | None = None,
+        structure: Structure, randomness: Randomness, loss: LossCheck, check: ReplicaCheck,
+        rehearsal: Rehearsal | None = None, rates: Rates | None = None,
     ) -> None:  # fmt: skip
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
@@ -95,18 +107,43 @@ class Engine:
         self.on_commit: list[Callable[[Opened, Sums], None]] = []
         self.on_confirm: list[Callable[[int], None]] = []
         self._micro_batch_size, self._memory, self._rates = micro_batch_size, memory, rates
+        self._structure, self._randomness, self._loss = structure, randomness, loss
+        self._check, self._rehearsal = check, rehearsal
+        self._edits = HandEdits([p for _, p in replica.named_parameters()])
+        self._looked: Look | None = None
+        self._pass_weight = 0.0
+        gradients.inspect = self._inspect
         self._light: dict[str, Any] | None = None
         self._redo = False
         self._confirm: ConfirmJob | None = None
         self._skipped_in_a_row = 0
         self._record: Record | None = None
-        self._error: BaseException | None = None
         agent.batch = self._open_batch
 
     @property
     def cursor(self) -> Cursor:
         """Position after the last committed step."""
         return Cursor.from_dict(self.agent.cursor)
+
+    @property
+    def open_body(self) -> Opened | None:
+        """The step whose body runs, until it is committed: it may be done again."""
+        return self.opened if self.opened is not None and not self.opened.closed else None
+
+    def doing(self, waits: bool) -> str:
+        """Where the training thread is, in words."""
+        opened, step = self.opened, self.agent.cursor["step"]
+        if opened is None:
+            return "waiting for the others before its first step" if waits else "before its first step"
+        if opened.closed:
+            return f"after step {step}, " + ("waiting for the others" if waits else "in the function's own code")
+        if opened.settled:
+            return f"in step {opened.job.step}, after backward()"
+        if opened.submitted:
+            return f"in step {opened.job.step}, waiting for the others' gradients"
+        num = len(opened.micro)
+        part = f", pass {max(1, len(opened.weights))} of {num}" if num > 1 else ""
+        return f"computing step {opened.job.step}{part}"
 
     # ---------------------------------------------------------------- opening
 
@@ -129,12 +166,16 @@ class Engine:
                     if before is not None:
                         before.left_at = asked
                         before.cpu.pauses()
+                    self._randomness.steps_end()
                     return None
                 continue
             points.reach("slice", self.cursor.step + 1)
             if self.agent.is_current(record.number):
                 break
         cursor = self.cursor
+        self._structure.check()
+        if self._redo and not self._edits.take_back():
+            raise refuse("weights changed in a failed step", f"it was step {cursor.step + 1}")
         light = self._light if self._redo else None
         if light is not None:
             self.replica.restore_light(light)
@@ -144,11 +185,17 @@ class Engine:
             self._rates.set(self.replica.optimizer, cursor)
         self._light = light or self.replica.light()
         self._redo = False
-        self.healing.offer(record, cursor, self._light, self._parameters_digest)
+        self.healing.offer(record, cursor, self._light, self._parameters_digest, self._randomness.state())
+        self._randomness.step_begins(cursor.step)
         self._memory.step_begins()
         opened = self._slice(record, cursor)
         # An epoch's last batch may be a small one: speeds are told of full ones.
-        if before is not None and before.record is record and len(before.batch) == self.plan.full_batch:
+        if (
+            before is not None
+            and before.record is record
+            and len(before.batch) == self.plan.full_batch
+            and not before.rehearses
+        ):
             cycle_s, waited_s = opened.started - before.started - before.away_s, before.job.waited_s
             waited_s -= before.cpu.own_part_s(waited_s, cycle_s)
             self.timings.step_done(sum(map(len, before.micro)), waited_s, cycle_s, stand_in=not before.own)
@@ -172,13 +219,21 @@ class Engine:
         batch = self.plan.batch_at(cursor)
         own = slice_of(batch, record.shares, rank)
         # A share of 0 still runs the loop's body, so that user code behaves alike; the gradient is dropped.
-        micro = self._passes(own) if len(own) else [self._stand_in(batch)]
+        micro = self._passes(own) if len(own) else [self._stand_in(batch, cursor.epoch)]
         step = cursor.step + 1
         job = StepJob(
-            record.number, step, contributes=len(own) > 0, digest=self._digest_if_due(step), num_samples=len(batch),
-            epoch=cursor.epoch,
+            record.number, step, contributes=len(own) > 0, num_samples=len(batch), epoch=cursor.epoch,
+            resync_due=resync_due(self.config.replica_check_steps, record, step),
         )  # fmt: skip
-        opened = Opened(record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale)
+        assert self._light is not None
+        self._looked = self._check.look(step, self._light, self._numbers_besides(cursor))
+        rehearses = self._rehearsal is not None and self._rehearsal.is_due(record, rank, cursor.step)
+        if rehearses:
+            micro = [batch, *micro]
+        opened = Opened(
+            record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale, rehearses=rehearses,
+        )  # fmt: skip
+        self._edits.step_begins(len(micro))
         self.gradients.begin(
             job,
             wires=self.comm.wires(record, cursor.epoch),
@@ -187,10 +242,11 @@ class Engine:
         )
         return opened
 
-    def _stand_in(self, batch: range) -> range:
+    def _stand_in(self, batch: range, epoch: int) -> range:
         """Two samples, since a batch norm of one raises."""
-        start = max(0, min(batch.start, self.plan.dataset_size - 2))
-        return range(start, min(start + 2, self.plan.dataset_size))
+        size = self.plan.epoch_size(epoch)
+        start = max(0, min(batch.start, size - 2))
+        return range(start, min(start + 2, size))
 
     def _passes(self, samples: range) -> list[range]:
         """Cut what one forward pass can't hold, by what the user allows, and by what fits into memory."""
@@ -206,9 +262,12 @@ class Engine:
             self._memory.passed(max(map(len, opened.micro[:done])))
             opened.micro[done:] = self._passes(range(opened.micro[done].start, opened.own.stop))
 
-    def _digest_if_due(self, step: int) -> int:
-        every = self.config.replica_check_steps
-        return self.replica.digest() if every and step % every == 0 else 0
+    def _numbers_besides(self, cursor: Cursor) -> dict[str, Any]:
+        """What else must be the same on all members in this step."""
+        return {
+            "the position in the data (epoch, offset, step)": str(list(cursor.to_dict().values())),
+            "the order of the epoch's samples": self.plan.order_digest(cursor.epoch),
+        }
 
     def _parameters_digest(self) -> int:
         return self.replica.digest(optimizer=True)
@@ -226,6 +285,7 @@ class Engine:
             if not self.healing.take_over(record):
                 continue  # The generation was superseded while this worker was healing.
             self._record = record
+            self._check.restart()
             if record.reset or self.agent.uid in record.fresh:
                 self._redo = False  # What a step to be done again would go back to is no longer its beginning.
             if record.reset:
@@ -248,22 +308,55 @@ class Engine:
             # The loop's body runs once for each micro-batch: what it does to schedules counts once.
             assert self._light is not None
             self.replica.restore_light(self._light, buffers=False)
-        opened.weights.append(self._scaled(opened, index, weight) if opened.job.contributes else 0.0)
+            self._edits.take_back()
+        rehearsal = opened.rehearses and index == 0
+        counts = opened.job.contributes and not rehearsal
+        opened.weights.append(self._scaled(opened, index, weight) if counts else 0.0)
         opened.inputs = inputs
+        if rehearsal:
+            self._pass_weight = weight
+            self.gradients.rehearse()
+            return
         last = index == len(opened.micro) - 1
         if last:
             opened.job.weight = float(sum(opened.weights))
-            opened.job.contributes = opened.job.weight > 0
+            opened.contributed = opened.job.contributes = opened.job.weight > 0
+        of_gradient = opened.weights[-1]
+        if self._loss.is_sum and opened.job.contributes:
+            of_gradient = self._lr_scale(opened)
+        self._pass_weight = weight
         # What travels is not scaled: it is in fp32, and other workers may have another scale, or none.
-        self.gradients.arm(opened.weights[-1] / opened.loss_scale, last=last)
+        self.gradients.arm(of_gradient / opened.loss_scale, of_buffers=opened.weights[-1], last=last)
 
     def _scaled(self, opened: Opened, index: int, weight: float) -> float:
-        """``w_i = b_i r_i``, or this micro-batch's part of it; of ``r_i`` where sums are literal."""
-        record = opened.record
-        rank = record.rank_of(self.agent.uid)
+        """``w_i = b_i r_i``, or this micro-batch's part of it; of ``r_i`` where sums are literal.
+
+        Of a loss that is a sum over samples, gradients are added up as they are, times ``r_i``; the weights' sum, by
+        which they are divided, is ``sum_i b_i r_i / B``.
+        """
+        samples = len(opened.micro[index])
+        part = weight if opened.record.normalised else samples / len(opened.own)
+        if self._loss.is_sum and opened.record.normalised:
+            part = samples / len(opened.batch)
+        return part * self._lr_scale(opened)
+
+    def _lr_scale(self, opened: Opened) -> float:
+        rank = opened.record.rank_of(self.agent.uid)
         assert rank is not None
-        part = weight if record.normalised else len(opened.micro[index]) / len(opened.own)
-        return part * record.lr_scales[rank]
+        return opened.record.lr_scales[rank]
+
+    def _inspect(self, roots: Sequence[Any]) -> Exception | None:
+        """Is the loss what the program says? With one pass a step by one worker it does not matter."""
+        opened = self._current()
+        alone = len(opened.record.members) == 1 and len(opened.micro) == 1
+        if alone:
+            return None
+        before = self._loss.ratios
+        error = self._loss.look(roots, self._pass_weight, opened.loss_scale)
+        if error is None and self._loss.ratios != before:
+            name = f"over how many numbers for each sample the loss is a mean ({len(self._loss.ratios)} terms)"
+            self.agent.tell("claim", step=opened.cursor.step, name=name, value=list(self._loss.ratios))
+        return error
 
     def body_done(self) -> None:
         """The user's loop body has come to its end and asks for the next batch."""
@@ -279,16 +372,25 @@ class Engine:
         self._cut_rest_anew(opened)
 
     @property
+    def in_body(self) -> bool:
+        """Whether a step is open, and its optimizer has not taken it yet."""
+        return self.opened is not None and not self.opened.closed
+
+    @property
     def stale(self) -> bool:
         """Whether the open step is over already, so that its remaining micro-batches need not run."""
         return self.opened is not None and self.opened.job.over and self.opened.job.outcome == "aborted"
 
     def _ready(self, opened: Opened, count: int) -> None:
+        if not opened.job.ready and self._looked is not None:
+            # Not before: a GPU may have been at it.
+            opened.job.digest, opened.job.numbers = self._looked.digest(), self._looked.numbers
         if count == len(self.gradients.layout.buckets):
             opened.submitted = time.monotonic()
         self.comm.bucket_ready(opened.job, count)
 
     def _backward_done(self, opened: Opened, last: bool) -> None:
+        """Comes out of the user's ``backward()``, and so does what is raised here."""
         if not last:
             return
         if not opened.submitted:
@@ -298,23 +400,32 @@ class Engine:
         self._await_sums(opened)
         opened.cpu.waiting_ends()
         opened.settled = True
-        self.gradients.show(opened.sums, scale=opened.loss_scale)
+        sums = opened.sums
+        if sums is not None and sums.replicas_differ and self._looked is not None:
+            look = self._looked
+            self.agent.tell(
+                "audit", step=opened.cursor.step, part=look.part, generation=opened.job.generation,
+                audit=self._check.audit(look),
+            )  # fmt: skip
+        if sums is not None:
+            self.gradients.buffers.settle(self.gradients.outs, sums.applies, own=opened.contributed)
+        if opened.rehearses and sums is not None and sums.applies and self._rehearsal is not None:
+            means = self.gradients.means(scale=opened.loss_scale)
+            event = self._rehearsal.compare(opened.cursor.step, means, self.gradients.reference, opened.record)
+            self.agent.tell("event", event=event)
+        self.gradients.publish(sums, scale=opened.loss_scale)
         now = time.monotonic()
         self.counters.compute_s += opened.submitted - opened.started
         self.counters.wait_s += now - opened.submitted
 
     def _await_sums(self, opened: Opened) -> None:
         """Wait until the step has its sums (perhaps from a peer that had them), or is to be done again."""
-        try:
-            self.agent.wait_for(lambda: opened.job.over)
-            if opened.job.error is not None:
-                raise opened.job.error
-            opened.sums = opened.job.sums if opened.job.outcome == "done" else None
-            if opened.sums is None:
-                self._resolve(opened)
-        except BaseException as error:
-            # Raised in the loop, not through autograd's engine, which is no place for control flow.
-            self._error = error
+        self.agent.wait_for(lambda: opened.job.over)
+        if opened.job.error is not None:
+            raise opened.job.error
+        opened.sums = opened.job.sums if opened.job.outcome == "done" else None
+        if opened.sums is None:
+            self._resolve(opened)
 
     def _resolve(self, opened: Opened) -> None:
         """The generation is void: see from the next one what became of the step."""
@@ -331,15 +442,13 @@ class Engine:
             opened.sums, outs = comm.replayed
             opened.job = StepJob(record.number, opened.job.step, outcome="done")
             if had is None:
-                self.gradients.take(outs)
-                self.gradients.show(opened.sums, scale=opened.loss_scale)
+                self.gradients.adopt(outs)
             # Else they are the same to the bit, and what the user did to them since (clipping) stays.
 
     # ---------------------------------------------------------------- closing
 
     def close(self, update: Callable[[], Any]) -> Any:
         """The user's ``optimizer.step()``: update and commit, or nothing if the step is not whole or is done again."""
-        self._raise_pending()
         opened = self.opened
         if opened is None or opened.closed:
             raise LoopOrderError(
@@ -348,7 +457,11 @@ class Engine:
             )
         if not opened.settled:
             if not self.gradients.backward_ran:
-                raise LoopOrderError("optimizer.step() was called before backward(): swap the two lines.")
+                raise LoopOrderError(
+                    "optimizer.step() was called before backward() has computed a gradient of the prepared model "
+                    "for this batch: swap the two lines. Gradients that torch.autograd.grad() returns, or that are "
+                    "set by hand, are not averaged over workers: use loss.backward()."
+                )
             return None  # A micro-batch that is not the last.
         result = None
         while opened.sums is not None and not opened.closed:
@@ -373,7 +486,6 @@ class Engine:
             self.comm.codec_states.commit(opened.job.step, sums.total_weight, sums.used)
         else:
             self.healing.log(opened.job.step, lambda: None)
-        self.gradients.settle_buffers(sums.applies)
         points.reach("updated", opened.job.step)
         after, _ = advance(self.plan, opened.cursor.to_dict())
         self.agent.advance(after, healed=True)
@@ -393,7 +505,7 @@ class Engine:
         if sums.want > number:
             self.agent.answer_want(sums.want)
         elif opened.record.number == number:
-            if sums.replicas_differ:
+            if opened.job.resync_due and sums.replicas_differ:
                 self._resync(number, step)
             if self.cursor.epoch != opened.cursor.epoch:
                 self._confirm = ConfirmJob(number, step)
@@ -411,6 +523,8 @@ class Engine:
             job.data = torch.zeros(self.replica.parameter_bytes(), dtype=torch.uint8)
         self.comm.submit(job)
         self.agent.wait_for(lambda: job.over)
+        if job.outcome == "done":
+            self._check.replicas_are_the_same()
         if job.outcome == "done" and first != self.agent.uid:
             drift = self.replica.unpack_parameters(job.data)
             self.agent.tell("event", event={"kind": "drift", "step": step, "largest_difference": drift})
@@ -439,10 +553,11 @@ class Engine:
 
     def _settle_last(self) -> None:
         """The loop has asked for another batch: was the last one dealt with?"""
-        self._raise_pending()
         opened = self.opened
         if opened is None or opened.closed:
             return
+        if self.gradients.backward_failed:
+            raise refuse("skipped batch", f"at step {opened.job.step}")
         if opened.job.over and opened.job.outcome == "aborted" and not opened.settled:
             opened.closed = self._redo = True  # Given up in the middle of its micro-batches.
         elif opened.settled and opened.sums is not None and not opened.sums.applies:
@@ -453,13 +568,16 @@ class Engine:
             raise LoopOrderError(
                 f"the loop asked for the next batch at step {opened.job.step} without optimizer.step(): every batch "
                 "needs one backward() and one step(). To accumulate gradients, give prepare_data_loader a "
-                "micro_batch_size."
+                "micro_batch_size; to skip an update, set p.grad = None for all parameters and call step()."
             )
 
-    def _raise_pending(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+    def abandon(self) -> None:
+        """The function has returned: a step that it has opened and not committed is not this worker's any more."""
+        opened = self.opened
+        if opened is not None and opened.settled and opened.sums is not None and not opened.sums.applies:
+            self._settle_last()
+        elif opened is not None:
+            opened.closed = True
 
     def _current(self) -> Opened:
         assert self.opened is not None
@@ -496,11 +614,16 @@ class Engine:
         indices = opened.micro[-1]
         order = self.plan.permutation(opened.cursor.epoch)
         for t in tensors:
-            if isinstance(t, torch.Tensor) and t.is_floating_point() and len(t) == len(indices):
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and t.shape[:1] == (len(indices),):
                 bad = (~torch.isfinite(t.reshape(len(t), -1))).any(dim=1).nonzero().flatten().tolist()
                 if bad:
                     return f" (the data is not finite: samples {[int(order[indices[k]]) for k in bad[:5]]})"
         return ""
+
+
+def resync_due(every: int, record: Record, step: int) -> bool:
+    """Whether unlike members' parameters are sent anew after this step."""
+    return every > 0 and step % every == 0 and record.is_unlike
 
 
 def advance(plan: DataPlan, cursor: dict[str, int]) -> tuple[dict[str, int], bool]:

@@ -2,11 +2,16 @@
 
 Symbols: ``b_j`` the weight of micro-batch ``j`` (its samples, or the user's measure), ``g_j`` its mean gradient. What a
 member sends is ``w g = sum_j b_j g_j``: exact sums, so that cutting a share into micro-batches changes nothing.
+
+A parameter's gradient belongs to three in turn. Autograd makes it; the hook adds it to a bucket and drops it; after the
+step's last pass ``p.grad`` is the mean, or is added to what the user had left there, as autograd would add it. The
+mean is the user's: nobody writes there any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +22,9 @@ from raytrain_het.collectives.layout import Layout, is_finite
 from raytrain_het.collectives.messages import Wire
 from raytrain_het.collectives.sums import Sums
 from raytrain_het.errors import ConfigError, LoopOrderError
+from raytrain_het.training.backward_watch import BackwardWatch
+from raytrain_het.training.buffers import BufferSync
+from raytrain_het.training.unsupported import refuse
 
 
 class Gradients:
@@ -29,68 +37,82 @@ class Gradients:
         model: the user's model; it is not wrapped, only its parameters get hooks.
         bucket_bytes: target size of a bucket.
         small_apart: see :class:`~raytrain_het.collectives.layout.Layout`.
+        zeroed: the parameters whose gradients the loop has to zero: the optimizer's. None is all of them.
 
     Raises:
         ConfigError: no parameter is trained, or one is of a kind that cannot travel.
     """
 
-    def __init__(self, model: nn.Module, bucket_bytes: int, *, small_apart: bool = False) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if not named:
-            total = sum(1 for _ in model.parameters())
-            raise ConfigError(
-                f"the model has no trainable parameters ({total} parameters, requires_grad=False on all). "
-                "Set p.requires_grad_(True) on those to train before prepare_model()."
-            )
-        for name, p in named:
-            if p.is_complex() or not p.is_floating_point():
-                raise ConfigError(
-                    f"parameter {name!r} has dtype {p.dtype}: only real floating point can be trained here."
-                )
+    def __init__(
+        self, model: nn.Module, bucket_bytes: int, *, small_apart: bool = False,
+        zeroed: Sequence[torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        named = trained(model)
         self.model = model
-        buffers = [(n, b) for n, b in model.named_buffers() if not b.is_complex()]
-        self._buffers = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n, _ in buffers]
-        """Where they are, since a module may put a new tensor there at any time."""
-        self._before: list[torch.Tensor] = []
-        """The buffers when the step was opened."""
-        self.layout = Layout(named, buffers, bucket_bytes, small_apart=small_apart)
+        self.buffers = BufferSync(model)
+        self.layout = Layout(named, self.buffers.travelling(), bucket_bytes, small_apart=small_apart)
+        self.buffers.bind(self.layout)
         by_name = dict(named)
         self.locals: list[torch.Tensor] = []
         self.outs: list[torch.Tensor] = []
+        """Where a step's means go, by bucket (n,). The user gets them as gradients, so each step has new ones."""
         self._params: list[nn.Parameter] = []
         self._slots: list[tuple[int, int]] = []
-        self._out_views: list[torch.Tensor] = []
         self._gradient_buckets = [b for b in self.layout.buckets if not b.is_state]
         for bucket in self.layout.buckets:
             device = by_name[bucket.segments[0].name].device if not bucket.is_state else torch.device("cpu")
             # Not zeroed: a bucket that is gathered in its message leaves these pages untouched.
             self.locals.append(torch.empty(bucket.numel, dtype=bucket.dtype, device=device))
-            self.outs.append(torch.zeros(bucket.numel, dtype=bucket.dtype, device=device))
             if bucket.is_state:
                 continue
             for place, segment in enumerate(bucket.segments):
-                p = by_name[segment.name]
                 self._slots.append((bucket.index, place))
-                self._params.append(p)
-                self._out_views.append(self.outs[-1][segment.offset : segment.stop].view(segment.shape))
-                p.register_post_accumulate_grad_hook(self._hook(len(self._params) - 1))
+                self._params.append(by_name[segment.name])
+        must_be_zero = {id(p) for p in (self._params if zeroed is None else zeroed)}
+        self._zeroed = [id(p) in must_be_zero for p in self._params]
         self._parts: list[list[Wire]] = []
         """By bucket: the places in which it is gathered."""
         self._targets: list[list[Wire]] = []
         """By parameter: the same, cut to the parameter; one place of its shape, or several flat ones."""
         self._wires: list[list[Wire] | None] | None = None
         self._aim(None)
-        self._shown: list[torch.Tensor | None] = [None] * len(self._params)
+        self._left: list[torch.Tensor | None] = [None] * len(self._params)
+        """What ``p.grad`` was before the pass: the mean is added to it."""
+        self._fillers: list[torch.Tensor | None] = [None] * len(self._params)
+        """The zeros that stand in ``p.grad`` between the passes of a step."""
         self._touched = [False] * len(self._params)
         self._fired: set[int] = set()
         self._missing: list[int] = []
         self._ready = 0
-        self._armed = False
-        self._weight = 0.0
+        self._armed = self._in_backward = self._nested = self._creates_graph = False
+        self.reference: dict[str, torch.Tensor] = {}
+        """By parameter: the gradient of the whole batch, after a rehearsal."""
+        self._rehearses = self._ended = False
+        """Whether the armed micro-batch's backward pass is over."""
+        self._complaint: Exception | None = None
+        self._overlaps: bool | None = None
+        """Whether buckets may be sent before the pass is over: not in the first one, and never once a parameter has had
+        its gradient in parts."""
+        self._again = False
+        self._num_passes = self._num_counted = 0
+        self._weight = self._weight_of_buffers = 0.0
         self._last = False
         self._job = StepJob(0, 0, outcome="aborted")
         self._on_ready: Callable[[int], None] = lambda count: None
         self._on_backward_done: Callable[[bool], None] = lambda last: None
+        self.inspect: Callable[[Sequence[Any]], Exception | None] = lambda roots: None
+        """Looks at the roots of each pass, before it; what it returns is raised if the pass is one of the step's."""
+        self.watch = BackwardWatch(begins=self._begins, nested=self._begins_inside, ends=self._ends)
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._hook(index)) for index, p in enumerate(self._params)
+        ]
+        self.watch.install()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self.watch.remove()
+        for handle in self._handles:
+            handle.remove()
 
     # ---------------------------------------------------------------- a step
 
@@ -109,15 +131,10 @@ class Gradients:
         self._touched = [False] * len(self._params)
         gathered = zip(self.locals, self._parts, strict=True)
         job.locals = [local if parts[0][2] is local else None for local, parts in gathered]
-        job.outs = self.outs
         job.finite = [True] * len(self.layout.buckets)
         job.used = [0] * len(self.layout.buckets)
-        self._ready = 0
-        self._before = [b.detach().clone() for b in self._live_buffers()]
-
-    def _live_buffers(self) -> list[torch.Tensor]:
-        buffers = (getattr(module, name) for module, name in self._buffers)
-        return [b for b in buffers if b is not None]
+        self._ready = self._num_passes = self._num_counted = 0
+        self.buffers.begin()
 
     def _aim(self, wires: list[list[Wire] | None] | None) -> None:
         self._wires = wires
@@ -136,10 +153,26 @@ class Gradients:
                 target = [(0, segment.numel, target[0][2].view(segment.shape))]
             self._targets.append(target)
 
-    def arm(self, weight: float, *, last: bool) -> None:
-        """The next backward pass is that of a micro-batch of this weight."""
-        self._weight, self._last, self._armed = weight, last, True
+    def rehearse(self) -> None:
+        """The next backward pass is of the whole batch: its gradients are kept as :attr:`reference`, and count for
+        nothing."""
+        self.arm(0.0, of_buffers=0.0, last=False)
+        self._rehearses, self.reference = True, {}
+
+    def arm(self, weight: float, *, of_buffers: float, last: bool) -> None:
+        """The next backward pass is that of a micro-batch of this weight.
+
+        Args:
+            weight: by which its gradients are multiplied.
+            of_buffers: by which changes of buffers are.
+            last: whether it is the step's last.
+        """
+        self._weight, self._weight_of_buffers, self._last, self._armed = weight, of_buffers, last, True
         self._fired = set()
+        self._nested = self._again = self._ended = False
+        self._rehearses = False
+        if self._num_passes:
+            self.buffers.rewind()
         if last:
             counts = [0] * len(self.layout.buckets)
             for bucket, _ in self._slots:
@@ -155,43 +188,94 @@ class Gradients:
         """Whether the armed micro-batch had its backward pass."""
         return bool(self._fired)
 
+    @property
+    def backward_failed(self) -> bool:
+        """Whether it has raised on the way."""
+        return self._in_backward and not self._ended
+
+    # ---------------------------------------------------------------- a backward pass
+
+    def _begins(self, roots: Sequence[Any], create_graph: bool) -> None:
+        """An outermost pass begins: what is in ``p.grad`` is the user's, and is put aside."""
+        self._in_backward, self._creates_graph, self._complaint = True, create_graph, None
+        if not self._armed or self._ended:
+            return
+        self._complaint = self.inspect(roots)
+        # The zeros of the pass before are not the user's.
+        pairs = zip(self._params, self._fillers, strict=True)
+        self._left = [None if p.grad is filler else p.grad for p, filler in pairs]
+        for p in self._params:
+            p.grad = None
+        if self._last and not self._job.over:
+            self.outs = [torch.empty_like(local) for local in self.locals]
+            self._job.outs = self.outs
+
+    def _begins_inside(self) -> None:
+        self._nested = True
+
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
         bucket, place = self._slots[index]
 
         def gathered(p: torch.Tensor) -> None:
-            if not self._armed:
-                raise LoopOrderError(
-                    "backward() was called outside of a step: take a batch from the prepared loader first "
-                    "(for x, y in loader: ...), one backward() and one optimizer.step() for each."
-                )
-            if not self._fired:
-                self._check_zeroed()
-                points.reach("backward", self._job.step)
-                torch.autograd.Variable._execution_engine.queue_callback(self._done)
+            if not self._fired or self._ended:
+                self._begin_gathering()
+            job = self._job
             if index in self._fired:
-                raise LoopOrderError(
-                    "backward() ran twice for one batch: add the losses up and call it once, or give "
-                    "prepare_data_loader a micro_batch_size to accumulate gradients."
-                )
-            self._fired.add(index)
-            if self._job.over:
+                self._comes_again(index)
+            else:
+                self._fired.add(index)
+                if self._last:
+                    self._missing[bucket] -= 1
+            grad, p.grad = p.grad, None
+            if job.over:
                 return
-            grad = p.grad
             assert grad is not None
+            if self._rehearses:
+                name = self._name(index)
+                self.reference[name] = self.reference[name] + grad if name in self.reference else grad
+                return
             if grad.is_sparse:
-                raise ConfigError(f"parameter {self._name(index)!r} has a sparse gradient: build it with sparse=False.")
-            if self._job.contributes and self._weight:
+                raise refuse("sparse gradient", f"that of {self._name(index)!r} is")
+            if job.contributes and self._weight:
                 self._gather(index, grad)
-                p.grad = None
             elif self._last and not self._touched[index]:
                 self._zero(index)
             if self._last:
-                self._job.used[bucket] |= (1 << place) if self._touched[index] else 0
-                self._missing[bucket] -= 1
-                if self._missing[bucket] == 0:
+                job.used[bucket] |= (1 << place) if self._touched[index] else 0
+                if self._overlaps and not self._nested:
                     self._pass_on()
 
         return gathered
+
+    def _begin_gathering(self) -> None:
+        """The first gradient of a pass is here: is it one that belongs to a step?"""
+        if not self._armed:
+            raise LoopOrderError(
+                "backward() was called outside of a step: take a batch from the prepared loader first "
+                "(for x, y in loader: ...), one backward() and one optimizer.step() for each."
+            )
+        if not self._in_backward:
+            raise refuse("backward from C++")
+        if self._ended:
+            raise refuse("second backward")
+        if self._creates_graph:
+            raise refuse("create_graph")
+        if self._complaint is not None:
+            raise self._complaint
+        for index, left in enumerate(self._left):
+            if left is not None and self._zeroed[index] and bool(left.any()):
+                raise LoopOrderError(
+                    "backward() ran without optimizer.zero_grad() since the last step, so it would add to the old "
+                    f"gradients, that of {self._name(index)!r} the first of them: call optimizer.zero_grad() before "
+                    "backward()."
+                )
+        points.reach("backward", self._job.step)
+
+    def _comes_again(self, index: int) -> None:
+        """The parameter's gradient comes in parts."""
+        if self._last and self._slots[index][0] < self._ready:
+            raise refuse("gradient in parts", f"that of {self._name(index)!r} has come again")
+        self._again = True
 
     def _gather(self, index: int, grad: torch.Tensor) -> None:
         target = self._targets[index]
@@ -221,95 +305,88 @@ class Gradients:
         if self._ready > before:
             self._on_ready(self._ready)
 
-    def _done(self) -> None:
-        """The backward pass is over: what had no gradient counts as zero; then the sums are waited for."""
-        if not self._job.over and self._last:
+    def _ends(self) -> None:
+        """The outermost pass is over: what had no gradient counts as zero; then the sums are waited for."""
+        self._in_backward = False
+        if not self._armed or self._ended:
+            return
+        if not self._fired:  # It was a pass through other models.
+            for p, left, filler in zip(self._params, self._left, self._fillers, strict=True):
+                p.grad = left if left is not None else filler
+            return
+        self._ended = True
+        if self._nested or self._again:
+            self._overlaps = False
+        elif self._overlaps is None:
+            self._overlaps = True
+        job = self._job
+        if not job.over and not self._rehearses:
+            self.buffers.gather(self.locals, self._weight_of_buffers, first=self._num_counted == 0)
+            self._num_counted += 1
+        self._num_passes += 1
+        if not self._last:
+            self.publish(None)  # Zeros, so that clipping or a loss scaler in the loop's body finds what it expects.
+        elif not job.over:
             for index, (bucket, place) in enumerate(self._slots):
                 if index in self._fired:
                     continue
                 if not self._touched[index]:
                     self._zero(index)
                 else:
-                    self._job.used[bucket] |= 1 << place
+                    job.used[bucket] |= 1 << place
                 self._missing[bucket] -= 1
             self._pass_on()
-            self._fill_buffers()
             self._on_ready(len(self.layout.buckets))
-        if not self._last:
-            self.show(None)  # Zeros, so that clipping or a loss scaler in the loop's body finds what it expects.
         self._on_backward_done(self._last)
-
-    def _fill_buffers(self) -> None:
-        """What travels is the change since the step was opened: exact for constants, whatever they are."""
-        weight, place = self._job.weight, 0
-        live = self._live_buffers()
-        for bucket in self.layout.buckets[len(self._gradient_buckets) :]:
-            for segment in bucket.segments:
-                target = self.locals[bucket.index][segment.offset : segment.stop].view(segment.shape)
-                new, old = live[place], self._before[place]
-                change = new.to(target.dtype) - old.to(target.dtype)
-                target.copy_(torch.where(new == old, 0, change)).mul_(weight)
-                place += 1
 
     # ---------------------------------------------------------------- its result
 
-    def show(self, sums: Sums | None, *, scale: float = 1.0) -> None:
-        """Point every ``p.grad`` at its mean, times the loss's scale, which a scaler will take off again; zeros where
-        the step came to nothing.
+    def publish(self, sums: Sums | None, *, scale: float = 1.0) -> None:
+        """Make every ``p.grad`` its mean, times the loss's scale, which a scaler will take off again; zeros where the
+        step came to nothing. It is added to what the user had left there.
 
-        None where nobody had a gradient.
+        None where nobody had a gradient. Where some worker's was not finite, all are NaN: a codec may send an overflow
+        as something finite, and every loss scaler has to see it.
         """
+        means = [
+            out.split([s.numel for s in b.segments]) for b, out in zip(self._gradient_buckets, self.outs, strict=False)
+        ]
         for index, (bucket, place) in enumerate(self._slots):
-            p = self._params[index]
-            self._shown[index] = None
-            if sums is None:
-                self._out_views[index].zero_()
-            elif not sums.used[bucket] >> place & 1:
-                p.grad = None
+            p, left = self._params[index], self._left[index]
+            self._left[index] = self._fillers[index] = None
+            if sums is not None and not sums.used[bucket] >> place & 1:
+                p.grad = left
                 continue
-            view = self._out_views[index] if scale == 1 else self._out_views[index] * scale
-            p.grad = self._shown[index] = view if view.dtype == p.dtype else view.to(p.dtype)
+            if sums is None:
+                if left is None:
+                    self._fillers[index] = left = torch.zeros_like(p, memory_format=torch.preserve_format)
+                p.grad = left
+                continue
+            mean = means[bucket][place].view(p.shape)
+            if not sums.finite:
+                mean.fill_(torch.nan)
+            elif scale != 1:
+                mean.mul_(scale)
+            if left is not None:
+                p.grad = left.add_(mean)
+            elif mean.dtype == p.dtype and mean.stride() == p.stride():
+                p.grad = mean
+            else:
+                p.grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(mean)
 
-    def take(self, outs: list[torch.Tensor]) -> None:
-        """Take over the sums of a step that came from a peer, by bucket."""
-        for mine, theirs in zip(self.outs, outs, strict=True):
-            mine.copy_(theirs)
+    def means(self, *, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        """By parameter: the mean of all workers' gradients in this step, times the loss's scale."""
+        gradients = [(b, out) for b, out in zip(self.layout.buckets, self.outs, strict=True) if not b.is_state]
+        return {s.name: out[s.offset : s.stop].view(s.shape) * scale for b, out in gradients for s in b.segments}
 
-    def settle_buffers(self, applies: bool) -> None:
-        """Running statistics: what they were, and the weighted mean of all members' changes if the step applies.
-
-        ``b + sum_i w_i (b_i - b) / sum_i w_i``; whole numbers are rounded.
-        """
-        if not self._buffers:
-            return
-        place, live = 0, self._live_buffers()
-        before, self._before = self._before or live, []
-        with torch.no_grad():
-            for bucket in self.layout.buckets[len(self._gradient_buckets) :]:
-                for segment in bucket.segments:
-                    buffer, old = live[place], before[place]
-                    change = self.outs[bucket.index][segment.offset : segment.stop].view(segment.shape).to(old.device)
-                    if not applies:
-                        buffer.copy_(old)
-                    elif old.is_floating_point():
-                        buffer.copy_(torch.where(change == 0, old, old.to(change.dtype) + change))
-                    elif old.dtype == torch.bool:
-                        buffer.copy_((old.to(change.dtype) + change).round())
-                    else:
-                        buffer.copy_(old + change.round().to(old.dtype))
-                    place += 1
-
-    def _check_zeroed(self) -> None:
-        """Refuse a backward pass that adds to the last step's gradients."""
-        if any(p.grad is shown for p, shown in zip(self._params, self._shown, strict=True) if shown is not None):
-            raise LoopOrderError(
-                "backward() ran without optimizer.zero_grad() since the last step, so it would add to the old "
-                "gradients: call optimizer.zero_grad() before backward()."
-            )
+    def adopt(self, outs: list[torch.Tensor]) -> None:
+        """The sums of a step came from a peer, by bucket: these are its means."""
+        self.outs = [out.to(local.device) for out, local in zip(outs, self.locals, strict=True)]
 
     def clear(self) -> None:
         """Forget all gradients, and the step that was open."""
-        self._before = []
+        self.buffers.forget()
+        self._left, self._fillers = [None] * len(self._params), [None] * len(self._params)
         for p in self._params:
             p.grad = None
 
@@ -323,3 +400,36 @@ class Gradients:
     def _name(self, index: int) -> str:
         bucket, place = self._slots[index]
         return self.layout.buckets[bucket].segments[place].name
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of all that are trained.
+
+    Raises:
+        ConfigError: there is none, or one is of a kind that cannot travel.
+        LoopOrderError: one is of a kind that is not supported.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            if module.sparse:
+                raise refuse("sparse gradient", f"{path!r} has sparse=True")
+            if module.max_norm is not None:
+                raise refuse("embedding with max_norm", f"{path!r} has max_norm={module.max_norm:g}")
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise refuse("lazy parameter", f"{name!r} has no shape yet")
+        if type(p.data) is not torch.Tensor:
+            raise refuse("parameter of another class", f"{name!r} is a {type(p.data).__name__}")
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        total = sum(1 for _ in model.parameters())
+        raise ConfigError(
+            f"the model has no trainable parameters ({total} parameters, requires_grad=False on all). "
+            "Set p.requires_grad_(True) on those to train before prepare_model()."
+        )
+    for name, p in named:
+        if p.is_complex() or not p.is_floating_point():
+            raise refuse("complex parameter", f"{name!r} has {p.dtype}")
+        if p.layout is not torch.strided:
+            raise refuse("sparse parameter", f"{name!r} has {p.layout}")
+    return named

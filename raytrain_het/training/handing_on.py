@@ -9,6 +9,7 @@ from typing import Any
 
 from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.compression import RESIDUAL, State
+from raytrain_het.errors import CheckpointError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.training.state_server import StateServer, ask
 
@@ -38,9 +39,13 @@ class HandingOn:
         self._server.offer(_LEFT_OUT, lambda _: left_out)
         until = time.monotonic() + WAIT_S
         mine = {"host": member.host, "port": member.state_port, "slot": member.slot}
-        taken = ask(
-            heir["host"], heir["port"], self._token(), _INHERIT, give_up=lambda: time.monotonic() > until, leaver=mine
-        )
+        try:
+            taken = ask(
+                heir["host"], heir["port"], self._token(), _INHERIT, give_up=lambda: time.monotonic() > until,
+                leaver=mine,
+            )  # fmt: skip
+        except CheckpointError:  # The heir could not take it, and says why in its own log.
+            return False
         return bool(taken)
 
     def _inherit(self, request: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from raytrain_het.membership.agent import Impatience, MemberAgent
 from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor
 from raytrain_het.training.gradients import Gradients
+from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.replica import Hyperparameters, Replica
 from raytrain_het.training.state_server import StateServer, ask
 
@@ -37,11 +38,11 @@ class Healing:
 
     def __init__(
         self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients,
-        server: StateServer, token: Callable[[], str], update: Callable[[], Any],
+        server: StateServer, token: Callable[[], str], update: Callable[[], Any], randomness: Randomness,
         load_checkpoint: Callable[[str, dict[str, int]], dict[str, int]],
     ) -> None:  # fmt: skip
         self._agent, self._comm, self._replica, self._gradients = agent, communicator, replica, gradients
-        self._server, self._token, self._update = server, token, update
+        self._server, self._token, self._update, self._randomness = server, token, update, randomness
         self._load_checkpoint = load_checkpoint
         self._offered = 0
         self._log: list[tuple[int, Hyperparameters | None]] = []
@@ -52,7 +53,7 @@ class Healing:
         self._held = False
         self._gap = False
         """Whether steps that the snapshot does not hold were dropped before their replay."""
-        kept = sum(out.nbytes for out in gradients.outs) + _BYTES_BESIDES
+        kept = sum(b.numel * b.dtype.itemsize for b in gradients.layout.buckets) + _BYTES_BESIDES
         communicator.followed = collections.deque(maxlen=max(2, FOLLOWED_BYTES // kept))
         self._first: dict[str, Any] | None = None
         """What this worker was built with, while it heals: the run may have to begin again from it."""
@@ -149,11 +150,12 @@ class Healing:
                 continue
             (sums, outs, _), chosen = taken, settings[step]
             if sums.applies and chosen is not None:
-                self._gradients.take(outs)
-                self._gradients.show(sums)
+                self._gradients.adopt(outs)
+                self._gradients.buffers.settle(self._gradients.outs, True, own=False)
+                self._gradients.publish(sums)
                 self._replica.set_hyperparameters(chosen)
                 self._update()
-                self._gradients.settle_buffers(True)
+                self._gradients.clear()
             self._snapshot_step = step
         return True
 
@@ -185,6 +187,7 @@ class Healing:
                 return False
             self._replica.load(full)
         self._replica.restore_light(light)
+        self._randomness.load(light["random"])
         self._comm.followed.clear()
         why = "more steps had gone by than are kept" if self._gap else "the replay differed"
         how = "replay" if same else f"the peer's state, as {why}"
@@ -224,7 +227,9 @@ class Healing:
 
     # ---------------------------------------------------------------- this worker serves
 
-    def offer(self, record: Record, cursor: Cursor, light: dict[str, Any], digest: Callable[[], int]) -> None:
+    def offer(
+        self, record: Record, cursor: Cursor, light: dict[str, Any], digest: Callable[[], int], random: dict[str, Any]
+    ) -> None:
         """At the opening of a step: serve those that heal, if this worker is the record's source."""
         waiting = bool(record.unhealed or record.fresh)
         self._logging = waiting and record.source == self._agent.uid
@@ -242,7 +247,7 @@ class Healing:
         if record.unhealed:
             self._offer_snapshot(record)
         if record.fresh:
-            value = light | {"digest": digest()}
+            value = light | {"digest": digest(), "random": random}
             replica = self._replica
             self._server.offer(f"light.{record.number}", lambda _: value)
             # Made when asked for: the step that would change it needs the one that asks.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raytrain_het.errors import LoopOrderError
+from raytrain_het.training.unsupported import refuse
 
 if TYPE_CHECKING:
     from raytrain_het.training.session import Session
@@ -22,6 +23,8 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
     cls = type(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise LoopOrderError(f"prepare_optimizer() got a {cls.__name__}: pass a torch.optim.Optimizer.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise refuse("LBFGS")
     if "step" in vars(optimizer):
         raise LoopOrderError(
             "prepare_optimizer() must come before the learning-rate scheduler: prepare the optimizer, then make the "
@@ -38,7 +41,7 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
 
     def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
         if closure is not None:
-            raise LoopOrderError("optimizer.step(closure) is not supported: call backward() yourself, then step().")
+            raise refuse("closure")
         if session.engine is None:
             raise LoopOrderError(
                 "optimizer.step() was called before loader.epochs(): use for epoch in loader.epochs(n)."
@@ -49,13 +52,7 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
             _check_scaler(_calling_scaler(), session)
         return session.engine.close(lambda: update(self))
 
-    def zero_grad(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
-        # Gradients are gathered in buckets, so there is nothing to keep in p.grad, whatever the flag.
-        cls.zero_grad(self, set_to_none=True)
-
-    optimizer.__class__ = type(
-        f"Het{cls.__name__}", (cls,), {"step": step, "zero_grad": zero_grad, "__module__": __name__}
-    )
+    optimizer.__class__ = type(f"Het{cls.__name__}", (cls,), {"step": step, "__module__": __name__})
     return lambda: update(optimizer)
 
 

@@ -8,7 +8,7 @@ from raytrain_het.errors import ConfigError
 from raytrain_het.optim import Schedule
 from raytrain_het.training.cursor import Cursor, DataPlan
 
-_OWN = "lr_before_schedule"
+OWN = "lr_before_schedule"
 """A group's own rate, which is kept in checkpoints with it. Not torch's ``initial_lr``, which its schedulers write."""
 
 
@@ -18,7 +18,7 @@ class Rates:
 
     Args:
         schedule: gives the factor.
-        plan: the dataset's size, ``N``.
+        plan: the size of each epoch, ``N``.
         num_epochs: of the whole run.
 
     Raises:
@@ -27,11 +27,11 @@ class Rates:
 
     def __init__(self, schedule: Schedule, plan: DataPlan, num_epochs: int) -> None:
         schedule.check_run(num_epochs)
-        self._schedule, self._size, self._num_epochs = schedule, plan.dataset_size, num_epochs
+        self._schedule, self._plan, self._num_epochs = schedule, plan, num_epochs
 
     def factor(self, cursor: Cursor) -> float:
         """Of the step that begins there."""
-        return self._schedule.factor(cursor.epoch + cursor.offset / self._size, self._num_epochs)
+        return self._schedule.factor(self._plan.progress(cursor), self._num_epochs)
 
     def set(self, optimizer: torch.optim.Optimizer, cursor: Cursor) -> None:
         """For the step that begins there.
@@ -46,21 +46,21 @@ class Rates:
                     f"schedule: {type(optimizer).__name__} has lr={rate!r} in parameter group {k}, and a schedule "
                     "multiplies a number. Give the optimizer a rate, or leave schedule out."
                 )
-            if _OWN not in group:
-                group[_OWN] = float(rate)
+            if OWN not in group:
+                group[OWN] = float(rate)
                 if isinstance(rate, torch.Tensor):  # One tensor may be that of all groups, and of those to come.
                     group["lr"] = rate.clone()
         factor = self.factor(cursor)
         for group in optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(group[_OWN] * factor)
+                group["lr"].fill_(group[OWN] * factor)
             else:
-                group["lr"] = group[_OWN] * factor
+                group["lr"] = group[OWN] * factor
 
 
 def give_back(optimizer: torch.optim.Optimizer) -> None:
     """A run that had a schedule goes on without one: groups have their own rates again."""
     for group in optimizer.param_groups:
-        if _OWN in group:
-            own = group.pop(_OWN)
+        if OWN in group:
+            own = group.pop(OWN)
             group["lr"] = torch.full_like(group["lr"], own) if isinstance(group["lr"], torch.Tensor) else own

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
+from raytrain_het.training import parts, snapshots, strides
 
 Hyperparameters = list[dict[str, Any]]
 
@@ -81,6 +82,9 @@ class Replica:
             "buffers": {name: b.detach().clone() for name, b in self._buffers()},
             "registered": {name: _deepcopy(obj.state_dict(), _clone) for name, obj in self.registered.items()},
             "hyperparameters": self.hyperparameters(),
+            "scalers": [name for name, obj in self.registered.items() if isinstance(obj, torch.amp.GradScaler)],
+            "trained": [p.requires_grad for p in self._parts[0]],
+            "training": [module.training for module in self._parts[1]],
         }
 
     def restore_light(self, light: dict[str, Any], *, buffers: bool = True) -> None:
@@ -93,10 +97,35 @@ class Replica:
                 )
             _load_registered(obj, light["registered"][name])
         self.set_hyperparameters(light["hyperparameters"])
+        for p, flag in zip(self._parts[0], light["trained"], strict=True):
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
+        for module, flag in zip(self._parts[1], light["training"], strict=True):
+            module.training = flag
         if buffers:
             with torch.no_grad():
                 for name, buffer in self._buffers():
                     buffer.copy_(light["buffers"][name])
+
+    @functools.cached_property
+    def _parts(self) -> tuple[list[nn.Parameter], list[nn.Module]]:
+        """The model's parameters and modules, which stay the same while it trains."""
+        assert self.model is not None
+        return list(self.model.parameters()), list(self.model.modules())
+
+    @functools.cached_property
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        assert self.model is not None
+        return list(self.model.named_parameters())
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The model's, without a walk through it."""
+        return self._named
+
+    @property
+    def device(self) -> torch.device:
+        """That of the first parameter."""
+        return self._named[0][1].device
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As the model's ``named_buffers()``, without a walk through the model at every step.
@@ -145,17 +174,35 @@ class Replica:
         """Everything, on the CPU. With ``copy_tensors=False`` it shares memory with the live state where it can."""
         assert self.model is not None and self.optimizer is not None
         keep = _cpu_clone if copy_tensors else _cpu
-        return {
-            "model": {name: keep(t) for name, t in self.model.state_dict().items()},
-            "optimizer": _map(self.optimizer.state_dict(), keep),
-            "registered": {name: _deepcopy(obj.state_dict(), _cpu_clone) for name, obj in self.registered.items()},
-        }
+        return {**snapshots.take(self.model, self.optimizer, keep), "registered": self._registered_states()}
 
-    def load(self, snapshot: dict[str, Any]) -> None:
-        """Take over a snapshot. Shapes must fit; callers compare fingerprints first.
+    def check_storable(self) -> None:
+        """Try at the beginning whether what is registered can be sent to a peer and stored.
 
         Raises:
-            CheckpointError: it has other registered objects than this worker; nothing has changed then.
+            CheckpointError: something in it cannot be; the message names it.
+        """
+        for name, state in self._registered_states().items():
+            parts.pickled(parts.split(state, f"registered state {name!r}: it")[1])
+
+    def _registered_states(self) -> dict[str, Any]:
+        states = {}
+        for name, obj in self.registered.items():
+            try:
+                states[name] = _deepcopy(obj.state_dict(), _cpu_clone)
+            except Exception as error:
+                raise CheckpointError(
+                    f"the state of {name!r} cannot be copied ({type(error).__name__}: {error}). Return tensors and "
+                    "plain values from its state_dict()."
+                ) from error
+        return states
+
+    def load(self, snapshot: dict[str, Any]) -> None:
+        """Take over a snapshot.
+
+        Raises:
+            CheckpointError: it is from another model or optimizer, or has other registered objects than this worker;
+                nothing has changed then.
         """
         assert self.model is not None and self.optimizer is not None
         theirs, mine = set(snapshot["registered"]), set(self.registered)
@@ -165,8 +212,8 @@ class Replica:
                 f"{sorted(theirs ^ mine)} would not be restored. Register the same names with register_state() before "
                 "loader.epochs(), or start anew with another name: RunConfig(name=...), or --name."
             )
-        self.model.load_state_dict(snapshot["model"])
-        self.optimizer.load_state_dict(snapshot["optimizer"])
+        snapshots.check(self.model, self.optimizer, snapshot)
+        snapshots.put_back(self.model, self.optimizer, snapshot)
         for name, obj in self.registered.items():
             _load_registered(obj, snapshot["registered"][name])
 
@@ -188,7 +235,7 @@ class Replica:
                 tensors += [v for _, v in sorted(state.items()) if isinstance(v, torch.Tensor)]
         total = 0
         for t in tensors:
-            for row in _row_sums(t):
+            for row in row_sums(t).tolist():
                 total = (total * _COMBINE + row) % 2**64
         return max(total >> 1, 1)  # Headers carry it as a signed number, and 0 there means that none was due.
 
@@ -223,8 +270,8 @@ def _weights(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(bits.view(np.int64)).to(device)
 
 
-def _row_sums(t: torch.Tensor) -> list[int]:
-    """``s_i`` of one tensor; see :meth:`Replica.digest`."""
+def row_sums(t: torch.Tensor) -> torch.Tensor:
+    """``s_i`` of one tensor (rows,) int64; see :meth:`Replica.digest`."""
     data = t.detach().contiguous().view(-1).view(torch.uint8)
     if data.numel() % 8 or data.storage_offset() % 8:
         data = torch.cat([data, data.new_zeros(-data.numel() % 8)])
@@ -237,7 +284,7 @@ def _row_sums(t: torch.Tensor) -> list[int]:
         y = part * weights[: part.shape[1]]
         y ^= y >> 32
         sums.append(y.sum(dim=1))
-    return torch.cat(sums).tolist()
+    return torch.cat(sums)
 
 
 def _load_registered(obj: Any, state: dict[str, Any]) -> None:
@@ -247,11 +294,11 @@ def _load_registered(obj: Any, state: dict[str, Any]) -> None:
 
 
 def _cpu_clone(t: Any) -> Any:
-    return t.detach().to("cpu", copy=True) if isinstance(t, torch.Tensor) else t
+    return strides.copy(t, "cpu") if isinstance(t, torch.Tensor) else copy.deepcopy(t)
 
 
 def _cpu(t: Any) -> Any:
-    return t.detach().to("cpu") if isinstance(t, torch.Tensor) else t
+    return strides.on_cpu(t) if isinstance(t, torch.Tensor) else t
 
 
 def _deepcopy(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -270,7 +317,7 @@ def _deepcopy(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _clone(t: torch.Tensor) -> torch.Tensor:
-    return t.detach().clone()
+    return strides.copy(t)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -279,11 +326,3 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
-
-
-def _map(value: Any, fn: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _map(v, fn) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_map(v, fn) for v in value]
-    return fn(value)

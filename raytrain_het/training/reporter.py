@@ -6,18 +6,17 @@ Never holds training on a barrier.
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_het.errors import ConfigError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.record import Record
-from raytrain_het.membership.reports import REDUCTIONS
 from raytrain_het.training import checkpoint as files
-from raytrain_het.training.state_server import StateServer, ask
+from raytrain_het.training.report_keys import Keys
+from raytrain_het.training.state_server import StateServer
+from raytrain_het.training.writing import Writer
 
 logger = logging.getLogger("raytrain_het")
 
@@ -48,24 +47,40 @@ class Reporter:
     def __init__(
         self, agent: MemberAgent, server: StateServer, storage: files.Storage, token: Callable[[], str]
     ) -> None:
-        self._agent, self._server, self._storage, self._token = agent, server, storage, token
+        self._agent = agent
+        self._writer = Writer(agent, server, storage, token)
         self._open: dict[str, Report] = {}
         self._confirmed = 0
-        self._last = (0, 0, -1)
+        self._keys = Keys()
         self._returning = False
         agent.on_message["acknowledged"] = self._acknowledged
         agent.on_message["write"] = self._write_asked
 
-    def next_key(self, step: int) -> str:
+    def begins(self, life: int, step: int) -> None:
+        """This worker's loop begins: reports of this step and those after it are its business too."""
+        self._keys.begins(life, step)
+
+    def went_on(self, life: int, step: int) -> None:
+        """Its loop has committed a step."""
+        self._keys.went_on(life, step)
+
+    def told(self, *, complete: bool = False) -> dict[str, Any] | None:
+        """What the hub sees from that this worker has left a report out; ``complete``: its loop is at its end."""
+        return self._keys.told(complete=complete)
+
+    def next_key(self, step: int, body: object = None) -> str:
         """The key of the next report made at this step: ``<life>.<step>.<ordinal>``, the same on all workers.
 
-        Where all began again from a checkpoint, the same step is reported once more, in another life.
+        Where all began again from a checkpoint, the same step is reported once more, in another life. ``body`` is the
+        step that is open, if one is: where it is done again its reports are the same as before.
         """
         record = self._agent.record
         assert record is not None
-        *last, ordinal = self._last
-        self._last = (record.life, step, ordinal + 1 if last == [record.life, step] else 0)
-        return ".".join(map(str, self._last))
+        return self._keys.next(record.life, step, body)
+
+    def has(self, key: str) -> bool:
+        """Whether this report is on its way already: it was made when its step was done before."""
+        return key in self._open
 
     def add(self, report: Report, own_state: dict[str, Any]) -> None:
         """Take a report; it is sent once its step is confirmed.
@@ -73,9 +88,11 @@ class Reporter:
         Waits while too many snapshots are being stored. Those that are not sent yet do not count: they go with the next
         step, which would not come.
         """
-        self._agent.wait_for_peers(lambda: report.snapshot is None or self._num_stored_now() < MAX_UNACKNOWLEDGED)
+        doing = f"in report() at step {report.step}, waiting for the checkpoints of earlier reports to be stored"
+        with self._agent.doing.call("report", doing):
+            self._agent.wait_for_peers(lambda: report.snapshot is None or self._num_stored_now() < MAX_UNACKNOWLEDGED)
         self._open[report.key] = report
-        self._server.offer(_own_state(report.key), lambda _: own_state)
+        self._writer.offer(report.key, own_state)
         self.send_up_to(self._confirmed)
 
     def _num_stored_now(self) -> int:
@@ -109,14 +126,16 @@ class Reporter:
 
     def wait(self) -> None:
         """Wait until every report is acknowledged."""
-        self._agent.wait_for_peers(lambda: not self._open)
+        step = self._agent.cursor["step"]
+        with self._agent.doing.call("returned", f"after step {step}, waiting for its reports to be stored"):
+            self._agent.wait_for_peers(lambda: not self._open)
 
     def _acknowledged(self, message: dict[str, Any]) -> None:
         with self._agent.condition:
             for key in message["keys"]:
                 report = self._open.pop(key, None)
                 if report is not None:
-                    self._server.withdraw(_own_state(key))
+                    self._writer.withdraw(key)
             self._agent.condition.notify_all()
 
     def _write_asked(self, message: dict[str, Any]) -> None:
@@ -133,9 +152,8 @@ class Reporter:
         path, error = None, None
         try:
             assert report.snapshot is not None
-            with tempfile.TemporaryDirectory(prefix="het_checkpoint_") as directory:
-                files.write(directory, report.meta, report.snapshot, self._own_states(report, uids))
-                path = self._storage.persist(directory, name)
+            members = [m for m in report.record.members if m.uid in uids]
+            path = self._writer.write(name, report.meta, report.snapshot, members)
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
             logger.warning("the checkpoint of step %d could not be stored, the run goes on: %s", report.step, error)
@@ -143,43 +161,3 @@ class Reporter:
         cursor = report.meta["cursor"]
         report.stored = {"key": report.key, "path": path, "error": error, "cursor": cursor}
         self._agent.tell("stored", **report.stored)
-
-    def _own_states(self, report: Report, uids: list[str]) -> dict[int, dict[str, Any]]:
-        states = {}
-        for member in (m for m in report.record.members if m.uid in uids):
-            gone = lambda uid=member.uid: self._agent.record is None or self._agent.record.rank_of(uid) is None  # noqa: E731
-            own = ask(member.host, member.state_port, self._token(), _own_state(report.key), give_up=gone)
-            if own is not None:
-                states[member.slot] = own
-        return states
-
-
-def _own_state(key: str) -> str:
-    """Under which name a worker's own state is asked for. No name is the beginning of another one."""
-    return f"worker.{key}/"
-
-
-def check_metrics(metrics: dict[str, Any], reduce: dict[str, str]) -> dict[str, Any]:
-    """Metrics as plain values.
-
-    Raises:
-        ConfigError: a metric is no number, text or flag, or ``reduce`` names what is not there.
-    """
-    plain: dict[str, Any] = {}
-    for name, value in metrics.items():
-        count = value.numel() if hasattr(value, "numel") else getattr(value, "size", 1)
-        if hasattr(value, "item") and count == 1:
-            value = value.item()
-        if not isinstance(value, int | float | str | bool | None):
-            raise ConfigError(
-                f"report(): metric {name!r} is a {type(value).__name__}; allowed are numbers, texts, flags and tensors "
-                "of one element. Reduce it first, for example with .mean().item()."
-            )
-        plain[name] = value
-    for name, how in reduce.items():
-        if name not in metrics or how not in REDUCTIONS:
-            raise ConfigError(
-                f"report(reduce={{{name!r}: {how!r}}}): allowed are the metrics {sorted(metrics)} with one of "
-                f"{REDUCTIONS}."
-            )
-    return plain

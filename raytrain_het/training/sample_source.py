@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
+
+from raytrain_het.training.forked_generators import GlobalGenerators, seed_everything
 
 
-def sample_seeds(seed: int, epoch: int, indices: Sequence[int]) -> np.ndarray:
-    """64-bit seeds of samples: a hash of (seed, epoch, index), the same on every platform.
+def sample_seeds(seed: int, epoch: int, indices: Sequence[int], repeats: Sequence[int] | None = None) -> np.ndarray:
+    """64-bit seeds of samples: a hash of (seed, epoch, index, repeat), the same on every platform.
 
     Args:
         seed: the run's seed, from 0.
         epoch: from 0.
         indices: n dataset indices.
+        repeats: how often each was used before in the epoch; by default never.
 
     Returns:
         uint64, shape ``[n]``.
@@ -24,41 +25,11 @@ def sample_seeds(seed: int, epoch: int, indices: Sequence[int]) -> np.ndarray:
     key = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1, np.uint64)
     # splitmix64 of the indices, from a start that depends on seed and epoch; a SeedSequence a sample costs 10 us.
     x = key + np.asarray(indices, dtype=np.int64).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    if repeats is not None:
+        x = x + np.asarray(repeats, dtype=np.int64).astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _seed_everything(seed: int) -> None:
-    # torch and numpy run the same generator and use 32 bits of a seed: from equal bits they would draw equal numbers.
-    # torch.manual_seed would seed accelerators as well, which takes a hundred times longer; a dataset draws on the CPU.
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed >> 32)
-    random.seed(seed)
-
-
-class _GlobalGenerators:
-    """The states of torch's, numpy's and Python's global generators at one moment."""
-
-    def __init__(self) -> None:
-        self._torch = torch.default_generator.get_state()
-        self._numpy: Any = np.random.get_state()
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        torch.default_generator.set_state(self._torch)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-
-    def moved(self) -> bool:
-        """Whether anybody has drawn a number, or seeded, since."""
-        numpy_now: Any = np.random.get_state()
-        return not (
-            torch.equal(torch.default_generator.get_state(), self._torch)
-            and numpy_now[2:] == self._numpy[2:]
-            and np.array_equal(numpy_now[1], self._numpy[1])
-            and random.getstate() == self._python
-        )
 
 
 class SampleSource:
@@ -79,10 +50,16 @@ class SampleSource:
         self._getitems: Callable[[list[int]], Sequence[Any]] | None = getattr(dataset, "__getitems__", None)
         self._draws = False
 
-    def fetch(self, epoch: int, indices: Sequence[int]) -> list[Any]:
-        """The samples at ``indices``, in order. The global generators are left as they were."""
+    def fetch(self, epoch: int, indices: Sequence[int], repeats: Sequence[int] | None = None) -> list[Any]:
+        """The samples at ``indices``, in order. The global generators are left as they were.
+
+        Args:
+            epoch: from 0.
+            indices: of the dataset.
+            repeats: how often each was used before in the epoch: its random numbers are others each time.
+        """
         indices = [int(index) for index in indices]
-        before = _GlobalGenerators()
+        before = GlobalGenerators()
         try:
             if self._getitems is not None and not self._draws:
                 samples = list(self._getitems(indices))
@@ -95,8 +72,9 @@ class SampleSource:
                     return samples
                 self._draws = True
             samples = []
-            for index, seed in zip(indices, sample_seeds(self._seed, epoch, indices).tolist(), strict=True):
-                _seed_everything(seed)
+            seeds = sample_seeds(self._seed, epoch, indices, repeats).tolist()
+            for index, seed in zip(indices, seeds, strict=True):
+                seed_everything(seed)
                 samples.append(self._dataset[index] if self._getitems is None else self._getitems([index])[0])
             return samples
         finally:

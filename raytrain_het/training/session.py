@@ -8,13 +8,13 @@ import functools
 import logging
 import secrets
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from raytrain_het.collectives import points
 from raytrain_het.collectives.communicator import Communicator
@@ -26,24 +26,36 @@ from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.record import Member
 from raytrain_het.training import checkpoint as files
+from raytrain_het.training import stock
+from raytrain_het.training.call_site import call_site
 from raytrain_het.training.clipping import Clipping
 from raytrain_het.training.codec_warnings import warnings_of_epochs, warnings_of_model, warnings_of_optimizer
 from raytrain_het.training.cursor import DataPlan, slice_of
-from raytrain_het.training.engine import Engine, Opened, advance
+from raytrain_het.training.engine import Engine, Opened, advance, resync_due
 from raytrain_het.training.evaluations import Evaluations
-from raytrain_het.training.gradients import Gradients
+from raytrain_het.training.extras import Extra, Extras
+from raytrain_het.training.gradients import Gradients, trained
 from raytrain_het.training.handing_on import HandingOn
 from raytrain_het.training.healing import Healing
+from raytrain_het.training.last_words import text_of, traceback_of
+from raytrain_het.training.losses import LossCheck
 from raytrain_het.training.memory import MemoryLimit
+from raytrain_het.training.metrics import check_metrics, check_reduce
+from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
+from raytrain_het.training.rehearsal import Rehearsal
 from raytrain_het.training.replica import Replica
-from raytrain_het.training.reporter import Report, Reporter, check_metrics
+from raytrain_het.training.replica_check import ReplicaCheck, kind_of_machine
+from raytrain_het.training.reporter import Report, Reporter
 from raytrain_het.training.resuming import Resuming
 from raytrain_het.training.state_server import StateServer
 from raytrain_het.training.stats import Stats
 from raytrain_het.training.step_key import step_key
 from raytrain_het.training.step_record import StepRecord
+from raytrain_het.training.storage import Identity
+from raytrain_het.training.structure import Structure, parameters_outside
 from raytrain_het.training.timings import KnownSpeed
+from raytrain_het.training.unsupported import refuse
 
 logger = logging.getLogger("raytrain_het")
 
@@ -69,7 +81,9 @@ class Session:
         self._codecs = [CODECS[word] for word in config.possible_codecs]
         """All workers': what others send is decoded here."""
         self.storage, self.device, self.node_ip = storage, device, node_ip
-        self._locate, self._token_value = locate, ""
+        self._locate, self._token_value, self._run_id = locate, "", ""
+        self.extras = Extras()
+        """What checkpoints hold besides: add to it before ``loader.epochs()``."""
         self.replica = Replica()
         self.gradients: Gradients | None = None
         self.plan: DataPlan | None = None
@@ -81,42 +95,44 @@ class Session:
         self._server: StateServer | None = None
         self._inner_step: Callable[[], Any] | None = None
         self._data_fingerprint = ""
+        self.collate_fn: Callable[[list[Any]], Any] | None = None
+        """The training loader's."""
         self._speed: KnownSpeed | None = None
         self._micro_batch_size = config.micro_batch_size
         self.stats: Stats | None = None
         self._epoch = 0
         self._evaluations = Evaluations()
         self._leaving = False
+        self._num_epochs: int | None = None
         self._clipping = Clipping(**config.clip) if config.clip else None
         self._warnings: list[str] = []
         self._handing_on: HandingOn | None = None
+        self.loss_check = LossCheck("mean", weighed=False)
+        self._check: ReplicaCheck | None = None
+        self._guards: list[Any] = []
+        self._watched_steps: Any = None
 
     # ---------------------------------------------------------------- preparing
 
     def set_model(self, model: nn.Module) -> None:
         """Keep the model, put its hooks on."""
         if self.replica.model is not None:
-            raise LoopOrderError("prepare_model() was called twice: one model per run. Wrap several in one nn.Module.")
-        apart = any(codec.spares_small for codec in self._codecs)
-        self.gradients = Gradients(model, int(self.config.bucket_mib * 2**20), small_apart=apart)
-        if apart:
-            self._warn(warnings_of_model, self.gradients.layout)
+            raise refuse("second model")
+        self._guards = [p.register_post_accumulate_grad_hook(_refuse_backward) for _, p in trained(model)]
         self.replica.model = model
 
     def set_optimizer(self, optimizer: torch.optim.Optimizer, inner_step: Callable[[], Any]) -> None:
         """Keep the optimizer and its own ``step``."""
         if self.replica.optimizer is not None:
-            raise LoopOrderError("prepare_optimizer() was called twice: one optimizer per run, with parameter groups.")
+            raise refuse("second optimizer")
+        self._check_parameters(optimizer)
         self._warn(warnings_of_optimizer, optimizer)
         self.replica.optimizer, self._inner_step = optimizer, inner_step
 
     def set_data(self, plan: DataPlan, micro_batch_size: int | None, fingerprint: str = "") -> None:
         """Keep the data plan."""
         if self.plan is not None:
-            raise LoopOrderError(
-                "prepare_data_loader() was called twice: one training loader per run. For held-out data use "
-                "raytrain_het.evaluate(fn, dataset)."
-            )
+            raise refuse("second loader")
         self.plan, self._data_fingerprint = plan, fingerprint
         self._micro_batch_size = micro_batch_size or self._micro_batch_size
 
@@ -136,8 +152,20 @@ class Session:
         for what, there in (("prepare_model", self.replica.model), ("prepare_optimizer", self.replica.optimizer)):
             if there is None:
                 raise LoopOrderError(f"loader.epochs() was called before {what}(): prepare model and optimizer first.")
-        assert self.gradients is not None and self.plan is not None and self.replica.optimizer is not None
+        model, optimizer = self.replica.model, self.replica.optimizer
+        assert model is not None and self.plan is not None and optimizer is not None
+        self._check_parameters(optimizer)
         self._check_scheduler()
+        self.replica.check_storable()
+        for guard in self._guards:
+            guard.remove()
+        apart = any(codec.spares_small for codec in self._codecs)
+        self.gradients = Gradients(
+            model, int(self.config.bucket_mib * 2**20), small_apart=apart,
+            zeroed=[p for group in optimizer.param_groups for p in group["params"]],
+        )  # fmt: skip
+        if apart:
+            self._warn(warnings_of_model, self.gradients.layout)
         self._warn(warnings_of_epochs, num_epochs)
         for codec in self._codecs:
             codec.prepare()
@@ -146,7 +174,7 @@ class Session:
         self._server = StateServer(self.node_ip, self._token)
         member = Member(
             uid=f"{self.slot}-{secrets.token_hex(4)}", slot=self.slot, host=self.node_ip,
-            state_port=self._server.port, device=str(self.device),
+            state_port=self._server.port, device=str(self.device), kind=kind_of_machine(self.device),
         )  # fmt: skip
         fingerprint = "/".join(map(str, (self.gradients.layout.fingerprint, *self._data().values())))
         self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
@@ -160,22 +188,32 @@ class Session:
         self._communicator = Communicator(
             self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
             resync_bytes=self.replica.parameter_bytes(), hang_limit_s=self.config.hang_limit_s,
+            resync_due=functools.partial(resync_due, self.config.replica_check_steps),
         )  # fmt: skip
         self._handing_on = HandingOn(self.agent, self._server, self._token, self._communicator.codec_states)
         assert self._inner_step is not None
+        check = self._check = ReplicaCheck(
+            self.replica, every=self.config.replica_check_steps, everything=self.config.check == "every_step"
+        )
+        randomness = Randomness(self.slot, self.config.seed)
+        self.extras.add("random", Extra(save=randomness.state, load=randomness.load, own=True))
         healing = Healing(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
-            server=self._server, token=self._token, update=self._inner_step,
+            server=self._server, token=self._token, update=self._inner_step, randomness=randomness,
             load_checkpoint=Resuming(
                 self.storage, self.slot, self.num_slots, plan, self._parameters(), self._data(), self.replica,
-                self._communicator.codec_states, scheduled=rates is not None,
+                self._communicator.codec_states, self.extras, scheduled=rates is not None, tell=self._tell,
             ).load,
         )  # fmt: skip
+        watched = self.config.check == "every_step"
         self.engine = Engine(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
             plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
-            memory=MemoryLimit.of(self.device), rates=rates,
+            memory=MemoryLimit.of(self.device), structure=Structure(model, optimizer), randomness=randomness,
+            loss=self.loss_check, check=check, rates=rates,
+            rehearsal=Rehearsal(model, self.config, local=self.loss_check.is_local) if watched else None,
         )  # fmt: skip
+        self._watched_steps = register_optimizer_step_pre_hook(self._check_optimizer)
         self.stats = Stats(
             self.agent, self.engine, self._communicator, plan, device=str(self.device), node_ip=self.node_ip
         )
@@ -183,12 +221,38 @@ class Session:
         self.engine.on_commit.append(self._committed)
         self.engine.on_confirm.append(self.reporter.send_up_to)
         self.agent.on_reconnect.append(self._tell_a_new_hub)
+        self.agent.doing.otherwise, self.agent.told = self.engine.doing, self.reporter.told
+        self._num_epochs = num_epochs
         self.agent.join()
         self.engine.start()
+        record = self.agent.record
+        assert record is not None
+        self.reporter.begins(record.life, self.engine.cursor.step + (not record.reset))
         if self.slot == 0:  # One of all who say the same; a worker's log is read by few.
             for text in self._warnings:
                 self.agent.tell("event", event={"kind": "warning", "text": text})
         return self.engine
+
+    def _tell(self, text: str) -> None:
+        """One of all who say the same; a worker's own log is read by few."""
+        logger.warning(text)
+        if self.slot == 0:
+            self._agent().tell("event", event={"kind": "warning", "text": text})
+
+    def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.replica.model is not None and (outside := parameters_outside(self.replica.model, optimizer)):
+            more = f", and {len(outside) - 1} more" if len(outside) > 1 else ""
+            raise refuse("parameters outside", outside[0] + more)
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Called before each step of any optimizer in this process."""
+        engine, model = self.engine, self.replica.model
+        if engine is None or model is None or optimizer is self.replica.optimizer or torch.is_inference_mode_enabled():
+            return
+        ours = {id(p) for p in model.parameters()}
+        trains_ours = any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        if trains_ours or engine.in_body:
+            raise refuse("other optimizer", f"a {type(optimizer).__name__}")
 
     def _warn(self, warnings: Callable[[Any, tuple[str, ...], Any], list[str]], of: Any) -> None:
         for text in warnings(self.config.compression, self.config.possible_codecs, of):
@@ -215,6 +279,8 @@ class Session:
     # ---------------------------------------------------------------- while it runs
 
     def _committed(self, opened: Opened, sums: Sums) -> None:
+        if self.reporter is not None:
+            self.reporter.went_on(opened.record.life, opened.job.step)
         if self.listeners:
             digest = functools.partial(self.replica.digest, optimizer=True)
             note = StepRecord.of(opened, sums, self._plan(), self._agent().uid, digest)
@@ -240,7 +306,7 @@ class Session:
         engine, reporter, communicator = self.engine, self.reporter, self._communicator
         if engine is None or reporter is None or communicator is None:
             raise LoopOrderError("report() was called before loader.epochs(): there is no step to report on yet.")
-        reduce = dict(reduce or {})
+        reduce = check_reduce(reduce)
         plain = check_metrics(metrics, reduce)
         engine.agent.check()
         cursor, record = engine.cursor, engine.agent.record
@@ -249,11 +315,14 @@ class Session:
         # Not those that healed at the very end of an epoch: they begin with the next one, and do not come here.
         healed = [m.uid for m in record.members if m.uid not in (*record.unhealed, *record.fresh)]
         holds = checkpoint and engine.agent.uid in healed[:2]
+        told, key = reporter.told(), reporter.next_key(cursor.step, engine.open_body)
+        if reporter.has(key):
+            return
         assert self.stats is not None
         since_last = self.stats.since_report()
-        key = reporter.next_key(cursor.step)
         message = {
-            "key": key, "step": cursor.step, "epoch": self._epoch, "metrics": plain, "reduce": reduce,
+            "key": key, "at": call_site().where, "told": told,
+            "step": cursor.step, "epoch": self._epoch, "metrics": plain, "reduce": reduce,
             "samples": since_last["samples"], "since_last": since_last, "lr": self.replica.learning_rate(),
             "checkpoint": checkpoint, "holds_snapshot": holds,
         }  # fmt: skip
@@ -261,14 +330,19 @@ class Session:
             "cursor": cursor.to_dict(), "step": cursor.step, "generation": record.number, "table": record.table,
             "world_size": self.num_slots,
             "fingerprint": self.gradients.layout.fingerprint, "parameters": self._parameters(),
-            "data": self._data(),
+            "data": self._data(), "extras": sorted(self.extras.known),
+            "run": Identity(id=self._run_id, life=record.life, key=key).to_json(),
         }  # fmt: skip
         states = communicator.codec_states
         own = {
-            "random": files.random_states(), "codec": states.by_parameter() if checkpoint else {},
-            "weight_per_sample": states.weight_per_sample,
+            "codec": states.by_parameter() if checkpoint else {}, "weight_per_sample": states.weight_per_sample,
+            "extras": self.extras.save_own() if checkpoint else {},
         }  # fmt: skip
-        snapshot = self.replica.snapshot() if holds else None
+        if checkpoint and self._check is not None and self.config.replica_check_steps:
+            message["audit"] = self._check.whole_audit(
+                self.replica.light(), {"the position in the data": str(list(cursor.to_dict().values()))}
+            )
+        snapshot = {**self.replica.snapshot(), "extras": self.extras.save()} if holds else None
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
 
@@ -278,10 +352,12 @@ class Session:
             self.reporter.wait()
 
     def evaluate(self, num_chunks: int, run_chunk: Callable[[int], dict[str, float]], name: str) -> dict[str, float]:
-        """Sums over all chunks, computed by whoever is free; the same on every worker."""
+        """Sums over all chunks, computed by whoever is free; the same on every worker that asks for them there."""
         if self.engine is None:
             raise LoopOrderError("evaluate() was called before loader.epochs(): join the run first.")
-        return self._evaluations.sums(self._agent(), self.engine.cursor.step, name, num_chunks, run_chunk)
+        body = self.engine.open_body
+        under = "" if body is None else str(body.job.generation)
+        return self._evaluations.sums(self._agent(), self.engine.cursor.step, name, num_chunks, run_chunk, under)
 
     def leave(self) -> None:
         """Leave the run in good order after the step under way: the others go on without this worker."""
@@ -292,8 +368,10 @@ class Session:
         """Before an update, of this run or one that is replayed. Gradients are ``scale`` times what they are."""
         if self._clipping is None:
             return
-        assert self.replica.model is not None and self.engine is not None
-        self.engine.counters.clipped += self._clipping.clip(self.replica.model.parameters(), scale)
+        optimizer = self.replica.optimizer
+        assert optimizer is not None and self.engine is not None
+        trained_here = [p for group in optimizer.param_groups for p in group["params"]]
+        self.engine.counters.clipped += self._clipping.clip(trained_here, scale)
 
     def let_go(self) -> None:
         """The others go on without this worker: what it has left to give goes to one of them."""
@@ -323,39 +401,59 @@ class Session:
     # ---------------------------------------------------------------- the end
 
     def finish(self) -> None:
-        """The training function has returned: nothing of this worker's may be lost when its process goes."""
+        """The training function has returned: nothing of this worker's may be lost when its process goes.
+
+        Raises:
+            LoopOrderError: it has not trained with the others at all.
+        """
         engine, agent, reporter = self.engine, self.agent, self.reporter
         if engine is None or agent is None or reporter is None:
-            logger.warning(
-                "worker %d: the training function returned without a step: nothing was trained together. Use "
-                "prepare_model, "
-                "prepare_optimizer, prepare_data_loader and for epoch in loader.epochs(n).", self.slot,
-            )  # fmt: skip
-            return
+            raise refuse("own loop", f"worker {self.slot} returned without {self._never_called()}")
+        if engine.opened is None and engine.cursor.step == 0 and not self._evaluations.any:
+            raise refuse("own loop", f"worker {self.slot} returned in epoch 0 without a turn of `for batch in loader`")
         if self._speed is not None:
             self._speed.keep(engine.timings)
-        engine._settle_last()
+        engine.abandon()
         engine._wait_for_confirmation()
         reporter.flush()
         self.send_stats()
+        complete = self._num_epochs is not None and engine.cursor.epoch >= self._num_epochs
 
         def say() -> None:
             cursor = agent.cursor
-            agent.tell("finish", cursor=cursor, confirmed=engine.confirmed >= cursor["step"])
+            agent.tell(
+                "finish", cursor=cursor, confirmed=engine.confirmed >= cursor["step"],
+                told=reporter.told(complete=complete),
+            )  # fmt: skip
 
         agent.on_reconnect.append(say)
         say()
-        with contextlib.suppress(RunOver):
+        step = agent.cursor["step"]
+        with agent.doing.call("returned", f"returned after step {step}"), contextlib.suppress(RunOver):
             agent.wait_for_peers(lambda: agent.finished)
+
+    def _never_called(self) -> str:
+        """What the training function has left out, in the order in which it is called."""
+        there = (
+            ("prepare_model()", self.replica.model), ("prepare_optimizer()", self.replica.optimizer),
+            ("prepare_data_loader()", self.plan),
+        )  # fmt: skip
+        missing = [name for name, value in there if value is None]
+        return " and ".join([*missing, "a turn of `for epoch in loader.epochs(n)`"])
 
     def raised(self, error: BaseException) -> None:
         """Tell the hub before unwinding: no generation follows, nobody waits for this worker."""
         if self.agent is not None and self.agent.gone is None:
-            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            self.agent.tell("raised", error=text[-4000:])
+            self.agent.tell("raised", error=traceback_of(error), last=text_of(error).splitlines()[0][:500])
 
     def close(self) -> None:
-        """Let go of threads and sockets."""
+        """Let go of threads and sockets, and take everything off torch that was put there."""
+        for guard in self._guards:
+            guard.remove()
+        if self._watched_steps is not None:
+            self._watched_steps.remove()
+        if self.gradients is not None:
+            self.gradients.close()
         if self._communicator is not None:
             self._communicator.close()
         if self._server is not None:
@@ -367,7 +465,7 @@ class Session:
 
     def _ask_hub(self) -> dict[str, Any]:
         where = self._locate()
-        self._token_value = where["token"]
+        self._token_value, self._run_id = where["token"], where.get("run", "")
         return where
 
     def _token(self) -> str:
@@ -389,6 +487,13 @@ class Session:
     def _data(self) -> dict[str, Any]:
         """What all workers must agree on about the data, and what a checkpoint's cursor belongs to."""
         return {**dataclasses.asdict(self._plan()), "dataset_fingerprint": self._data_fingerprint}
+
+
+def _refuse_backward(_: torch.Tensor) -> None:
+    raise LoopOrderError(
+        "backward() was called outside of a step, before loader.epochs(): take a batch from the prepared loader first "
+        "(for x, y in loader: ...), one backward() and one optimizer.step() for each."
+    )
 
 
 _current: Session | None = None
@@ -426,7 +531,8 @@ def run_worker(train_fn: Callable[[], Any], **kwargs: Any) -> Any:
     with _lock:
         _current = session
     try:
-        result = train_fn()
+        with stock.refused(session.num_slots):
+            result = _run_to_its_end(train_fn)
         session.finish()
         return result
     except RunOver:
@@ -443,6 +549,16 @@ def run_worker(train_fn: Callable[[], Any], **kwargs: Any) -> Any:
         session.close()
         with _lock:
             _current = None
+
+
+def _run_to_its_end(train_fn: Callable[[], Any]) -> Any:
+    """``sys.exit(0)`` ends a script in good order, and so a function."""
+    try:
+        return train_fn()
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+        return None
 
 
 def _with_samples(session: Session, error: RunFailedError) -> HetError:

@@ -11,17 +11,21 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from raytrain_het.errors import HetError
+from raytrain_het.errors import CheckpointError, HetError
 from raytrain_het.membership.agent import RunOver
 from raytrain_het.membership.wire import tune
+from raytrain_het.training import strides
 
 _LENGTH = struct.Struct("<Q")
 _CHUNK_BYTES = 4 * 2**20
 WAIT_S = 600.0
+
+Packed = tuple[bytes, list[torch.Tensor]]
 
 
 class StateServer:
@@ -85,19 +89,52 @@ class StateServer:
                 make = self._offers.get(name)
             if make is None or self._closed:
                 return
-            send(connection, make(request))
+            _send(connection, _made(make, request))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Sent in the place of a value: whoever asks would else ask for ever."""
+
+    text: str
+
+
+def _made(make: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> Packed:
+    try:
+        return _pack(make(request))
+    except CheckpointError as error:
+        return _pack(_Failure(str(error)))
+    except (OSError, HetError):  # It is no part of the run any more.
+        raise
+    except Exception as error:
+        return _pack(_Failure(f"{type(error).__name__}: {error}"))
 
 
 def ask(host: str, port: int, token: str, name: str, *, give_up: Callable[[], bool], **values: Any) -> Any | None:
-    """Ask a peer's state server; None if the peer is gone or ``give_up()`` became true meanwhile."""
+    """Ask a peer's state server; None if the peer is gone or ``give_up()`` became true meanwhile.
+
+    Raises:
+        CheckpointError: the peer has it, and cannot send it, or this process cannot read it.
+    """
     try:
         with socket.create_connection((host, port), timeout=10) as sock:
             tune(sock)
             sock.sendall(json.dumps({"token": token, "name": name, **values}).encode() + b"\n")
             sock.settimeout(0.05)
-            return receive(sock, give_up)
+            value = receive(sock, give_up)
     except (OSError, EOFError):
         return None
+    except Exception as error:
+        raise CheckpointError(
+            f"what a worker sent cannot be read here ({type(error).__name__}: {error}). Classes of registered state "
+            "must be importable on every worker."
+        ) from error
+    if isinstance(value, _Failure):
+        raise CheckpointError(
+            f"a worker cannot send its state ({value.text}). Return tensors and plain values from the state_dict() of "
+            "what is registered, or objects of classes of a module that can be imported."
+        )
+    return value
 
 
 # ---------------------------------------------------------------- values on a socket
@@ -112,13 +149,25 @@ def send(sock: socket.socket, value: Any) -> None:
     Raises:
         OSError: the connection is lost.
     """
+    _send(sock, _pack(value))
+
+
+def _send(sock: socket.socket, packed: Packed) -> None:
+    body, tensors = packed
+    head = pickle.dumps((body, [(t.dtype, tuple(t.shape), t.stride()) for t in tensors]))
+    sock.sendall(_LENGTH.pack(len(head)) + head)
+    for t in tensors:
+        flat = strides.memory(t)
+        assert flat is not None
+        sock.sendall(_bytes_of(flat.cpu()))
+
+
+def _pack(value: Any) -> Packed:
+    """A pickle with places for tensors, and the tensors, without gaps in their memory."""
     body = io.BytesIO()
     pickler = _Pickler(body)
     pickler.dump(value)
-    head = pickle.dumps((body.getvalue(), [(t.dtype, tuple(t.shape)) for t in pickler.tensors]))
-    sock.sendall(_LENGTH.pack(len(head)) + head)
-    for t in pickler.tensors:
-        sock.sendall(_bytes_of(t.cpu().contiguous()))
+    return body.getvalue(), [t if strides.memory(t) is not None else t.contiguous() for t in pickler.tensors]
 
 
 def receive(sock: socket.socket, give_up: Callable[[], bool]) -> Any:
@@ -134,10 +183,10 @@ def receive(sock: socket.socket, give_up: Callable[[], bool]) -> Any:
     _receive(sock, memoryview(head), give_up)
     body, forms = pickle.loads(head)
     unpickler = _Unpickler(io.BytesIO(body))
-    for dtype, shape in forms:
-        t = torch.empty(shape, dtype=dtype)
-        _receive(sock, _bytes_of(t), give_up)
-        unpickler.tensors.append(t)
+    for dtype, shape, stride in forms:
+        flat = torch.empty(strides.span(shape, stride), dtype=dtype)
+        _receive(sock, _bytes_of(flat), give_up)
+        unpickler.tensors.append(flat.as_strided(shape, stride))
     return unpickler.load()
 
 
@@ -150,9 +199,7 @@ class _Pickler(pickle.Pickler):
         self._places: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
-        if type(obj) is not torch.Tensor or obj.layout is not torch.strided:
-            return None
-        if obj.requires_grad or obj.is_quantized or obj.is_conj() or obj.is_neg():
+        if type(obj) is not torch.Tensor or obj.requires_grad or vars(obj) or not strides.is_plain(obj):
             return None
         place = self._places.setdefault(id(obj), len(self.tensors))
         if place == len(self.tensors):
@@ -172,8 +219,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _bytes_of(t: torch.Tensor) -> memoryview:
-    """A contiguous tensor's memory, whatever its dtype."""
-    return t.view(-1).view(torch.uint8).numpy().data
+    """A flat tensor's memory, whatever its dtype."""
+    return t.view(torch.uint8).numpy().data
 
 
 def _receive(sock: socket.socket, view: memoryview, give_up: Callable[[], bool]) -> None:

@@ -47,7 +47,7 @@ class Stats:
             redone=counters.redone, clipped=counters.clipped, compute_s=counters.compute_s, wait_s=counters.wait_s,
             bytes_sent=communicator.traffic.sent, bytes_received=communicator.traffic.received,
             batch_share=self.batch_share(), step_s=communicator.patience.step_s, left_out=self._norm_left_out(),
-            **self._where,
+            told=self._agent.told(), **self._where,
         )  # fmt: skip
 
     def committed(self, started: float) -> None:

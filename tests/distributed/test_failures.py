@@ -66,7 +66,7 @@ class OtherModel:
         for _ in loader.epochs(1):
             for (x,) in loader:
                 optimizer.zero_grad()
-                model(x).sum().backward()
+                model(x).mean().backward()
                 optimizer.step()
 
 
@@ -91,7 +91,7 @@ class Poison:
                 if (x == 5).any():
                     os.kill(os.getpid(), signal.SIGKILL)  # As a crash in native code would.
                 optimizer.zero_grad()
-                model(x).sum().backward()
+                model(x).mean().backward()
                 optimizer.step()
 
 
@@ -114,7 +114,7 @@ def test_an_error_in_the_communication_thread_is_not_taken_for_a_broken_link(tmp
         for _ in loader.epochs(1):
             for (x,) in loader:
                 optimizer.zero_grad()
-                model(x).sum().backward()
+                model(x).mean().backward()
                 optimizer.step()
 
     monkeypatch.setattr("raytrain_het.collectives.communicator.Communicator._step", fail)

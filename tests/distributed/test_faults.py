@@ -237,9 +237,9 @@ def test_micro_batches_are_done_again_too(tmp_path):
 class SlowStorage(LocalStorage):
     """Stores nothing before two faults have happened."""
 
-    def persist(self, local_dir, name):
+    def persist(self, local_dir, name, staged=None):
         wait_until(lambda: len(happened(self.root)) >= 2)
-        return super().persist(local_dir, name)
+        return super().persist(local_dir, name, staged)
 
 
 def test_who_holds_a_checkpoint_leaves_only_when_it_is_stored(tmp_path):

@@ -1,5 +1,6 @@
 """Loss scalers: each worker's scale is its own affair, the mean is of unscaled gradients, an overflow skips for all."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raytrain_het as het
 from raytrain_het.errors import ConfigError, LoopOrderError
 from raytrain_het.testing.faults import Fault
-from raytrain_het.testing.regression import Regression, flat, relative_error
+from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, flat, relative_error
 from raytrain_het.training import session as sessions
 from raytrain_het.training.optimizer import _check_scaler
 
@@ -78,6 +79,15 @@ def test_an_overflow_of_one_worker_skips_the_update_of_all_and_every_scaler_back
         scales = done.results[slot]["scales"]
         assert scales[6] == before
         assert scales[-1] == before / 2
+
+
+@pytest.mark.parametrize("compression", ["int8", "sign", {"topk": {"density": 0.25}}, "lowrank"], ids=str)
+def test_every_scaler_sees_an_overflow_that_the_codec_did_not_send(tmp_path, compression):
+    config = dataclasses.replace(SMALL_BUCKETS, compression=compression)
+    done = run(Scaled(off=0, overflow_step=3, epochs=1), tmp_path, config=config)
+    for slot, before in ((1, 2.0**10), (2, 2.0**16)):
+        scales = done.results[slot]["scales"]
+        assert (scales[2], scales[-1]) == (before, before / 2)
 
 
 def test_a_worker_that_heals_from_one_that_does_not_scale_keeps_a_scale_of_its_own(tmp_path):

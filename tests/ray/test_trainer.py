@@ -14,6 +14,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import CheckpointError, ConfigError, ResourceError, RunFailedError
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
 from raytrain_het.ray_train.trainer import HetTrainer
+from raytrain_het.training.unsupported import TABLE
 
 
 def nothing() -> None:
@@ -71,14 +72,41 @@ def test_auto_takes_the_gpu_node_and_the_cpu_node(start: Any) -> None:
     run.join()
 
 
-def test_rays_report_is_refused_since_it_would_wait_for_every_rank(start: Any) -> None:
-    run = start(train_fn=call_rays_report, workers=[WorkerSpec()])
-    with pytest.raises(ray.train.TrainingFailedError, match=r"raytrain_het.report\(metrics\)"):
+def test_what_ray_has_for_equal_workers_is_refused_by_name(start: Any) -> None:
+    run = start(train_fn=call_rays_own, workers=[WorkerSpec()])
+    with pytest.raises(ray.train.TrainingFailedError) as caught:
         run.join()
+    for row in ("ray.train.report", "ray.train.get_checkpoint", "ray.train.torch.prepare_model"):
+        assert TABLE[row].what in str(caught.value)
+        assert TABLE[row].way_out in str(caught.value)
 
 
-def call_rays_report() -> None:
-    ray.train.report({"loss": 1.0})
+def call_rays_own() -> None:
+    from ray.train.torch import prepare_model
+
+    said = []
+    for call in (lambda: ray.train.report({"loss": 1.0}), ray.train.get_checkpoint, lambda: prepare_model(None)):
+        try:
+            call()
+        except RuntimeError as error:
+            said.append(str(error))
+    raise RuntimeError("\n".join(said))
+
+
+class TwoArguments(Exception):
+    def __init__(self, code: int, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+
+
+def raises_what_cannot_be_sent() -> None:
+    raise TwoArguments(404, "no labels for shard 7")
+
+
+def test_the_text_and_the_traceback_of_an_exception_that_cannot_be_sent_arrive(start: Any) -> None:
+    run = start(train_fn=raises_what_cannot_be_sent, workers=[WorkerSpec()])
+    with pytest.raises(ray.train.TrainingFailedError, match="TwoArguments: 404: no labels for shard 7") as caught:
+        run.join()
+    assert 'raise TwoArguments(404, "no labels for shard 7")' in str(caught.value)
 
 
 def test_the_reason_of_a_failed_run_is_raised(start: Any) -> None:

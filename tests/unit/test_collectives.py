@@ -226,7 +226,7 @@ def test_the_highest_want_and_all_digests_reach_every_rank_also_from_those_witho
     _, sums = Reduction(record_of([1.0, 1.0, 0.0]), layout).run(
         [one, one, None], [1.0, 1.0, 0.0], want=[3, 4, 9], digest=[77, 77, 0]
     )
-    assert [(s.want, s.digests) for s in sums] == [(9, {0: 77, 1: 77})] * 3
+    assert [(s.want, s.digests) for s in sums] == [(9, {0: (77, 0), 1: (77, 0)})] * 3
 
 
 def test_bf16_decodes_to_the_same_bits_everywhere_and_rounds_what_is_sent_and_the_mean() -> None:

@@ -3,6 +3,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -14,11 +15,11 @@ import psutil
 import pytest
 import torch
 from ray import cloudpickle
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset, get_worker_info
 
 from raytrain_het.errors import ConfigError, DataProcessError
 from raytrain_het.training.fetch import SampleFetcher
-from raytrain_het.training.sample_pool import pack
+from raytrain_het.training.packed_samples import pack
 from raytrain_het.training.sample_source import sample_seeds
 
 # As a user's script: its classes reach a worker by value, in no module that another process could import.
@@ -72,6 +73,38 @@ class Raising:
 class NeedsItsModule:
     def __reduce__(self):
         return exec, ("import a_module_that_nobody_has",)
+
+
+class Curriculum:
+    """Its samples tell the level that it had, and who fetched them."""
+
+    def __init__(self, level=0):
+        self.level, self.weights, self.table = level, torch.zeros(3), np.zeros(4)
+
+    def __getitem__(self, index):
+        info = get_worker_info()
+        who = (-1, 0, True) if info is None else (info.id, info.num_workers, info.dataset is self)
+        return self.level, float(self.weights[0]), self.table[0], os.getpid(), who, getattr(self, "opened", None)
+
+
+class Slow:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __getitem__(self, index):
+        while not Path(self.mark).exists():
+            time.sleep(0.01)
+        if index == 1:
+            raise TimeoutError("the database is slow")
+        return index
+
+
+def open_files(number):
+    get_worker_info().dataset.opened = f"by {number}"
+
+
+def untouched(samples):
+    return samples
 
 
 def fetches(log):
@@ -186,6 +219,162 @@ def test_tensor_datasets_are_indexed_directly_with_the_same_result(fetcher_of):
         assert fetcher._pool is None, "processes would only slow this down"
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint16, torch.float64, torch.complex64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (6, 2, 3), (6, 0)], ids=str)
+def test_indexing_tensors_directly_gives_what_samples_one_by_one_give(fetcher_of, dtype, shape):
+    tensors = torch.arange(6 * max(1, int(np.prod(shape[1:])))).reshape(6, -1)[:, : int(np.prod(shape[1:]))]
+    data = TensorDataset(tensors.reshape(shape).to(dtype), torch.arange(6).to(dtype))
+    for dataset, indices in ((data, [4, 4, 0]), (Subset(data, [-1, 2, np.int64(3)]), [0, 2])):
+        batch = fetcher_of(dataset).fetch(0, indices)
+        expected = next(iter(DataLoader(dataset, batch_sampler=[indices])))
+        assert type(batch) is type(expected)
+        for ours, theirs in zip(batch, expected, strict=True):
+            assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+            assert torch.equal(ours.to(torch.complex128), theirs.to(torch.complex128))
+
+
+def test_tensors_that_are_replaced_are_seen(fetcher_of):
+    data = TensorDataset(torch.zeros(4))
+    fetcher = fetcher_of(data)
+    fetcher.fetch(0, [1])
+    data.tensors = (torch.ones(4),)
+    assert fetcher.fetch(0, [1])[0].tolist() == [1.0]
+
+
+def test_a_sample_that_comes_again_in_an_epoch_has_other_random_numbers(fetcher_of):
+    here, pooled = fetcher_of(Augmenting(), seed=5), fetcher_of(Augmenting(), seed=5, num_workers=1)
+    batch = here.fetch(1, [7, 7, 3], [0, 1, 0])
+    assert not torch.equal(batch[0][0], batch[0][1])
+    pooled.prefetch(1, [3, 7, 7], [0, 0, 1])
+    for again in (pooled.fetch(1, [7, 7, 3], [0, 1, 0]), here.fetch(1, [7, 7, 3], [0, 1, 0])):
+        assert same(again, batch)
+    assert same(here.fetch(1, [7], [0]), [part[:1] for part in batch]), "the first is what it would be alone"
+
+
+def test_processes_see_what_was_changed_before_an_epoch_and_drop_what_they_fetched_before(
+    fetcher_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    data = Curriculum()
+    fetcher = fetcher_of(data, untouched, num_workers=1)
+    (first,) = fetcher.fetch(0, [3])
+    fetcher.prefetch(0, [4, 5])
+    fetcher.begin_epoch()
+    (same_copy,) = fetcher.fetch(0, [4])
+    assert same_copy == first, "nothing has changed: the process stays"
+    changes = (
+        lambda: setattr(data, "level", 1),
+        lambda: data.weights.fill_(2.0),
+        lambda: data.table.fill(3.0),
+    )
+    for number, change in enumerate(changes):
+        fetcher.prefetch(0, [6])
+        change()
+        (during,) = fetcher.fetch(0, [5 - number])
+        assert during[:3] == (number > 0, 2.0 * (number > 1), 0.0), (
+            "as in torch, an epoch has the copy of its beginning"
+        )
+        fetcher.begin_epoch()
+        (after,) = fetcher.fetch(0, [6])
+        assert after[:3] == (1, 2.0 * (number > 0), 3.0 * (number > 1))
+        assert after[3] == first[3], "the process itself goes on"
+    fetcher.close()
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_persistent_processes_keep_their_first_copy_as_torchs_do(fetcher_of):
+    data = Curriculum()
+    fetcher = fetcher_of(data, untouched, num_workers=1, persistent=True)
+    data.level = 1
+    fetcher.begin_epoch()
+    assert fetcher.fetch(0, [0])[0][0] == 0
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_tensor_in_shared_memory_is_shared_with_the_processes(fetcher_of, persistent):
+    data = Curriculum()
+    data.weights.share_memory_()
+    fetcher = fetcher_of(data, untouched, num_workers=1, persistent=persistent)
+    for level in (0, 1):
+        data.level = level
+        fetcher.begin_epoch()
+        data.weights[0] = 5.0 + level
+        assert fetcher.fetch(level, [0])[0][:2] == (0 if persistent else level, 5.0 + level)
+        data.weights[0] = 7.0
+        assert fetcher.fetch(level, [1])[0][1] == 7.0
+
+
+@pytest.mark.parametrize("method", [None, "fork"])
+def test_processes_are_told_what_torchs_are_told(fetcher_of, method):
+    context = None if method is None else torch.multiprocessing.get_context(method)
+    fetcher = fetcher_of(Curriculum(), untouched, num_workers=2, worker_init_fn=open_files, context=context)
+    seen = {sample[4:] for k in range(20) for sample in fetcher.fetch(0, range(8 * k, 8 * k + 8))}
+    assert seen <= {((0, 2, True), "by 0"), ((1, 2, True), "by 1")} and seen
+
+
+def test_worker_init_fn_runs_again_on_a_new_copy(fetcher_of):
+    data = Curriculum()
+    fetcher = fetcher_of(data, untouched, num_workers=1, worker_init_fn=open_files)
+    data.level = 1
+    fetcher.begin_epoch()
+    assert [sample[0] for sample in fetcher.fetch(0, [0])] == [1]
+    assert fetcher.fetch(0, [0])[0][4:] == ((0, 1, True), "by 0")
+
+
+def test_a_copy_that_has_no_room_is_an_error_that_says_what_to_do(fetcher_of, tmp_path, monkeypatch):
+    data = Curriculum()
+    fetcher = fetcher_of(data, num_workers=1)
+    data.level = 1
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(DataProcessError, match="Set TMPDIR to a folder with more room"):
+        fetcher.begin_epoch()
+
+
+def test_a_forked_process_needs_no_pickle_and_has_a_new_copy_in_each_epoch(fetcher_of):
+    data = Curriculum()
+    data.lock = threading.Lock()
+    fetcher = fetcher_of(data, untouched, num_workers=1, context=torch.multiprocessing.get_context("fork"))
+    assert fetcher.fetch(0, [0])[0][0] == 0
+    data.level = 1
+    fetcher.begin_epoch()
+    assert fetcher.fetch(1, [0])[0][0] == 1
+
+
+def test_an_error_of_worker_init_fn_arrives_as_it_was_raised(fetcher_of):
+    def broken(number):
+        raise FileNotFoundError(f"no file for process {number}")
+
+    with pytest.raises(FileNotFoundError, match="no file for process 0"):
+        fetcher_of(Augmenting(), num_workers=1, worker_init_fn=broken).fetch(0, [1])
+
+
+def test_samples_that_take_longer_than_the_timeout_are_an_error_that_names_it(fetcher_of, tmp_path):
+    mark = tmp_path / "go on"
+    fetcher = fetcher_of(Slow(mark), num_workers=1, timeout=0.05)
+    with pytest.raises(DataProcessError, match=r"timeout=0\.05"):
+        fetcher.fetch(0, [0])
+    mark.touch()
+    patient = fetcher_of(Slow(mark), num_workers=1, timeout=100)
+    assert patient.fetch(0, [0, 2]).tolist() == [0, 2]
+    with pytest.raises(TimeoutError, match="the database is slow"):
+        patient.fetch(0, [1])
+
+
+def test_a_loaders_settings_are_taken_over(fetcher_of):
+    loader = DataLoader(Curriculum(), num_workers=1, worker_init_fn=open_files, collate_fn=untouched, timeout=100,
+                        multiprocessing_context="fork", generator=torch.Generator().manual_seed(5))  # fmt: skip
+    fetcher = SampleFetcher.of(loader, loader.collate_fn, 1)
+    try:
+        assert fetcher.fetch(0, [0])[0][4:] == ((0, 1, True), "by 0")
+    finally:
+        fetcher.close()
+    draws = set()
+    for generator in (None, torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)):
+        plain = DataLoader(Augmenting(), generator=generator)
+        draws.add(float(SampleFetcher.of(plain, plain.collate_fn, 1).fetch(0, [0])[1]))
+    assert len(draws) == 3, "a generator seeds what samples draw"
+
+
 def test_getitems_is_called_once_a_batch_as_long_as_it_draws_nothing(fetcher_of):
     dataset = ListedWithoutDraws()
     fetcher = fetcher_of(dataset)
@@ -214,7 +403,7 @@ def test_stale_samples_are_bounded_and_dropped(fetcher_of):
         assert len(fetcher._ahead) <= 20
     fetcher.prefetch(1, range(10))
     fetcher.fetch(1, range(5))
-    assert sorted(fetcher._ahead) == [(1, i) for i in range(5, 10)], "an epoch that is over leaves nothing behind"
+    assert sorted(fetcher._ahead) == [(1, i, 0) for i in range(5, 10)], "an epoch that is over leaves nothing behind"
 
 
 def test_a_dead_data_process_is_named_with_the_fix(fetcher_of):

@@ -143,6 +143,36 @@ def test_an_error_in_the_logic_fails_the_run_and_everybody_is_told(
     assert Client(hub, 1, "b").until("fail"), "whoever comes later is told too"
 
 
+def test_a_message_that_the_hub_cannot_take_names_its_worker_and_its_kind(make_hub: Any) -> None:
+    hub = make_hub()
+    (first, second), _ = started(hub)
+    second.tell("report", key="1.5.0", step="five")
+    message = first.until("fail")["message"]
+    assert "when worker 1 told it 'report'" in message
+    assert hub.status()["state"] == "failed"
+
+
+def test_a_report_that_only_one_worker_makes_fails_the_run_unless_something_has_happened_before(make_hub: Any) -> None:
+    told = {"life": 0, "began": 0, "step": 6, "reported": None, "complete": False}
+    for disturbed in (False, True):
+        hub = make_hub()
+        (first, second), record = started(hub)
+        told["life"] = record["life"]
+        hub._core.disturbed = disturbed
+        second.tell("stats", step=6, told=told)
+        first.report(f"{record['life']}.5.0", at="train.py:7")
+        if not disturbed:
+            assert "report() was called at step 5 at train.py:7 by worker 0" in first.until("fail")["message"]
+            assert hub.take_reports() == []
+            continue
+        while not (whole := hub.take_reports()):
+            pass
+        assert [r["num_workers"] for r in whole] == [1]
+        (warning,) = [e for e in hub.events(0) if e["kind"] == "warning"]
+        assert "worker 1 has gone on to step 6 without it" in warning["text"]
+        assert hub.status()["failure"] is None
+
+
 @pytest.mark.parametrize("line", [b"no json\n", b"[]\n", b'{"type": "po'])
 def test_a_torn_message_costs_its_connection_and_nothing_else(make_hub: Any, line: bytes) -> None:
     hub = make_hub()

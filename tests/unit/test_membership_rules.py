@@ -12,6 +12,7 @@ from raytrain_het.membership import server
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import RECOVERY_GRACE_S, Membership
+from raytrain_het.membership.whereabouts import Place
 
 SETTINGS = HubSettings(run_id="rules", num_slots=3, silence_s=0.5, hang_limit_s=20.0, start_timeout_s=60.0)
 
@@ -329,6 +330,103 @@ def test_who_answers_but_holds_its_peers_up_past_the_hang_limit_is_evicted() -> 
         now += 1.0
     assert now >= SETTINGS.hang_limit_s
     assert sorted(run.core.peers) == ["0-a", "1-a"]
+
+
+def at(text: str, *, waits: bool, kind: str = "step") -> Place:
+    return Place(text, waits, kind)
+
+
+REPORTING = at("in report() at step 4", waits=True, kind="report")
+IN_STEP = at("in step 5, waiting for the others' gradients", waits=True)
+COMPUTING = at("computing step 5", waits=False)
+
+
+def asked(run: Run, places: dict[str, Place], *, seconds: float, suspect: bool = False) -> float:
+    """Members answer from these places for so long."""
+    now = 0.0
+    while now < seconds and run.core.failure is None:
+        now += 1.0
+        if suspect:
+            run.core.suspect("1-a", 1, 5, now)
+        for uid, place in places.items():
+            run.core.pong(uid, 4000 if place is REPORTING else 5000, now, place)
+        run.core.tick(now)
+    return now
+
+
+def test_who_waits_itself_is_never_dropped_for_it_but_who_computes_is() -> None:
+    run = started()
+    asked(run, {"0-a": REPORTING, "1-a": IN_STEP, "2-a": COMPUTING}, seconds=SETTINGS.hang_limit_s + 2, suspect=True)
+    evicted = [e for e in run.core.log.since(0) if e["kind"] == "evicted"]
+    assert [(e["slot"], e["reason"]) for e in evicted] == [(2, "its peers waited 20 s for it; it was computing step 5")]
+
+
+def test_who_gets_on_is_not_dropped_however_long_its_peers_wait() -> None:
+    run = started()
+    for chunk in range(60):
+        place = at(f"computing chunk {chunk}", waits=False, kind="evaluate")
+        run.core.suspect("1-a", 1, 5, float(chunk))
+        for uid, where in (("0-a", place), ("1-a", IN_STEP), ("2-a", IN_STEP)):
+            run.core.pong(uid, 4000 if uid == "0-a" else 5000, float(chunk), where)
+    assert "evicted" not in run.kinds()
+
+
+def test_a_program_in_which_all_wait_at_unlike_places_fails_within_seconds_with_where_each_is() -> None:
+    run = started()
+    took = asked(run, {"0-a": REPORTING, "1-a": IN_STEP, "2-a": IN_STEP}, seconds=60.0)
+    assert took < 10
+    assert run.core.failure is not None
+    assert "worker 0: in report() at step 4; worker 1: in step 5, waiting" in run.core.failure
+    assert "evicted" not in run.kinds()
+
+
+@pytest.mark.parametrize("how", ["finished", "returning"])
+def test_long_steps_are_not_waited_for_when_somebody_has_returned_and_that_is_no_deadlock(how: str) -> None:
+    run = started()
+    if how == "finished":
+        run.core.finish("0-a", cursor=cursor(4), confirmed=False, now=0.0)
+    else:
+        run.core.returning("0-a", 0.0)
+    returned = at("returned after step 4", waits=True, kind="returned")
+    asked(run, {"0-a": returned, "1-a": IN_STEP, "2-a": IN_STEP}, seconds=10.0)
+    assert run.core.failure is None
+    assert run.core.forming
+
+
+@pytest.mark.parametrize("why", ["something is under way", "one computes", "all are in the step"])
+def test_waiting_is_no_deadlock_as_long_as_something_may_end_it(why: str) -> None:
+    run = started()
+    places = {"0-a": REPORTING, "1-a": IN_STEP, "2-a": IN_STEP}
+    if why == "something is under way":
+        run.core.under_way = lambda: True
+    else:
+        places["0-a"] = COMPUTING if why == "one computes" else IN_STEP
+    asked(run, places, seconds=15.0)
+    assert run.core.failure is None
+    (told,) = [e for e in run.core.log.since(0) if e["kind"] == "waiting"]
+    assert told["slots"] == ([0] if why == "one computes" else [])
+    assert "worker 1: in step 5, waiting" in told["reason"]
+
+
+def test_a_wait_that_nobody_is_to_blame_for_fails_at_the_hang_limit_and_drops_nobody() -> None:
+    run = started()
+    run.core.under_way = lambda: True
+    places = {"0-a": REPORTING, "1-a": IN_STEP, "2-a": IN_STEP}
+    asked(run, places, seconds=SETTINGS.hang_limit_s + 2, suspect=True)
+    assert run.core.failure is not None
+    assert "none of them is to blame" in run.core.failure
+    assert "evicted" not in run.kinds()
+
+
+def test_members_are_asked_again_only_as_long_as_somebody_waits() -> None:
+    run = started()
+    run.core.pong("0-a", 5000, 1.0, IN_STEP)
+    run.messages()
+    run.core.tick(2.5)
+    assert run.messages() == ["ping"] * 3
+    run.core.pong("0-a", 5000, 2.6, COMPUTING)
+    run.core.tick(5.0)
+    assert run.messages() == []
 
 
 def test_who_does_not_answer_to_a_void_within_the_hang_limit_is_evicted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -10,7 +11,9 @@ import socket
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from collectives_fakes import record_of
 
 from raytrain_het import errors
@@ -178,6 +181,26 @@ def test_warm_spares_need_shares_that_follow_the_speeds() -> None:
 
 def test_shares_become_a_tuple_of_floats() -> None:
     assert HetConfig(shares=[3, 1]).shares == (3.0, 1.0)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_and_torch_are_pythons_own() -> None:
+    config = HetConfig(
+        shares=np.array([3, 1]), alpha=np.float32(0.5), seed=np.int64(3), micro_batch_size=torch.tensor(4),
+        warm_spares=np.bool_(False), clip={"norm": np.float64(1.0)}, bucket_mib=torch.tensor(2.0),
+        compression=np.str_("bf16"), schedule={"step": {"every_epochs": np.int64(2)}}, silence_s=np.int32(1),
+    )  # fmt: skip
+    assert config.shares == (3.0, 1.0)
+    values = [getattr(config, f.name) for f in dataclasses.fields(config)]
+    assert json.loads(json.dumps(values))[0] == [3.0, 1.0]
+    assert HetConfig(shares=torch.tensor([3.0, 1.0])) == HetConfig(shares=(3, 1))
+    assert HetConfig(shares=[np.float32(3), torch.tensor(1)]) == HetConfig(shares=(3, 1))
+    assert HetConfig(compression={"topk": {"density": np.float64(0.1)}}).compression == "topk(density=0.1)"
+
+
+@pytest.mark.parametrize("shares", [{0: 3, 1: 1}, {3, 1}, np.array([[3, 1]]), np.array(3.0)])
+def test_shares_without_an_order_of_workers_are_refused(shares: Any) -> None:
+    with pytest.raises(errors.ConfigError, match="shares="):
+        HetConfig(shares=shares)
 
 
 def test_settings_are_frozen_named_and_picklable() -> None:

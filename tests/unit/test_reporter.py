@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from collectives_fakes import record_of
 
+from raytrain_het.membership.whereabouts import Doing
 from raytrain_het.training.reporter import Report, Reporter
 
 
@@ -23,6 +24,7 @@ class Agent:
         self.record = record_of([1.0], life=1)
         self.on_message: dict[str, Callable[[dict[str, Any]], None]] = {}
         self.condition = threading.Condition()
+        self.doing = Doing()
         self.told: list[str] = []
 
     def tell(self, kind: str, **values: Any) -> None:
@@ -98,3 +100,11 @@ def test_the_acknowledgement_of_one_report_leaves_the_states_of_others() -> None
     assert keys[10].startswith(keys[1])
     assert len(worker.server.names) == 10
     assert any(keys[10] in name for name in worker.server.names)
+
+
+def test_a_report_made_in_the_body_of_a_step_has_the_same_key_when_the_step_is_done_again() -> None:
+    worker = Worker()
+    first, again = object(), object()
+    keys = [worker.reporter.next_key(5), worker.reporter.next_key(5, first), worker.reporter.next_key(5, first)]
+    keys += [worker.reporter.next_key(5, again), worker.reporter.next_key(6), worker.reporter.next_key(6, object())]
+    assert keys == ["1.5.0", "1.5.1", "1.5.2", "1.5.1", "1.6.0", "1.6.1"]

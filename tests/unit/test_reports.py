@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.membership import reports
-from raytrain_het.membership.reports import EvaluationBook, ReportBook, reduce_metrics
+from raytrain_het.membership.evaluation_book import EvaluationBook
+from raytrain_het.membership.merging import reduce_metrics
+from raytrain_het.membership.reports import ReportBook
 
 
 def part(key: str = "1.5.0", *, uid: str = "u", checkpoint: bool = True, **values: Any) -> dict[str, Any]:

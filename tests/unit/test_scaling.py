@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from raytrain_het.config import HetConfig
@@ -170,3 +171,10 @@ def test_another_ray_is_refused_with_the_command_to_type() -> None:
     check_ray("2.60.3")
     with pytest.raises(ConfigError, match=r"ray==2.61.0 is installed, .*>=2.60,<2.61.*pip install"):
         check_ray("2.61.0")
+
+
+def test_counts_and_resources_may_be_numpys() -> None:
+    config = HetScalingConfig(workers=[WorkerSpec(count=np.int64(2), resources={"CPU": np.float32(1)})])
+    assert config.slots is not None
+    assert [type(slot.resources["CPU"]) for slot in config.slots] == [float, float]
+    assert type(config.num_workers) is int

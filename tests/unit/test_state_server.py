@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import socket
+import sys
 import threading
+import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from raytrain_het.errors import EvictedError
+from raytrain_het.errors import CheckpointError, EvictedError
 from raytrain_het.membership.agent import RunOver
-from raytrain_het.training import state_server
+from raytrain_het.training import state_server, strides
 from raytrain_het.training.state_server import StateServer, ask
 
 
@@ -53,6 +55,10 @@ def through(server: StateServer, value: Any) -> Any:
         torch.randn(10)[1::3],
         torch.randn(()).expand(4, 3),
         torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)[1:],
+        torch.randn(5, 1).expand(5, 3).t(),
+        torch.randn(6).unfold(0, 3, 1),
+        torch.randn(4).to(torch.float8_e4m3fn),
         torch.randn(3, 3).to_sparse(),
         torch.randn(2, requires_grad=True),
         torch.nn.Parameter(torch.randn(2)),
@@ -63,7 +69,12 @@ def test_a_tensor_of_any_kind_arrives_bit_by_bit(server: StateServer, t: torch.T
     got = through(server, {"t": t})["t"]
     assert type(got) is type(t)
     assert got.requires_grad == t.requires_grad
+    if t.dtype == torch.float8_e4m3fn:
+        got, t = got.view(torch.uint8), t.view(torch.uint8)
     torch.testing.assert_close(got, t, rtol=0, atol=0)
+    if strides.is_plain(t) and strides.memory(t) is not None:
+        assert got.stride() == t.stride()
+        assert got.untyped_storage().nbytes() <= t.nbytes
 
 
 def test_structure_arrives_with_what_is_not_a_tensor(server: StateServer) -> None:
@@ -94,6 +105,25 @@ def test_a_request_when_the_run_is_over_gets_no_answer_and_leaves_no_traceback(
         if thread.name == "het-state-serve":
             thread.join(timeout=5)
     assert seen == []
+
+
+def test_what_cannot_be_sent_is_an_error_of_the_one_who_asks(server: StateServer) -> None:
+    """Without an answer it would ask again and again."""
+    with pytest.raises(CheckpointError, match="cannot send its state.*pickle '_thread.lock'.*state_dict"):
+        through(server, {"lock": threading.Lock()})
+
+
+def test_what_cannot_be_read_is_an_error_of_the_one_who_asks(
+    server: StateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("only_there")
+    module.Mode = type("Mode", (), {"__module__": "only_there"})  # type: ignore[attr-defined]
+    with monkeypatch.context() as there:
+        there.setitem(sys.modules, "only_there", module)
+        packed = state_server._pack(module.Mode())
+    monkeypatch.setattr(state_server, "_made", lambda make, request: packed)
+    with pytest.raises(CheckpointError, match="only_there.*importable"):
+        through(server, None)
 
 
 def test_a_peer_that_closes_in_the_middle_of_a_tensor_is_a_lost_connection() -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
+import math
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from raytrain_het.cli import main
+from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import runner
 from raytrain_het.jobs.display import waiting_line
@@ -28,6 +34,7 @@ from raytrain_het.ray_train import monitor, run_folder
 from raytrain_het.ray_train.monitor import Monitor
 from raytrain_het.ray_train.narration import event_line, number, told
 from raytrain_het.ray_train.run_folder import LastCheckpoint, RunFolder, last_checkpoint_of, write_whole
+from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
 
 ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "experiments" / "jobs"
@@ -135,6 +142,40 @@ def test_lost_checkpoints_are_counted_and_the_last_stored_one_is_named(tmp_path:
     assert (summary["checkpoint"], summary["num_checkpoints_failed"]) == ("a/c1", 1)
     assert checkpoint_line(summary) == "1 of 2 checkpoints could not be written; the last one stored is a/c1"
     assert checkpoint_line(summary | {"checkpoint": None}).endswith("; the run has none")
+
+
+class Broken:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_settings_and_metrics_of_every_kind_are_written_down(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(StorageContext(str(tmp_path), "run"))
+    loop: dict[Any, Any] = {
+        np.int64(0): "cat", ("a", "b"): 1.0, None: torch.tensor([1, 2]), "large": np.zeros((200, 200)),
+        "set": {3}, "broken": Broken(), "half": torch.tensor(0.5, dtype=torch.bfloat16), "lock": threading.Lock(),
+    }  # fmt: skip
+    loop["itself"] = loop
+    policy = functools.partial(lambda lock, profile: 1.0, threading.Lock())
+    folder.write_config(HetConfig(score_policy=policy), HetScalingConfig(workers=[WorkerSpec()]), loop)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())["train_loop_config"]
+    assert written["0"] == "cat"
+    assert written["('a', 'b')"] == 1.0
+    assert written["null"] == [1, 2]
+    assert written["large"] == "ndarray of shape (200, 200), float64"
+    assert (written["set"], written["half"]) == ([3], 0.5)
+    assert "cannot be made" in written["broken"]
+    metrics = {"inf": math.inf, "nan": math.nan, "huge": 10**400, "text": "a", "none": None, "flag": True}
+    folder.add_reports([{"step": 1, "epoch": 0, "metrics": metrics}])
+    folder.close()
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["metrics"]["inf"] == math.inf
+
+
+def test_who_waits_for_whom_is_a_sentence() -> None:
+    event = {"kind": "waiting", "slots": [1], "waited_s": 6.2, "reason": "worker 0: in step 6; worker 1: after step 5"}
+    assert event_line(event) == "somebody has waited for 6.2 s; worker 0: in step 6; worker 1: after step 5"
 
 
 def test_a_display_on_a_full_disk_is_told_of_once_in_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,142 @@
+"""Whether replicas are the same: pure comparison of what members have said of theirs.
+
+An *audit* is what one member says of a part of its replica at one step, a plain dictionary:
+
+``kind``
+    what its arithmetic depends on (device, processor, threads, torch). Between members of one kind everything has to
+    be the same to the bit; between others tensors may differ by rounding.
+``numbers``
+    [name, value] of settings, flags and registered numbers.
+``tensors``
+    [name, digest] of its tensors, or of a piece of one.
+``samples``
+    by name: some of a tensor's values, and by how much they have changed since all had the same (null where that is not
+    known).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Audit = Mapping[str, Any]
+
+ROUNDING = 1e-5
+"""So much, relative to a tensor's largest sample, unlike machines may differ by rounding alone."""
+PART_OF_UPDATES = 0.02
+"""So much of what updates have changed unlike machines may differ. Another gradient makes a difference of the same
+size as the update."""
+
+
+def difference(audits: Mapping[int, Audit]) -> str | None:
+    """The first thing that is not the same on all members, in words; None where everything is.
+
+    Args:
+        audits: by slot, of one step and one part of the replica.
+    """
+    return _other_number(audits) or _other_tensor(audits)
+
+
+def _other_number(audits: Mapping[int, Audit]) -> str | None:
+    unlike = len({a["kind"] for a in audits.values()}) > 1
+    for name in _names(dict(a["numbers"]) for a in audits.values()):
+        values = {slot: dict(map(tuple, a["numbers"])).get(name, "missing") for slot, a in audits.items()}
+        first = next(iter(values.values()))
+        if all(v == first or v != v and first != first or unlike and _close(v, first) for v in values.values()):
+            continue
+        told = ", ".join(f"{value!r} on worker {slot}" for slot, value in sorted(values.items()))
+        return f"{name} is {told}"
+    return None
+
+
+def _close(a: Any, b: Any) -> bool:
+    return isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-9)
+
+
+def _other_tensor(audits: Mapping[int, Audit]) -> str | None:
+    tensors = {slot: dict(map(tuple, a["tensors"])) for slot, a in audits.items()}
+    kinds = {slot: a["kind"] for slot, a in audits.items()}
+    for name in _names(tensors.values()):
+        missing = [slot for slot in audits if name not in tensors[slot]]
+        if missing:
+            return f"{name} is not there on {_workers(missing)}"
+        for kind in set(kinds.values()):
+            alike = {slot: tensors[slot][name] for slot in audits if kinds[slot] == kind}
+            if len(set(alike.values())) > 1:
+                return _who(name, alike)
+        if len(set(kinds.values())) > 1 and (far := _far_apart(name, audits)):
+            return far
+    return None
+
+
+def _far_apart(name: str, audits: Mapping[int, Audit]) -> str | None:
+    """Of members of unlike kinds: whether they differ by more than rounding."""
+    told = {slot: a["samples"][name] for slot, a in audits.items() if name in a["samples"]}
+    slots = sorted(told)
+    for other in slots[1:]:
+        (one, moved), (two, moved_too) = told[slots[0]], told[other]
+        largest = max((abs(v) for v in (*one, *two) if math.isfinite(v)), default=0.0)
+        update = max(moved, moved_too) if moved is not None and moved_too is not None else largest
+        bound = PART_OF_UPDATES * update + ROUNDING * largest
+        off = max((abs(a - b) for a, b in zip(one, two, strict=False) if a != b and not math.isnan(a - b)), default=0.0)
+        if len(one) != len(two) or any(map(math.isnan, one)) != any(map(math.isnan, two)) or off > bound:
+            return (
+                f"{name} of worker {other} is off by {off:.3g} from worker {slots[0]}'s; rounding explains {bound:.3g}"
+            )
+    return None
+
+
+def _who(name: str, digests: Mapping[int, Any]) -> str:
+    usual, count = Counter(digests.values()).most_common(1)[0]
+    others = [slot for slot, digest in sorted(digests.items()) if digest != usual]
+    same = [slot for slot, digest in sorted(digests.items()) if digest == usual]
+    if count == 1:
+        return f"{name} is another one on each of {_workers(sorted(digests))}"
+    return f"{name} of {_workers(others)} is not that of {_workers(same)}"
+
+
+def _workers(slots: list[int]) -> str:
+    if len(slots) == 1:
+        return f"worker {slots[0]}"
+    return f"workers {', '.join(map(str, slots[:-1]))} and {slots[-1]}"
+
+
+def _names(named: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for one in named for name in one))
+
+
+def message(step: int, what: str) -> str:
+    """What the run fails with."""
+    return (
+        f"replicas differ: after step {step} {what}. Every worker must make the same updates: between backward() and "
+        "the next batch, use only what is the same on all of them (p.grad after backward(), the model, the epoch), "
+        "and not a worker's own loss, samples or random numbers. HetConfig(check='every_step') finds the first step "
+        "in which they differ."
+    )
+
+
+class AuditBook:
+    """Collects audits of one step until all members have given theirs; and what each says once."""
+
+    def __init__(self) -> None:
+        self._claims: dict[str, tuple[int, Any]] = {}
+        self._open: dict[tuple[int, int, int], dict[int, Audit]] = {}
+
+    def add(self, slot: int, message_: Mapping[str, Any], expected: Iterable[int]) -> str | None:
+        """A member's audit. Returns what differs, once all expected slots have given theirs."""
+        key = (message_["generation"], message_["step"], message_["part"])
+        audits = self._open.setdefault(key, {})
+        audits[slot] = message_["audit"]
+        if not set(expected) <= audits.keys():
+            return None
+        self._open = {k: v for k, v in self._open.items() if k > key}
+        return difference(audits)
+
+    def claim(self, slot: int, name: str, value: Any) -> str | None:
+        """Something that each member says once, and that must be the same on all. Returns what differs."""
+        first, other = self._claims.setdefault(name, (slot, value))
+        if other == value:
+            return None
+        return f"{name} is {other!r} on worker {first}, {value!r} on worker {slot}"

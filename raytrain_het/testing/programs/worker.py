@@ -1,0 +1,164 @@
+"""A process that is kept: it runs one program after the other, as a worker or as the reference."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing.connection
+import os
+import pickle
+import select
+import signal
+import threading
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # Imported by every optimizer's first step: once in the fork server.
+
+import raytrain_het
+from raytrain_het.collectives import points
+from raytrain_het.config import HetConfig
+from raytrain_het.errors import EvictedError, HetError, ProtocolError
+from raytrain_het.testing import faults as fault_kit
+from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
+from raytrain_het.testing.programs.plain import Used, run_plain
+from raytrain_het.testing.programs.program import Program
+from raytrain_het.testing.programs.traces import NoteWriter, Outcome, StepNote, bits_of, state_of
+from raytrain_het.training import session as sessions
+from raytrain_het.training.checkpoint import LocalStorage
+from raytrain_het.training.step_record import StepRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a kept process is to do."""
+
+    program: Program
+    text: str
+    config: HetConfig
+    directory: Path
+    slot: int = 0
+    life: int = 0
+    """How often the whole run was begun anew from a checkpoint, by another hub."""
+    faults: tuple[fault_kit.Fault, ...] = ()
+    used: dict[int, Used] | None = None
+    """Given: this is the reference."""
+
+
+def serve(connection: multiprocessing.connection.Connection, parent: int, stacks: str) -> None:
+    """Do jobs until the other end is gone."""
+    threading.Thread(target=_end_with, args=(parent,), name="het-programs", daemon=True).start()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    warnings.filterwarnings("ignore")
+    file = open(stacks, "w")  # noqa: SIM115 - it stays open as long as the process lives
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+    while True:
+        try:
+            job: Job = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        if job.used is not None:
+            outcome = run_plain(job.program, job.text, job.config, job.used)
+        else:
+            outcome = _run(job)
+        try:
+            answer = pickle.dumps(outcome)
+        except Exception as error:  # What the function returned may be of the program's own class.
+            outcome.value = f"not picklable: {error}"
+            answer = pickle.dumps(outcome)
+        connection.send_bytes(answer)
+
+
+def _end_with(pid: int) -> None:
+    """End this process when its parent has ended, however: a fork server does not."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(pid)], [], [])
+    os._exit(1)
+
+
+class Watched:
+    """What a program knows as ``het``: raytrain_het, and a look at what goes through it."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.model: torch.nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._ledger = LedgerWriter(job.directory / f"ledger_{job.slot}_{os.getpid()}.jsonl")
+        self._notes = NoteWriter(job.directory / f"{job.slot}_{os.getpid()}.notes")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(raytrain_het, name)
+
+    def prepare_model(self, model: Any) -> Any:
+        prepared = raytrain_het.prepare_model(model)
+        self.model = prepared
+        return prepared
+
+    def prepare_optimizer(self, optimizer: Any) -> Any:
+        prepared = raytrain_het.prepare_optimizer(optimizer)
+        self.optimizer = prepared
+        return prepared
+
+    def committed(self, note: StepRecord) -> None:
+        """A step was committed here."""
+        state = state_of(self.model, self.optimizer)
+        plan = sessions.current().plan
+        assert plan is not None
+        batch = plan.permutation(note.epoch)[note.offset : note.offset + note.batch_size].tolist()
+        generation = self._job.life * 100_000 + note.generation  # A new hub counts from 1 again.
+        slices = {uid: (int(s[0]), int(s[1])) for uid, s in note.slices.items()}
+        self._ledger.append(
+            LedgerEntry(
+                step=note.step, generation=generation, epoch=note.epoch, offset=note.offset,
+                batch_size=note.batch_size, slices=slices, writer=note.uid, own_samples=note.own_samples,
+            )
+        )  # fmt: skip
+        self._notes.append(
+            StepNote(
+                step=note.step, epoch=note.epoch, state=state, bits=bits_of(state), generation=generation,
+                slot=self._job.slot, slices=slices, uid=note.uid, offset=note.offset, batch=batch,
+                own=[int(k) for k in note.own_samples],
+            )
+        )  # fmt: skip
+
+
+def _run(job: Job) -> Outcome:
+    where = job.directory / "hub.pickle"
+    watched = Watched(job)
+    space: dict[str, Any] = {
+        "__name__": "__main__", "het": watched, "RANK": job.slot, "WORLD": job.program.workers,
+    }  # fmt: skip
+
+    def train() -> tuple[Any]:
+        session = sessions.current()
+        directory = str(job.directory)
+        fault_kit.install(job.faults, job.slot, directory, session.leave, session.await_reports)
+        session.listeners.append(watched.committed)
+        exec(compile(job.text, "<program>", "exec"), space)
+        return (space["train_fn"](),)
+
+    outcome = Outcome(kind="gone")
+    try:
+        done = sessions.run_worker(
+            train, config=job.config, slot=job.slot, num_slots=job.program.workers,
+            locate=lambda: pickle.loads(where.read_bytes()), storage=LocalStorage(job.directory / "storage"),
+            device=torch.device("cpu"), node_ip="127.0.0.1",
+        )  # fmt: skip
+        if done is not None:
+            outcome.kind, outcome.value = "result", done[0]
+    except EvictedError as error:
+        outcome.kind, outcome.error = "gone", f"EvictedError: {error}"
+    except BaseException as error:
+        outcome.kind, outcome.error = "error", f"{type(error).__name__}: {error}"
+        outcome.error_class = type(error).__name__
+        outcome.refused = isinstance(error, HetError) and not isinstance(error, ProtocolError)
+        outcome.traceback = traceback.format_exc()
+    finally:
+        points.listeners.clear()
+    outcome.final = state_of(watched.model, watched.optimizer)
+    return outcome

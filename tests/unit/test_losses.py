@@ -1,0 +1,122 @@
+"""What a loss is of its samples is seen in its graph, where it can be seen."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raytrain_het.errors import ConfigError, NotSupportedError
+from raytrain_het.training.losses import LossCheck, checked_loss, reductions
+
+MODEL = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4))
+X, Y, TARGET = torch.randn(6, 5), torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+LEFT_OUT = torch.tensor([0, 1, -100, 3, 0, -100])
+MASK = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0])
+
+
+def penalty():
+    return 1e-3 * sum(p.square().sum() for p in MODEL.parameters())
+
+
+def orthogonal():
+    w = MODEL[0].weight
+    return (w @ w.T - torch.eye(7)).square().sum()
+
+
+MEANS = {
+    "mse": (lambda: F.mse_loss(MODEL(X), Y), 24),
+    "mean of a mean": (lambda: (MODEL(X) - Y).square().mean(1).mean(), 6),
+    "sum over its number": (lambda: F.mse_loss(MODEL(X), Y, reduction="sum") / len(X), 6),
+    "sum times a constant": (lambda: (MODEL(X) - Y).square().sum() * (1 / 8), 8),
+    "cross entropy": (lambda: F.cross_entropy(MODEL(X), TARGET), 6),
+    "with penalties": (lambda: F.cross_entropy(MODEL(X), TARGET) + penalty() + orthogonal(), 6),
+    "scaled": (lambda: 1024.0 * F.cross_entropy(MODEL(X), TARGET), 6),
+    "two": (lambda: torch.stack([F.mse_loss(MODEL(X), Y), F.l1_loss(MODEL(X), Y)]).sum(), 24),
+}
+SUMS = {
+    "mse": lambda: F.mse_loss(MODEL(X), Y, reduction="sum"),
+    "cross entropy": lambda: F.cross_entropy(MODEL(X), TARGET, reduction="sum"),
+    "sum()": lambda: (MODEL(X) - Y).square().sum(),
+    "of none": lambda: F.cross_entropy(MODEL(X), TARGET, reduction="none").sum() + penalty(),
+    "embedding": lambda: (nn.Embedding(4, 3)(TARGET)).sum(),
+    "bce": lambda: F.binary_cross_entropy_with_logits(MODEL(X), Y.sigmoid(), reduction="sum"),
+}
+NEITHER = {
+    "deviation": lambda: F.mse_loss(MODEL(X), Y) + 0.1 * MODEL(X).std(),
+    "norm": lambda: (MODEL(X) - Y).norm(),
+    "root": lambda: F.mse_loss(MODEL(X), Y).sqrt(),
+    "log": lambda: torch.log(F.mse_loss(MODEL(X), Y)),
+    "dice": lambda: 1 - 2 * (MODEL(X).sigmoid() * Y).sum() / (MODEL(X).sigmoid().sum() + Y.sum()),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_mean_is_seen_with_what_it_is_over(name):
+    loss, count = MEANS[name]
+    found = reductions(loss().grad_fn)
+    assert {r.kind for r in found} <= {"mean", "quotient"} and found[0].count == pytest.approx(count)
+    assert LossCheck("mean", weighed=False).look([loss()], 6.0) is None
+    if found[0].kind == "mean":
+        assert isinstance(LossCheck("sum", weighed=False).look([loss()], 6.0), ConfigError)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_is_refused_unless_it_was_said_to_be_one(name):
+    error = LossCheck("mean", weighed=False).look([SUMS[name]()], 6.0)
+    assert isinstance(error, ConfigError) and "loss='sum'" in str(error)
+    assert LossCheck("sum", weighed=False).look([SUMS[name]()], 6.0) is None
+
+
+@pytest.mark.parametrize("name", NEITHER)
+def test_a_function_of_a_mean_is_refused_unless_it_was_said_to_be_local(name):
+    error = LossCheck("mean", weighed=False).look([NEITHER[name]()], 6.0)
+    assert isinstance(error, NotSupportedError) and "loss='local'" in str(error)
+    assert LossCheck("local", weighed=False).look([NEITHER[name]()], 6.0) is None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: (F.cross_entropy(MODEL(X), TARGET, reduction="none") * MASK).sum() / MASK.sum(),
+        lambda: MODEL(X).square().sum() / 16,
+        lambda: F.cross_entropy(MODEL(X), LEFT_OUT),
+        lambda: F.cross_entropy(MODEL(X), TARGET, weight=torch.tensor([1.0, 2.0, 3.0, 4.0])),
+    ],
+)
+def test_a_mean_over_a_weight_has_to_be_said(loss):
+    error = LossCheck("mean", weighed=False).look([loss()], 6.0)
+    assert isinstance(error, ConfigError) and "weight=lambda batch" in str(error)
+    assert LossCheck("mean", weighed=True).look([loss()], 4.0) is None
+
+
+@pytest.mark.parametrize("divisor", [6, 24])
+def test_a_sum_is_a_mean_if_it_is_divided_by_samples_or_by_all_numbers(divisor):
+    assert LossCheck("mean", weighed=False).look([(MODEL(X) - Y).square().sum() / divisor], 6.0) is None
+
+
+def test_a_mean_over_another_number_for_each_sample_is_noticed():
+    check = LossCheck("mean", weighed=False)
+    long, short = torch.randn(2, 9, 5), torch.randn(4, 3, 5)
+    assert check.look([MODEL(long).square().mean()], 2.0) is None and check.ratios == (36.0,)
+    error = check.look([MODEL(short).square().mean()], 4.0)
+    assert isinstance(error, ConfigError) and "12 numbers for each sample" in str(error)
+
+
+def test_other_shares_of_the_same_samples_are_the_same_mean():
+    check = LossCheck("mean", weighed=False)
+    for size in (6, 1, 5):
+        assert check.look([F.mse_loss(MODEL(X[:size]), Y[:size])], float(size)) is None
+
+
+def test_a_loss_that_is_none_of_them_is_named():
+    with pytest.raises(ConfigError, match=r"loss='average' is not valid: allowed are 'mean', 'sum' and 'local'"):
+        checked_loss("average", weighed=False)
+    with pytest.raises(ConfigError, match="a sum needs no weight"):
+        checked_loss("sum", weighed=True)
+
+
+def test_a_sum_may_be_divided_by_a_constant_and_not_by_the_number_of_a_pass():
+    check = LossCheck("sum", weighed=False)
+    assert check.look([MODEL(X).sum() / 64], 6.0) is None and check.look([MODEL(X[:2]).sum() / 64], 2.0) is None
+    error = check.look([MODEL(X[:2]).sum() / 2], 2.0)
+    assert isinstance(error, ConfigError) and "divided by 2 in this pass, and was by 64" in str(error)
