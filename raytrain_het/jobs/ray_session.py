@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.jobs.interrupted import take_back_sigterm
 
 _ALLOWED = "Write --address HOST:6379 of a running cluster, or --address local"
 _CONNECT_S = 5.0
@@ -92,6 +93,7 @@ def ray_session(address: str | None, *, num_cpus: float) -> Iterator[None]:
             raise ConfigError(
                 f"--address {address}: no Ray cluster answers there ({_first_line(error)}). {_ALLOWED}"
             ) from None
+        take_back_sigterm()
         yield
     finally:
         ray.shutdown()

@@ -50,11 +50,9 @@ def run_job(
     if "://" in job.storage:
         _check_remote(job)
 
-    from raytrain_het.ray_train.run_folder import last_checkpoint_of
-
     assert job.name is not None
     folder = f"{job.storage}/{job.name}"
-    last = last_checkpoint_of(job.storage, job.name)
+    last = _last_checkpoint(job)
     about = {"name": job.name, "run_folder": folder}
     epochs = getattr(job, "epochs", None)
     if last is not None and epochs is not None and last.epoch >= epochs:
@@ -93,10 +91,21 @@ def run_job(
             summary = about | trainer.summary
             display.finish(summary, folder)
     except Interrupted as end:
-        last = last_checkpoint_of(job.storage, job.name)
+        last = _last_checkpoint(job)
         end.hint = f"; the same command with --name {job.name} goes on from {last}" if last is not None else ""
         raise
     return summary
+
+
+def _last_checkpoint(job: JobConfig) -> LastCheckpoint | None:
+    """What a run of this name goes on from."""
+    assert job.name is not None
+    if "://" not in job.storage and not (Path(job.storage) / job.name).is_dir():
+        return None  # So that Ray is loaded while the display counts the seconds.
+
+    from raytrain_het.ray_train.run_folder import last_checkpoint_of
+
+    return last_checkpoint_of(job.storage, job.name)
 
 
 def _of_complete_run(last: LastCheckpoint) -> dict[str, Any]:
@@ -174,10 +183,7 @@ def check_reuse(job: JobConfig) -> None:
     folder = Path(job.storage) / job.name
     if "://" in job.storage or not folder.is_dir():
         return
-
-    from raytrain_het.ray_train.run_folder import last_checkpoint_of
-
-    has_checkpoint = last_checkpoint_of(job.storage, job.name) is not None
+    has_checkpoint = _last_checkpoint(job) is not None
     try:
         before = read_yaml(folder / "job.yaml")
     except ConfigError:

@@ -9,6 +9,8 @@ import logging
 import math
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -216,6 +218,33 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
     for address in ("local2", "host:", ":6379", "host:99999"):
         with pytest.raises(ConfigError, match="allowed is HOST:PORT, auto or local"):
             check_address(address)
+
+
+def test_a_run_that_is_terminated_says_no_more_than_it_wants_to(tmp_path: Path) -> None:
+    """Ray's handler in C prints stacks and has the process aborted; faulthandler's stands for it here."""
+    code = """
+import faulthandler, os, signal, sys, types
+
+def init(**options):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+    faulthandler.register(signal.SIGTERM, file=sys.stderr, chain=True)
+
+sys.modules["ray"] = types.SimpleNamespace(init=init, shutdown=lambda: None, is_initialized=lambda: False)
+from raytrain_het.jobs.interrupted import Interrupted, interruptible
+from raytrain_het.jobs.ray_session import ray_session
+
+try:
+    with interruptible(), ray_session("local", num_cpus=1):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        except SystemExit:
+            sys.exit(1)  # As `ray.get` turns it into.
+except Interrupted as end:
+    print(end.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("143\n", "")
 
 
 def test_an_error_with_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
