@@ -39,7 +39,10 @@ class Passes:
     def _state(self) -> dict[str, Any]:
         return {
             "model": {n: t.detach().clone() for n, t in self._tensors()},
-            "groups": [{k: v for k, v in g.items() if k != "params"} for g in self._optimizer.param_groups],
+            "groups": [
+                {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in g.items() if k != "params"}
+                for g in self._optimizer.param_groups
+            ],
             "registered": {n: copy.deepcopy(obj.state_dict()) for n, obj in self._registered.items()},
         }
 
@@ -67,7 +70,11 @@ class Passes:
             for name, t in self._tensors():
                 t.copy_(self._at_start["model"][name])
         for group, old in zip(self._optimizer.param_groups, self._at_start["groups"], strict=True):
-            group.update(old)
+            for key, value in old.items():
+                if isinstance(value, torch.Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
         for name, obj in self._registered.items():
             obj.load_state_dict(copy.deepcopy(self._at_start["registered"][name]))
 

@@ -113,8 +113,11 @@ def _loop(p: Program) -> dict[str, Any]:
     new: dict[str, Any] = {}
     if p.scheduler == "plateau" or "best" in p.buffers:
         new["evaluate"] = p.evaluate if p.evaluate != "none" else "plain"
-    if p.micro:  # The body runs once for each pass: what a program counts by itself are passes then.
+    if p.micro or p.check == "every_step":
+        # The body runs once for each pass: what a program counts by itself are passes then.
         new |= {"early": "epoch" if p.early in ("top", "after_step") else p.early, "keep": "none"}
+        if p.report == "sum" and p.check == "every_step":
+            new["report"] = "same"
     elif p.keep == "compare":
         zero = "before" if p.zero in ("keep", "in_place") else p.zero
         new |= {"zero": zero, "clip": "none", "edit": "none"}

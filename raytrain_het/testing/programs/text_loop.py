@@ -90,7 +90,7 @@ def _before_loop(program: Program) -> list[str]:
     if program.odd == "optimizer_first":
         lines.append("model = het.prepare_model(model)")
     if program.odd == "post_hook_after":
-        lines.append("model.head.weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))")
+        lines.append("model.head.weight.register_post_accumulate_grad_hook(halve)")
     if program.thaw == "restore":
         lines.append("start = copy.deepcopy(model.state_dict())")
     if program.odd == "second_optimizer":

@@ -69,7 +69,7 @@ _BLOCKS: dict[str, tuple[str, str]] = {
         "h = torch.tanh(self.$(h))",
     ),
     "post_hook": (
-        "self.$ = nn.Linear(8, 8)\nself.$.weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))",
+        "self.$ = nn.Linear(8, 8)\nself.$.weight.register_post_accumulate_grad_hook(halve)",
         "h = torch.tanh(self.$(h))",
     ),
     "branch": (
@@ -229,6 +229,8 @@ def model_text(program: Program) -> str:
         + ["        " + line for line in forward]
     )
     parts = []
+    if "post_hook" in program.blocks or program.odd == "post_hook_after":
+        parts.append("def halve(p):\n    p.grad.mul_(0.5)\n")
     if "inner_backward" in program.blocks:
         parts.append(_AGAIN)
     if "noise" in program.blocks:

@@ -57,6 +57,7 @@ def serve(connection: multiprocessing.connection.Connection, parent: int, stacks
     warnings.filterwarnings("ignore")
     file = open(stacks, "w")  # noqa: SIM115 - it stays open as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+    connection.send_bytes(b"ready")
     while True:
         try:
             job: Job = pickle.loads(connection.recv_bytes())
