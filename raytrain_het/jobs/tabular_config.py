@@ -24,7 +24,8 @@ class TabularJob(JobConfig):
 
     data: Annotated[str, pydantic.Field(min_length=1)] | None = None
     """A CSV or Parquet file that every worker can read: a path, or a URI (``s3://``, ``gs://``, ``hdfs://``).
-    ``null`` makes up a linear regression of ``rows`` x ``columns``."""
+    Delimiters, decimal commas, encodings and packed files are seen from its contents (docs/jobs.md); the first line
+    has the columns' names. ``null`` makes up a linear regression of ``rows`` x ``columns``."""
 
     rows: Annotated[int, pydantic.Field(ge=10)] = 1_000_000
     """Rows of the made-up table."""
@@ -57,7 +58,7 @@ class TabularJob(JobConfig):
     """Passes over the training part, four fifths of the rows."""
 
     global_batch_size: Annotated[int, pydantic.Field(ge=1)] = 4096
-    """Rows in one step, over all workers."""
+    """Rows in one step, over all workers. With fewer rows to train on than that, a tenth of them."""
 
     lr: Annotated[float, pydantic.Field(gt=0)] = 0.05
     """Learning rate, before the schedule, on standardised columns."""

@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_its_own_table_only(tmp_path: Path) -> None:
     assert one == copy != other
     assert one != open_table(source(paths[0], target="a")).fingerprint
     assert open_table(GENERATED).fingerprint != open_table(dataclasses.replace(GENERATED, seed=1)).fingerprint
-    assert SampleFetcher(sets[0])._tensors is not None, "its samples would be fetched one by one"
+    assert SampleFetcher(sets[0])._direct, "its samples would be fetched one by one"
     assert "data" in KINDS["tabular"].model_keys
 
 
