@@ -123,10 +123,11 @@ def _loop(p: Program) -> dict[str, Any]:
         new |= {"zero": zero, "clip": "none", "edit": "none"}
     if p.early != "none" and p.epochs < 2:
         new["epochs"] = 2
-    # A hand that turns the rate at each step does so again when the step is done again, if it is not registered.
+    # What a program counts or keeps by itself is its own affair when a step is done again, or a worker comes late.
     if p.fault in ("resume", "kill_reporting"):
         new["report"] = p.report if p.report not in ("none", "same") else "tensor"
-    if p.thaw == "restore" or p.scheduler == "each_step_by_hand" or p.zero == "missing" and p.odd == "none":
+    counts = p.early in ("top", "after_step") or p.thaw == "restore" or p.scheduler == "each_step_by_hand"
+    if counts or p.zero == "missing" and p.odd == "none":
         new["fault"] = "none"
     changes_head = p.frozen == "head" or p.head == "tied" or p.thaw == "replace_head"
     if p.after == "renorm" and changes_head:
