@@ -50,7 +50,9 @@ def _task(p: Program) -> dict[str, Any]:
     if layout == "channels_last" and task != "image":
         free = "image" in tasks and p.collate != "pad" and p.dataset in ("tensors", "tuples", "dicts")
         task, layout = ("image", layout) if free else (task, "none")
-    return {"task": task, "loss": loss, "layout": layout}
+    # Attention to a single token has no gradients but those of rounding.
+    blocks = p.blocks if task == "tokens" else tuple("residual" if b == "attention" else b for b in p.blocks)
+    return {"task": task, "loss": loss, "layout": layout, "blocks": blocks}
 
 
 def _data(p: Program) -> dict[str, Any]:
