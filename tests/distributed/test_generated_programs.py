@@ -14,13 +14,48 @@ from raytrain_het.testing.programs.pool import Pool
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.shrinking import shrunk
 from raytrain_het.testing.programs.text import text_of
+from raytrain_het.testing.programs.text_model import BLOCKS, BUFFERS
 from raytrain_het.testing.programs.verdict import Verdict, verdict_of
 
-NUMBERS = ()
+# Chosen so that they have nearly every choice between them.
+NUMBERS = (
+    1393, 3384, 3148, 3359, 2862, 3168, 2937, 1311, 2796, 1614, 2923, 2881, 3964, 2253, 3473, 3216, 19, 2105, 2443, 2682,
+    2309, 329,
+)  # fmt: skip
+REFUSED = (277, 2581, 3995, 1244, 3107, 341)
 
-KEPT = {}
+KEPT = {
+    "re-entrant checkpointing: earlier parameters kept local gradients": Program(blocks=("checkpoint_reentrant",)),
+    "a function that calls backward() inside: the same": Program(blocks=("inner_backward",)),
+    "an optimizer of the head only, with a check of every step": Program(groups="head", check="every_step"),
+    "a kept gradient changed under one's hands": Program(keep="compare"),
+    "a sampler with replacement was a plain permutation": Program(sampler="replacement"),
+    "batch_sampler= was refused as a batch size of None": Program(sampler="own_batches"),
+    "a buffer that starts at infinity became NaN": Program(buffers=("infinite",)),
+    "an expanded buffer could not be written": Program(buffers=("expanded",), fault="kill_updated"),
+    "whole numbers beyond 2^53, on a worker without a share": Program(buffers=("big_counter",), shares=(0.0, 1.0)),
+    "a weight changed after step(), which was done again": Program(after="data", fault="kill_updated"),
+    "a weight changed after step(), in each micro-batch": Program(after="clamp", micro=2),
+    "renormalised weights in each micro-batch, by rounding": Program(after="renorm", micro=2),
+    "zeros of a micro-batch were taken for a gradient": Program(
+        blocks=("late",), optimizer="momentum", zero="keep", micro=2
+    ),
+    "a sum over samples was called none": Program(loss="sum_declared", samples=17, check="every_step"),
+    "a sum over a constant was taken for a mean": Program(loss="sum_of_constant", shares=None, check_steps=0),
+    "a standard deviation was taken for a mean": Program(loss="spread"),
+    "a mean by a mask was told one step late": Program(task="tokens", loss="token_mask", shares=None, check_steps=0),
+    "a worker without samples added to a sum of metrics": Program(report="sum", shares=(0.0, 1.0)),
+    "a return in the loop's body": Program(early="top"),
+    "a user's hook after the gradient": Program(blocks=("post_hook",), workers=3, shares=(2.0, 0.0, 1.0)),
+    "numpy's numbers": Program(odd="numpy_sizes"),
+}
+"""What generated programs have found, by what went wrong."""
 
-OPEN = {}
+LATE = {
+    "a buffer of a worker's own samples": Program(buffers=("queue",)),
+    "a rate that follows a worker's own loss": Program(odd="local_rate"),
+}
+"""What can be noticed after it has happened only."""
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +75,19 @@ def test_a_generated_program_trains_as_one_process_or_is_refused_by_name(pool, n
     check(pool, generate(number), "equal", "refused")
 
 
+@pytest.mark.parametrize("number", REFUSED)
+def test_a_generated_program_that_is_not_supported_is_refused_by_name(pool, number):
+    check(pool, generate(number), "refused")
+
+
 @pytest.mark.parametrize("program", KEPT.values(), ids=KEPT.keys())
 def test_what_a_generated_program_once_found_stays_mended(pool, program):
     check(pool, program, "equal", "refused")
+
+
+@pytest.mark.parametrize("program", LATE.values(), ids=LATE.keys())
+def test_replicas_that_come_to_differ_end_the_run_with_names(pool, program):
+    check(pool, program, "late", "refused")
 
 
 def test_numbers_that_are_off_and_steps_that_are_missing_are_seen(pool):
@@ -69,7 +114,7 @@ def test_one_number_names_one_program_and_all_choices_come_up():
         values = {getattr(program, field.name) for program in programs}
         assert len(values) > 1, field.name
     used = {name for program in programs for name in program.blocks + program.buffers}
-    assert len(used) >= 45
+    assert used == {*BLOCKS, *BUFFERS}
     for program in programs[:200]:
         compile(text_of(program), "<program>", "exec")
 

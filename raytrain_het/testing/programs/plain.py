@@ -68,7 +68,7 @@ class PlainHet:
             if plain.loader is not None and not plain.loader.whole:
                 return None
             if plain.config.clip and plain.model is not None:
-                Clipping(**plain.config.clip).clip(plain.model.parameters())
+                Clipping(**plain.config.clip).clip([p for group in self.param_groups for p in group["params"]])
             result = cls.step(self, closure) if closure is not None else cls.step(self)
             plain.note()
             return result

@@ -50,7 +50,9 @@ def _task(p: Program) -> dict[str, Any]:
     if layout == "channels_last" and task != "image":
         free = "image" in tasks and p.collate != "pad" and p.dataset in ("tensors", "tuples", "dicts")
         task, layout = ("image", layout) if free else (task, "none")
-    return {"task": task, "loss": loss, "layout": layout}
+    # Attention to a single token has no gradients but those of rounding.
+    blocks = p.blocks if task == "tokens" else tuple("residual" if b == "attention" else b for b in p.blocks)
+    return {"task": task, "loss": loss, "layout": layout, "blocks": blocks}
 
 
 def _data(p: Program) -> dict[str, Any]:
@@ -123,10 +125,11 @@ def _loop(p: Program) -> dict[str, Any]:
         new |= {"zero": zero, "clip": "none", "edit": "none"}
     if p.early != "none" and p.epochs < 2:
         new["epochs"] = 2
-    # A hand that turns the rate at each step does so again when the step is done again, if it is not registered.
+    # What a program counts or keeps by itself is its own affair when a step is done again, or a worker comes late.
     if p.fault in ("resume", "kill_reporting"):
         new["report"] = p.report if p.report not in ("none", "same") else "tensor"
-    if p.thaw == "restore" or p.scheduler == "each_step_by_hand" or p.zero == "missing" and p.odd == "none":
+    counts = p.early in ("top", "after_step") or p.thaw == "restore" or p.scheduler == "each_step_by_hand"
+    if counts or p.zero == "missing" and p.odd == "none":
         new["fault"] = "none"
     changes_head = p.frozen == "head" or p.head == "tied" or p.thaw == "replace_head"
     if p.after == "renorm" and changes_head:

@@ -52,8 +52,8 @@ _BLOCKS: dict[str, tuple[str, str]] = {
     "detach": ("self.$ = nn.Linear(8, 8)", "h = h + torch.tanh(self.$(h.detach()))"),
     "gru": ("self.$ = nn.GRU(8, 8, batch_first=True)", "h = self.$({steps})[0]{unsteps}"),
     "attention": (
-        "self.$ = nn.MultiheadAttention(8, 2, batch_first=True)",
-        "h = h + self.$({steps}, {steps}, {steps}, need_weights=False)[0]{unsteps}",
+        "self.$ = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)",
+        "h = h + self.$(h, h, h, need_weights=False)[0]",
     ),
     "transposed": ("self.$ = nn.Parameter(torch.randn(8, 8).t() / 3)", "h = torch.tanh(h @ self.$)"),
     "functional": (
