@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and stop")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train = commands.add_parser(
         "train",
@@ -174,8 +174,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from raytrain_het.jobs.display import make_display
-    from raytrain_het.jobs.runner import run_job
     from raytrain_het.jobs.table import load_job
 
     _check_overrides(arguments)
@@ -186,9 +184,12 @@ def _run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.simulate is not None:
         _simulate(arguments, overrides)
         return 0
-    run_job(
-        load_job(arguments.job, overrides), display=make_display(as_json=arguments.as_json), address=arguments.address
-    )
+    job = load_job(arguments.job, overrides)
+
+    from raytrain_het.jobs.display import make_display
+    from raytrain_het.jobs.runner import run_job
+
+    run_job(job, display=make_display(as_json=arguments.as_json), address=arguments.address)
     return 0
 
 
@@ -236,28 +237,35 @@ def _print_keys(path: str | None) -> int:
     return 0
 
 
-def _version() -> str:
-    from importlib import metadata
+class _Version(argparse.Action):
+    """Looked up when asked for: it takes as long as reading a job file."""
 
-    try:
-        return metadata.version("raytrain-het")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib import metadata
+
+        try:
+            found = metadata.version("raytrain-het")
+        except metadata.PackageNotFoundError:
+            found = "(not installed)"
+        print(f"{parser.prog} {found}")
+        parser.exit()
 
 
 def _simulate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from raytrain_het.fleet.cores import cpu_limit
     from raytrain_het.jobs import simulation
-    from raytrain_het.jobs.display import make_display
-    from raytrain_het.jobs.runner import run_job
     from raytrain_het.jobs.table import load_job, read_job
-    from raytrain_het.testing.throttle import slow_workers
 
     speeds = simulation.parse_speeds(arguments.simulate)
     cores = simulation.fitting_cores(speeds, cpu_limit().cores)
     simulation.check_alone(workers=read_job(arguments.job, overrides).get("workers"), address=arguments.address)
     overrides = simulation.with_simulated_workers(overrides, len(speeds), default_job=arguments.job is None)
     job = load_job(arguments.job, overrides)
+
+    from raytrain_het.jobs.display import make_display
+    from raytrain_het.jobs.runner import run_job
+    from raytrain_het.testing.throttle import slow_workers
+
     display = make_display(as_json=arguments.as_json)
     with slow_workers(cores) as slow:
         display.say(simulation.announcement(cores, slow.how))
@@ -302,18 +310,20 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from raytrain_het.fleet.cores import cpu_limit
     from raytrain_het.jobs import simulation
-    from raytrain_het.jobs.lines import write
     from raytrain_het.sweeps import load_sweep
-    from raytrain_het.sweeps.command import sweep_command
-    from raytrain_het.testing.throttle import slow_workers
 
     if arguments.retry_failed and not arguments.resume:
         raise ConfigError("--retry-failed needs a sweep to go on with: write --resume too")
     if arguments.simulate is not None:
         overrides = [*overrides, f"simulate={json.dumps(simulation.parse_speeds(arguments.simulate))}"]
     sweep = load_sweep(arguments.sweep, overrides)
+
+    from raytrain_het.fleet.cores import cpu_limit
+    from raytrain_het.jobs.lines import write
+    from raytrain_het.sweeps.command import sweep_command
+    from raytrain_het.testing.throttle import slow_workers
+
     options: dict[str, Any] = {
         "file": arguments.sweep, "resume": arguments.resume, "retry_failed": arguments.retry_failed,
         "as_json": arguments.as_json,

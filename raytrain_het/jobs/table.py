@@ -203,6 +203,11 @@ def glance_at_data(job: JobConfig) -> None:
     Raises:
         ConfigError: It is not.
     """
+    for key in KINDS[job.kind].path_keys:
+        path = getattr(job, key)
+        # Here already, for the sake of what a look into the file would load.
+        if path is not None and "://" not in path and not Path(path).expanduser().exists():
+            raise ConfigError(f"{key}={path!r} does not exist: allowed is a CSV or Parquet file. Look at its path.")
     glance = KINDS[job.kind].glance
     if glance is not None:
         _import(glance)(job)
