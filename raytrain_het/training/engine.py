@@ -600,6 +600,8 @@ class Engine:
 
     def abandon(self) -> None:
         """The function has returned: a step that it has opened and not committed is not this worker's any more."""
+        if self.gradients.refused is not None:
+            raise self.gradients.refused
         opened = self.opened
         if opened is not None and opened.settled and opened.sums is not None and not opened.sums.applies:
             self._settle_last()

@@ -90,6 +90,8 @@ class Gradients:
         self._rehearses = self._ended = False
         """Whether the armed micro-batch's backward pass is over."""
         self._complaint: Exception | None = None
+        self.refused: Exception | None = None
+        """Why a pass was refused, in case that the program goes on as if it had not been."""
         self._overlaps: bool | None = None
         """Whether buckets may be sent before the pass is over: not in the first one, and never once a parameter has had
         its gradient in parts."""
@@ -263,6 +265,7 @@ class Gradients:
         if self._creates_graph:
             raise refuse("create_graph")
         if (complaint := self._complaint or self.inspect_fired()) is not None:
+            self.refused = complaint
             raise complaint
         for index, left in enumerate(self._left):
             if left is not None and self._zeroed[index] and bool(left.any()):
@@ -412,6 +415,8 @@ def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         LoopOrderError: one is of a kind that is not supported.
     """
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise refuse("scripted module", f"{path or 'the model'!r} is a {type(module).__name__}")
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             if module.sparse:
                 raise refuse("sparse gradient", f"{path!r} has sparse=True")

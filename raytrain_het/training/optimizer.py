@@ -33,17 +33,17 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
 
     checked = False
 
-    def update(optimizer: torch.optim.Optimizer) -> Any:
+    def update(optimizer: torch.optim.Optimizer, **options: Any) -> Any:
         # A fused optimizer takes a loss scaler's factor off by itself, later.
         scale = getattr(optimizer, "grad_scale", None)
         session.clip_gradients(1.0 if scale is None else float(scale))
         session.updating = True
         try:
-            return cls.step(optimizer)
+            return cls.step(optimizer, **options)
         finally:
             session.updating = False
 
-    def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> Any:
+    def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None, **options: Any) -> Any:
         if closure is not None:
             raise refuse("closure")
         if session.engine is None:
@@ -54,7 +54,7 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
         if not checked:
             checked = True
             _check_scaler(_calling_scaler(), session)
-        return session.engine.close(lambda: update(self))
+        return session.engine.close(lambda: update(self, **options))
 
     # Torch wraps the step of a class that it has not wrapped yet, in load_state_dict() too: hooks would run twice.
     step.hooked = True  # type: ignore[attr-defined]

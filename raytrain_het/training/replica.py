@@ -30,7 +30,6 @@ class Replica:
         self.model: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.registered: dict[str, Any] = {}
-        self._places: list[tuple[str, nn.Module, str]] | None = None
 
     def register(self, name: str, obj: Any) -> None:
         """Keep an object's ``state_dict`` in step with the model.
@@ -131,10 +130,19 @@ class Replica:
         """That of the first parameter."""
         return self._named[0][1].device
 
+    @functools.cached_property
+    def _buffer_places(self) -> list[tuple[str, nn.Module, str]]:
+        assert self.model is not None
+        return [
+            (f"{path}.{name}" if path else name, module, name)
+            for path, module in self.model.named_modules()
+            for name in module._buffers
+        ]
+
     def set_buffers(self, values: dict[str, torch.Tensor]) -> None:
         """Give the buffers these values, by name."""
         with torch.no_grad():
-            for name, module, attribute in self._places or ():
+            for name, module, attribute in self._buffer_places:
                 if name in values and module._buffers.get(attribute) is not None:
                     put((name, module, attribute), values[name])
 
@@ -147,14 +155,7 @@ class Replica:
 
         Those that the modules had at the first one, also if they were None then.
         """
-        assert self.model is not None
-        if self._places is None:
-            self._places = [
-                (f"{path}.{name}" if path else name, module, name)
-                for path, module in self.model.named_modules()
-                for name in module._buffers
-            ]
-        for name, module, attribute in self._places:
+        for name, module, attribute in self._buffer_places:
             buffer = getattr(module, attribute)
             if buffer is not None and buffer.layout is torch.strided and not buffer.is_quantized:
                 yield name, buffer

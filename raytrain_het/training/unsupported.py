@@ -80,6 +80,10 @@ TABLE: dict[str, Unsupported] = {
         what="only real floating point can be trained",
         way_out="Keep the parameter as torch.view_as_real(p), and take view_as_complex of it in forward()",
     ),
+    "scripted module": Unsupported(
+        what="modules of torch.jit.script and torch.jit.trace can't be prepared",
+        way_out="Prepare the module that it was made of; script it after training",
+    ),
     "lazy parameter": Unsupported(
         what="the model has lazy modules, whose parameters have no shape before the first pass",
         way_out="Pass one batch through the model before prepare_model()",
