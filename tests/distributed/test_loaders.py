@@ -147,15 +147,17 @@ def test_what_is_no_whole_number_is_refused_by_name(tmp_path, sizes):
 
 def test_a_prepared_loader_has_the_attributes_of_a_data_loader(tmp_path):
     given = DataLoader(NUMBERS, batch_size=5, num_workers=0, drop_last=True, collate_fn=lambda samples: samples)
+    names = ("dataset", "sampler", "batch_sampler", "num_workers", "collate_fn", "drop_last", "batch_size")
+    seen = {}
 
     def look():
         _, _, loader = prepare(given, global_batch_size=10)
-        return {n: getattr(loader, n) for n in ("dataset", "sampler", "batch_sampler", "num_workers", "collate_fn",
-                                                "drop_last", "batch_size")}, len(loader)  # fmt: skip
+        seen.update({name: getattr(loader, name) for name in names}, steps=len(loader))
 
-    seen, steps = alone(look, tmp_path)
-    assert seen == {name: getattr(given, name) for name in seen} | {"batch_size": 10}
-    assert steps == 2
+    with pytest.raises(LoopOrderError, match="nothing was trained together"):
+        alone(look, tmp_path)
+    assert seen.pop("steps") == 2
+    assert seen == {name: getattr(given, name) for name in names} | {"batch_size": 10}
 
 
 class Curriculum(Dataset):
