@@ -8,6 +8,7 @@ twenty nodes, ten microseconds.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -26,8 +27,12 @@ logger = logging.getLogger("raytrain_het")
 LOSSES = ("mean", "sum", "local")
 _PASS_THROUGH = (
     "Neg", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Alias", "Clone", "Select", "Expand",
+    "NanToNum",
 )  # fmt: skip
-_NOT_LINEAR = ("Sqrt", "Log", "Log1p", "Log2", "Exp", "Expm1", "Pow", "Reciprocal", "Rsqrt", "Sigmoid", "Tanh")
+_NOT_LINEAR = (
+    "Sqrt", "Log", "Log1p", "Log2", "Exp", "Expm1", "Pow", "Reciprocal", "Rsqrt", "Sigmoid", "Tanh", "Abs", "Relu",
+    "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Softplus", "Atan",
+)  # fmt: skip
 _BENT_REDUCTIONS = (
     "Std", "StdMean", "Var", "VarMean", "Norm", "LinalgVectorNorm", "LinalgMatrixNorm", "Logsumexp", "Max", "Amax",
     "Min", "Amin", "Median", "Nanmedian", "Prod",
@@ -51,6 +56,8 @@ class Reduction:
     """As autograd calls it."""
     exact: bool = True
     """Whether the count was not rounded."""
+    factor: float | None = None
+    """Of a mean: one over what it is multiplied by, where that is known."""
     size: int = 0
     """Of a sum: how many numbers were added up."""
     divisor: float | None = None
@@ -103,8 +110,8 @@ def reductions(
             elif factor != scale:
                 divisor = None
             stack += [(child, part, divisor, bent) for child in children]
-        elif name in _NOT_LINEAR and len(children) == 1:
-            stack.append((children[0], None, None, True))
+        elif name in _NOT_LINEAR:
+            stack += [(child, None, None, True) for child in children]
         elif (reduction := _reduction(node, name, children, data, path)) is not None:
             if isinstance(reduction, list):
                 stack += [(child, None, None, bent) for child in reduction]
@@ -115,7 +122,7 @@ def reductions(
             elif reduction.kind == "sum" and (divided_by != 1 or node in divided):
                 found.append(Reduction("quotient", divided_by, name, size=reduction.size, divisor=divisor))
             else:
-                found.append(reduction)
+                found.append(dataclasses.replace(reduction, factor=divided_by))
     return found
 
 
@@ -132,6 +139,8 @@ def _reduction(
         return Reduction("mean", count, name, exact, weighted=weighted)
     if name in _BENT_REDUCTIONS and data.comes_into(children[0], path):
         return Reduction("bent", None, name)
+    if name in ("Dot", "Nansum") and any(data.comes_into(child, (*path, str(k))) for k, child in enumerate(children)):
+        return Reduction("sum", None, name)
     if name not in ("Sum", "Mean"):
         return None
     child = children[0]
@@ -302,7 +311,7 @@ class LossCheck:
             if r.kind == "mean" and r.weighted and not self._weighed:
                 return _weighted(r, weight)
         per = weight if self._loss == "mean" else 1.0
-        self._seen = [(r.count, r.count / per) for r in found if r.count is not None and r.exact]
+        self._seen = [(r.count, r.count / per * (r.factor or 1.0)) for r in found if r.count is not None and r.exact]
         return None
 
     def fired(self) -> Exception | None:

@@ -42,6 +42,8 @@ SUMS = {
     "bce": lambda: F.binary_cross_entropy_with_logits(MODEL(X), Y.sigmoid(), reduction="sum"),
 }
 NEITHER = {
+    "flooding": lambda: (F.mse_loss(MODEL(X), Y) - 0.1).abs() + 0.1,
+    "the larger": lambda: torch.maximum(F.mse_loss(MODEL(X), Y), F.l1_loss(MODEL(X), Y)),
     "deviation": lambda: F.mse_loss(MODEL(X), Y) + 0.1 * MODEL(X).std(),
     "norm": lambda: (MODEL(X) - Y).norm(),
     "root": lambda: F.mse_loss(MODEL(X), Y).sqrt(),
@@ -149,6 +151,9 @@ def test_means_of_other_forms_are_no_sums(loss):
         lambda: nn.Sequential(*[nn.Linear(5, 5) for _ in range(300)])(X).square().sum(),
         lambda: (MODEL(X) - Y).square().mean(1),
         lambda: MODEL(X).square().mean(1).sum(),
+        lambda: (MODEL(X) - Y)[:, 0] @ (MODEL(X) - Y)[:, 0],
+        lambda: (MODEL(X) - Y).square().nansum(),
+        lambda: torch.nan_to_num((MODEL(X) - Y).square().sum()),
     ],
 )
 def test_sums_of_other_forms_are_seen(loss):
@@ -175,3 +180,11 @@ def test_a_term_of_a_fixed_size_may_be_one_of_the_pass_and_is_said_to_be_local()
         assert check.look([(MODEL(X[:size]).mean(0) - Y[:size].mean(0)).square().mean()], float(size)) is None
         error = check.fired()
     assert isinstance(error, ConfigError) and "loss='local'" in str(error)
+
+
+def test_a_factor_that_depends_on_the_pass_is_noticed():
+    check = LossCheck("mean", weighed=False)
+    for size in (6, 2):
+        assert check.look([F.mse_loss(MODEL(X[:size]), Y[:size]) * size / 8], float(size)) is None
+        error = check.fired()
+    assert isinstance(error, ConfigError)
