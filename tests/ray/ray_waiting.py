@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 
-def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
+def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 180.0) -> Any:
     """Poll until the condition holds; returns what it gave."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
