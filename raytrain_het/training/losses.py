@@ -103,8 +103,9 @@ def reductions(
                 stack += [(child, None, None, quotient) for child in children]
                 continue
             factor = _scalar(node, "_saved_other" if children[0] is not None else "_saved_self")
-            certain = divided_by is not None and factor is not None and factor != 0
-            part = (divided_by * factor if name == "Div" else divided_by / factor) if certain else None  # type: ignore
+            part = None
+            if divided_by is not None and factor:
+                part = divided_by * factor if name == "Div" else divided_by / factor
             if name == "Div":
                 divisor = divisor * factor if divisor is not None and factor is not None else None
             elif factor != scale:

@@ -167,7 +167,7 @@ class ReplicaCheck:
 
     def _all_tensors(self, light: Light) -> Tensors:
         replica = self._replica
-        tensors: Tensors = [(name, lambda _, p=p: p.detach()) for name, p in replica.named_parameters()]  # type: ignore
+        tensors: Tensors = [(name, functools.partial(_parameter, p)) for name, p in replica.named_parameters()]
         tensors += [(f"buffer {name}", functools.partial(_buffer, name)) for name in light["buffers"]]
         names = {id(p): name for name, p in replica.named_parameters()}
         assert replica.optimizer is not None
@@ -186,6 +186,10 @@ class ReplicaCheck:
                         (f"registered {_dotted(name, *keys)}", functools.partial(_registered, (name, *keys)))
                     )
         return tensors
+
+
+def _parameter(p: torch.Tensor, _: Light) -> torch.Tensor:
+    return p.detach()
 
 
 def _buffer(name: str, light: Light) -> torch.Tensor:

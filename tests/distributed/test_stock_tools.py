@@ -73,10 +73,12 @@ def test_torchs_tools_for_equal_workers_are_refused_where_they_are_used_and_nowh
 
 def test_what_a_group_of_one_is_right_for_is_left_alone(tmp_path):
     def train_fn():
-        in_a_group(lambda: dist.all_reduce(torch.ones(1)))
+        value = torch.ones(1)
+        in_a_group(lambda: dist.all_reduce(value))
         train(*prepare())
+        return float(value)
 
-    alone(train_fn, tmp_path)
+    assert alone(train_fn, tmp_path) == 1.0
 
 
 def own_loop():
