@@ -373,7 +373,10 @@ class Engine:
         if alone:
             return None
         samples = len(opened.micro[len(opened.weights) - 1])
-        return self._loss.look(roots, self._pass_weight, opened.loss_scale, samples=samples)
+        record, passes = opened.record, opened.micro[opened.rehearses :]
+        sizes = {len(slice_of(opened.batch, record.shares, rank)) for rank in range(len(record.members))} - {0}
+        alike = len(sizes) == 1 and len({len(part) for part in passes}) == 1
+        return self._loss.look(roots, self._pass_weight, opened.loss_scale, samples=samples, alike=alike)
 
     def body_done(self) -> None:
         """The user's loop body has come to its end and asks for the next batch."""

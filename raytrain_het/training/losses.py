@@ -282,7 +282,9 @@ class LossCheck:
         """What comes from here on belongs to another step: its loss may be over other numbers."""
         self._of_step = None
 
-    def look(self, roots: Sequence[Any], weight: float, scale: float = 1.0, *, samples: int = 0) -> Exception | None:
+    def look(
+        self, roots: Sequence[Any], weight: float, scale: float = 1.0, *, samples: int = 0, alike: bool = True
+    ) -> Exception | None:
         """Look at a pass before it is done.
 
         Args:
@@ -290,6 +292,7 @@ class LossCheck:
             weight: of the pass: its samples, or what the program says.
             scale: by which a loss scaler has multiplied the loss.
             samples: of the pass.
+            alike: whether all passes of the step, on all workers, have as many.
 
         Returns:
             An error, if the loss is none of what the program says and the pass is one of the step's.
@@ -307,7 +310,7 @@ class LossCheck:
                 return refuse("loss that is no mean", f"this one is a function of a {r.name.lower()}")
             if r.kind not in (self._loss, "quotient"):
                 return _other_kind(r, self._loss)
-            if r.divisor is not None and self._loss == "mean" and not self._weighed and not _divides(r, weight):
+            if r.divisor is not None and self._loss == "mean" and not self._weighed and not _divides(r, weight, alike):
                 return _by_a_constant(r, weight)
             if r.kind == "mean" and r.weighted and not self._weighed:
                 return _weighted(r, weight)
@@ -329,10 +332,13 @@ class LossCheck:
         return reductions(getattr(root, "grad_fn", None), scale, samples=samples, known=self._known)
 
 
-def _divides(found: Reduction, samples: float) -> bool:
-    """Whether a sum over a pass is divided by its samples, or by its numbers of some dimensions."""
+def _divides(found: Reduction, samples: float, alike: bool) -> bool:
+    """Whether a sum over a pass is divided by its samples, or by its numbers of some dimensions.
+
+    Where passes differ in size, a whole number times the samples is no constant, or it would not be one in all.
+    """
     each = (found.divisor or 0.0) / samples
-    return each >= 1 and each == int(each) and found.size / samples % each == 0
+    return each >= 1 and each == int(each) and (not alike or found.size / samples % each == 0)
 
 
 def _by_a_constant(found: Reduction, samples: float) -> ConfigError:

@@ -58,8 +58,20 @@ def make_het(optimizer: torch.optim.Optimizer, session: Session) -> Callable[[],
 
     # Torch wraps the step of a class that it has not wrapped yet, in load_state_dict() too: hooks would run twice.
     step.hooked = True  # type: ignore[attr-defined]
-    optimizer.__class__ = type(f"Het{cls.__name__}", (cls,), {"step": step, "__module__": __name__})
+    members = {
+        "step": step,
+        "__module__": __name__,
+        "__reduce_ex__": lambda self, _: (_plain, (cls, self.__getstate__())),
+    }
+    optimizer.__class__ = type(f"Het{cls.__name__}", (cls,), members)
     return lambda: update(optimizer)
+
+
+def _plain(cls: type[torch.optim.Optimizer], state: dict[str, Any]) -> torch.optim.Optimizer:
+    """A copy of a prepared optimizer, pickled or deep: of its own class, which takes no part in the run."""
+    copy = cls.__new__(cls)
+    copy.__setstate__(state)
+    return copy
 
 
 def _calling_scaler() -> torch.amp.GradScaler | None:

@@ -1,5 +1,8 @@
 """The loop used in an order that the step does not know is an error that says what to write. One worker, in process."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from labs import alone
@@ -314,3 +317,14 @@ def test_a_torn_checkpoint_is_refused(tmp_path):
     (tmp_path / "torn" / "het.json").write_text('{"format": 1, "cur')
     with pytest.raises(CheckpointError, match="het.json can't be read"):
         alone(lambda: good(*prepare()), tmp_path, checkpoint=str(tmp_path / "torn"))
+
+
+def test_copies_of_a_prepared_optimizer_are_plain_ones(tmp_path):
+    def copies():
+        model, optimizer, loader = prepare()
+        good(model, optimizer, loader)
+        return [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+
+    for one in alone(copies, tmp_path):
+        assert type(one) is torch.optim.SGD and one.param_groups[0]["lr"] == 0.1
+        one.step()

@@ -188,3 +188,10 @@ def test_a_factor_that_depends_on_the_pass_is_noticed():
         assert check.look([F.mse_loss(MODEL(X[:size]), Y[:size]) * size / 8], float(size)) is None
         error = check.fired()
     assert isinstance(error, ConfigError)
+
+
+def test_a_multiple_of_the_samples_is_no_constant_where_passes_differ_in_size():
+    check = LossCheck("mean", weighed=False)
+    assert check.look([(MODEL(X)[:, :1] - 1).square().sum() / 12], 6.0, alike=False) is None
+    assert isinstance(check.look([(MODEL(X)[:, :1] - 1).square().sum() / 16], 6.0, alike=False), ConfigError)
+    assert isinstance(check.look([(MODEL(X)[:, :1] - 1).square().sum() / 12], 6.0), ConfigError)
