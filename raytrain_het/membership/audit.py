@@ -126,7 +126,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _near(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-4)
+    return math.isclose(a, b, rel_tol=1e-4) or (a != a and b != b)
 
 
 class AuditBook:

@@ -305,6 +305,9 @@ class LossCheck:
         except Exception:
             logger.debug("a loss's graph could not be read", exc_info=True)
             return None
+        told = (number for r in found for number in (r.count, r.factor, r.divisor) if number is not None)
+        if not all(map(math.isfinite, told)):
+            return None  # Such a loss's step is skipped.
         for r in found:
             if r.kind == "bent":
                 return refuse("loss that is no mean", f"this one is a function of a {r.name.lower()}")

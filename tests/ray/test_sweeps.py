@@ -154,7 +154,7 @@ def test_a_sweep_ends_when_its_time_is_used_up_and_can_go_on(
     results = run_sweep(sweep, name="x", address=cluster.address)
     # Whether its first trial had begun by then is up to the machine.
     assert results.num_by_status["unfinished"] + results.num_by_status["not begun"] == 4
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "the time budget of 8 s is used up; the same command with --name x --resume goes on" in said
     assert (results.folder / "trials.parquet").exists()
     all_free()

@@ -195,3 +195,11 @@ def test_a_multiple_of_the_samples_is_no_constant_where_passes_differ_in_size():
     assert check.look([(MODEL(X)[:, :1] - 1).square().sum() / 12], 6.0, alike=False) is None
     assert isinstance(check.look([(MODEL(X)[:, :1] - 1).square().sum() / 16], 6.0, alike=False), ConfigError)
     assert isinstance(check.look([(MODEL(X)[:, :1] - 1).square().sum() / 12], 6.0), ConfigError)
+
+
+def test_a_loss_that_is_not_finite_says_nothing_of_what_it_is():
+    nan = torch.tensor(torch.nan)
+    for loss in (nan * F.mse_loss(MODEL(X), Y), (MODEL(X) - Y).square().sum() / nan):
+        check = LossCheck("mean", weighed=False)
+        assert check.look([loss], 6) is None
+        assert check.fired() is None and check.mark == 0
