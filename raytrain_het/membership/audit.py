@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Audit = Mapping[str, Any]
@@ -117,16 +117,25 @@ def message(step: int, what: str) -> str:
     )
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Lists of pairs, of which the last numbers are the same; lists of another length are not compared."""
-    if not (isinstance(one, list) and isinstance(other, list)):
-        return bool(one == other)
-    pairs = zip(one, other, strict=False)
-    return len(one) != len(other) or all(_near(a[-1], b[-1]) for a, b in pairs)
+Terms = Sequence[Sequence[float]]
+"""Of each mean that a loss consists of: over how many numbers it is, in all and for each unit of weight."""
+
+
+def agree(one: Terms, other: Terms) -> bool:
+    """Whether two passes' losses are means over as many numbers for each sample.
+
+    Where one has more terms than the other (a loop makes some for each sample), each has to have the like of it in the
+    other. Of a loss without any nothing is known.
+    """
+    if len(one) == len(other):
+        return all(_near(a[-1], b[-1]) for a, b in zip(one, other, strict=True))
+    if not one or not other:
+        return True
+    return all(any(_near(a[-1], b[-1]) for b in there) for here, there in ((one, other), (other, one)) for a in here)
 
 
 def _near(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-4) or (a != a and b != b)
+    return math.isclose(a, b, rel_tol=1e-4)
 
 
 class AuditBook:
@@ -150,6 +159,7 @@ class AuditBook:
         """Something that each member says once, and that must be the same on all. Returns what differs."""
         first, other = self._claims.setdefault(name, (slot, value))
         self._claims = dict(list(self._claims.items())[-8:])
-        if _alike(value, other):
+        lists = isinstance(value, list) and isinstance(other, list)
+        if agree(value, other) if lists else value == other:
             return None
         return f"{name} is {other!r} on worker {first}, {value!r} on worker {slot}"

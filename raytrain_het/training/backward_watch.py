@@ -22,14 +22,18 @@ class BackwardWatch(_Engine):
     ``torch.autograd.grad`` accumulates nothing and is passed on as it is.
 
     Args:
-        begins: called with the pass's roots and whether a graph of it is made.
+        begins: called with the pass's roots, each with its gradient, and whether a graph of the pass is made.
         nested: called for each pass inside of another one.
         ends: called after the outermost pass, in the thread that asked for it, unless the pass has raised. What it
             raises comes out of the user's ``backward()``.
     """
 
     def __init__(
-        self, *, begins: Callable[[Sequence[Any], bool], None], nested: Callable[[], None], ends: Callable[[], None]
+        self,
+        *,
+        begins: Callable[[Sequence[tuple[Any, Any]], bool], None],
+        nested: Callable[[], None],
+        ends: Callable[[], None],
     ) -> None:
         super().__init__()
         self._begins, self._nested, self._ends = begins, nested, ends
@@ -45,7 +49,7 @@ class BackwardWatch(_Engine):
             return super().run_backward(roots, *args, **kwargs)
         if not kwargs.get("accumulate_grad", False):
             return super().run_backward(roots, *args, **kwargs)
-        self._begins(roots, bool(args[2]))
+        self._begins(list(zip(roots, args[0], strict=True)), bool(args[2]))
         result = super().run_backward(roots, *args, **kwargs)
         self._ends()
         return result

@@ -28,7 +28,7 @@ from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.hand_edits import HandEdits
 from raytrain_het.training.healing import Healing
-from raytrain_het.training.losses import LossCheck
+from raytrain_het.training.losses import LossCheck, Root
 from raytrain_het.training.memory import FIRST, MemoryLimit
 from raytrain_het.training.randomness import Randomness
 from raytrain_het.training.rates import Rates
@@ -82,6 +82,9 @@ class Counters:
     steps: int = 0
     skipped: int = 0
     redone: int = 0
+    uncounted: int = 0
+    """Times that the loop's body ran on samples that do not count: stand-ins, a step that was done again, a whole batch
+    to compare with."""
     clipped: int = 0
     """Updates before which gradients were clipped, those replayed included."""
     compute_s: float = 0.0
@@ -181,6 +184,7 @@ class Engine:
         if light is not None:
             self.replica.restore_light(light)
             self.counters.redone += 1
+            self.counters.uncounted += 1
         if self._rates is not None:
             assert self.replica.optimizer is not None
             self._rates.set(self.replica.optimizer, cursor)
@@ -366,7 +370,7 @@ class Engine:
         assert rank is not None
         return opened.record.lr_scales[rank]
 
-    def _inspect(self, roots: Sequence[Any]) -> Exception | None:
+    def _inspect(self, roots: Sequence[Root]) -> Exception | None:
         """Is the loss what the program says? With one pass a step by one worker it does not matter."""
         opened = self._current()
         alone = len(opened.record.members) == 1 and len(opened.micro) == 1
@@ -528,6 +532,7 @@ class Engine:
         counters = self.counters
         counters.steps += 1
         counters.samples += len(opened.own)
+        counters.uncounted += (not opened.own) + opened.rehearses
         self.comm.patience.step_took(time.monotonic() - opened.started)
         for listener in self.on_commit:
             listener(opened, sums)

@@ -4,14 +4,13 @@ Symbols: ``b_j`` the weight of micro-batch ``j`` (its samples, or the user's mea
 member sends is ``w g = sum_j b_j g_j``: exact sums, so that cutting a share into micro-batches changes nothing.
 
 A parameter's gradient belongs to three in turn. Autograd makes it; the hook adds it to a bucket and drops it; after the
-step's last pass ``p.grad`` is the mean, or is added to what the user had left there, as autograd would add it. The
-mean is the user's: nobody writes there any more.
+step's last pass the program's own hooks get the mean, and ``p.grad`` is what they make of it, added to what the user
+had left there, as autograd would add it. The mean is the user's: nobody writes there any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,9 @@ from raytrain_het.collectives.sums import Sums
 from raytrain_het.errors import ConfigError, LoopOrderError
 from raytrain_het.training.backward_watch import BackwardWatch
 from raytrain_het.training.buffers import BufferSync
+from raytrain_het.training.losses import Root
 from raytrain_het.training.unsupported import refuse
+from raytrain_het.training.user_hooks import UserHooks
 
 
 class Gradients:
@@ -102,7 +103,7 @@ class Gradients:
         self._job = StepJob(0, 0, outcome="aborted")
         self._on_ready: Callable[[int], None] = lambda count: None
         self._on_backward_done: Callable[[bool], None] = lambda last: None
-        self.inspect: Callable[[Sequence[Any]], Exception | None] = lambda roots: None
+        self.inspect: Callable[[Sequence[Root]], Exception | None] = lambda roots: None
         """Looks at the roots of each pass, before it; what it returns is raised if the pass is one of the step's."""
         self.inspect_fired: Callable[[], Exception | None] = lambda: None
         """Called once it is; what it returns is raised."""
@@ -110,11 +111,13 @@ class Gradients:
         self._handles = [
             p.register_post_accumulate_grad_hook(self._hook(index)) for index, p in enumerate(self._params)
         ]
+        self._hooks = UserHooks(self._params, {handle.id for handle in self._handles})
         self.watch.install()
 
     def close(self) -> None:
         """Take the hooks off."""
         self.watch.remove()
+        self._hooks.put_back()
         for handle in self._handles:
             handle.remove()
 
@@ -185,6 +188,7 @@ class Gradients:
 
     def disarm(self) -> None:
         """The micro-batch is over. Another backward pass before the next one is an error."""
+        self._hooks.put_back()
         self._armed = False
 
     @property
@@ -199,11 +203,12 @@ class Gradients:
 
     # ---------------------------------------------------------------- a backward pass
 
-    def _begins(self, roots: Sequence[Any], create_graph: bool) -> None:
+    def _begins(self, roots: Sequence[Root], create_graph: bool) -> None:
         """An outermost pass begins: what is in ``p.grad`` is the user's, and is put aside."""
         self._in_backward, self._creates_graph, self._complaint = True, create_graph, None
         if not self._armed or self._ended:
             return
+        self._hooks.set_aside()
         self._complaint = self.inspect(roots)
         # The zeros of the pass before are not the user's.
         pairs = zip(self._params, self._fillers, strict=True)
@@ -313,6 +318,7 @@ class Gradients:
     def _ends(self) -> None:
         """The outermost pass is over: what had no gradient counts as zero; then the sums are waited for."""
         self._in_backward = False
+        self._hooks.put_back()
         if not self._armed or self._ended:
             return
         if not self._fired:  # It was a pass through other models.
@@ -372,12 +378,14 @@ class Gradients:
                 mean.fill_(torch.nan)
             elif scale != 1:
                 mean.mul_(scale)
+            mean = self._hooks.changed(index, mean)
             if left is not None:
                 p.grad = left.add_(mean)
             elif mean.dtype == p.dtype and mean.stride() == p.stride():
                 p.grad = mean
             else:
                 p.grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(mean)
+            self._hooks.accumulated(index)
 
     def means(self, *, scale: float = 1.0) -> dict[str, torch.Tensor]:
         """By parameter: the mean of all workers' gradients in this step, times the loss's scale."""

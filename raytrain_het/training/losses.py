@@ -2,243 +2,30 @@
 
 Workers' gradients are put together by the number of their samples. That is the gradient of the whole batch where each
 worker's loss is the mean over its samples; where it is a sum, a mean over something else (tokens), or a function of
-such a mean (a root), it is not. The graph is looked at from the loss down to the first reduction over samples: some
-twenty nodes, ten microseconds.
+such a mean (a root), it is not. Each pass's graph is read from the loss down to the first reduction over samples, some
+twenty nodes in ten microseconds; that of the first pass to its end, for operations that put samples together.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import logging
 import math
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.membership.audit import Terms, agree
+from raytrain_het.training.loss_graph import LossGraph, Reduction
 from raytrain_het.training.unsupported import refuse
 
 logger = logging.getLogger("raytrain_het")
 
 LOSSES = ("mean", "sum", "local")
-_PASS_THROUGH = (
-    "Neg", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Alias", "Clone", "Select", "Expand",
-    "NanToNum",
-)  # fmt: skip
-_NOT_LINEAR = (
-    "Sqrt", "Log", "Log1p", "Log2", "Exp", "Expm1", "Pow", "Reciprocal", "Rsqrt", "Sigmoid", "Tanh", "Abs", "Relu",
-    "Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Softplus", "Atan",
-)  # fmt: skip
-_BENT_REDUCTIONS = (
-    "Std", "StdMean", "Var", "VarMean", "Norm", "LinalgVectorNorm", "LinalgMatrixNorm", "Logsumexp", "Max", "Amax",
-    "Min", "Amin", "Median", "Nanmedian", "Prod",
-)  # fmt: skip
-"""Reductions that are no means."""
-_TAKES_DATA = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Mv", "Dot", "Addmv")
-"""Operations of a model by which samples come in: one of their inputs needs no gradient."""
-_MOST_NODES = 400
-"""Penalties on parameters are smaller than this."""
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """One reduction over samples that a loss consists of."""
-
-    kind: str
-    """mean; sum; quotient, of a sum and a number; or bent, a function that is not linear in a reduction."""
-    count: float | None
-    """What a mean is over, or a sum was divided by."""
-    name: str
-    """As autograd calls it."""
-    exact: bool = True
-    """Whether the count was not rounded."""
-    factor: float | None = None
-    """Of a mean: one over what it is multiplied by, where that is known."""
-    size: int = 0
-    """Of a sum: how many numbers were added up."""
-    divisor: float | None = None
-    """Of a quotient: what stands below the line, where nothing is multiplied."""
-    weighted: bool = False
-    """Whether classes have weights, or some of the targets were left out."""
-
-
-def reductions(
-    root: Any, scale: float = 1.0, *, samples: int = 0, known: dict[tuple[str, ...], bool] | None = None
-) -> list[Reduction]:
-    """Those that a loss's node leads to by sums, factors and views; none where the graph does not tell.
-
-    Args:
-        root: the loss's ``grad_fn``.
-        scale: by which a loss scaler has multiplied it.
-        samples: of the pass, as far as known.
-        known: by the names from the root down to a node, whether samples come into it; to look once only.
-    """
-    found: list[Reduction] = []
-    data = _Data(samples, {} if known is None else known)
-    stack: list[tuple[Any, float | None, float | None, bool]] = [(root, scale, 1.0, False)]
-    paths: dict[Any, tuple[str, ...]] = {root: ()}
-    divided: set[Any] = set()
-    """Nodes below a division."""
-    for _ in range(64):
-        if not stack:
-            break
-        node, divided_by, divisor, bent = stack.pop()
-        if node is None:
-            continue
-        name = node.name().partition("Backward")[0]
-        children = [child for child, _ in node.next_functions]
-        path = (*paths.get(node, ()), name)
-        paths.update(dict.fromkeys(children, path))
-        if name == "Div" or node in divided:
-            divided.update(children)
-        if name in ("Add", "Sub", "Rsub") or name in _PASS_THROUGH:
-            stack += [(child, divided_by, divisor, bent) for child in children]
-        elif name in ("Mul", "Div"):
-            if len(children) == 2 and None not in children:  # A product or a quotient of two things that are trained.
-                quotient = bent or name == "Div" and data.comes_into(children[1], (*path, "below"))
-                stack += [(child, None, None, quotient) for child in children]
-                continue
-            factor = _scalar(node, "_saved_other" if children[0] is not None else "_saved_self")
-            part = None
-            if divided_by is not None and factor:
-                part = divided_by * factor if name == "Div" else divided_by / factor
-            if name == "Div":
-                divisor = divisor * factor if divisor is not None and factor is not None else None
-            elif factor != scale:
-                divisor = None
-            stack += [(child, part, divisor, bent) for child in children]
-        elif name in _NOT_LINEAR:
-            stack += [(child, None, None, True) for child in children]
-        elif (reduction := _reduction(node, name, children, data, path)) is not None:
-            if isinstance(reduction, list):
-                stack += [(child, None, None, bent) for child in reduction]
-            elif bent:
-                found.append(Reduction("bent", None, name))
-            elif reduction.kind == "sum" and divided_by is None:
-                continue  # By what it is divided is not known.
-            elif reduction.kind == "sum" and (divided_by != 1 or node in divided):
-                found.append(Reduction("quotient", divided_by, name, size=reduction.size, divisor=divisor))
-            else:
-                found.append(dataclasses.replace(reduction, factor=divided_by))
-    return found
-
-
-def _reduction(
-    node: Any, name: str, children: list[Any], data: _Data, path: tuple[str, ...]
-) -> Reduction | list[Any] | None:
-    """What a node reduces; the nodes below it where it puts several losses together."""
-    if hasattr(node, "_saved_reduction"):
-        if node._saved_reduction not in (1, 2):
-            return None
-        count, exact, weighted = _count(node)
-        if node._saved_reduction == 2:
-            return Reduction("sum", None, name, size=node._saved_self.numel())
-        return Reduction("mean", count, name, exact, weighted=weighted)
-    if name in _BENT_REDUCTIONS and data.comes_into(children[0], path):
-        return Reduction("bent", None, name)
-    if name in ("Dot", "Nansum") and any(data.comes_into(child, (*path, str(k))) for k, child in enumerate(children)):
-        return Reduction("sum", None, name)
-    if name not in ("Sum", "Mean"):
-        return None
-    child = children[0]
-    if child is not None and child.name().partition("Backward")[0] in ("Stack", "Cat"):
-        return [below for below, _ in child.next_functions]
-    if not data.comes_into(child, path):
-        return None  # A penalty on parameters, which is the same on all.
-    size = math.prod(node._saved_self_sym_sizes)
-    first = _over_samples(child)
-    if first is not None:  # Samples were put together before: what is reduced here are features.
-        name, size = first
-    if name == "Sum":
-        return Reduction("sum", None, name, size=size)
-    return Reduction("mean", float(size), name)
-
-
-def _count(node: Any) -> tuple[float | None, bool, bool]:
-    """What a loss of torch's is the mean over; whether that is exact, and whether it differs from the targets'
-    number."""
-    total = getattr(node, "_saved_total_weight", None)
-    if total is not None:
-        targets = node._saved_target.numel()
-        value = float(total)
-        weighted = node._saved_weight is not None or value != targets
-        return value, total.dtype in (torch.float32, torch.float64), weighted
-    return float(node._saved_self.numel()), True, False
-
-
-def _scalar(node: Any, name: str) -> float | None:
-    value = getattr(node, name, None)
-    return float(value) if isinstance(value, torch.Tensor) and value.numel() == 1 else None
-
-
-def _over_samples(node: Any) -> tuple[str, int] | None:
-    """Sum or Mean, and over how many, if a node below by views reduces the first dimension, that of samples."""
-    for _ in range(8):
-        if node is None:
-            return None
-        name = node.name().partition("Backward")[0]
-        dims = getattr(node, "_saved_dim", None)
-        if name in ("Sum", "Mean") and dims is not None:
-            sizes = node._saved_self_sym_sizes
-            every = [d - 2**64 if d >= 2**63 else d for d in (dims if isinstance(dims, tuple | list) else [dims])]
-            reduced = {d % len(sizes) for d in every} or set(range(len(sizes)))
-            return (name, math.prod(sizes[d] for d in reduced)) if 0 in reduced else None
-        if name not in _PASS_THROUGH or len(node.next_functions) != 1:
-            return None
-        node = node.next_functions[0][0]
-    return None
-
-
-class _Data:
-    """Whether samples come into what a node stands for."""
-
-    def __init__(self, samples: int, known: dict[tuple[str, ...], bool]) -> None:
-        self._samples, self._known = samples, known
-
-    def comes_into(self, node: Any, path: tuple[str, ...]) -> bool:
-        """Looked at once for all nodes that are reached by the same names."""
-        if path not in self._known:
-            if len(self._known) > 256:
-                self._known.clear()
-            self._known[path] = self._looks(node)
-        return self._known[path]
-
-    def _looks(self, node: Any) -> bool:
-        seen: set[Any] = set()
-        stack = [node]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            if len(seen) > _MOST_NODES:
-                return True
-            seen.add(node)
-            children = [child for child, _ in node.next_functions]
-            name = node.name().partition("Backward")[0]
-            if name.startswith("Embedding") or None in children and (name in _TAKES_DATA or self._has_samples(node)):
-                return True
-            stack += children
-        return False
-
-    def _has_samples(self, node: Any) -> bool:
-        """Whether a constant that the node goes by has as many rows as there are samples."""
-        saved = (getattr(node, name, None) for name in ("_saved_other", "_saved_self"))
-        return any(isinstance(t, torch.Tensor) and t.ndim > 0 and len(t) == self._samples > 1 for t in saved)
-
-
-Terms = list[tuple[float, float]]
-"""Of each mean that a loss consists of: over how many numbers it is, in all and for each unit of weight."""
-
-
-def agree(one: Terms, other: Terms) -> bool:
-    """Whether two passes' losses are means over as many numbers for each sample. Of other terms nothing is known."""
-    same = functools.partial(math.isclose, rel_tol=1e-4)
-    pairs = zip(one, other, strict=False)
-    return len(one) != len(other) or all(same(a[1], b[1]) for a, b in pairs)
+Root = tuple[Any, torch.Tensor | None]
+"""A tensor, or an edge of the graph, and the gradient that a backward pass begins with there."""
 
 
 class LossCheck:
@@ -255,6 +42,8 @@ class LossCheck:
         self._seen: Terms = []
         self._of_step: Terms | None = None
         self._known: dict[tuple[str, ...], bool] = {}
+        self._is_first = True
+        """Whether no pass was looked at yet."""
 
     @property
     def is_local(self) -> bool:
@@ -275,7 +64,7 @@ class LossCheck:
     @property
     def mark(self) -> int:
         """From 1 to 65535, a digest of :attr:`terms`, for a header; 0 where there are none."""
-        text = ",".join(f"{ratio:.3g}" for _, ratio in self.terms)
+        text = ",".join(sorted({f"{ratio:.3g}" for _, ratio in self.terms}))
         return zlib.crc32(text.encode()) % 65535 + 1 if text else 0
 
     def begin_step(self) -> None:
@@ -283,12 +72,12 @@ class LossCheck:
         self._of_step = None
 
     def look(
-        self, roots: Sequence[Any], weight: float, scale: float = 1.0, *, samples: int = 0, alike: bool = True
+        self, roots: Sequence[Root], weight: float, scale: float = 1.0, *, samples: int = 0, alike: bool = True
     ) -> Exception | None:
         """Look at a pass before it is done.
 
         Args:
-            roots: what ``backward()`` was called on.
+            roots: what ``backward()`` was called on, and the gradients that it was given.
             weight: of the pass: its samples, or what the program says.
             scale: by which a loss scaler has multiplied the loss.
             samples: of the pass.
@@ -301,12 +90,21 @@ class LossCheck:
         if self._loss == "local" or weight <= 0:
             return None
         try:
-            found = [r for root in roots for r in self._reductions(root, scale, samples)]
+            graphs = list(self._graphs(roots, scale, samples))
+            if self._is_first and (how := next(filter(None, (graph.mixing() for graph in graphs)), None)):
+                return refuse("samples that see each other", f"here by {how}")
         except Exception:
             logger.debug("a loss's graph could not be read", exc_info=True)
             return None
-        told = (number for r in found for number in (r.count, r.factor, r.divisor) if number is not None)
-        if not all(map(math.isfinite, told)):
+        if self._is_first and (hidden := next((name for graph in graphs for name in graph.hidden), None)):
+            logger.warning(
+                "what the loss is of its samples can't be read below %s: it is taken for a %s over them. "
+                "HetConfig(check='every_step') compares the first steps with one process",
+                hidden, self._loss,
+            )  # fmt: skip
+        self._is_first = False
+        found = [r for graph in graphs for r in graph.reductions]
+        if not all(r.is_finite for r in found):
             return None  # Such a loss's step is skipped.
         for r in found:
             if r.kind == "bent":
@@ -329,10 +127,22 @@ class LossCheck:
             return _other_count(self._seen, self._of_step, self._loss, self._weighed)
         return None
 
-    def _reductions(self, root: Any, scale: float, samples: int) -> list[Reduction]:
-        if isinstance(root, torch.Tensor) and root.numel() > 1:
-            return [Reduction("sum", None, "a backward() of several numbers")]
-        return reductions(getattr(root, "grad_fn", None), scale, samples=samples, known=self._known)
+    def _graphs(self, roots: Sequence[Root], scale: float, samples: int) -> Iterator[LossGraph]:
+        for value, gradient in roots:
+            node = getattr(value, "grad_fn", None)
+            if node is not None:
+                by = _factor(value, gradient)
+                numbers = value.numel() if isinstance(value, torch.Tensor) else 1
+                yield LossGraph(node, scale / by, samples=samples, known=self._known, numbers=numbers)
+
+
+def _factor(value: Any, gradient: torch.Tensor | None) -> float:
+    """By what ``backward(gradient)`` multiplies; 1 where it is not the same for all numbers, or not to be had without
+    waiting for a GPU."""
+    if gradient is None or gradient.numel() == 0 or gradient.is_cuda and gradient.numel() == 1:
+        return 1.0
+    first = gradient.flatten()[0]
+    return float(first) or 1.0 if gradient.numel() == 1 or bool((gradient == first).all()) else 1.0
 
 
 def _divides(found: Reduction, samples: float, alike: bool) -> bool:
@@ -341,7 +151,10 @@ def _divides(found: Reduction, samples: float, alike: bool) -> bool:
     Where passes differ in size, a whole number times the samples is no constant, or it would not be one in all.
     """
     each = (found.divisor or 0.0) / samples
-    return each >= 1 and each == int(each) and (not alike or found.size / samples % each == 0)
+    whole = round(each)
+    if whole < 1 or not math.isclose(each, whole, rel_tol=1e-6):  # A factor of fp32 was rounded.
+        return False
+    return not alike or found.size / samples % whole == 0
 
 
 def _by_a_constant(found: Reduction, samples: float) -> ConfigError:
@@ -371,8 +184,9 @@ def _weighted(found: Reduction, weight: float) -> ConfigError:
 
 
 def _other_count(now: Terms, before: Terms, loss: str, weighed: bool) -> ConfigError:
-    pairs = [pair for pair in zip(now, before, strict=False) if not agree([pair[0]], [pair[1]])]
-    (_, a), (_, b) = pairs[0]
+    unlike = [(x, y) for x, y in zip(now, before, strict=False) if not agree([x], [y])]
+    unlike += [(x, y) for x in now for y in before if not agree([x], [y])]
+    (_, a), (_, b) = unlike[0]
     if loss == "sum":
         return ConfigError(
             f"loss='sum': the sum is divided by {a:g} in this pass, and was by {b:g} before: it is no sum over "

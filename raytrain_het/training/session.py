@@ -31,7 +31,7 @@ from raytrain_het.training.call_site import call_site
 from raytrain_het.training.clipping import Clipping
 from raytrain_het.training.codec_warnings import warnings_of_epochs, warnings_of_model, warnings_of_optimizer
 from raytrain_het.training.cursor import DataPlan, slice_of
-from raytrain_het.training.engine import Engine, Opened, advance, resync_due
+from raytrain_het.training.engine import Counters, Engine, Opened, advance, resync_due
 from raytrain_het.training.evaluations import Evaluations
 from raytrain_het.training.extras import Extra, Extras
 from raytrain_het.training.gradients import Gradients, trained
@@ -111,6 +111,8 @@ class Session:
         self.updating = False
         """Whether the prepared optimizer's own step is under way, which may take those of others that it wraps."""
         self._check: ReplicaCheck | None = None
+        self._uncounted = 0
+        """Of the times that the body ran on samples that do not count, those before the last report."""
         self._guards: list[Any] = []
         self._watched_steps: Any = None
 
@@ -321,6 +323,7 @@ class Session:
         if reporter.has(key):
             return
         assert self.stats is not None
+        self._warn_of_sums(reduce, engine.counters)
         since_last = self.stats.since_report()
         message = {
             "key": key, "at": call_site().where, "told": told,
@@ -354,6 +357,16 @@ class Session:
                 part.update({name: b.to("cpu", copy=True) for name, b in buffers.items() if name in part})
         reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
         self.send_stats()
+
+    def _warn_of_sums(self, reduce: dict[str, str], counters: Counters) -> None:
+        sums = [name for name, how in reduce.items() if how == "sum"]
+        times, self._uncounted = counters.uncounted - self._uncounted, counters.uncounted
+        if sums and times:
+            logger.warning(
+                "report(reduce={%r: 'sum'}): of the times that the loop's body has run, %d were on samples that do not "
+                "count (a share of 0, or a step that was done again). A sum that the body adds up holds them too; for "
+                "an exact one write raytrain_het.evaluate(fn, dataset).", sums[0], times,
+            )  # fmt: skip
 
     def await_reports(self) -> None:
         """Return when every report made so far is registered, with its checkpoint."""

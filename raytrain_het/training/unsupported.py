@@ -104,6 +104,12 @@ TABLE: dict[str, Unsupported] = {
         way_out="Take the function of each sample first and the mean last; or write prepare_data_loader(..., "
         "loss='local'): then each pass has a loss of its own samples, and gradients are averaged by samples",
     ),
+    "samples that see each other": Unsupported(
+        what="the loss or the model computes something of the samples of a pass together, and a worker has its own "
+        "only, so workers' gradients do not make that of the whole batch",
+        way_out="Compute it of each sample by itself; or write prepare_data_loader(..., loss='local'): then each pass "
+        "computes it of its own samples, and gradients are averaged by samples, as torch's DDP does",
+    ),
     "LBFGS": Unsupported(
         what="torch.optim.LBFGS evaluates the loss several times a step",
         way_out="Take an optimizer that needs one gradient a step, such as SGD or Adam",

@@ -271,11 +271,12 @@ def test_a_gradient_is_let_go_as_soon_as_it_is_gathered_and_its_mean_is_there_af
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
         model, optimizer, loader = prepare(model)
         later, seen = list(model[1].parameters()), []
-        model[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append([q.grad for q in later]))
         for _ in loader.epochs(1):
             for (x,) in loader:
                 optimizer.zero_grad()
-                model(x).mean().backward()
+                inner = model[0](x)
+                inner.register_hook(lambda _: seen.append([q.grad for q in later]))
+                model[1](inner).mean().backward()
                 seen.append([q.grad.shape for q in later])
                 optimizer.step()
         return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from labs import run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.config import HetConfig
@@ -117,6 +118,26 @@ class SharedBlockCheckpointedTwice(Program):
 
     def build(self) -> nn.Module:
         return self.Net()
+
+
+class HooksOnParameters(Program):
+    """One clips, one writes where a post-accumulate hook is put on after the pass before."""
+
+    def build(self) -> nn.Module:
+        model = super().build()
+        model[0].weight.register_hook(lambda g: g.clamp(-0.1, 0.1))
+        model[2].weight.register_hook(lambda g: g / g.norm())
+        model[2].bias.register_post_accumulate_grad_hook(self.clipped)
+        return model
+
+    @staticmethod
+    def clipped(p: torch.Tensor) -> None:
+        assert p.grad is not None
+        p.grad.clamp_(-0.2, 0.2)
+
+    def epoch(self, model: nn.Module, epoch: int) -> None:
+        if epoch == 1:
+            model[0].bias.register_post_accumulate_grad_hook(self.clipped)
 
 
 class HeadOnly(Program):
@@ -232,8 +253,8 @@ class ManyPasses(Program):
 
 
 PROGRAMS = [
-    ReentrantAtTheLoss, SharedBlockCheckpointedTwice, HeadOnly, ZeroedInPlace, KeepsTheLastGradient, Freezing,
-    BuffersByHand, ChannelsLastFused, Sum, MeanOfSome, ManyPasses,
+    ReentrantAtTheLoss, SharedBlockCheckpointedTwice, HeadOnly, HooksOnParameters, ZeroedInPlace,
+    KeepsTheLastGradient, Freezing, BuffersByHand, ChannelsLastFused, Sum, MeanOfSome, ManyPasses,
 ]  # fmt: skip
 
 
@@ -523,7 +544,9 @@ class StepsAtTheEpochsBeginningOnWorkers(StepsAtTheEpochsBeginning):
         return state(model)
 
 
-@pytest.mark.parametrize("kind", [WithConstants, Clamped, StepsAtTheEpochsBeginning], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [WithConstants, Clamped, HooksOnParameters, StepsAtTheEpochsBeginning], ids=lambda kind: kind.__name__
+)
 @pytest.mark.parametrize("point", ["backward", "updated"])
 def test_a_lost_worker_changes_nothing(tmp_path, kind, point):
     faults = [Fault(slot=1, step=6, point=point, kind="kill")]
@@ -548,3 +571,30 @@ class ReportsInTheBody(Program):
 def test_a_report_in_the_middle_of_a_step_saves_what_all_have(tmp_path):
     outcome = run(ReportsInTheBody(), tmp_path, num_slots=2, config=CONFIG)
     assert len(outcome.lab.reports) == EPOCHS * 4 and all(r["checkpoint"] for r in outcome.lab.reports)
+
+
+def a_sum_of_its_own(directory: str) -> list[str]:
+    """A report of a number that the body has added up; what was warned of meanwhile."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("raytrain_het").addHandler(handler)
+    model = het.prepare_model(nn.Linear(6, 1).double())
+    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.01))
+    loader = het.prepare_data_loader(DataLoader(Subset(data(), range(9))), global_batch_size=BATCH)
+    for _ in loader.epochs(1):
+        seen = 0
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+            seen += len(x)
+        het.report({"seen": seen, "loss": 0.0}, reduce={"seen": "sum"}, checkpoint=False)
+    return [text for text in told if "do not count" in text]
+
+
+def test_a_sum_that_holds_samples_which_do_not_count_is_warned_of(tmp_path):
+    """The last batch has one sample, and the second worker gets two that stand in for it."""
+    outcome = run(a_sum_of_its_own, tmp_path, num_slots=2, config=CONFIG)
+    assert outcome.results[0] == []
+    assert len(outcome.results[1]) == 1 and "'seen'" in outcome.results[1][0]

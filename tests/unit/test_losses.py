@@ -1,17 +1,35 @@
 """What a loss is of its samples is seen in its graph, where it can be seen."""
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from raytrain_het.errors import ConfigError, NotSupportedError
-from raytrain_het.training.losses import LossCheck, checked_loss, reductions
+from raytrain_het.training import losses
+from raytrain_het.training.loss_graph import LossGraph
+from raytrain_het.training.losses import checked_loss
+
+
+class LossCheck(losses.LossCheck):
+    """Looks at losses as ``loss.backward()`` has them looked at, of as many samples as they weigh."""
+
+    def look(self, roots, weight, scale=1.0, *, samples=None, alike=True):
+        pairs = [root if isinstance(root, tuple) else (root, torch.ones_like(root)) for root in roots]
+        return super().look(pairs, weight, scale, samples=int(weight) if samples is None else samples, alike=alike)
+
 
 MODEL = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4))
 X, Y, TARGET = torch.randn(6, 5), torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
 LEFT_OUT = torch.tensor([0, 1, -100, 3, 0, -100])
 MASK = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0])
+
+
+def attention(z):
+    return (z @ z.T).softmax(1) @ z
 
 
 def penalty():
@@ -55,7 +73,7 @@ NEITHER = {
 @pytest.mark.parametrize("name", MEANS)
 def test_a_mean_is_seen_with_what_it_is_over(name):
     loss, count = MEANS[name]
-    found = reductions(loss().grad_fn)
+    found = LossGraph(loss().grad_fn, samples=6).reductions
     assert {r.kind for r in found} <= {"mean", "quotient"} and found[0].count == pytest.approx(count)
     assert LossCheck("mean", weighed=False).look([loss()], 6.0) is None
     if found[0].kind == "mean":
@@ -132,12 +150,27 @@ SOFT = torch.randn(6, 4).softmax(1)
 W = nn.Parameter(torch.randn(5))
 
 
+def checkpointed(x):
+    return checkpoint(MODEL[1:], MODEL[0](x), use_reentrant=True)
+
+
 @pytest.mark.parametrize(
     "loss",
     [
         lambda: F.cross_entropy(MODEL(X), SOFT, label_smoothing=0.1),
         lambda: MODEL(X).square().mean(0).sum(),
         lambda: F.mse_loss(MODEL(X), Y) + MODEL(torch.randn(100, 5)).square().mean(),
+        lambda: sum(F.mse_loss(MODEL(x), y) for x, y in zip(X, Y, strict=True)) / len(X),
+        lambda: torch.stack([F.mse_loss(MODEL(x), y) for x, y in zip(X, Y, strict=True)]).mean(),
+        lambda: (torch.stack([F.mse_loss(MODEL(X), Y), F.l1_loss(MODEL(X), Y)]) * torch.tensor([0.3, 0.7])).sum(),
+        lambda: ((MODEL(X) - Y).square().sum(1), torch.full((6,), 1 / 6)),
+        lambda: F.mse_loss(MODEL(X), Y) + F.mse_loss(W, torch.ones(5)) + W.norm() + W.exp().sum(),
+        lambda: F.mse_loss(MODEL(X), Y) + torch.linalg.svdvals(MODEL[0].weight).sum(),
+        lambda: ((MODEL(X) - Y) @ (MODEL(X) - Y).T).trace() / len(X),
+        lambda: F.mse_loss(nn.BatchNorm1d(4)(MODEL(X)), Y),
+        lambda: F.mse_loss(nn.MultiheadAttention(4, 2, batch_first=True)(*[MODEL(X)[:, None]] * 3)[0], Y[:, None]),
+        lambda: F.mse_loss(nn.MultiheadAttention(4, 2)(*[MODEL(X)[None]] * 3)[0], Y[None]),
+        lambda: torch.stack([attention(MODEL(torch.randn(6, 5))).mean() for _ in X]).mean(),
     ],
 )
 def test_means_of_other_forms_are_no_sums(loss):
@@ -154,6 +187,17 @@ def test_means_of_other_forms_are_no_sums(loss):
         lambda: (MODEL(X) - Y)[:, 0] @ (MODEL(X) - Y)[:, 0],
         lambda: (MODEL(X) - Y).square().nansum(),
         lambda: torch.nan_to_num((MODEL(X) - Y).square().sum()),
+        lambda: torch.einsum("nd,nd->", MODEL(X) - Y, MODEL(X) - Y),
+        lambda: ((MODEL(X) - Y) @ (MODEL(X) - Y).T).trace(),
+        lambda: (MODEL(X) - Y).square().sum(1).cumsum(0)[-1],
+        lambda: sum(F.mse_loss(MODEL(x), y) for x, y in zip(X, Y, strict=True)),
+        lambda: torch.stack([F.mse_loss(MODEL(x), y) for x, y in zip(X, Y, strict=True)]).sum(),
+        lambda: torch.cat([F.mse_loss(MODEL(x), y)[None] for x, y in zip(X, Y, strict=True)]).sum(),
+        lambda: nn.LSTM(5, 3, batch_first=True)(X[:, None])[0].square().sum(),
+        lambda: nn.Bilinear(5, 5, 2)(X, X).square().sum(),
+        lambda: nn.LayerNorm(5)(X).square().sum(),
+        lambda: MODEL(X.clone().requires_grad_()).square().sum(),
+        lambda: checkpointed(X).square().sum(),
     ],
 )
 def test_sums_of_other_forms_are_seen(loss):
@@ -176,7 +220,7 @@ def test_a_pass_that_is_none_of_the_steps_leaves_no_trace():
 
 def test_a_term_of_a_fixed_size_may_be_one_of_the_pass_and_is_said_to_be_local():
     check = LossCheck("mean", weighed=False)
-    for size in (4, 2):
+    for size in (3, 2):
         assert check.look([(MODEL(X[:size]).mean(0) - Y[:size].mean(0)).square().mean()], float(size)) is None
         error = check.fired()
     assert isinstance(error, ConfigError) and "loss='local'" in str(error)
@@ -203,3 +247,66 @@ def test_a_loss_that_is_not_finite_says_nothing_of_what_it_is():
         check = LossCheck("mean", weighed=False)
         assert check.look([loss], 6) is None
         assert check.fired() is None and check.mark == 0
+
+
+Z = torch.randn(6, 4)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: F.cross_entropy(z @ z.T, torch.arange(6)),
+        lambda z: F.cross_entropy(torch.einsum("id,jd->ij", z, z), torch.arange(6)),
+        lambda z: F.cross_entropy(F.normalize(z) @ F.normalize(MODEL(2 * X)).T / 0.1, torch.arange(6)),
+        lambda z: F.mse_loss(z - z.mean(0), Y),
+        lambda z: F.mse_loss((z - z.mean(0)) / z.std(0), Y),
+        lambda z: F.mse_loss(z / z.norm(dim=0), Y),
+        lambda z: F.mse_loss(z - z.mean(), Y),
+        lambda z: (z.softmax(0) * Y).mean(),
+        lambda z: torch.cdist(z, z).mean(),
+        lambda z: (z[:, None] - z[None]).square().mean(),
+        lambda z: z.T.mm(z).fill_diagonal_(0).square().mean(),
+        lambda z: F.mse_loss(attention(z), Y),
+        lambda z: F.mse_loss(nn.MultiheadAttention(4, 2)(*[z[:, None]] * 3)[0], Y[:, None]),
+    ],
+)
+def test_samples_that_see_each_other_are_refused_unless_the_loss_is_said_to_be_local(loss):
+    error = LossCheck("mean", weighed=False).look([loss(MODEL(X))], 6.0)
+    assert isinstance(error, NotSupportedError) and "loss='local'" in str(error) and "Backward" in str(error)
+    assert LossCheck("local", weighed=False).look([loss(MODEL(X))], 6.0) is None
+
+
+def test_a_product_of_two_means_is_no_mean():
+    loss = F.mse_loss(MODEL(X), Y) * MODEL(X).sigmoid().mean()
+    assert isinstance(LossCheck("mean", weighed=False).look([loss], 6.0), NotSupportedError)
+    learnt = F.mse_loss(MODEL(X), Y) * torch.exp(-W[0]) + W[0]
+    assert LossCheck("mean", weighed=False).look([learnt], 6.0) is None
+
+
+def test_workers_whose_losses_have_other_numbers_of_terms_are_compared_by_what_these_are():
+    def of_some(n):
+        return F.mse_loss(MODEL(X[:n]), Y[:n]) + (F.mse_loss(MODEL(X[:2]), Y[:2]) if n > 2 else 0.0)
+
+    check = LossCheck("mean", weighed=False)
+    assert check.look([of_some(2)], 2.0) is None and check.fired() is None
+    assert check.look([of_some(6)], 6.0) is None and isinstance(check.fired(), ConfigError)
+
+
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.num = z.numel()
+        return z.sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.expand(6, 4)
+
+
+def test_a_loss_that_can_not_be_read_is_said_to_be_taken_for_a_mean_once(caplog):
+    check = LossCheck("mean", weighed=False)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert check.look([Hidden.apply(MODEL(X))], 6.0) is None
+    assert [r.getMessage() for r in caplog.records if "HiddenBackward" in r.getMessage()] != []
+    assert len(caplog.records) == 1
