@@ -129,6 +129,10 @@ class BufferSync:
                         put(where, _added(old, mean))
                     place += 1
 
+    def values(self) -> dict[str, torch.Tensor]:
+        """A copy of each that travels, by name."""
+        return {name: _dense_clone(b) for (name, _, _), b in zip(self._places, self._live(), strict=True)}
+
     def forget(self) -> None:
         """The step that was open is not any more, and the state may have been loaded."""
         self._before = []

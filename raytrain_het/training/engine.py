@@ -445,6 +445,10 @@ class Engine:
         if opened.rehearses and sums is not None and sums.applies and self._rehearsal is not None:
             means = self.gradients.means(scale=opened.loss_scale)
             event = self._rehearsal.compare(opened.cursor.step, means, self.gradients.reference, opened.record)
+            buffers = self.gradients.buffers.values()
+            self._rehearsal.compare_buffers(
+                opened.cursor.step, buffers, self.gradients.buffers_of_reference, opened.record
+            )
             self.agent.tell("event", event=event)
         self.gradients.publish(sums, scale=opened.loss_scale)
         now = time.monotonic()

@@ -88,6 +88,8 @@ class Gradients:
         self._armed = self._in_backward = self._nested = self._creates_graph = False
         self.reference: dict[str, torch.Tensor] = {}
         """By parameter: the gradient of the whole batch, after a rehearsal."""
+        self.buffers_of_reference: dict[str, torch.Tensor] = {}
+        """By buffer: what the whole batch has made of it."""
         self._rehearses = self._ended = False
         """Whether the armed micro-batch's backward pass is over."""
         self._complaint: Exception | None = None
@@ -331,7 +333,9 @@ class Gradients:
         elif self._overlaps is None:
             self._overlaps = True
         job = self._job
-        if not job.over and not self._rehearses:
+        if self._rehearses:
+            self.buffers_of_reference = self.buffers.values()
+        elif not job.over:
             self.buffers.gather(self.locals, self._weight_of_buffers, first=self._num_counted == 0)
             self._num_counted += 1
         self._num_passes += 1

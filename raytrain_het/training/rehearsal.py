@@ -1,8 +1,8 @@
 """The first steps' mean gradients compared with those of one process that has the whole batch:
 ``HetConfig(check="every_step")``.
 
-The first member's first pass of a step is the whole batch. Its gradients are kept, and nothing of it counts: buffers,
-registered objects and settings are put back as between the passes of a step.
+The first member's first pass of a step is the whole batch. Its gradients and what it makes of buffers are kept, and
+nothing of it counts: buffers, registered objects and settings are put back as between the passes of a step.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ STEPS = 3
 """So many of a run's first steps are compared."""
 TOLERANCE = 1e-3
 """Relative difference that other orders of adding up explain in fp32."""
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
 class Rehearsal:
@@ -73,6 +74,27 @@ class Rehearsal:
         logger.info("%s%s", text, f"; {why} would explain that" if error > TOLERANCE else "")
         return {"kind": "compared", "step": step, "error": error, "parameter": worst[0], "explained_by": why}
 
+    def compare_buffers(
+        self, step: int, got: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], record: Record
+    ) -> None:
+        """Compare every buffer, but those of batch norms, with what the whole batch makes of it.
+
+        Raises:
+            ReplicaMismatchError: one differs by more than rounding, and nothing in the model explains it.
+        """
+        batch_norms = {name for name, m in self._model.named_modules() if isinstance(m, _BATCH_NORMS)}
+        for name, want in reference.items():
+            if name.rpartition(".")[0] in batch_norms or not (want.is_floating_point() or want.is_complex()):
+                continue
+            error = _largest_difference(got[name], want)
+            if not error <= TOLERANCE and not self._why(record):
+                raise ReplicaMismatchError(
+                    f"step {step + 1}: buffer {name!r} is {error:.2g} off (relative) from what one process with the "
+                    "whole batch makes of it: of each buffer workers' changes are averaged by samples. One that holds "
+                    "a sum is to be divided by the number of samples; keep one that holds an extreme outside of the "
+                    "model."
+                )
+
     def _why(self, record: Record) -> str:
         """What makes a worker's gradients others by design."""
         if self._local:
@@ -83,8 +105,16 @@ class Rehearsal:
         for name, module in self._model.named_modules():
             if not module.training:
                 continue
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, _BATCH_NORMS):
                 return f"the batch norm {name!r}, whose statistics are of a pass"
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 return f"the dropout {name!r}"
         return ""
+
+
+def _largest_difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative to the largest finite value; NaN where one of them is and the other is not."""
+    off = torch.where(got == want, 0, got - want).abs()[~(got.isnan() & want.isnan())]
+    finite = want[want.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return float(off.max()) / (largest or 1.0) if off.numel() else 0.0

@@ -475,6 +475,27 @@ def test_with_check_a_loss_that_is_no_mean_is_found_in_the_first_step(tmp_path):
         run(NoMeanThatTheGraphShows(), tmp_path, num_slots=2, config=EVERY_STEP)
 
 
+class CountsInABuffer(Program):
+    """A buffer that holds a sum over samples, as the sizes of clusters are."""
+
+    class Net(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 1)
+            self.register_buffer("sizes", torch.zeros(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.sizes.mul_(0.9).add_((x.detach() > 0).double().sum(0), alpha=0.1)
+            return super().forward(x)
+
+    def build(self) -> nn.Module:
+        return self.Net()
+
+
+def test_with_check_a_buffer_that_is_no_mean_over_samples_is_found_in_the_first_step(tmp_path):
+    with pytest.raises(WorkersFailedError, match="(?s)step 1: buffer 'sizes' is .* off .*holds a sum"):
+        run(CountsInABuffer(), tmp_path, num_slots=2, config=EVERY_STEP)
+
+
 class WithConstants(Program):
     """Buffers that nobody changes: sparse and expanded ones, which have no memory of their own for each element."""
 
