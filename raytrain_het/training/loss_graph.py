@@ -279,8 +279,8 @@ _OPERANDS = {
 }  # fmt: skip
 _SIZES = ("_saved_self", "_saved_self_sym_sizes", "_saved_result")
 _OVER_A_DIMENSION = _words(
-    "Sum Mean Std StdMean Var VarMean Logsumexp Max Amax Min Amin Norm LinalgVectorNorm Softmax LogSoftmax "
-    "SafeSoftmax Prod Median Cumsum"
+    "Topk Sort Kthvalue Sum Mean Std StdMean Var VarMean Logsumexp Max Amax Min Amin Norm LinalgVectorNorm Softmax "
+    "LogSoftmax SafeSoftmax Prod Median Cumsum"
 )
 
 

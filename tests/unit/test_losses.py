@@ -263,6 +263,7 @@ Z = torch.randn(6, 4)
         lambda z: F.mse_loss(z / z.norm(dim=0), Y),
         lambda z: F.mse_loss(z - z.mean(), Y),
         lambda z: (z.softmax(0) * Y).mean(),
+        lambda z: (z - Y).square().mean(1).topk(3).values.mean(),
         lambda z: torch.cdist(z, z).mean(),
         lambda z: (z[:, None] - z[None]).square().mean(),
         lambda z: z.T.mm(z).fill_diagonal_(0).square().mean(),
