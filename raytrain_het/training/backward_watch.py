@@ -7,6 +7,7 @@ every backward pass of Python code comes by: in place of autograd's engine, whic
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ _Engine: Any = type(Variable._execution_engine)
 class BackwardWatch(_Engine):
     """Autograd's engine, with a word before and after each outermost pass that accumulates gradients.
 
-    ``torch.autograd.grad`` accumulates nothing and is passed on as it is.
+    ``torch.autograd.grad`` accumulates nothing and is passed on as it is; so are passes of other threads.
 
     Args:
         begins: called with the pass's roots, each with its gradient, and whether a graph of the pass is made.
@@ -38,12 +39,15 @@ class BackwardWatch(_Engine):
         super().__init__()
         self._begins, self._nested, self._ends = begins, nested, ends
         self._before: Any = None
+        self._thread = threading.get_ident()
 
     def __new__(cls, **_: Any) -> BackwardWatch:
         return super().__new__(cls)
 
     def run_backward(self, roots: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """As torch calls it: (roots, gradients, keep_graph, create_graph, inputs, ...)."""
+        if threading.get_ident() != self._thread:
+            return super().run_backward(roots, *args, **kwargs)
         if torch._C._current_graph_task_id() != -1:
             self._nested()
             return super().run_backward(roots, *args, **kwargs)

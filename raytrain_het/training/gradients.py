@@ -266,7 +266,7 @@ class Gradients:
                 "(for x, y in loader: ...), one backward() and one optimizer.step() for each."
             )
         if not self._in_backward:
-            raise refuse("backward from C++")
+            raise refuse("backward from elsewhere")
         if self._ended:
             raise refuse("second backward")
         if self._creates_graph:

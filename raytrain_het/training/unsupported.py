@@ -49,9 +49,9 @@ TABLE: dict[str, Unsupported] = {
         what="backward(create_graph=True): the means of all workers have no graph",
         way_out="For a penalty on gradients take torch.autograd.grad(..., create_graph=True) and add it to the loss",
     ),
-    "backward from C++": Unsupported(
-        what="a backward pass was begun by an extension, and not by torch's backward()",
-        way_out="Call loss.backward() in Python",
+    "backward from elsewhere": Unsupported(
+        what="a backward pass of the prepared model was begun by an extension or in another thread",
+        way_out="Call loss.backward() in Python, in the thread that runs the training function",
     ),
     "gradient in parts": Unsupported(
         what="a parameter's gradient came in parts, by a backward pass inside of the backward pass, for the first "

@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -140,6 +141,18 @@ class HooksOnParameters(Program):
             model[0].bias.register_post_accumulate_grad_hook(self.clipped)
 
 
+class PassesOfAnotherThread(Program):
+    """A thread of the program's own trains nothing, and differentiates another model all the time."""
+
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        other = nn.Linear(1, 1).double()
+        with ThreadPoolExecutor(1) as pool:
+            passes = [pool.submit(lambda: other(y.detach()).mean().backward()) for _ in range(20)]
+            super().body(model, optimizer, x, y)
+            for one in passes:
+                one.result()
+
+
 class HeadOnly(Program):
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model[2].parameters(), lr=0.02)
@@ -253,7 +266,7 @@ class ManyPasses(Program):
 
 
 PROGRAMS = [
-    ReentrantAtTheLoss, SharedBlockCheckpointedTwice, HeadOnly, HooksOnParameters, ZeroedInPlace,
+    ReentrantAtTheLoss, SharedBlockCheckpointedTwice, PassesOfAnotherThread, HeadOnly, HooksOnParameters, ZeroedInPlace,
     KeepsTheLastGradient, Freezing, BuffersByHand, ChannelsLastFused, Sum, MeanOfSome, ManyPasses,
 ]  # fmt: skip
 
@@ -352,6 +365,20 @@ class GradientsByHand(Program):
         optimizer.step()
 
 
+class ContrastOfSamples(Program):
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = F.normalize(model[:2](x))
+        return F.cross_entropy(z @ z.T, torch.arange(len(x)))
+
+
+class BackwardInAThread(Program):
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self.forward(model, x, y).backward).result()
+        optimizer.step()
+
+
 REFUSED = {
     UnsaidSum: r"loss='sum'",
     ParametersOutside: r"parameter 4 of group 0, of shape \[3\]",
@@ -362,6 +389,8 @@ REFUSED = {
     GrowingBuffer: r"buffer keeps its shape.*'seen' had shape \[0\]",
     GraphOfTheGradient: r"create_graph=True",
     GradientsByHand: r"torch.autograd.grad\(\) returns",
+    ContrastOfSamples: r"of the samples of a pass together.*MmBackward0.*loss='local'",
+    BackwardInAThread: r"begun by an extension or in another thread",
 }
 
 
