@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class LossCheck:
         self._seen: Terms = []
         self._of_step: Terms | None = None
         self._known: dict[tuple[str, ...], bool] = {}
+        self.warn: Callable[[str], None] = logger.warning
+        """Where people read it."""
         self._is_first = True
         """Whether no pass was looked at yet."""
 
@@ -97,11 +99,10 @@ class LossCheck:
             logger.debug("a loss's graph could not be read", exc_info=True)
             return None
         if self._is_first and (hidden := next((name for graph in graphs for name in graph.hidden), None)):
-            logger.warning(
-                "what the loss is of its samples can't be read below %s: it is taken for a %s over them. "
-                "HetConfig(check='every_step') compares the first steps with one process",
-                hidden, self._loss,
-            )  # fmt: skip
+            self.warn(
+                f"what the loss is of its samples can't be read below {hidden}: it is taken for a {self._loss} over "
+                "them. HetConfig(check='every_step') compares the first steps with one process."
+            )
         self._is_first = False
         found = [r for graph in graphs for r in graph.reductions]
         if not all(r.is_finite for r in found):

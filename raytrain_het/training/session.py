@@ -111,8 +111,7 @@ class Session:
         self.updating = False
         """Whether the prepared optimizer's own step is under way, which may take those of others that it wraps."""
         self._check: ReplicaCheck | None = None
-        self._uncounted = 0
-        """Of the times that the body ran on samples that do not count, those before the last report."""
+        self._warned_of_sums = False
         self._guards: list[Any] = []
         self._watched_steps: Any = None
 
@@ -209,7 +208,7 @@ class Session:
                 self._communicator.codec_states, self.extras, scheduled=rates is not None, tell=self._tell,
             ).load,
         )  # fmt: skip
-        watched = self.config.check == "every_step"
+        watched, self.loss_check.warn = self.config.check == "every_step", self._tell
         self.engine = Engine(
             agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
             plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
@@ -237,10 +236,10 @@ class Session:
                 self.agent.tell("event", event={"kind": "warning", "text": text})
         return self.engine
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str, *, all_say_it: bool = True) -> None:
         """One of all who say the same; a worker's own log is read by few."""
         logger.warning(text)
-        if self.slot == 0:
+        if self.slot == 0 or not all_say_it:
             self._agent().tell("event", event={"kind": "warning", "text": text})
 
     def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
@@ -360,12 +359,14 @@ class Session:
 
     def _warn_of_sums(self, reduce: dict[str, str], counters: Counters) -> None:
         sums = [name for name, how in reduce.items() if how == "sum"]
-        times, self._uncounted = counters.uncounted - self._uncounted, counters.uncounted
-        if sums and times:
-            logger.warning(
-                "report(reduce={%r: 'sum'}): of the times that the loop's body has run, %d were on samples that do not "
-                "count (a share of 0, or a step that was done again). A sum that the body adds up holds them too; for "
-                "an exact one write raytrain_het.evaluate(fn, dataset).", sums[0], times,
+        times = counters.uncounted
+        if sums and times and not self._warned_of_sums:
+            self._warned_of_sums = True
+            self._tell(
+                f"report(reduce={{{sums[0]!r}: 'sum'}}): of the times that the loop's body has run on worker "
+                f"{self.slot}, {times} were on samples that do not count (a share of 0, or a step that was done "
+                "again). A sum that the body adds up holds them too; for an exact one write "
+                "raytrain_het.evaluate(fn, dataset).", all_say_it=False,
             )  # fmt: skip
 
     def await_reports(self) -> None:
