@@ -225,10 +225,10 @@ class LossGraph:
     def mixing(self) -> str | None:
         """An operation by which one sample's loss depends on other samples, in words; None if none is found.
 
-        Batch norms are none: a pass has its own statistics. What is told by sizes alone needs passes of four samples
+        Batch norms are none: a pass has its own statistics. What is told by a size alone needs passes of three samples
         or more, since a dimension of two may be anything.
         """
-        if self._samples < 3:
+        if self._samples < 2:
             return None
         nodes = ((node, name) for node, name in self._of_data() if node not in self._linear)
         found = [how for node, name in nodes if (how := self._mixes(node, name))]
@@ -263,7 +263,7 @@ class LossGraph:
             dims = sorted(c._saved_dim for c in children if c is not None and _name(c) == "Unsqueeze")
             if dims == [0, 1] and _both(children, self._data):
                 return f"{node.name()}, of each sample and each other"
-        if n < 4 or name not in _OVER_A_DIMENSION or not children or _name_of(children[0]) in ("Stack", "Unsqueeze"):
+        if n < 3 or name not in _OVER_A_DIMENSION or not children or _name_of(children[0]) in ("Stack", "Unsqueeze"):
             return None
         sizes = next((s for key in _SIZES if (s := _sizes(node, key))), ())
         whole = not any(hasattr(node, key) for key in ("_saved_dim", "_saved_dims"))
@@ -291,7 +291,7 @@ def _both(children: list[Any], data: _Data) -> bool:
 def _of_samples(first: tuple[int, ...], second: tuple[int, ...], n: int) -> bool:
     """Whether a matrix product (r, c) (c, k) is of samples with samples, or a sum over them."""
     few = (n, 2 * n)
-    return first[0] in few and second[1] in few or first[1] in few and n > 3
+    return first[0] in few and second[1] in few or first[1] in few and n > 2
 
 
 def _of_a_loop(found: list[Reduction], samples: int) -> list[Reduction]:
