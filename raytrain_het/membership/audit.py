@@ -118,7 +118,8 @@ def message(step: int, what: str) -> str:
 
 
 Terms = Sequence[Sequence[float]]
-"""Of each mean that a loss consists of: over how many numbers it is, in all and for each unit of weight."""
+"""Of each mean that a loss consists of: over how many numbers it is, in all and for each unit of weight. Of constants
+by which means are multiplied: 0 and their norm."""
 
 
 def agree(one: Terms, other: Terms) -> bool:
@@ -136,6 +137,15 @@ def agree(one: Terms, other: Terms) -> bool:
 
 def _near(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-4)
+
+
+def message_of_losses(what: str) -> str:
+    """What the run fails with if workers' losses are means over other things."""
+    return (
+        f"workers' losses differ: {what}: their gradients do not make that of the whole batch. Make the loss a mean "
+        "over samples; or say what it is a mean over, for example prepare_data_loader(..., weight=lambda batch: "
+        "float(batch['mask'].sum())); or write loss='local'."
+    )
 
 
 class AuditBook:

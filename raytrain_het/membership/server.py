@@ -292,7 +292,7 @@ class Hub:
                         core.replicas_differ(audit.message(m["step"], what), now)
             case "claim":
                 if (what := self._audits.claim(slot, f"{m['name']}, step {m['step'] + 1},", m["value"])) is not None:
-                    core.replicas_differ(audit.message(m["step"], what), now)
+                    core.replicas_differ(audit.message_of_losses(what), now)
             case "evaluate":
                 reply = self._evaluations.next(
                     f"{core.life}/{m['key']}", m["num_chunks"], uid, m["result"], m.get("error")

@@ -58,6 +58,14 @@ class BackwardWatch(_Engine):
         self._ends()
         return result
 
+    def accumulate(self, params: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
+        """Have autograd add gradients to parameters', by a pass that nobody watches: hooks on them are called."""
+        with torch.enable_grad():
+            roots = tuple(p.view_as(p) for p in params)
+        super().run_backward(
+            roots, tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )  # fmt: skip
+
     def install(self) -> None:
         """From now on this process's backward passes are watched."""
         self._before = Variable._execution_engine

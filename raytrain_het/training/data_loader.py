@@ -177,7 +177,7 @@ def plan_of(loader: DataLoader, *, seed: int, global_batch_size: Any = None) -> 
         global_batch_size: by default the loader's.
 
     Raises:
-        ConfigError: a size is wrong, or does not fit the loader's ``batch_sampler``.
+        ConfigError: a size is wrong, or does not fit the loader's ``batch_sampler``, or that gives no batches.
         LoopOrderError: see `orders_of`.
     """
     size = dataset_size(loader.dataset)
@@ -192,6 +192,11 @@ def plan_of(loader: DataLoader, *, seed: int, global_batch_size: Any = None) -> 
         )  # fmt: skip
     order = orders.order(0)
     if order.bounds is not None:
+        if len(order.bounds) < 2:
+            raise ConfigError(
+                f"batch_sampler={orders.name} gives no batches for a dataset of {size} samples: allowed is one or "
+                "more. Make its batches smaller, or leave drop_last out."
+            )
         largest = int(np.diff(order.bounds).max(initial=1))
         if batch not in (None, largest):
             raise ConfigError(

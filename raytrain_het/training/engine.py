@@ -21,7 +21,7 @@ from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.jobs import ConfirmJob, ResyncJob, StepJob
 from raytrain_het.collectives.sums import Sums
 from raytrain_het.config import HetConfig
-from raytrain_het.errors import LoopOrderError, NonFiniteGradientError
+from raytrain_het.errors import LoopOrderError, NonFiniteGradientError, ReplicaMismatchError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
@@ -40,6 +40,9 @@ from raytrain_het.training.timings import CpuSplit, Timings
 from raytrain_het.training.unsupported import refuse
 
 logger = logging.getLogger("raytrain_het")
+
+HUB_S = 10.0
+"""So long a worker waits for the hub to end the run."""
 
 
 @dataclass
@@ -430,8 +433,7 @@ class Engine:
         if sums is None:
             self._edits.step_fails()
         if sums is not None and sums.losses_differ:
-            name = "over how many numbers the loss is a mean (in all, and for each sample)"
-            self.agent.tell("claim", step=opened.cursor.step, name=name, value=self._loss.terms)
+            self._end_for_unlike_losses(opened.cursor.step)
         # Unlike members' digests always differ: they tell samples now and then.
         due = not opened.record.is_unlike or opened.cursor.step < 3 or opened.cursor.step % 10 == 0
         if sums is not None and sums.replicas_differ and self._looked is not None and due:
@@ -454,6 +456,17 @@ class Engine:
         now = time.monotonic()
         self.counters.compute_s += opened.submitted - opened.started
         self.counters.wait_s += now - opened.submitted
+
+    def _end_for_unlike_losses(self, step: int) -> None:
+        """Workers' losses are means over other things. No update is made of that: the hub is told of each worker's, and
+        ends the run with both; without a hub, this worker says its own."""
+        name = "over how many numbers the loss is a mean (in all, and for each sample)"
+        self.agent.tell("claim", step=step, name=name, value=self._loss.terms)
+        self.agent.wait_for(lambda: False, timeout=HUB_S)
+        raise ReplicaMismatchError(
+            f"step {step + 1}: {name} is {self._loss.terms} here, and something else on another worker. Say what the "
+            "loss is: prepare_data_loader(loss=..., weight=...)."
+        )
 
     def _await_sums(self, opened: Opened) -> None:
         """Wait until the step has its sums (perhaps from a peer that had them), or is to be done again."""

@@ -90,6 +90,8 @@ class Gradients:
         """By parameter: the gradient of the whole batch, after a rehearsal."""
         self.buffers_of_reference: dict[str, torch.Tensor] = {}
         """By buffer: what the whole batch has made of it."""
+        self._publishes = False
+        """Whether means are being accumulated, and not a pass's gradients."""
         self._rehearses = self._ended = False
         """Whether the armed micro-batch's backward pass is over."""
         self._complaint: Exception | None = None
@@ -210,6 +212,8 @@ class Gradients:
         self._in_backward, self._creates_graph, self._complaint = True, create_graph, None
         if not self._armed or self._ended:
             return
+        if self._fired:
+            raise refuse("skipped batch", f"and began another pass for it, in step {self._job.step}")
         self._hooks.set_aside()
         self._complaint = self.inspect(roots)
         # The zeros of the pass before are not the user's.
@@ -228,6 +232,8 @@ class Gradients:
         bucket, place = self._slots[index]
 
         def gathered(p: torch.Tensor) -> None:
+            if self._publishes:
+                return
             if not self._fired or self._ended:
                 self._begin_gathering()
             job = self._job
@@ -366,6 +372,7 @@ class Gradients:
         means = [
             out.split([s.numel for s in b.segments]) for b, out in zip(self._gradient_buckets, self.outs, strict=False)
         ]
+        hooked: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, (bucket, place) in enumerate(self._slots):
             p, left = self._params[index], self._left[index]
             self._left[index] = self._fillers[index] = None
@@ -382,14 +389,19 @@ class Gradients:
                 mean.fill_(torch.nan)
             elif scale != 1:
                 mean.mul_(scale)
-            mean = self._hooks.changed(index, mean)
-            if left is not None:
-                p.grad = left.add_(mean)
-            elif mean.dtype == p.dtype and mean.stride() == p.stride():
-                p.grad = mean
+            if mean.dtype != p.dtype or mean.stride() != p.stride():
+                mean = torch.empty_like(p, memory_format=torch.preserve_format).copy_(mean)
+            if self._hooks.on(index):
+                p.grad = left
+                hooked.append((p, mean))
             else:
-                p.grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(mean)
-            self._hooks.accumulated(index)
+                p.grad = mean if left is None else left.add_(mean)
+        if hooked:
+            self._publishes = True
+            try:
+                self.watch.accumulate(*zip(*hooked, strict=True))
+            finally:
+                self._publishes = False
 
     def means(self, *, scale: float = 1.0) -> dict[str, torch.Tensor]:
         """By parameter: the mean of all workers' gradients in this step, times the loss's scale."""

@@ -3,12 +3,15 @@
 A loss is a *linear* function of some reductions (sums, views, factors), and each of them is over samples or over
 something that is the same on all workers (a penalty on parameters). What lies below a reduction are samples by
 themselves, unless an operation puts them together (:meth:`LossGraph.mixing`).
+
+Nothing here unpacks a saved tensor that has hooks: activation checkpointing would compute its block once more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +25,7 @@ def _words(text: str) -> frozenset[str]:
 
 _PASS_THROUGH = _words(
     "Neg View UnsafeView ReshapeAlias Squeeze Unsqueeze ToCopy Alias Clone Select Expand NanToNum Slice Permute "
-    "Transpose T Split Unbind Where MaskedFill Index Lerp Contiguous"
+    "Transpose T Split Unbind Lerp Contiguous"
 )
 _NOT_LINEAR = _words(
     "Sqrt Log Log1p Log2 Exp Expm1 Pow Reciprocal Rsqrt Sigmoid Tanh Abs Relu Clamp ClampMin ClampMax Maximum "
@@ -33,25 +36,22 @@ _BENT_REDUCTIONS = _words(
     "Prod Dist Cdist LinalgSvd LinalgSlogdet LinalgDet"
 )
 """Reductions that are no means."""
-_SUMS = frozenset(["Sum", "Nansum", "Cumsum", "Trace"])
-_PRODUCTS = _words("Mm Bmm Mv Dot Addmm Addmv Baddbmm Addbmm")
+_SUMS = _words("Sum Nansum Cumsum Trace")
+_PRODUCTS = _words("Mm Bmm Mv Dot Vdot Addmm Addmv Baddbmm")
 """Sums of products over one dimension."""
-_SAME_ON_ALL = (
-    _PASS_THROUGH | _NOT_LINEAR | _BENT_REDUCTIONS | _SUMS | _PRODUCTS
-    | _words(
-        "Add Sub Rsub Mul Div Mean Cat Stack Diagonal AsStrided Tril Triu Flip Roll Repeat Copy Softmax LogSoftmax "
-        "MseLoss L1Loss SmoothL1Loss HuberLoss Sign Addcmul Addcdiv WeightNormInterface LinalgQr LinalgEigh "
-        "LinalgInvEx LinalgSolveEx LinalgCholeskyEx"
-    )
+_ELEMENTWISE = _PASS_THROUGH | _NOT_LINEAR | _words(
+    "Add Sub Rsub Mul Div Where MaskedFill Sign Addcmul Addcdiv Softmax LogSoftmax MseLoss L1Loss SmoothL1Loss "
+    "HuberLoss BinaryCrossEntropyWithLogits"
 )  # fmt: skip
-"""Of parameters alone these make something that is the same on all workers. Of any other operation it is supposed that
-samples come in."""
-_MOST_NODES = 400
+"""A constant that one of these takes besides a parameter holds samples if it makes the result larger."""
+_OVER_A_DIMENSION = _words(
+    "Topk Sort Kthvalue Sum Mean Std StdMean Var VarMean Logsumexp Max Amax Min Amin Norm LinalgVectorNorm Softmax "
+    "LogSoftmax SafeSoftmax Prod Median Cumsum Logcumsumexp Roll Flip"
+)
+_MOST_NODES = 5000
 """Penalties on parameters are smaller than this."""
 _LONGEST_LOSS = 2000
 """Nodes from a loss down to its reductions: a loop over samples makes some for each."""
-
-
 SEVERAL_NUMBERS = "a backward() of several numbers"
 
 
@@ -68,18 +68,36 @@ class Reduction:
     exact: bool = True
     """Whether the count was not rounded."""
     factor: float | None = None
-    """Of a mean: one over what it is multiplied by, where that is known."""
+    """One over what it is multiplied by, where that is known."""
     size: int = 0
-    """Of a sum: how many numbers were added up."""
+    """How many numbers are reduced."""
     divisor: float | None = None
     """Of a quotient: what stands below the line, where nothing is multiplied."""
     weighted: bool = False
     """Whether classes have weights, or some of the targets were left out."""
+    by_samples: bool = False
+    """Whether a multiple of the number of samples is among what a sum is divided by."""
 
     @property
     def is_finite(self) -> bool:
         """Whether its numbers are: those of a loss that overflowed say nothing."""
         return all(math.isfinite(x) for x in (self.count, self.factor, self.divisor) if x is not None)
+
+
+@dataclass
+class _Place:
+    """A node on the way down, and what the loss is of it."""
+
+    node: Any
+    path: tuple[str, ...] = ()
+    divided_by: float | None = 1.0
+    """What the loss's part below here is divided by; None if that is not known."""
+    divisor: float | None = 1.0
+    """The same, where nothing is multiplied."""
+    is_divided: bool = False
+    by_samples: bool = False
+    """Whether it is divided by a multiple of the samples."""
+    bent: bool = False
 
 
 class LossGraph:
@@ -95,6 +113,8 @@ class LossGraph:
     Attributes:
         reductions: those that the root leads to; none where the graph does not tell.
         hidden: operations, as autograd calls them, below which nothing is known.
+        constants: norms of what means over samples are multiplied by, feature by feature: it has to be the same for
+            all passes.
     """
 
     def __init__(
@@ -102,123 +122,200 @@ class LossGraph:
         numbers: int = 1,
     ) -> None:  # fmt: skip
         self._root, self._scale, self._samples = root, scale, samples
-        self._data = _Data(samples, {} if known is None else known)
+        self._known = {} if known is None else known
         self._linear: set[Any] = set()
         """Nodes of which the loss is a linear function, and its reductions."""
         self.hidden: list[str] = []
+        self.constants: list[float] = []
         if numbers == 1:
-            self.reductions = _of_a_loop(list(self._read()), samples)
+            self.reductions = _loops_as_one(list(self._read()), samples)
         else:
             kind, divisor = ("sum", None) if scale == 1 else ("quotient", scale)
             self.reductions = [Reduction(kind, divisor, SEVERAL_NUMBERS, size=numbers, divisor=divisor)]
 
+    # ---------------------------------------------------------------- down to the reductions
+
     def _read(self) -> Iterator[Reduction]:
-        stack: list[tuple[Any, float | None, float | None, bool]] = [(self._root, self._scale, 1.0, False)]
-        paths: dict[Any, tuple[str, ...]] = {self._root: ()}
-        divided: set[Any] = set()
-        """Nodes below a division."""
+        stack = [_Place(self._root, divided_by=self._scale)]
         for _ in range(_LONGEST_LOSS):
             if not stack:
                 return
-            node, divided_by, divisor, bent = stack.pop()
-            if node is None:
+            at = stack.pop()
+            if at.node is None:
                 continue
-            self._linear.add(node)
-            name, children = _name(node), _children(node)
-            path = (*paths.get(node, ()), name)
-            paths.update(dict.fromkeys(children, path))
-            if name == "Div" or node in divided:
-                divided.update(children)
+            self._linear.add(at.node)
+            name, children = _name(at.node), _children(at.node)
+            below = [
+                dataclasses.replace(at, node=child, path=(*at.path, name, str(k))) for k, child in enumerate(children)
+            ]
             if name in ("Add", "Sub", "Rsub") or name in _PASS_THROUGH:
-                stack += [(child, divided_by, divisor, bent) for child in children]
+                stack += below
             elif name in ("Mul", "Div"):
-                if len(children) == 2 and None not in children:  # A product or a quotient of two that are trained.
-                    both = all(self._data.comes_into(c, (*path, str(k))) for k, c in enumerate(children))
-                    below = name == "Div" and self._data.comes_into(children[1], (*path, "1"))
-                    stack += [(child, None, None, bent or both or below) for child in children]
-                    continue
-                factor = _scalar(node, "_saved_other" if children[0] is not None else "_saved_self")
-                part = None
-                if divided_by is not None and factor:
-                    part = divided_by * factor if name == "Div" else divided_by / factor
-                if name == "Div":
-                    divisor = divisor * factor if divisor is not None and factor is not None else None
-                elif factor != self._scale:
-                    divisor = None
-                stack += [(child, part, divisor, bent) for child in children]
+                stack += self._of_a_product(at, name, below)
             elif name in _NOT_LINEAR:
-                stack += [(child, None, None, True) for child in children]
-            elif (reduction := self._reduction(node, name, children, path)) is not None:
-                if isinstance(reduction, list):
-                    as_they_are = name not in _PRODUCTS and _stacked(children[0]) is not None
-                    num = len(reduction) if name == "Mean" else 1
-                    by = (_times(divided_by, num), _times(divisor, num)) if as_they_are else (None, None)
-                    stack += [(child, *by, bent) for child in reduction]
-                elif bent:
-                    yield Reduction("bent", None, name)
-                elif reduction.kind == "sum" and divided_by is None:
-                    continue  # By what it is divided is not known.
-                elif reduction.kind == "sum" and (divided_by != 1 or node in divided):
-                    yield Reduction("quotient", divided_by, name, size=reduction.size, divisor=divisor)
-                else:
-                    yield dataclasses.replace(reduction, factor=divided_by)
-            elif not hasattr(node, "variable") and name not in _SAME_ON_ALL:
-                self.hidden.append(node.name())
+                stack += [dataclasses.replace(b, divided_by=None, divisor=None, bent=True) for b in below]
+            elif not any(self._comes_into(b.node, b.path) for b in below):
+                continue  # A penalty on parameters, which is the same on all.
+            elif (found := self._reduction(at.node, name, below)) is None:
+                self.hidden.append(at.node.name())
+            elif isinstance(found, list):
+                stack += found
+            elif at.bent or found.kind == "bent":
+                yield Reduction("bent", None, name, size=found.size)
+            elif found.kind == "mean":
+                yield dataclasses.replace(found, factor=at.divided_by)
+            elif at.divided_by is not None:  # Else it is not known by what the sum is divided.
+                yield self._as_divided(found, at)
         if stack:
             self.hidden.append(f"some {_LONGEST_LOSS} operations")
 
-    def _reduction(
-        self, node: Any, name: str, children: list[Any], path: tuple[str, ...]
-    ) -> Reduction | list[Any] | None:
-        """What a node reduces; the nodes below it where it puts several losses together."""
-        comes_in = any(self._data.comes_into(child, (*path, str(k))) for k, child in enumerate(children))
-        if not comes_in and name in _SAME_ON_ALL:
-            return None  # A penalty on parameters, which is the same on all.
+    def _of_a_product(self, at: _Place, name: str, below: list[_Place]) -> list[_Place]:
+        """What is multiplied, or divided, by a constant or by something else that is trained."""
+        if len(below) == 2 and None not in (below[0].node, below[1].node):
+            data = [self._comes_into(b.node, b.path) for b in below]
+            bent = at.bent or all(data) or name == "Div" and data[1]
+            return [dataclasses.replace(b, divided_by=None, divisor=None, bent=bent) for b in below]
+        number = _scalar(at.node, "_saved_other" if below[0].node is not None else "_saved_self")
+        divided_by, divisor = at.divided_by, at.divisor
+        if name == "Div":
+            divided_by, divisor = _times(divided_by, number), _times(divisor, number)
+        else:
+            divided_by = divided_by / number if divided_by is not None and number else None
+            divisor = divisor if number == self._scale else None
+        by = number if name == "Div" or not number else 1 / number
+        new = dataclasses.replace(
+            at, divided_by=divided_by, divisor=divisor, is_divided=at.is_divided or name == "Div",
+            by_samples=at.by_samples or self._is_multiple(by),
+        )  # fmt: skip
+        return [dataclasses.replace(new, node=b.node, path=b.path) for b in below]
+
+    def _is_multiple(self, number: float | None) -> bool:
+        """Whether a number is one of times the samples of the pass."""
+        whole = round(number / self._samples) if number and self._samples and math.isfinite(number) else 0
+        return whole >= 1 and math.isclose(number or 0.0, whole * self._samples, rel_tol=1e-6)
+
+    def _as_divided(self, found: Reduction, at: _Place) -> Reduction:
+        """A sum, and what it is divided by above it, and below it by a multiple of the samples."""
+        within = found.factor or 1.0
+        if at.divided_by == 1 and within == 1 and not at.is_divided:
+            return dataclasses.replace(found, factor=None)
+        divided_by, divisor = _times(at.divided_by, within), _times(at.divisor, within)
+        by_samples = at.by_samples or within != 1
+        return dataclasses.replace(
+            found, kind="quotient", count=divided_by, factor=None, divisor=divisor, by_samples=by_samples
+        )
+
+    def _reduction(self, node: Any, name: str, below: list[_Place]) -> Reduction | list[_Place] | None:
+        """What a node reduces; what is below it where it puts several losses together, or features of samples that were
+        reduced before."""
+        first = below[0].node
         if hasattr(node, "_saved_reduction"):
-            if node._saved_reduction not in (1, 2):
-                return None
-            count, exact, weighted = _count(node)
-            if node._saved_reduction == 2:
-                return Reduction("sum", None, name, size=node._saved_self.numel())
-            return Reduction("mean", count, name, exact, weighted=weighted)
+            return _of_torch(node, name)
         if name in _BENT_REDUCTIONS:
-            return Reduction("bent", None, name)
+            return Reduction("bent", None, name, size=math.prod(_shape_below(node, 0) or ()))
         if name in _PRODUCTS:
-            over = _added_up(node)
-            is_over_samples = self._samples > 1 and over and over % self._samples == 0
-            return Reduction("sum", None, name, size=over) if is_over_samples else children
+            return self._product(node, name, below)
         if name not in _SUMS and name != "Mean":
             return None
         if name == "Trace":
-            self._linear.update(children)  # Of a product of all samples with all, those of each with itself.
-        below = _combined(children[0]) or _stacked(children[0])
-        if below is not None:
-            return below
-        sizes = getattr(node, "_saved_self_sym_sizes", ())
-        size = math.prod(sizes)
-        first = self._over_samples(children[0])
-        if first is not None:  # Samples were put together before: what is reduced here are features.
-            name, size = first
-        if name != "Mean":
-            return Reduction("sum", None, name, size=size)
-        return Reduction("mean", float(size), name)
+            self._linear.update(_children(node))  # Of a product of all samples with all, those of each with itself.
+        shape = _shape_below(node, 0) or ()
+        size, factor = math.prod(shape), 1.0
+        several = self._several(first, size)
+        if several is not None:
+            losses, as_they_are = several
+            number = len(losses) if name == "Mean" else 1
+            by = (_times(below[0].divided_by, number), _times(below[0].divisor, number))
+            divided_by, divisor = by if as_they_are else (None, None)
+            return [
+                dataclasses.replace(
+                    below[0], node=one, divided_by=divided_by, divisor=divisor, path=(*below[0].path, str(k))
+                )
+                for k, one in enumerate(losses)
+            ]
+        before = self._over_samples(first)
+        if before is not None:  # Samples were put together before: what is reduced here are features.
+            name, size = before
+        elif name != "Mean":
+            factor = self._divided_within(first)
+        if name == "Mean":
+            return Reduction("mean", float(size), name, size=size)
+        return Reduction("sum", None, name, size=size, factor=factor)
 
-    def _over_samples(self, node: Any) -> tuple[str, int] | None:
-        """Sum or Mean, and over how many, if a node below by views reduces the first dimension, that of samples."""
+    def _product(self, node: Any, name: str, below: list[_Place]) -> Reduction | list[_Place]:
+        """A product on the way to a loss: over samples it is a sum of them."""
+        data = [b for b in below if self._comes_into(b.node, b.path)]
+        of_features = [self._over_samples(b.node) is not None for b in data]
+        if any(of_features):
+            if len(data) > 1:
+                return Reduction("bent", None, name)
+            self.constants += _norms([node])
+            return [dataclasses.replace(b, divided_by=None, divisor=None) for b in below]
+        over, n = _added_up(node, name), self._samples
+        flat = math.prod(_shape(node) or (0,)) == 1
+        if n > 1 and (over == n or flat and over and over % n == 0):
+            weights = _saved(node, "_saved_vec") if name == "Mv" else _saved(node, "_saved_tensor")
+            return Reduction("sum", None, name, size=over, factor=_same_for_all(weights, n))
+        return [dataclasses.replace(b, divided_by=None, divisor=None) for b in below]
+
+    def _several(self, node: Any, size: int) -> tuple[list[Any], bool] | None:
+        """Several losses that were stacked, one number of each, and whether nothing was done with them since."""
+        as_they_are = True
         for _ in range(8):
             if node is None:
                 return None
             name = _name(node)
-            if name in ("Sum", "Mean") and hasattr(node, "_saved_dim"):
-                sizes, reduced = node._saved_self_sym_sizes, _dims(node)
-                if 0 not in reduced:
-                    return None
-                self._linear.add(node)
-                return name, math.prod(sizes[d] for d in reduced)
-            if name not in _PASS_THROUGH or len(node.next_functions) != 1:
+            if name in ("Stack", "Cat"):
+                losses = _children(node)
+                numbers = sum(math.prod(_shape_below(node, k) or ()) for k in range(len(losses)))
+                return (losses, as_they_are) if size in (len(losses), numbers) and numbers == len(losses) else None
+            if name not in ("Mul", "Div", "Add", "Sub") or (node := self._only_child_of_data(node)) is None:
                 return None
-            node = node.next_functions[0][0]
+            as_they_are = False
         return None
+
+    def _over_samples(self, node: Any) -> tuple[str, int] | None:
+        """Sum or Mean, and over how many, if a node below, of which this is a linear function, reduces the dimension
+        of samples."""
+        passed: list[Any] = []
+        for _ in range(12):
+            if node is None:
+                return None
+            name = _name(node)
+            if name in ("Sum", "Mean") and hasattr(node, "_saved_dim"):
+                sizes = _shape_below(node, 0) or ()
+                dims = _dims(node, len(sizes))
+                if not self._has_samples_dim(sizes, dims):
+                    return None
+                self._linear.update([*passed, node])
+                self.constants += _norms(passed)
+                return name, math.prod(sizes[d] for d in dims)
+            passed.append(node)
+            if name in _PASS_THROUGH and len(_children(node)) == 1:
+                node = _children(node)[0]
+            elif name not in ("Mul", "Div", "Add", "Sub") or (node := self._only_child_of_data(node)) is None:
+                return None
+        return None
+
+    def _has_samples_dim(self, sizes: tuple[int, ...], dims: set[int]) -> bool:
+        """Whether samples are along one of the dimensions: the first, unless it is of another size."""
+        n = self._samples
+        if n <= 1 or sizes and sizes[0] == n:
+            return 0 in dims
+        return n > 2 and any(sizes[d] == n for d in dims)
+
+    def _only_child_of_data(self, node: Any) -> Any:
+        """Of a sum or product of something with what is the same on all: the something."""
+        data = [child for child in _children(node) if child is not None and self._looks(child)]
+        return data[0] if len(data) == 1 and not (_name(node) == "Div" and data[0] is not _children(node)[0]) else None
+
+    def _divided_within(self, node: Any) -> float:
+        """By what each number was divided before a sum, if that is a multiple of the samples."""
+        number = _scalar(node, "_saved_other") if node is not None and _name(node) in ("Mul", "Div") else None
+        if not number or None not in _children(node):
+            return 1.0
+        by = number if _name(node) == "Div" else 1 / number
+        return by if self._is_multiple(by) else 1.0
 
     # ---------------------------------------------------------------- samples that see each other
 
@@ -230,90 +327,149 @@ class LossGraph:
         """
         if self._samples < 2:
             return None
-        nodes = ((node, name) for node, name in self._of_data() if node not in self._linear)
-        found = [how for node, name in nodes if (how := self._mixes(node, name))]
+        nodes = list(_children_first(self._root))
+        comes: dict[Any, bool] = {}
+        for node in nodes:
+            comes[node] = _is_source(node, self._samples) or any(comes.get(c, False) for c in _children(node))
+        found = [
+            how for node in reversed(nodes)
+            if comes[node] and node not in self._linear and (how := self._mixes(node, comes)) is not None
+        ]  # fmt: skip
         # As many as there are samples, or twice as many: a loop over samples, of which each has as many rows.
         return found[0] if len(found) % self._samples else None
 
-    def _of_data(self) -> Iterator[tuple[Any, str]]:
-        """All nodes into which samples come, and their names."""
-        order, seen, stack = [], set(), [self._root]
+    def _mixes(self, node: Any, comes: dict[Any, bool]) -> str | None:
+        name, n, out = _name(node), self._samples, _shape(node) or ()
+        children = _children(node)
+        data = [child is not None and comes[child] for child in children]
+        if name in ("Mm", "Bmm", "Addmm", "Baddbmm"):
+            return self._product_mixes(node, data, out)
+        if name == "Cdist" and all(data) and (_shape_below(node, 0) or (0,))[0] == n:
+            return f"{node.name()}, distances between samples"
+        if name.startswith("ScaledDotProduct") and any(data):
+            query = _shape_below(node, 0) or (n, 0)
+            return f"{node.name()}, of samples" if query[-2] in (n, 2 * n) and query[0] % n else None
+        if "RnnLayer" in name or "CudnnRnn" in name:
+            return f"{node.name()} over samples" if n > 2 and out[:1] == (n,) and out[1:2] != (n,) else None
+        if name in ("Sub", "Add", "Mul", "Div") and len(children) == 2 and all(data):
+            shapes = {(_shape_below(node, k) or ())[:2] for k in (0, 1)}
+            if shapes == {(1, n), (n, 1)}:
+                return f"{node.name()}, of each sample and each other"
+        if name not in _OVER_A_DIMENSION or n < 3 or _name(children[0]) in ("Stack", "Unsqueeze"):
+            return None
+        sizes = _shape_below(node, 0) or ()
+        if sizes[:1] == (n,) and sizes[1:2] != (n,) and 0 in _dims(node, len(sizes)):
+            return f"{node.name()} over the first dimension, that of samples"
+        return None
+
+    def _product_mixes(self, node: Any, data: list[bool], out: tuple[int, ...]) -> str | None:
+        """Of matrices (r, c) and (c, k): rows of samples with rows of samples, or a sum over them."""
+        n, few = self._samples, (self._samples, 2 * self._samples)
+        first, second = data[-2:]
+        if len(out) < 2 or len(out) == 3 and out[0] % n == 0:
+            return None
+        over = _added_up(node, _name(node))
+        if first and second and out[-2] in few and out[-1] in few:
+            return f"{node.name()}, a product of samples with samples"
+        constant = None in _children(node)[-2:]
+        rows_are_samples = out[-2] % n == 0 and (first or not constant)
+        if n > 2 and over in few and not rows_are_samples and (second or first):
+            return f"{node.name()}, a sum over samples"
+        return None
+
+    # ---------------------------------------------------------------- where samples come in
+
+    def _comes_into(self, node: Any, path: tuple[str, ...]) -> bool:
+        """Looked at once for all nodes that are reached by the same names."""
+        if path not in self._known:
+            if len(self._known) > 4096:
+                self._known.clear()
+            self._known[path] = self._looks(node)
+        return self._known[path]
+
+    def _looks(self, node: Any) -> bool:
+        """Whether samples come into what a node stands for."""
+        seen: set[Any] = set()
+        stack = [node]
         while stack:
             node = stack.pop()
             if node is None or node in seen:
                 continue
+            if len(seen) > _MOST_NODES or _is_source(node, self._samples):
+                return True
             seen.add(node)
-            order.append(node)
             stack += _children(node)
-        comes: dict[Any, bool] = {}
-        for node in _children_first(self._root):
-            name = _name(node)
-            comes[node] = self._data.is_source(node, name) or any(comes.get(c, False) for c in _children(node))
-        return ((node, _name(node)) for node in order if comes[node])
-
-    def _mixes(self, node: Any, name: str) -> str | None:
-        children, n = _children(node), self._samples
-        if name in ("Mm", "Bmm", "Addmm", "Baddbmm") and _both(children[-2:], self._data):
-            first, second = (_sizes(node, key) for key in _OPERANDS[name])
-            if first and second and (len(first) == 2 or first[0] % n) and _of_samples(first[-2:], second[-2:], n):
-                return f"{node.name()}, a product of two things that are made of samples"
-        if name == "Cdist" and _both(children, self._data) and _sizes(node, "_saved_x1")[0] == n:
-            return f"{node.name()}, distances between samples"
-        if name in ("Sub", "Add", "Mul", "Div") and len(children) == 2:
-            dims = sorted(c._saved_dim for c in children if c is not None and _name(c) == "Unsqueeze")
-            if dims == [0, 1] and _both(children, self._data):
-                return f"{node.name()}, of each sample and each other"
-        if n < 3 or name not in _OVER_A_DIMENSION or not children or _name_of(children[0]) in ("Stack", "Unsqueeze"):
-            return None
-        sizes = next((s for key in _SIZES if (s := _sizes(node, key))), ())
-        whole = not any(hasattr(node, key) for key in ("_saved_dim", "_saved_dims"))
-        time_first = len(sizes) > 2 and sizes[1] == n
-        if sizes and sizes[0] == n and not time_first and (whole or 0 in _dims(node, len(sizes))):
-            return f"{node.name()} over the first dimension, that of samples"
-        return None
+        return False
 
 
-_OPERANDS = {
-    "Mm": ("_saved_self", "_saved_mat2"), "Bmm": ("_saved_self", "_saved_mat2"),
-    "Addmm": ("_saved_mat1", "_saved_mat2"), "Baddbmm": ("_saved_batch1", "_saved_batch2"),
-}  # fmt: skip
-_SIZES = ("_saved_self", "_saved_self_sym_sizes", "_saved_result")
-_OVER_A_DIMENSION = _words(
-    "Topk Sort Kthvalue Sum Mean Std StdMean Var VarMean Logsumexp Max Amax Min Amin Norm LinalgVectorNorm Softmax "
-    "LogSoftmax SafeSoftmax Prod Median Cumsum"
-)
+def _is_source(node: Any, samples: int) -> bool:
+    """Whether samples come in here: as a tensor that is no parameter, or as a constant."""
+    if (variable := getattr(node, "variable", None)) is not None:
+        return not isinstance(variable, torch.nn.Parameter)
+    name = _name(node)
+    if name.startswith("Embedding"):
+        return True
+    if name in ("Index", "IndexSelect", "Gather"):
+        return (_shape(node) or (0,))[0] == samples
+    if None not in _children(node):
+        return False
+    if name in ("Dot", "Vdot"):
+        return any(hasattr(child, "variable") for child in _children(node))  # Else of a weight's own vectors.
+    if name not in _ELEMENTWISE:
+        return name not in _SUMS and name not in _BENT_REDUCTIONS and name not in ("Mean", "Mv", "Addmv")
+    shape = _shape(node)
+    return all(_shape_below(node, k) != shape for k, child in enumerate(_children(node)) if child is not None)
 
 
-def _both(children: list[Any], data: _Data) -> bool:
-    return len(children) == 2 and all(c is not None and data.looks(c) for c in children)
+def _loops_as_one(found: list[Reduction], samples: int) -> list[Reduction]:
+    """Reductions that a loop has made of one sample each, as what they are together.
+
+    With two or three samples a loop may be two or three losses of all samples: sizes that are multiples of them decide.
+    """
+    alike: dict[tuple[str, str], list[Reduction]] = defaultdict(list)
+    for r in found:
+        alike[r.kind, r.name].append(r)
+    return [r for group in alike.values() for r in (_loop(group, samples) if samples > 1 else group)]
 
 
-def _of_samples(first: tuple[int, ...], second: tuple[int, ...], n: int) -> bool:
-    """Whether a matrix product (r, c) (c, k) is of samples with samples, or a sum over them."""
-    few = (n, 2 * n)
-    return first[0] in few and second[1] in few or first[1] in few and n > 2
-
-
-def _of_a_loop(found: list[Reduction], samples: int) -> list[Reduction]:
-    """Means that a loop has made of one sample each, as the sum that they are together."""
-    first = found[0] if found else None
-    if first is None or first.kind != "mean" or len(found) != samples or samples < 2 or first.count is None:
-        return found
-    if first.count % samples == 0 or any(dataclasses.replace(r, name=first.name) != first for r in found):
-        return found
-    size = int(first.count) * samples
-    if first.factor in (None, 1.0):
-        return [Reduction("sum", None, first.name, size=size)] if first.factor else found
+def _loop(group: list[Reduction], samples: int) -> list[Reduction]:
+    first = group[0]
+    whole = all(r.size % samples == 0 for r in group)
+    if len(group) % samples or first.kind == "sum" or samples < 4 and whole:
+        return group
+    if first.kind != "mean" or any(r.factor != first.factor for r in group) or first.factor is None:
+        return []  # Of each sample something of its own: nothing is known.
+    size = sum(r.size for r in group)
+    if first.factor == 1:
+        return [Reduction("sum", None, first.name, size=size)]
     return [Reduction("quotient", first.factor, first.name, size=size, divisor=first.factor)]
 
 
+def _of_torch(node: Any, name: str) -> Reduction | None:
+    """A loss function of torch's."""
+    if node._saved_reduction not in (1, 2):
+        return None
+    size = math.prod(_shape_below(node, 0) or ())
+    if node._saved_reduction == 2:
+        return Reduction("sum", None, name, size=size)
+    total = _saved(node, "_saved_total_weight")
+    if total is None:
+        return Reduction("mean", float(size) if not hasattr(node, "_saved_total_weight") else None, name, size=size)
+    target = _saved(node, "_saved_target")
+    targets = target.numel() if target is not None else 0
+    exact = total.dtype in (torch.float32, torch.float64)
+    weighted = _saved(node, "_saved_weight") is not None or float(total) != targets
+    return Reduction("mean", float(total), name, exact, size=targets, weighted=weighted)
+
+
+# ---------------------------------------------------------------- nodes
+
+
 def _name(node: Any) -> str:
+    if node is None:
+        return ""
     name: str = node.name()
     return name.partition("Backward")[0]
-
-
-def _name_of(node: Any) -> str:
-    return "" if node is None else _name(node)
 
 
 def _children(node: Any) -> list[Any]:
@@ -334,109 +490,78 @@ def _children_first(root: Any) -> Iterator[Any]:
             stack += [(child, False) for child in _children(node)]
 
 
-def _stacked(node: Any) -> list[Any] | None:
-    """What was stacked: several losses."""
-    return _children(node) if node is not None and _name(node) in ("Stack", "Cat") else None
-
-
-def _combined(node: Any) -> list[Any] | None:
-    """What was stacked and weighted with constants: one number for each of several losses."""
-    if node is None or _name(node) not in ("Mul", "Div"):
+def _shape(node: Any, output: int = 0) -> tuple[int, ...] | None:
+    """Of what a node has computed; None where that is not known."""
+    if (variable := getattr(node, "variable", None)) is not None:
+        return tuple(variable.shape)
+    try:
+        return tuple(node._input_metadata[output].shape)
+    except (AttributeError, IndexError, RuntimeError):
         return None
-    others = [c for c in _children(node) if c is not None]
-    if len(others) != 1 or (below := _stacked(others[0])) is None:
+
+
+def _shape_below(node: Any, k: int) -> tuple[int, ...] | None:
+    """Of a node's operand; None where it is a constant that was not kept."""
+    child, output = node.next_functions[k]
+    if child is not None:
+        return _shape(child, output)
+    kept = _saved(node, "_saved_self")
+    return None if kept is None else tuple(kept.shape)
+
+
+def _saved(node: Any, key: str) -> torch.Tensor | None:
+    """A tensor that a node has kept, unless hooks would have to unpack it."""
+    raw = getattr(node, f"_raw{key}", None)
+    if raw is None or isinstance(raw, tuple | list) or getattr(raw, "unpack_hook", None) is not None:
         return None
-    weights = getattr(node, "_saved_other", None)
-    return below if isinstance(weights, torch.Tensor) and tuple(weights.shape) == (len(below),) else None
-
-
-def _added_up(node: Any) -> int:
-    """Over how many numbers each of a node's products is a sum; 0 if that is not known."""
-    for key in ("_saved_mat1", "_saved_batch1", "_saved_vec", "_saved_tensor", "_saved_self"):
-        if sizes := _sizes(node, key):
-            return sizes[-1]
-    for key in ("_saved_mat2", "_saved_batch2"):
-        if sizes := _sizes(node, key):
-            return sizes[-2]
-    return 0
-
-
-def _sizes(node: Any, key: str) -> tuple[int, ...]:
-    """Of a tensor that a node has kept, or the sizes that it has kept of one."""
     value = getattr(node, key, None)
-    if value is None:
-        value = getattr(node, f"{key}_sym_sizes", None)
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else tuple(value or ())
+    return value if isinstance(value, torch.Tensor) else None
 
 
-def _dims(node: Any, num: int | None = None) -> set[int]:
-    """The dimensions that a node reduces, from 0."""
-    num = len(node._saved_self_sym_sizes) if num is None else num
-    dims = getattr(node, "_saved_dim", None)
-    if dims is None or dims == ():
+def _scalar(node: Any, key: str) -> float | None:
+    value = _saved(node, key)
+    return float(value) if value is not None and value.numel() == 1 else None
+
+
+def _norms(nodes: list[Any]) -> list[float]:
+    """Of the constants, of more than one number, that nodes have kept."""
+    keys = ("_saved_other", "_saved_self", "_saved_vec", "_saved_tensor", "_saved_mat2")
+    kept = [t for node in nodes for key in keys if (t := _saved(node, key)) is not None]
+    return [float(t.double().norm()) for t in kept if t.numel() > 1 and not t.requires_grad]
+
+
+def _same_for_all(weights: torch.Tensor | None, samples: int) -> float:
+    """One over what each sample is multiplied by, if that is the same for all and a multiple of the samples."""
+    if (
+        weights is None
+        or weights.requires_grad
+        or weights.numel() != samples
+        or not bool((weights == weights[0]).all())
+    ):
+        return 1.0
+    by = 1 / float(weights[0]) if float(weights[0]) else 1.0
+    return by if math.isclose(by, round(by), rel_tol=1e-6) and round(by) % samples == 0 else 1.0
+
+
+def _added_up(node: Any, name: str) -> int:
+    """Over how many numbers each of a node's products is a sum; 0 if that is not known."""
+    first = _shape_below(node, 1 if name in ("Addmm", "Addmv", "Baddbmm") else 0)
+    second = _shape_below(node, 2 if name in ("Addmm", "Addmv", "Baddbmm") else 1)
+    if first is None and second is None:
+        return 0
+    if first is not None and node.next_functions[1 if name.startswith(("Add", "Badd")) else 0][0] is not None:
+        return first[-1]
+    return second[-2 if second is not None and len(second) > 1 else -1] if second else 0
+
+
+def _dims(node: Any, num: int) -> set[int]:
+    """The dimensions that a node goes over, from 0; all where it names none."""
+    dims = getattr(node, "_saved_dim", getattr(node, "_saved_dims", None))
+    if dims is None or dims == () or not num:
         return set(range(num))
     every: list[int] = list(dims) if isinstance(dims, tuple | list) else [dims]
     return {(d - 2**64 if d >= 2**63 else d) % num for d in every}
 
 
-def _count(node: Any) -> tuple[float | None, bool, bool]:
-    """What a loss of torch's is the mean over; whether that is exact, and whether it differs from the targets'
-    number."""
-    total = getattr(node, "_saved_total_weight", None)
-    if total is not None:
-        targets = node._saved_target.numel()
-        value = float(total)
-        weighted = node._saved_weight is not None or value != targets
-        return value, total.dtype in (torch.float32, torch.float64), weighted
-    return float(node._saved_self.numel()), True, False
-
-
-def _scalar(node: Any, name: str) -> float | None:
-    value = getattr(node, name, None)
-    return float(value) if isinstance(value, torch.Tensor) and value.numel() == 1 else None
-
-
-def _times(number: float | None, factor: int) -> float | None:
-    return None if number is None else number * factor
-
-
-class _Data:
-    """Whether samples come into what a node stands for."""
-
-    def __init__(self, samples: int, known: dict[tuple[str, ...], bool]) -> None:
-        self._samples, self._known = samples, known
-
-    def comes_into(self, node: Any, path: tuple[str, ...]) -> bool:
-        """Looked at once for all nodes that are reached by the same names."""
-        if path not in self._known:
-            if len(self._known) > 256:
-                self._known.clear()
-            self._known[path] = self.looks(node)
-        return self._known[path]
-
-    def looks(self, node: Any) -> bool:
-        """Go through all that the node leads to."""
-        seen: set[Any] = set()
-        stack = [node]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            if len(seen) > _MOST_NODES or self.is_source(node, _name(node)):
-                return True
-            seen.add(node)
-            stack += _children(node)
-        return False
-
-    def is_source(self, node: Any, name: str) -> bool:
-        """Whether samples come in here."""
-        if (variable := getattr(node, "variable", None)) is not None:
-            return not isinstance(variable, torch.nn.Parameter)
-        if name not in _SAME_ON_ALL:
-            return True
-        return None in _children(node) and (name in _PRODUCTS or self._has_samples(node))
-
-    def _has_samples(self, node: Any) -> bool:
-        """Whether a constant that the node goes by has as many rows as there are samples."""
-        saved = (getattr(node, name, None) for name in ("_saved_other", "_saved_self"))
-        return any(isinstance(t, torch.Tensor) and t.ndim > 0 and len(t) == self._samples > 1 for t in saved)
+def _times(number: float | None, factor: float | None) -> float | None:
+    return None if number is None or factor is None else number * factor

@@ -24,6 +24,10 @@ from raytrain_het.training.unsupported import refuse
 logger = logging.getLogger("raytrain_het")
 
 LOSSES = ("mean", "sum", "local")
+OF_A_CONSTANT = 0.0
+"""Stands in :data:`~raytrain_het.membership.audit.Terms` where others say over how many numbers a mean is."""
+ENOUGH_SAMPLES = 4
+"""In a pass of so many a dimension of that size is that of samples."""
 Root = tuple[Any, torch.Tensor | None]
 """A tensor, or an edge of the graph, and the gradient that a backward pass begins with there."""
 
@@ -44,8 +48,9 @@ class LossCheck:
         self._known: dict[tuple[str, ...], bool] = {}
         self.warn: Callable[[str], None] = logger.warning
         """Where people read it."""
-        self._is_first = True
-        """Whether no pass was looked at yet."""
+        self._has_warned = False
+        self._read_with: dict[tuple[tuple[str, str], ...], int] = {}
+        """By what a loss consists of: the samples of the largest pass whose whole graph was read."""
 
     @property
     def is_local(self) -> bool:
@@ -66,8 +71,8 @@ class LossCheck:
     @property
     def mark(self) -> int:
         """From 1 to 65535, a digest of :attr:`terms`, for a header; 0 where there are none."""
-        text = ",".join(sorted({f"{ratio:.3g}" for _, ratio in self.terms}))
-        return zlib.crc32(text.encode()) % 65535 + 1 if text else 0
+        places = {_place(ratio) for _, ratio in self.terms}
+        return zlib.crc32(repr(sorted(places)).encode()) % 65535 + 1 if places else 0
 
     def begin_step(self) -> None:
         """What comes from here on belongs to another step: its loss may be over other numbers."""
@@ -93,17 +98,13 @@ class LossCheck:
             return None
         try:
             graphs = list(self._graphs(roots, scale, samples))
-            if self._is_first and (how := next(filter(None, (graph.mixing() for graph in graphs)), None)):
-                return refuse("samples that see each other", f"here by {how}")
+            how = self._mixing(graphs, samples)
         except Exception:
             logger.debug("a loss's graph could not be read", exc_info=True)
             return None
-        if self._is_first and (hidden := next((name for graph in graphs for name in graph.hidden), None)):
-            self.warn(
-                f"what the loss is of its samples can't be read below {hidden}: it is taken for a {self._loss} over "
-                "them. HetConfig(check='every_step') compares the first steps with one process."
-            )
-        self._is_first = False
+        if how is not None:
+            return refuse("samples that see each other", f"here by {how}")
+        self._warn_of_hidden(graphs)
         found = [r for graph in graphs for r in graph.reductions]
         if not all(r.is_finite for r in found):
             return None  # Such a loss's step is skipped.
@@ -116,8 +117,11 @@ class LossCheck:
                 return _by_a_constant(r, weight)
             if r.kind == "mean" and r.weighted and not self._weighed:
                 return _weighted(r, weight)
+        if self._loss == "mean" and alike and not self._weighed:
+            self._warn_of_factors(found, samples)
         per = weight if self._loss == "mean" else 1.0
-        self._seen = [(r.count, r.count / per * (r.factor or 1.0)) for r in found if r.count is not None and r.exact]
+        means = [(r.count, r.count / per * (r.factor or 1.0)) for r in found if r.count is not None and r.exact]
+        self._seen = means + [(OF_A_CONSTANT, norm) for graph in graphs for norm in graph.constants]
         return None
 
     def fired(self) -> Exception | None:
@@ -127,6 +131,37 @@ class LossCheck:
         elif self._seen and not agree(self._seen, self._of_step):
             return _other_count(self._seen, self._of_step, self._loss, self._weighed)
         return None
+
+    def _mixing(self, graphs: list[LossGraph], samples: int) -> str | None:
+        """Of each kind of loss the whole graph is read once, and again in a larger pass if that was a small one."""
+        kinds = tuple((r.kind, r.name) for graph in graphs for r in graph.reductions)
+        largest = self._read_with.get(kinds, 0)
+        if samples <= min(largest, ENOUGH_SAMPLES - 1) or largest >= ENOUGH_SAMPLES or len(self._read_with) > 64:
+            return None
+        self._read_with[kinds] = samples
+        return next(filter(None, (graph.mixing() for graph in graphs)), None)
+
+    def _warn_of_hidden(self, graphs: list[LossGraph]) -> None:
+        hidden = next((name for graph in graphs for name in graph.hidden), None)
+        if hidden is not None and not self._has_warned:
+            self._has_warned = True
+            self.warn(
+                f"what the loss is of its samples can't be read below {hidden}: it is taken for a {self._loss} over "
+                "them. HetConfig(check='every_step') compares the first steps with one process."
+            )
+
+    def _warn_of_factors(self, found: list[Reduction], samples: int) -> None:
+        """Where all passes are of one size, a sum times a constant can't be told from a mean times one."""
+        for r in found:
+            is_sum = r.kind == "quotient" and r.divisor is None and not r.by_samples and r.count
+            times = 1 / r.count if is_sum and r.count else 1 / r.factor if r.kind == "mean" and r.factor else 0.0
+            if self._has_warned or not (is_sum or samples > 2 and times and times % samples == 0):
+                continue
+            self._has_warned = True
+            self.warn(
+                f"the loss is a {'sum' if is_sum else 'mean'} over samples ({r.name}) times {times:g}, and is taken "
+                f"for a mean times a constant. If it is a sum, write prepare_data_loader(..., loss='sum')."
+            )
 
     def _graphs(self, roots: Sequence[Root], scale: float, samples: int) -> Iterator[LossGraph]:
         for value, gradient in roots:
@@ -144,6 +179,12 @@ def _factor(value: Any, gradient: torch.Tensor | None) -> float:
         return 1.0
     first = gradient.flatten()[0]
     return float(first) or 1.0 if gradient.numel() == 1 or bool((gradient == first).all()) else 1.0
+
+
+def _place(ratio: float) -> tuple[bool, int]:
+    """The same for numbers that differ by rounding: steps of half a thousandth, of whose limits none is a simple
+    fraction."""
+    return ratio < 0, round(2000 * math.log(abs(ratio)) + 0.3711) if ratio else -(2**31)
 
 
 def _divides(found: Reduction, samples: float, alike: bool) -> bool:
@@ -184,10 +225,12 @@ def _weighted(found: Reduction, weight: float) -> ConfigError:
     )
 
 
-def _other_count(now: Terms, before: Terms, loss: str, weighed: bool) -> ConfigError:
+def _other_count(now: Terms, before: Terms, loss: str, weighed: bool) -> Exception:
     unlike = [(x, y) for x, y in zip(now, before, strict=False) if not agree([x], [y])]
     unlike += [(x, y) for x in now for y in before if not agree([x], [y])]
-    (_, a), (_, b) = unlike[0]
+    (kind, a), (_, b) = unlike[0]
+    if kind == OF_A_CONSTANT:
+        return refuse("loss that is no mean", "it is multiplied by numbers that are others in each pass")
     if loss == "sum":
         return ConfigError(
             f"loss='sum': the sum is divided by {a:g} in this pass, and was by {b:g} before: it is no sum over "

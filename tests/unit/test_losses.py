@@ -150,6 +150,10 @@ SOFT = torch.randn(6, 4).softmax(1)
 W = nn.Parameter(torch.randn(5))
 
 
+SPECTRAL = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4))
+WIDE, SQUARE = nn.Linear(5, 6), nn.Linear(6, 6)
+
+
 def checkpointed(x):
     return checkpoint(MODEL[1:], MODEL[0](x), use_reentrant=True)
 
@@ -171,6 +175,23 @@ def checkpointed(x):
         lambda: F.mse_loss(nn.MultiheadAttention(4, 2, batch_first=True)(*[MODEL(X)[:, None]] * 3)[0], Y[:, None]),
         lambda: F.mse_loss(nn.MultiheadAttention(4, 2)(*[MODEL(X)[None]] * 3)[0], Y[None]),
         lambda: torch.stack([attention(MODEL(torch.randn(6, 5))).mean() for _ in X]).mean(),
+        lambda: F.mse_loss(SPECTRAL(WIDE(X)), Y),
+        lambda: W.square().mean() + (MODEL(X) - Y).square().mean(),
+        lambda: 0.1 * W.square().sum() + 1 / len(X) * (MODEL(X) - Y).square().sum(),
+        lambda: F.cross_entropy(MODEL(X), TARGET, reduction="none").view(3, 2).sum(0).mean(),
+        lambda: torch.stack([F.mse_loss(MODEL(x), y).sqrt() for x, y in zip(X, Y, strict=True)]).mean(),
+        lambda: sum(F.mse_loss(MODEL(X[:k]), Y[:k]) for k in range(1, 7)) / 6,
+        lambda: (torch.stack([F.mse_loss(MODEL(X), Y), F.l1_loss(MODEL(X), Y)]) * (-W[:2]).exp() + W[:2]).sum(),
+        lambda: (F.l1_loss(MODEL(X), Y, reduction="none").mean(0) * torch.rand(4)).sum(),
+        lambda: F.l1_loss(MODEL(X), Y, reduction="none").mean(0) @ torch.rand(4),
+        lambda: ((MODEL(X) - Y).square().sum(1) / len(X)).sum(),
+        lambda: (MODEL(X) - Y).square().sum(1) @ torch.full((6,), 1 / 6),
+        lambda: F.mse_loss(WIDE(X), torch.zeros(6, 6)) + (torch.rand(6, 5) * (WIDE.weight - 1).square()).sum(),
+        lambda: F.mse_loss(F.linear(X @ torch.rand(5, 6), torch.rand(6, 6).bool() * SQUARE.weight), torch.zeros(6, 6)),
+        lambda: F.mse_loss(MODEL(X), Y) + torch.cat([p.flatten() for p in MODEL.parameters()]).norm(),
+        lambda: F.mse_loss(X + W, X),
+        lambda: nn.LSTM(5, 3, batch_first=True)(X[:, None])[0].square().mean(),
+        lambda: nn.TransformerEncoderLayer(6, 2, 8)(WIDE(torch.randn(6, 6, 5))).square().mean(),
     ],
 )
 def test_means_of_other_forms_are_no_sums(loss):
@@ -198,6 +219,13 @@ def test_means_of_other_forms_are_no_sums(loss):
         lambda: nn.LayerNorm(5)(X).square().sum(),
         lambda: MODEL(X.clone().requires_grad_()).square().sum(),
         lambda: checkpointed(X).square().sum(),
+        lambda: (MODEL(X) - Y).square().sum() + W.square().sum(),
+        lambda: (X + W).square().sum(),
+        lambda: MODEL(W[None] + X).square().sum(),
+        lambda: torch.rand(9, 5).requires_grad_()[TARGET].square().sum() + W.sum(),
+        lambda: nn.Parameter(torch.rand(9, 5))[TARGET].square().sum(),
+        lambda: torch.ones(6) @ (MODEL(X) - Y).square().sum(1),
+        lambda: (MODEL(X) - Y).square().T.sum(1).mean(),
     ],
 )
 def test_sums_of_other_forms_are_seen(loss):
@@ -267,6 +295,13 @@ Z = torch.randn(6, 4)
         lambda z: torch.cdist(z, z).mean(),
         lambda z: (z[:, None] - z[None]).square().mean(),
         lambda z: z.T.mm(z).fill_diagonal_(0).square().mean(),
+        lambda z: (z - z.roll(1, 0)).square().mean(),
+        lambda z: F.mse_loss(z.flip(0), z),
+        lambda z: F.mse_loss(torch.softmax(torch.rand(6, 6), 1) @ z, Y),
+        lambda z: (F.one_hot(TARGET, 4).float().T @ z).square().mean(),
+        lambda z: F.mse_loss(nn.LSTM(4, 4)(z[:, None])[0], Y[:, None]),
+        lambda z: F.mse_loss(F.scaled_dot_product_attention(*[z[None, None]] * 3), Y[None, None]),
+        lambda z: nn.TransformerEncoderLayer(4, 2, 8)(z[:, None]).square().mean(),
         lambda z: F.mse_loss(attention(z), Y),
         lambda z: F.mse_loss(nn.MultiheadAttention(4, 2)(*[z[:, None]] * 3)[0], Y[:, None]),
     ],
@@ -278,8 +313,9 @@ def test_samples_that_see_each_other_are_refused_unless_the_loss_is_said_to_be_l
 
 
 def test_a_product_of_two_means_is_no_mean():
-    loss = F.mse_loss(MODEL(X), Y) * MODEL(X).sigmoid().mean()
-    assert isinstance(LossCheck("mean", weighed=False).look([loss], 6.0), NotSupportedError)
+    mean = MODEL(X).mean(0)
+    for loss in (F.mse_loss(MODEL(X), Y) * MODEL(X).sigmoid().mean(), mean @ mean):
+        assert isinstance(LossCheck("mean", weighed=False).look([loss], 6.0), NotSupportedError)
     learnt = F.mse_loss(MODEL(X), Y) * torch.exp(-W[0]) + W[0]
     assert LossCheck("mean", weighed=False).look([learnt], 6.0) is None
 
@@ -311,3 +347,58 @@ def test_a_loss_that_can_not_be_read_is_said_to_be_taken_for_a_mean_once(caplog)
             assert check.look([Hidden.apply(MODEL(X))], 6.0) is None
     assert [r.getMessage() for r in caplog.records if "HiddenBackward" in r.getMessage()] != []
     assert len(caplog.records) == 1
+
+
+def test_a_small_pass_before_and_a_term_that_comes_later_hide_nothing():
+    check = LossCheck("mean", weighed=False)
+    for size in (2, 6):
+        z = MODEL(X[:size])
+        error = check.look([F.mse_loss(z - z.mean(0), Y[:size])], float(size))
+    assert isinstance(error, NotSupportedError)
+    check = LossCheck("mean", weighed=False)
+    for late in (False, True):
+        z = MODEL(X)
+        error = check.look([F.mse_loss(z, Y) + (F.mse_loss(z - z.mean(0), Y) if late else 0.0)], 6.0)
+    assert isinstance(error, NotSupportedError)
+
+
+def test_reading_a_loss_computes_no_checkpointed_block_once_more():
+    calls = []
+
+    def block(h):
+        calls.append(1)
+        return MODEL[2](torch.tanh(h) * h)
+
+    loss = F.mse_loss(checkpoint(block, MODEL[0](X), use_reentrant=False), Y)
+    assert LossCheck("mean", weighed=False).look([loss], 6.0) is None
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("loss", [lambda: 2 * (MODEL(X) - Y).square().sum(), lambda: F.mse_loss(MODEL(X), Y) * len(X)])
+def test_a_factor_that_may_make_a_sum_is_warned_of_where_all_passes_are_of_one_size(loss):
+    check, told = LossCheck("mean", weighed=False), []
+    check.warn = told.append
+    assert check.look([loss()], 6.0) is None
+    assert len(told) == 1 and "loss='sum'" in told[0]
+    assert check.look([0.1 * (MODEL(X) - Y).square().sum() / len(X)], 6.0) is None and len(told) == 1
+
+
+def test_what_means_over_samples_are_multiplied_by_is_the_same_in_all_passes():
+    weights = torch.rand(4)
+    for same in (True, False):
+        check = LossCheck("mean", weighed=False)
+        for size in (6, 4):
+            p = MODEL(X[:size]).softmax(1)
+            by = weights if same else p.detach().square().mean(0)
+            assert check.look([(p.mean(0) * by).sum()], float(size)) is None
+            error = check.fired()
+        assert error is None if same else isinstance(error, NotSupportedError)
+
+
+def test_the_mark_of_a_loss_does_not_hang_on_its_last_bits():
+    marks = set()
+    for count in (3.125, 3.125 * (1 + 1e-15), 3.125 * (1 - 1e-15)):
+        check = LossCheck("mean", weighed=False)
+        check._of_step = [(50.0, count)]
+        marks.add(check.mark)
+    assert len(marks) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from raytrain_het.allocation.batch_shares import apportion
 from raytrain_het.testing.programs.program import AVERAGED, EXTREMES, Program
 from raytrain_het.testing.programs.text_data import fetches_pairs
 from raytrain_het.testing.programs.text_loss import tasks_of
@@ -169,5 +170,15 @@ def _last(p: Program) -> dict[str, Any]:
     if "batch_norm" in p.blocks and p.batch < 12:
         new["batch"] = 12
     if p.by_pass:
-        new |= {"keep": "none", "buffers": _without(p.buffers, *_FORMS)}
+        # The reference makes a worker's passes by itself: the body runs once for each, and buffers are written.
+        early = "epoch" if p.early in ("top", "after_step") else p.early
+        new |= {"keep": "none", "early": early, "buffers": _without(p.buffers, *_FORMS, "expanded")}
+    if p.report == "sum" and _somebody_stands_in(p):
+        new["report"] = "same"  # What the body adds up holds samples that do not count; a warning says so.
     return new
+
+
+def _somebody_stands_in(p: Program) -> bool:
+    """Whether a worker gets samples that do not count, in a batch of which it has none."""
+    last = p.samples % p.batch if not p.drop_last and p.samples % p.batch else p.batch
+    return 0 in apportion(min(p.batch, p.samples, last), p.shares or (1.0,) * p.workers)
