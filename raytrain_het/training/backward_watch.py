@@ -61,10 +61,9 @@ class BackwardWatch(_Engine):
     def accumulate(self, params: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
         """Have autograd add gradients to parameters', by a pass that nobody watches: hooks on them are called."""
         with torch.enable_grad():
-            roots = tuple(p.view_as(p) for p in params)
-        super().run_backward(
-            roots, tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )  # fmt: skip
+            roots = [p.view_as(p) for p in reversed(params)]  # Autograd begins with the youngest.
+        args = (tuple(reversed(roots)), tuple(gradients), False, False, ())
+        super().run_backward(*args, allow_unreachable=True, accumulate_grad=True)
 
     def install(self) -> None:
         """From now on this process's backward passes are watched."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
@@ -141,6 +142,36 @@ class HooksOnParameters(Program):
             model[0].bias.register_post_accumulate_grad_hook(self.clipped)
 
 
+class HooksOfManyKinds(Program):
+    """One writes to the parameter, one returns what it keeps, one is for several parameters, one removes another."""
+
+    def build(self) -> nn.Module:
+        model = super().build()
+        kept = torch.zeros(8, 6, dtype=torch.float64)
+        model[0].weight.register_hook(lambda g: kept.mul_(0.9).add_(g))
+        model[0].bias.register_post_accumulate_grad_hook(self.moved)
+        model[2].weight.register_hook(lambda g: g + 0.01 * model[2].weight)
+        first = model[0].bias.register_hook(lambda g: 0.0 * g)
+        model[2].weight.register_post_accumulate_grad_hook(lambda _: first.remove())
+        self.norms: list[float] = []
+        both = [model[0].weight, model[2].weight]
+        torch.autograd.graph.register_multi_grad_hook(both, lambda gs: self.norms.extend(float(g.norm()) for g in gs))
+        return model
+
+    @staticmethod
+    def moved(p: torch.Tensor) -> None:
+        assert p.grad is not None
+        p.add_(p.grad.sign(), alpha=-0.01)
+
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        self.forward(model, x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        with torch.no_grad():
+            model[2].bias.grad.add_(sum(self.norms[-2:]))
+        optimizer.step()
+
+
 class PassesOfAnotherThread(Program):
     """A thread of the program's own trains nothing, and differentiates another model all the time."""
 
@@ -266,8 +297,9 @@ class ManyPasses(Program):
 
 
 PROGRAMS = [
-    ReentrantAtTheLoss, SharedBlockCheckpointedTwice, PassesOfAnotherThread, HeadOnly, HooksOnParameters, ZeroedInPlace,
-    KeepsTheLastGradient, Freezing, BuffersByHand, ChannelsLastFused, Sum, MeanOfSome, ManyPasses,
+    ReentrantAtTheLoss, SharedBlockCheckpointedTwice, PassesOfAnotherThread, HeadOnly, HooksOnParameters,
+    HooksOfManyKinds, ZeroedInPlace, KeepsTheLastGradient, Freezing, BuffersByHand, ChannelsLastFused, Sum,
+    MeanOfSome, ManyPasses,
 ]  # fmt: skip
 
 
@@ -379,6 +411,16 @@ class BackwardInAThread(Program):
         optimizer.step()
 
 
+class TriesThePassAgain(Program):
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = super().forward(model, x, y)
+        hidden = model[1](model[0](x))
+        hidden.register_hook(lambda _: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            F.mse_loss(model[2](hidden), y).backward()
+        return loss
+
+
 REFUSED = {
     UnsaidSum: r"loss='sum'",
     ParametersOutside: r"parameter 4 of group 0, of shape \[3\]",
@@ -390,6 +432,7 @@ REFUSED = {
     GraphOfTheGradient: r"create_graph=True",
     GradientsByHand: r"torch.autograd.grad\(\) returns",
     ContrastOfSamples: r"of the samples of a pass together.*MmBackward0.*loss='local'",
+    TriesThePassAgain: r"backward\(\) has raised.*began another pass",
     BackwardInAThread: r"begun by an extension or in another thread",
 }
 
