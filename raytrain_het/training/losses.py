@@ -3,7 +3,7 @@
 Workers' gradients are put together by the number of their samples. That is the gradient of the whole batch where each
 worker's loss is the mean over its samples; where it is a sum, a mean over something else (tokens), or a function of
 such a mean (a root), it is not. Each pass's graph is read from the loss down to the first reduction over samples, some
-twenty nodes in ten microseconds; that of the first pass to its end, for operations that put samples together.
+nodes in a tenth of a millisecond; that of the first pass to its end, for operations that put samples together.
 """
 
 from __future__ import annotations
