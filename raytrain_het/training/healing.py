@@ -76,6 +76,8 @@ class Healing:
         else:
             held = self._verify(record)
         self._gradients.clear()
+        if held and self.arrived is not None:
+            self._replica.set_gradients(self.arrived)
         return held
 
     def _reset(self, record: Record) -> bool:

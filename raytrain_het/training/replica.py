@@ -84,6 +84,7 @@ class Replica:
             "hyperparameters": self.hyperparameters(),
             "scalers": [name for name, obj in self.registered.items() if isinstance(obj, torch.amp.GradScaler)],
             "trained": [p.requires_grad for p in self._parts[0]],
+            "with_gradient": [p.grad is not None for p in self._parts[0]],
             "training": [module.training for module in self._parts[1]],
         }
 
@@ -109,6 +110,13 @@ class Replica:
                 module.training = flag
         if buffers:
             self.set_buffers(light["buffers"])
+
+    def set_gradients(self, light: dict[str, Any]) -> None:
+        """Zeros where others have a gradient and this worker has none: an optimizer takes zeros for a gradient, and
+        passes over None. It matters where ``zero_grad(set_to_none=False)`` leaves them at a parameter that rests."""
+        for p, flag in zip(self._parts[0], light.get("with_gradient", ()), strict=False):
+            if flag and p.grad is None:
+                p.grad = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     @functools.cached_property
     def _parts(self) -> tuple[list[nn.Parameter], list[nn.Module]]:

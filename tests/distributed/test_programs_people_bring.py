@@ -605,6 +605,26 @@ class Clamped(Program):
         model[2].weight.data.mul_(0.9)
 
 
+class RestsWithZeros(Program):
+    """A frozen layer goes on by its momentum, since its gradient is zeros and not None."""
+
+    def epoch(self, model: nn.Module, epoch: int) -> None:
+        model[0].requires_grad_(epoch < 1)
+
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        optimizer.zero_grad(set_to_none=False)
+        self.forward(model, x, y).backward()
+        optimizer.step()
+
+
+class RestsWithZerosOnWorkers(RestsWithZeros):
+    """Steps wait for the next worker, so that it comes in the middle of an epoch."""
+
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        time.sleep(0.5 if het.num_participants() < 2 else 0.0)
+        super().body(model, optimizer, x, y)
+
+
 class StepsAtTheEpochsBeginning(Program):
     """A scheduler's step, and a draw that all workers make alike."""
 
@@ -638,12 +658,18 @@ class StepsAtTheEpochsBeginningOnWorkers(StepsAtTheEpochsBeginning):
 
 
 @pytest.mark.parametrize(
-    "kind", [WithConstants, Clamped, HooksOnParameters, StepsAtTheEpochsBeginning], ids=lambda kind: kind.__name__
+    "kind",
+    [WithConstants, Clamped, HooksOnParameters, RestsWithZeros, StepsAtTheEpochsBeginning],
+    ids=lambda kind: kind.__name__,
 )
 @pytest.mark.parametrize("point", ["backward", "updated"])
 def test_a_lost_worker_changes_nothing(tmp_path, kind, point):
     faults = [Fault(slot=1, step=6, point=point, kind="kill")]
-    program = StepsAtTheEpochsBeginningOnWorkers() if kind is StepsAtTheEpochsBeginning else kind()
+    on_workers = {
+        StepsAtTheEpochsBeginning: StepsAtTheEpochsBeginningOnWorkers,
+        RestsWithZeros: RestsWithZerosOnWorkers,
+    }
+    program = on_workers.get(kind, kind)()
     outcome = run(program, tmp_path, num_slots=2, config=CONFIG, faults=faults)
     assert outcome.kinds("lost")
     for name, value in kind().plain().items():
