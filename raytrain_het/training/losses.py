@@ -99,8 +99,9 @@ class LossCheck:
         try:
             graphs = list(self._graphs(roots, scale, samples))
             how = self._mixing(graphs, samples)
-        except Exception:
+        except Exception as error:  # Of a graph of another kind than any that was seen.
             logger.debug("a loss's graph could not be read", exc_info=True)
+            self._taken_for_granted(f"({error!r})")
             return None
         if how is not None:
             return refuse("samples that see each other", f"here by {how}")
@@ -143,11 +144,15 @@ class LossCheck:
 
     def _warn_of_hidden(self, graphs: list[LossGraph]) -> None:
         hidden = next((name for graph in graphs for name in graph.hidden), None)
-        if hidden is not None and not self._has_warned:
+        if hidden is not None:
+            self._taken_for_granted(f"below {hidden}")
+
+    def _taken_for_granted(self, where: str) -> None:
+        if not self._has_warned:
             self._has_warned = True
             self.warn(
-                f"what the loss is of its samples can't be read below {hidden}: it is taken for a {self._loss} over "
-                "them. HetConfig(check='every_step') compares the first steps with one process."
+                f"what the loss is of its samples can't be read {where}: it is taken for a {self._loss} over them. "
+                "HetConfig(check='every_step') compares the first steps with one process."
             )
 
     def _warn_of_factors(self, found: list[Reduction], samples: int) -> None:
