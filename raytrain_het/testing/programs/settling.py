@@ -173,6 +173,12 @@ def _last(p: Program) -> dict[str, Any]:
         # The reference makes a worker's passes by itself: the body runs once for each, and buffers are written.
         early = "epoch" if p.early in ("top", "after_step") else p.early
         new |= {"keep": "none", "early": early, "buffers": _without(p.buffers, *_FORMS, "expanded")}
+    if p.collate == "pad":  # It would see the padding, of which each worker's slice has as much as it needs.
+        new["blocks"] = _without(new.get("blocks", p.blocks), "group_norm")
+    if p.fault != "none" and p.groups in ("decay", "head") and p.clip in ("norm", "inf_norm"):
+        new["clip"] = "none"  # The norm is of gradients that nobody zeroes, and a worker that comes later has none.
+    if p.check_steps == 0 and (p.odd == "local_rate" or "queue" in p.buffers):
+        new["check_steps"] = 50  # With nothing compared, replicas differ as they are told to.
     if p.report == "sum" and _somebody_stands_in(p):
         new["report"] = "same"  # What the body adds up holds samples that do not count; a warning says so.
     return new
