@@ -77,10 +77,13 @@ class Gradients:
         """By parameter: the same, cut to the parameter; one place of its shape, or several flat ones."""
         self._wires: list[list[Wire] | None] | None = None
         self._aim(None)
+        self._found: list[torch.Tensor | None] = [None] * len(self._params)
+        """What was in ``p.grad`` before the pass."""
         self._left: list[torch.Tensor | None] = [None] * len(self._params)
-        """What ``p.grad`` was before the pass: the mean is added to it."""
-        self._fillers: list[torch.Tensor | None] = [None] * len(self._params)
-        """The zeros that stand in ``p.grad`` between the passes of a step."""
+        """What was there before the step: the mean is added to it."""
+        self._stands_in = False
+        """Whether zeros stand in ``p.grad``, between the passes of a step or until it is done again. What the loop's
+        body does to them it does to no gradient."""
         self._touched = [False] * len(self._params)
         self._fired: set[int] = set()
         self._missing: list[int] = []
@@ -216,9 +219,9 @@ class Gradients:
             raise refuse("skipped batch", f"and began another pass for it, in step {self._job.step}")
         self._hooks.set_aside()
         self._complaint = self.inspect(roots)
-        # The zeros of the pass before are not the user's.
-        pairs = zip(self._params, self._fillers, strict=True)
-        self._left = [None if p.grad is filler else p.grad for p, filler in pairs]
+        self._found = [p.grad for p in self._params]
+        if not self._stands_in:
+            self._left = self._found
         for p in self._params:
             p.grad = None
         if self._last and not self._job.over:
@@ -330,8 +333,8 @@ class Gradients:
         if not self._armed or self._ended:
             return
         if not self._fired:  # It was a pass through other models.
-            for p, left, filler in zip(self._params, self._left, self._fillers, strict=True):
-                p.grad = left if left is not None else filler
+            for p, found in zip(self._params, self._found, strict=True):
+                p.grad = found
             return
         self._ended = True
         if self._nested or self._again:
@@ -375,13 +378,10 @@ class Gradients:
         hooked: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, (bucket, place) in enumerate(self._slots):
             p, left = self._params[index], self._left[index]
-            self._left[index] = self._fillers[index] = None
-            if sums is not None and not sums.used[bucket] >> place & 1:
-                p.grad = left
-                continue
             if sums is None:
-                if left is None:
-                    self._fillers[index] = left = torch.zeros_like(p, memory_format=torch.preserve_format)
+                p.grad = torch.zeros_like(p, memory_format=torch.preserve_format)
+                continue
+            if not sums.used[bucket] >> place & 1:
                 p.grad = left
                 continue
             mean = means[bucket][place].view(p.shape)
@@ -396,6 +396,9 @@ class Gradients:
                 hooked.append((p, mean))
             else:
                 p.grad = mean if left is None else left.add_(mean)
+        self._found, self._stands_in = [], sums is None
+        if sums is not None:
+            self._left = [None] * len(self._params)
         if hooked:
             self._publishes = True
             try:
@@ -415,7 +418,7 @@ class Gradients:
     def clear(self) -> None:
         """Forget all gradients, and the step that was open."""
         self.buffers.forget()
-        self._left, self._fillers = [None] * len(self._params), [None] * len(self._params)
+        self._found, self._left, self._stands_in = [], [None] * len(self._params), False
         for p in self._params:
             p.grad = None
 

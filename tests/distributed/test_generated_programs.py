@@ -32,6 +32,19 @@ KEPT = {
     "a sampler with replacement was a plain permutation": Program(sampler="replacement"),
     "batch_sampler= was refused as a batch size of None": Program(sampler="own_batches"),
     "a buffer that starts at infinity became NaN": Program(buffers=("infinite",)),
+    "gradients that add up were changed by the body once a pass": Program(
+        blocks=("scale",), groups="decay", clip="inf_norm", edit="sign", micro=2
+    ),
+    "what a frozen layer's optimizer does with zeros was lost with a worker": Program(
+        blocks=("scale",),
+        thaw="freeze_stem",
+        optimizer="adafactor",
+        zero="keep",
+        workers=3,
+        fault="kill_reporting",
+        report="tensor",
+        epochs=3,
+    ),
     "an expanded buffer could not be written": Program(buffers=("expanded",), fault="kill_updated"),
     "whole numbers beyond 2^53, on a worker without a share": Program(buffers=("big_counter",), shares=(0.0, 1.0)),
     "a weight changed after step(), which was done again": Program(after="data", fault="kill_updated"),

@@ -35,6 +35,8 @@ class Passes:
         self._changes: dict[str, torch.Tensor] = {}
         self._backward = torch.Tensor.backward
         self._depth = 0
+        self._left: dict[int, torch.Tensor | None] | None = None
+        """By parameter: what was in ``p.grad`` before the first pass."""
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -99,6 +101,11 @@ class Passes:
                     b.copy_(old + change.round().to(b.dtype))
 
     def _combined(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        if not self._depth:
+            if self._left is None:
+                self._left = {id(p): p.grad for p in self._own}
+            for p in self._own:
+                p.grad = None
         self._depth += 1
         try:
             self._backward(tensor, *args, **kwargs)
@@ -118,5 +125,8 @@ class Passes:
         if self._last:
             for p in self._own:
                 mean = self._gradients.get(id(p))
-                p.grad = None if mean is None else (mean if self._sums else mean / self._total)
+                left = self._left[id(p)] if self._left is not None else None
+                if mean is not None and not self._sums:
+                    mean = mean / self._total
+                p.grad = mean if left is None else (left if mean is None else left + mean)
             self._settle_buffers()
