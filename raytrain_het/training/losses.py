@@ -58,6 +58,11 @@ class LossCheck:
         return self._loss == "local"
 
     @property
+    def is_weighed(self) -> bool:
+        """Whether the program says what counts."""
+        return self._weighed
+
+    @property
     def is_sum(self) -> bool:
         """Whether it is said to be a sum over samples."""
         return self._loss == "sum"

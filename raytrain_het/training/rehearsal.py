@@ -16,6 +16,7 @@ from torch import nn
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ReplicaMismatchError
 from raytrain_het.membership.record import Record
+from raytrain_het.training.losses import LossCheck
 
 logger = logging.getLogger("raytrain_het")
 
@@ -32,11 +33,11 @@ class Rehearsal:
     Args:
         model: whose gradients are compared.
         config: the run's; where it makes means other than the plain one over samples, nothing is compared.
-        local: whether the loss is said to be one of a pass's own samples.
+        loss: what the program says of its loss.
     """
 
-    def __init__(self, model: nn.Module, config: HetConfig, *, local: bool) -> None:
-        self._model, self._config, self._local = model, config, local
+    def __init__(self, model: nn.Module, config: HetConfig, loss: LossCheck) -> None:
+        self._model, self._config, self._loss = model, config, loss
 
     def is_due(self, record: Record, rank: int, step: int) -> bool:
         """Whether this member rehearses this step (0 is the first)."""
@@ -77,11 +78,14 @@ class Rehearsal:
     def compare_buffers(
         self, step: int, got: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], record: Record
     ) -> None:
-        """Compare every buffer, but those of batch norms, with what the whole batch makes of it.
+        """Compare every buffer, but those of batch norms, with what the whole batch makes of it. Where the program
+        gives weights they are means by these, and one process's are not: then nothing is compared.
 
         Raises:
             ReplicaMismatchError: one differs by more than rounding, and nothing in the model explains it.
         """
+        if self._loss.is_weighed:
+            return
         batch_norms = {name for name, m in self._model.named_modules() if isinstance(m, _BATCH_NORMS)}
         for name, want in reference.items():
             if name.rpartition(".")[0] in batch_norms or not (want.is_floating_point() or want.is_complex()):
@@ -97,7 +101,7 @@ class Rehearsal:
 
     def _why(self, record: Record) -> str:
         """What makes a worker's gradients others by design."""
-        if self._local:
+        if self._loss.is_local:
             return "loss='local'"
         lossy = sorted({codec for codec in record.codecs if codec != "none"})
         if lossy:

@@ -214,7 +214,7 @@ class Session:
             plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
             memory=MemoryLimit.of(self.device), structure=Structure(model, optimizer), randomness=randomness,
             loss=self.loss_check, check=check, rates=rates,
-            rehearsal=Rehearsal(model, self.config, local=self.loss_check.is_local) if watched else None,
+            rehearsal=Rehearsal(model, self.config, self.loss_check) if watched else None,
         )  # fmt: skip
         self._watched_steps = register_optimizer_step_pre_hook(self._check_optimizer)
         self.stats = Stats(

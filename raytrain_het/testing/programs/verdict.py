@@ -129,7 +129,8 @@ def _differences_of_steps(ran: Ran) -> Iterator[str]:
     if ran.program.random_passes:
         for step, notes in _counting(ran).items():
             for note in notes:
-                bad = [n for n, v in note.state.items() if isinstance(v, torch.Tensor) and v.isnan().any()]
+                numbers = {n: v for n, v in note.state.items() if isinstance(v, torch.Tensor)}
+                bad = [n for n, v in numbers.items() if n != "buffer absent" and v.isnan().any()]  # One that began so.
                 if bad:
                     yield f"step {step}, worker {note.slot}: {bad[0]} is not a number"
         return
