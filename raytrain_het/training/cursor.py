@@ -34,7 +34,7 @@ class Cursor:
 
     def to_dict(self) -> dict[str, int]:
         """The fields as plain whole numbers, for a checkpoint or a message."""
-        return dataclasses.asdict(self)
+        return {"epoch": self.epoch, "offset": self.offset, "step": self.step}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, int]) -> Cursor:
@@ -43,7 +43,7 @@ class Cursor:
         Raises:
             KeyError: a field is missing.
         """
-        return cls(**{f.name: int(fields[f.name]) for f in dataclasses.fields(cls)})
+        return cls(epoch=int(fields["epoch"]), offset=int(fields["offset"]), step=int(fields["step"]))
 
 
 @dataclass(frozen=True, kw_only=True)

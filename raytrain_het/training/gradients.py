@@ -225,8 +225,16 @@ class Gradients:
         for p in self._params:
             p.grad = None
         if self._last and not self._job.over:
-            self.outs = [torch.empty_like(local) for local in self.locals]
-            self._job.outs = self.outs
+            self._job.outs = self.outs = self._places_for_means()
+
+    def _places_for_means(self) -> list[torch.Tensor]:
+        """Those of the step before where nobody holds a part of them any more, since new memory has to be faulted in;
+        else new ones."""
+        before: Sequence[torch.Tensor | None] = self.outs or [None] * len(self.locals)
+        return [
+            old if old is not None and _is_ours_alone(old) else torch.empty_like(local)
+            for old, local in zip(before, self.locals, strict=True)
+        ]
 
     def _begins_inside(self) -> None:
         self._nested = True
@@ -249,14 +257,15 @@ class Gradients:
             grad, p.grad = p.grad, None
             if job.over:
                 return
-            assert grad is not None
             if self._rehearses:
                 name = self._name(index)
-                self.reference[name] = self.reference[name] + grad if name in self.reference else grad
+                if grad is not None:
+                    self.reference[name] = self.reference[name] + grad if name in self.reference else grad
                 return
-            if grad.is_sparse:
+            if grad is not None and grad.is_sparse:
                 raise refuse("sparse gradient", f"that of {self._name(index)!r} is")
-            if job.contributes and self._weight:
+            # It has none if requires_grad was taken off between the forward and the backward pass.
+            if grad is not None and job.contributes and self._weight:
                 self._gather(index, grad)
             elif self._last and not self._touched[index]:
                 self._zero(index)
@@ -384,7 +393,7 @@ class Gradients:
             if not sums.used[bucket] >> place & 1:
                 p.grad = left
                 continue
-            mean = means[bucket][place].view(p.shape)
+            mean = means[bucket][place].view(p.shape).data  # No view: it may be detached in place.
             if not sums.finite:
                 mean.fill_(torch.nan)
             elif scale != 1:
@@ -432,6 +441,16 @@ class Gradients:
     def _name(self, index: int) -> str:
         bucket, place = self._slots[index]
         return self.layout.buckets[bucket].segments[place].name
+
+
+def _is_ours_alone(t: torch.Tensor) -> bool:
+    """Whether no other tensor has this one's memory."""
+    return torch._C._storage_Use_Count(t.untyped_storage()._cdata) <= _ONE_HOLDER
+
+
+_ONE_HOLDER = torch._C._storage_Use_Count((_alone := torch.empty(1)).untyped_storage()._cdata)
+"""What torch counts for a tensor whose memory is its own: the tensor, and who asks."""
+del _alone
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

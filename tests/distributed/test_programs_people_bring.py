@@ -172,6 +172,21 @@ class HooksOfManyKinds(Program):
         optimizer.step()
 
 
+class OldZeroing(Program):
+    """As torch's optimizers zeroed gradients once; a layer is frozen between its forward and its backward pass."""
+
+    def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+        loss = self.forward(model, x, y)
+        model[0].bias.requires_grad = False
+        loss.backward()
+        model[0].bias.requires_grad = True
+        optimizer.step()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.detach_()
+                p.grad.zero_()
+
+
 class PassesOfAnotherThread(Program):
     """A thread of the program's own trains nothing, and differentiates another model all the time."""
 
@@ -298,7 +313,7 @@ class ManyPasses(Program):
 
 PROGRAMS = [
     ReentrantAtTheLoss, SharedBlockCheckpointedTwice, PassesOfAnotherThread, HeadOnly, HooksOnParameters,
-    HooksOfManyKinds, ZeroedInPlace, KeepsTheLastGradient, Freezing, BuffersByHand, ChannelsLastFused, Sum,
+    HooksOfManyKinds, ZeroedInPlace, OldZeroing, KeepsTheLastGradient, Freezing, BuffersByHand, ChannelsLastFused, Sum,
     MeanOfSome, ManyPasses,
 ]  # fmt: skip
 
