@@ -43,6 +43,8 @@ logger = logging.getLogger("raytrain_het")
 
 HUB_S = 10.0
 """So long a worker waits for the hub to end the run."""
+EVERY_MODULE_STEPS = 20
+"""In a run's first steps no module is passed over when the model's structure is looked at."""
 
 
 @dataclass
@@ -179,7 +181,7 @@ class Engine:
             if self.agent.is_current(record.number):
                 break
         cursor = self.cursor
-        self._structure.check()
+        self._structure.check(cursor.step, everything=cursor.offset == 0 or cursor.step < EVERY_MODULE_STEPS)
         self._take_back_the_beginning()
         if self._redo and not self._edits.take_back():
             raise refuse("weights changed in a failed step", f"it was step {cursor.step + 1}")
