@@ -18,7 +18,7 @@ import torch
 
 from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.sums import Sums
-from raytrain_het.errors import EvictedError
+from raytrain_het.errors import EvictedError, ReplicaMismatchError
 from raytrain_het.membership.agent import Impatience, MemberAgent
 from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor
@@ -92,8 +92,11 @@ class Healing:
             snapshot = self._ask(record, f"snapshot.{record.number}")
             if snapshot is None:
                 return False
+            built_with = None if self._held else self._replica.hyperparameters()
             self._replica.load(snapshot)
             self._comm.codec_states.reset()
+            if built_with is not None and record.base == 0:
+                _check_settings(built_with, self._replica.hyperparameters())
         return self._hold(record, cursor=cursor, healed=True, fresh=False)
 
     def _begin_again(self) -> None:
@@ -273,3 +276,23 @@ class Healing:
         agent = self._agent
         agent.wait_for(lambda: agent.cursor["step"] >= request["at_least"] or not self._logging, timeout=10.0)
         return [(step, values) for step, values in list(self._log) if step > request["after"]]
+
+
+_HOW_ONLY = ("foreach", "fused", "capturable", "differentiable")
+"""Settings that say how an update is computed, and not which: GPUs and CPUs may have others."""
+
+
+def _check_settings(mine: Hyperparameters, theirs: Hyperparameters) -> None:
+    """Raises:
+    ReplicaMismatchError: this worker's optimizer has other settings than that of the worker that all begin from.
+    """
+    for number, (here, there) in enumerate(zip(mine, theirs, strict=False)):
+        for key, value in here.items():
+            other = there.get(key)
+            plain = isinstance(value, int | float | str | tuple | list | torch.Tensor | None)
+            if plain and key not in _HOW_ONLY and repr(value) != repr(other):
+                raise ReplicaMismatchError(
+                    f"{key} of parameter group {number} is {value!r} on this worker, and {other!r} on the one that the "
+                    "run begins from: every worker has to make the optimizer with the same settings. For rates by "
+                    "speed write HetConfig(alpha=...)."
+                )

@@ -412,6 +412,11 @@ class GradientsByHand(Program):
         optimizer.step()
 
 
+class OwnSettings(Program):
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.02 * (1 + current().slot))
+
+
 class ContrastOfSamples(Program):
     def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         z = F.normalize(model[:2](x))
@@ -446,6 +451,7 @@ REFUSED = {
     GrowingBuffer: r"buffer keeps its shape.*'seen' had shape \[0\]",
     GraphOfTheGradient: r"create_graph=True",
     GradientsByHand: r"torch.autograd.grad\(\) returns",
+    OwnSettings: r"lr of parameter group 0 is 0.0[24] on this worker, and 0.0[24] on the one",
     ContrastOfSamples: r"of the samples of a pass together.*MmBackward0.*loss='local'",
     TriesThePassAgain: r"backward\(\) has raised.*began another pass",
     BackwardInAThread: r"begun by an extension or in another thread",
