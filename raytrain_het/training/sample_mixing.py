@@ -47,6 +47,8 @@ def _mixes(node: Any, comes: Mapping[Any, bool], samples: int) -> str | None:
     name, n, out = name_of(node), samples, shape_of(node) or ()
     children = children_of(node)
     data = [child is not None and comes[child] for child in children]
+    if "BackwardBackward" in node.name() and getattr(node, "_saved_reduction", 0) == 1:
+        return f"{node.name()}, the gradient of a mean over samples, of which each has its part by their number"
     if name in ("Mm", "Bmm", "Addmm", "Baddbmm"):
         return _product_mixes(node, data, out, samples)
     if name == "Cdist" and all(data) and (shape_below(node, 0) or (0,))[0] == n:

@@ -176,6 +176,7 @@ def checkpointed(x):
         lambda: F.mse_loss(nn.MultiheadAttention(4, 2)(*[MODEL(X)[None]] * 3)[0], Y[None]),
         lambda: torch.stack([attention(MODEL(torch.randn(6, 5))).mean() for _ in X]).mean(),
         lambda: F.mse_loss(SPECTRAL(WIDE(X)), Y),
+        lambda: of_a_mean(lambda z, y: F.mse_loss(z, y, reduction="sum")),
         lambda: W.square().mean() + (MODEL(X) - Y).square().mean(),
         lambda: 0.1 * W.square().sum() + 1 / len(X) * (MODEL(X) - Y).square().sum(),
         lambda: F.cross_entropy(MODEL(X), TARGET, reduction="none").view(3, 2).sum(0).mean(),
@@ -277,7 +278,11 @@ def test_a_loss_that_is_not_finite_says_nothing_of_what_it_is():
         assert check.fired() is None and check.mark == 0
 
 
-Z = torch.randn(6, 4)
+def of_a_mean(loss):
+    """A penalty on the gradient of a mean by its inputs."""
+    x = X.clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss(MODEL(x), Y), x, create_graph=True)
+    return g.norm(dim=1).mean()
 
 
 @pytest.mark.parametrize(
@@ -296,6 +301,7 @@ Z = torch.randn(6, 4)
         lambda z: (z[:, None] - z[None]).square().mean(),
         lambda z: z.T.mm(z).fill_diagonal_(0).square().mean(),
         lambda z: (z - z.roll(1, 0)).square().mean(),
+        lambda z: of_a_mean(F.mse_loss),
         lambda z: F.mse_loss(z.flip(0), z),
         lambda z: F.mse_loss(torch.softmax(torch.rand(6, 6), 1) @ z, Y),
         lambda z: (F.one_hot(TARGET, 4).float().T @ z).square().mean(),
