@@ -201,11 +201,20 @@ class Replica:
         return {**snapshots.take(self.model, self.optimizer, keep), "registered": self._registered_states()}
 
     def check_storable(self) -> None:
-        """Try at the beginning whether what is registered can be sent to a peer and stored.
+        """Try at the beginning whether the optimizer and what is registered can be sent to a peer and stored.
 
         Raises:
             CheckpointError: something in it cannot be; the message names it.
         """
+        assert self.optimizer is not None
+        try:
+            self.optimizer.state_dict()
+        except Exception as error:
+            raise CheckpointError(
+                f"the optimizer's state_dict() raises {type(error).__name__}: {error}. Call super().__init__(params, "
+                f"defaults) in {type(self.optimizer).__name__.removeprefix('Het')}, or write its state_dict() and "
+                "load_state_dict()."
+            ) from error
         for name, state in self._registered_states().items():
             parts.pickled(parts.split(state, f"registered state {name!r}: it")[1])
 

@@ -417,6 +417,19 @@ class OwnSettings(Program):
         return torch.optim.SGD(model.parameters(), lr=0.02 * (1 + current().slot))
 
 
+class Wrapped(torch.optim.Optimizer):
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.param_groups, self.defaults, self.state = base, base.param_groups, base.defaults, base.state
+
+    def step(self) -> None:  # type: ignore[override]
+        self.base.step()
+
+
+class WrapperOfAnOptimizer(Program):
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return Wrapped(super().optimizer(model))
+
+
 class ContrastOfSamples(Program):
     def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         z = F.normalize(model[:2](x))
@@ -451,6 +464,7 @@ REFUSED = {
     GrowingBuffer: r"buffer keeps its shape.*'seen' had shape \[0\]",
     GraphOfTheGradient: r"create_graph=True",
     GradientsByHand: r"torch.autograd.grad\(\) returns",
+    WrapperOfAnOptimizer: r"state_dict\(\) raises AttributeError.*super\(\).__init__\(params, defaults\) in Wrapped",
     OwnSettings: r"lr of parameter group 0 is 0.0[24] on this worker, and 0.0[24] on the one",
     ContrastOfSamples: r"of the samples of a pass together.*MmBackward0.*loss='local'",
     TriesThePassAgain: r"backward\(\) has raised.*began another pass",
