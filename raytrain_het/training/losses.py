@@ -187,8 +187,10 @@ def _factor(value: Any, gradient: torch.Tensor | None) -> float:
     waiting for a GPU."""
     if gradient is None or gradient.numel() == 0 or gradient.is_cuda and gradient.numel() == 1:
         return 1.0
+    if gradient.numel() == 1:
+        return float(gradient) or 1.0
     first = gradient.flatten()[0]
-    return float(first) or 1.0 if gradient.numel() == 1 or bool((gradient == first).all()) else 1.0
+    return float(first) or 1.0 if bool((gradient == first).all()) else 1.0
 
 
 def _place(ratio: float) -> tuple[bool, int]:

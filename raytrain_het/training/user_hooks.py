@@ -24,7 +24,7 @@ class UserHooks:
     """
 
     def __init__(self, params: Sequence[torch.Tensor], own: Collection[int]) -> None:
-        self._params, self._own = params, own
+        self._params, self._own = params, frozenset(own)
         self._aside: list[tuple[Hooks, Hooks]] = []
         """Where hooks were replaced, and these."""
         self._with_hooks: set[int] = set()
@@ -38,6 +38,8 @@ class UserHooks:
         self.put_back()
         self._with_hooks = set()
         for index, p in enumerate(self._params):
+            if not p._backward_hooks and self._own.issuperset(p._post_accumulate_grad_hooks or ()):
+                continue
             for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks):
                 theirs = {key: hook for key, hook in hooks.items() if key not in self._own} if hooks else {}
                 if hooks is not None and theirs:
