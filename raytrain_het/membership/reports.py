@@ -72,7 +72,8 @@ class ReportBook:
                 return (
                     f"{self._called(key)}, and not by all: {others}. Every worker calls report() at the same places, "
                     "since metrics are averaged over all of them and one writes the checkpoint. Take het.report(...) "
-                    "out of what not every worker does, such as `if rank == 0:`."
+                    "out of what not every worker does, such as `if rank == 0:`, and out of the loop over batches if "
+                    "shares come in several passes (micro_batch_size): its body runs once for each."
                 )
         return None
 
