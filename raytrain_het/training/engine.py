@@ -24,6 +24,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import LoopOrderError, NonFiniteGradientError, ReplicaMismatchError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.record import Record
+from raytrain_het.training.body_watch import BodyWatch
 from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
 from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.hand_edits import HandEdits
@@ -118,6 +119,7 @@ class Engine:
         self._structure, self._randomness, self._loss = structure, randomness, loss
         self._check, self._rehearsal = check, rehearsal
         self._edits = HandEdits([p for _, p in replica.named_parameters()])
+        self._body = BodyWatch()
         self._looked: Look | None = None
         self._pass_weight = 0.0
         gradients.inspect, gradients.inspect_fired = self._inspect, loss.fired
@@ -334,6 +336,12 @@ class Engine:
     def arm(self, index: int, weight: float, inputs: Any) -> None:
         """The next backward pass belongs to this micro-batch."""
         opened = self._current()
+        self._arm(opened, index, weight, inputs)
+        first = opened.cursor.offset == 0 or self.counters.steps == 0
+        if index == 0 and first and opened.own and not self._loss.is_local and not self._is_alone(opened):
+            self._body.begin(inputs, len(opened.micro[0]))
+
+    def _arm(self, opened: Opened, index: int, weight: float, inputs: Any) -> None:
         if index > 0:
             # The loop's body runs once for each micro-batch: what it does to schedules counts once.
             assert self._light is not None
@@ -378,17 +386,23 @@ class Engine:
     def _inspect(self, roots: Sequence[Root]) -> Exception | None:
         """Is the loss what the program says? With one pass a step by one worker it does not matter."""
         opened = self._current()
-        alone = len(opened.record.members) == 1 and len(opened.micro) == 1
-        if alone:
+        if self._is_alone(opened):
             return None
+        if (how := self._body.how(roots)) is not None:
+            return refuse("samples that see each other", f"here by {how}, without a graph")
         samples = len(opened.micro[len(opened.weights) - 1])
         record, passes = opened.record, opened.micro[opened.rehearses :]
         sizes = {len(slice_of(opened.batch, record.shares, rank)) for rank in range(len(record.members))} - {0}
         alike = len(sizes) == 1 and len({len(part) for part in passes}) == 1
         return self._loss.look(roots, self._pass_weight, opened.loss_scale, samples=samples, alike=alike)
 
+    @staticmethod
+    def _is_alone(opened: Opened) -> bool:
+        return len(opened.record.members) == 1 and len(opened.micro) == 1
+
     def body_done(self) -> None:
         """The user's loop body has come to its end and asks for the next batch."""
+        self._body.end()
         opened = self._current()
         ran = self.gradients.backward_ran
         self.gradients.disarm()
@@ -501,6 +515,7 @@ class Engine:
 
     def close(self, update: Callable[[], Any]) -> Any:
         """The user's ``optimizer.step()``: update and commit, or nothing if the step is not whole or is done again."""
+        self._body.end()
         opened = self.opened
         if opened is None or opened.closed:
             raise LoopOrderError(
@@ -627,6 +642,7 @@ class Engine:
 
     def abandon(self) -> None:
         """The function has returned: a step that it has opened and not committed is not this worker's any more."""
+        self._body.end()
         if self.gradients.refused is not None:
             raise self.gradients.refused
         opened = self.opened

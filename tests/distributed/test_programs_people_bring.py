@@ -311,10 +311,25 @@ class ManyPasses(Program):
         return {"micro_batch_size": 1}
 
 
+class StepAlongTheGradientOfAMean(Program):
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.mse_loss(model(x), y), x)
+        return F.mse_loss(model(x.detach() + self.size(gradient)), y)
+
+    def size(self, gradient: torch.Tensor) -> torch.Tensor:
+        return 0.5 * gradient
+
+
+class StepAlongTheSignOfTheGradient(StepAlongTheGradientOfAMean):
+    def size(self, gradient: torch.Tensor) -> torch.Tensor:
+        return 0.5 * gradient.sign()
+
+
 PROGRAMS = [
     ReentrantAtTheLoss, SharedBlockCheckpointedTwice, PassesOfAnotherThread, HeadOnly, HooksOnParameters,
     HooksOfManyKinds, ZeroedInPlace, OldZeroing, KeepsTheLastGradient, Freezing, BuffersByHand, ChannelsLastFused, Sum,
-    MeanOfSome, ManyPasses,
+    MeanOfSome, ManyPasses, StepAlongTheSignOfTheGradient,
 ]  # fmt: skip
 
 
@@ -436,6 +451,21 @@ class ContrastOfSamples(Program):
         return F.cross_entropy(z @ z.T, torch.arange(len(x)))
 
 
+class TargetsNormalisedByTheBatch(Program):
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(model(x), (y - y.mean()) / (y.std() + 1e-8))
+
+
+class TargetsNormalisedFromTheSecondEpochOn(TargetsNormalisedByTheBatch):
+    at = 0
+
+    def epoch(self, model: nn.Module, epoch: int) -> None:
+        self.at = epoch
+
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (super() if self.at else super(TargetsNormalisedByTheBatch, self)).forward(model, x, y)
+
+
 class BackwardInAThread(Program):
     def body(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
         optimizer.zero_grad()
@@ -467,6 +497,9 @@ REFUSED = {
     WrapperOfAnOptimizer: r"state_dict\(\) raises AttributeError.*super\(\).__init__\(params, defaults\) in Wrapped",
     OwnSettings: r"lr of parameter group 0 is 0.0[24] on this worker, and 0.0[24] on the one",
     ContrastOfSamples: r"of the samples of a pass together.*MmBackward0.*loss='local'",
+    TargetsNormalisedByTheBatch: r"of the samples of a pass together.*: here by mean, without a graph.*loss='local'",
+    TargetsNormalisedFromTheSecondEpochOn: r"here by mean, without a graph",
+    StepAlongTheGradientOfAMean: r"here by torch.autograd.grad\(\) of a mean over samples",
     TriesThePassAgain: r"backward\(\) has raised.*began another pass",
     BackwardInAThread: r"begun by an extension or in another thread",
 }
