@@ -29,12 +29,17 @@ def pinned(batch: Any) -> Any:
     return _moved(batch, "pin_memory", lambda thing: thing.pin_memory(), lambda t: t.pin_memory())
 
 
+def with_tensors(batch: Any, replacement: Move) -> Any:
+    """The batch with other tensors in its containers, dataclasses and attrs classes; objects of other classes stay."""
+    return _moved(batch, "", replacement, replacement)
+
+
 def _moved(batch: Any, method: str, move_object: Move, move_tensor: Move) -> Any:
     if isinstance(batch, torch.Tensor):
         return move_tensor(batch)
     if batch is None or isinstance(batch, str | bytes | bytearray | int | float | complex | type):
         return batch
-    if callable(getattr(batch, method, None)):
+    if method and callable(getattr(batch, method, None)):
         moved = move_object(batch)
         return batch if moved is None else moved  # Some move in place.
 

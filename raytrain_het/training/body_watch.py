@@ -1,75 +1,64 @@
-"""Numbers that the loop's body computes of a pass's samples together, and that no graph shows.
+"""Whether samples of a pass see each other in the loop's body, also where no graph shows it: a test by exchange.
 
-``adv = (adv - adv.mean()) / adv.std()`` on data that is not trained: each worker has a mean of its own samples, one
-process that of the whole batch. So the calls of torch that a body makes are followed, in the first step of each epoch:
-which tensors come from the batch, which of them are a reduction over its samples, and whether one of those comes into
-the loss without a graph. What has a graph is :class:`~raytrain_het.training.losses.LossCheck`'s. Numbers that leave
-torch (``.item()``, numpy) are not followed.
+A worker's loss stands for its part of the whole batch's only if it is additive over samples: with ``W`` what it is a
+mean over, ``W L(x_1 ... x_n) = sum_i f_i(x_i)``. Then exchanging some samples, ``A``, and others, ``B``, changes it by
+amounts that do not depend on each other::
+
+    WL(A', B') - WL(A', B) - WL(A, B') + WL(A, B) = 0
+
+Advantages that are normalised by the batch, weights by its classes, and whatever else puts samples together break it.
+The body is run once, as ever. Each of its calls of torch is repeated on three *shadows* of what it was given: the batch
+with every second sample replaced by another one of the same batch, with the others replaced, and with both. Shadows
+have no graph, draw the same random numbers, and are gone with the tensors that they belong to. A call that can't be
+repeated leaves its result without shadows: a constant, of which nothing is claimed.
 """
 
 from __future__ import annotations
 
-import enum
+import contextlib
+import importlib
 import logging
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from raytrain_het.training.autograd_nodes import words
+from raytrain_het.training.batches import with_tensors
+from raytrain_het.training.loss_graph import LossGraph
 
 logger = logging.getLogger("raytrain_het")
 
-FEWEST_SAMPLES = 3
-"""A dimension of two may be anything."""
-_REDUCTIONS = words(
-    "sum nansum mean nanmean std var std_mean var_mean norm linalg_norm linalg_vector_norm normalize max min amax amin "
-    "aminmax median nanmedian mode quantile nanquantile logsumexp softmax softmin log_softmax cumsum cumprod "
-    "logcumsumexp prod bincount histc unique count_nonzero cov corrcoef topk kthvalue msort"
-)
-_LENGTHS = words("max min amax amin aminmax")
-"""Of whole numbers they are lengths, by which a batch is cut or padded."""
-_NUMBERS = words("sum nansum count_nonzero")
-"""What a sum is divided by, and what the loss's graph is read for."""
-_SHAPE_ONLY = words(
-    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full "
-    "new_tensor"
-)
-_ONE_OF_THEM = words("getitem select unbind")
-"""They may take one sample out of all."""
-_SUMS = words("add sub rsub radd")
-_LINEAR = _SUMS | words("mul div true_divide rmul rdiv")
-_RATIOS = words("div true_divide normalize")
-_PAIRS = words("add sub mul div true_divide eq ne lt gt le ge")
-_PRODUCTS = words("matmul mm cdist")
-
-
-class Kind(enum.IntEnum):
-    """What a tensor is of the samples of a pass, as far as calls have shown."""
-
-    SAMPLES = 1
-    """Something of each sample by itself."""
-    SCALED = 2
-    """The same, times a number that depends on how many samples there are: the gradient of a mean over them."""
-    REDUCED = 3
-    """Samples put together, as the tensor's graph shows."""
-    TOGETHER = 4
-    """Samples put together, and no graph shows it."""
+SHADOWS = 3
+OF_CHANGES = 1e-3
+OF_LOSS = 1e-4
+"""How much of the changes, and of the loss, the difference above may be: more is no rounding."""
+OF_A_MEAN = " of a mean over samples, which has their number in it: take the sum there"
+_LEAVE_TORCH = words("item tolist numpy __float__ __int__ __index__ __array__")
+"""What a program does with these values is not seen."""
+_REORDER = words("flip roll index_select getitem")
+_OTHERWISE_WITH_MODES = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What is known of one tensor."""
+class Shadow:
+    """What a tensor would be with other samples."""
 
-    kind: Kind
-    how: str = ""
-    """The call that has put samples together."""
-    has_graph: bool = True
-    """Whether the tensor had one when it was made."""
+    values: tuple[torch.Tensor, ...]
+    """With every second sample replaced; with the others; with all."""
+    met: str = ""
+    """The call in which samples came together, if they have."""
 
 
 class BodyWatch(TorchFunctionMode):
@@ -77,206 +66,357 @@ class BodyWatch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._traces: Any = {}
+        self._shadows: Any = {}
         """By tensor."""
+        self._weights = (1.0,) * (SHADOWS + 1)
         self._samples = 0
-        self._follows = self._stands = False
+        self._follows = False
+        self._handles: list[Any] = []
 
-    def begin(self, batch: Any, samples: int) -> None:
+    # ---------------------------------------------------------------- a pass
+
+    def begin(self, batch: Any, samples: int, weight: Callable[[Any], float] | None = None) -> None:
         """The body gets this batch next.
 
-        Programs with compiled parts are not followed: they would be compiled once with the watch and again without.
+        Args:
+            batch: of any class; tensors in containers and dataclasses are followed.
+            samples: in it. Where tensors have several dimensions of this size it is the first, if that is what others
+                show; else nothing is followed. Nor is it in programs with compiled parts, which would be compiled
+                twice.
+            weight: what the loss is a mean over, of a batch.
         """
         self.end()
-        if samples < FEWEST_SAMPLES or _something_is_compiled():
+        if samples < 2 or _something_is_compiled():
             return
-        self._traces, self._samples, self._follows = WeakTensorKeyDictionary(), samples, True
-        for t in _tensors(batch, objects=True):
-            if samples in t.shape:
-                self._traces[t] = Trace(Kind.SAMPLES)
-        _push_mode(self)
-        self._stands = True
+        try:
+            shadows = _shadows_of(batch, samples)
+            weights = [1.0] * (SHADOWS + 1)
+            if weight is not None:
+                others = [with_tensors(batch, lambda t, k=k: _nth(shadows, t, k)) for k in range(SHADOWS)]  # type: ignore[misc]
+                weights = [float(weight(one)) for one in (*others, batch)]
+        except Exception:
+            logger.debug("a loop's body is not followed", exc_info=True)
+            return
+        if not len(shadows):
+            return
+        self._shadows, self._samples, self._weights, self._follows = shadows, samples, tuple(weights), True
+        self._stand()
 
-    def how(self, roots: Sequence[tuple[Any, Any]]) -> str | None:
-        """A backward pass begins: the call that has put samples together, if that comes into a root."""
-        traces = self._known([root for root, _ in roots if isinstance(root, torch.Tensor)]).values()
-        return next((trace.how for trace in traces if trace.kind == Kind.TOGETHER), None)
+    def met(self, roots: Sequence[tuple[Any, torch.Tensor | None]]) -> str | None:
+        """A backward pass begins: the call in which samples came together, if the roots are not additive over them."""
+        known = [(root, grad, self._shadows.get(root)) for root, grad in roots if isinstance(root, torch.Tensor)]
+        if not self._follows or not any(shadow for _, _, shadow in known):
+            return None
+        totals = [0.0] * (SHADOWS + 1)
+        for root, grad, shadow in known:
+            for k, value in enumerate((*(shadow.values if shadow else (root,) * SHADOWS), root)):
+                value = value.detach().double()
+                totals[k] += float((value if grad is None else value * grad.detach()).sum())
+        first, second, both, now = (total * w for total, w in zip(totals, self._weights, strict=True))
+        cross = abs(both - first - second + now)
+        changes, size = max(abs(first - now), abs(second - now)), max(map(abs, (first, second, both, now)))
+        if not math.isfinite(cross) or cross <= OF_CHANGES * changes or cross <= OF_LOSS * size:
+            return None
+        return next((shadow.met for _, _, shadow in known if shadow and shadow.met), "the loss")
 
     def end(self) -> None:
-        """The body is over. A mode that the body has begun since, and not ended, stays."""
-        self._follows = False
-        self._traces = {}
-        if not self._stands:
-            return
-        self._stands = False
-        above = []
-        while _get_current_function_mode_stack():
-            mode = _pop_mode()
-            if mode is self:
-                break
-            above.append(mode)
-        for mode in reversed(above):
+        """The body is over, or does something that the watch would disturb."""
+        self._stop()
+        # Inside of a call that it follows it is off the stack, and will be put back.
+        if self in _get_current_function_mode_stack():
+            for handle in self._handles:
+                handle.remove()
+            _dynamo_callbacks().remove_start_callback(self._steps_aside)
+            for mode in _taken_off():
+                if mode is not self:
+                    _push_mode(mode)
+
+    def _stop(self) -> None:
+        self._follows, self._shadows = False, {}
+
+    def _stand(self) -> None:
+        """Below all modes that are there: the program's end in the order in which it has begun them."""
+        for mode in [self, *_taken_off()]:
             _push_mode(mode)
+        self._handles = [nn.modules.module.register_module_forward_pre_hook(self._module_begins)]
+        _dynamo_callbacks().register_start_callback(self._steps_aside)
+
+    def _module_begins(self, module: nn.Module, _: Any) -> None:
+        """These compute otherwise while any mode stands."""
+        if not module.training and isinstance(module, _OTHERWISE_WITH_MODES):
+            self.end()
+
+    def _steps_aside(self, _: Any) -> None:
+        """Something is compiled, and the watch is not to be compiled into it."""
+        self.end()
+
+    # ---------------------------------------------------------------- a call
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Called for each of the body's calls of torch."""
+        """Called by torch for each of the body's calls."""
         kwargs = kwargs or {}
+        if not self._follows:
+            return func(*args, **kwargs)
+        call = shadows = None
+        with self._or_stop():
+            call = _Call(func, args, kwargs)
+            shadows = self._before(call)
         result = func(*args, **kwargs)
-        if self._follows:
-            try:
-                self._follow(_name_of(func), args, kwargs, result)
-            except Exception:  # Of a call of another kind than any that was seen.
-                logger.debug("a loop's body could not be followed", exc_info=True)
-                self._follows = False
+        if call is not None and shadows is not None:
+            with self._or_stop():
+                self._after(call, shadows, result)
         return result
 
-    # ---------------------------------------------------------------- what a call makes of what is known
+    @contextlib.contextmanager
+    def _or_stop(self) -> Iterator[None]:
+        """A call of another kind than any that was seen ends the watch, and nothing else."""
+        try:
+            yield
+        except Exception:
+            logger.debug("a loop's body is not followed any more", exc_info=True)
+            self._stop()
 
-    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        given = self._known(_tensors((args, kwargs)))
-        if not given or name in _SHAPE_ONLY:
-            return
-        made = list(_tensors(args[0] if name == "setitem" else result))
-        if name == "grad":
-            traces = self._known(_tensors(args[:1])).values()
-            known = self._of_gradients(max(traces, key=_kind), made) if traces else {}
-        elif name in _ONE_OF_THEM and not any(self._has_samples(t) for t in made):
-            return
-        else:
-            trace = self._combined(name, args, kwargs, given, made)
-            known = dict.fromkeys(made, trace)
-        for t, trace in known.items():
-            hidden = trace.kind == Kind.REDUCED and not t.requires_grad
-            self._traces[t] = Trace(Kind.TOGETHER if hidden else trace.kind, trace.how, t.requires_grad)
-
-    def _known(self, tensors: Iterable[torch.Tensor]) -> dict[torch.Tensor, Trace]:
-        """What was made without a graph and has one now has come out of a function of the program's own, or of a
-        checkpointed block: the loss's graph is read, or said not to be readable, there."""
-        known = {}
-        for t in tensors:
-            trace = self._traces.get(t)
-            if trace is not None and not trace.has_graph and t.grad_fn is not None and trace.kind == Kind.TOGETHER:
-                trace = Trace(Kind.REDUCED, trace.how)
-            if trace is not None:
-                known[t] = trace
-        return known
-
-    def _has_samples(self, t: torch.Tensor) -> bool:
-        return t.shape[:1] == (self._samples,) or t.shape[:2] == (1, self._samples)
-
-    def _combined(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[torch.Tensor, Trace],
-        made: list[torch.Tensor],
-    ) -> Trace:  # fmt: skip
-        """What a call makes of what is known of its arguments; but for what the loss's graph shows by itself."""
-        tensors = list(_tensors((args, kwargs)))
-        if name in _LINEAR and any(t.requires_grad for t in tensors):
-            is_loss = any(trace.kind == Kind.REDUCED for trace in given.values())
-            given = {t: x for t, x in given.items() if t.requires_grad or not _is_shown(name, t, x, is_loss=is_loss)}
-        trace = max(given.values(), key=_kind, default=Trace(Kind.SAMPLES))
-        how = self._puts_together(name, args, kwargs, given, made) if trace.kind <= Kind.SCALED else None
-        if trace.kind == Kind.SCALED:
-            all_scaled = all(given.get(t, trace).kind == Kind.SCALED for t in tensors)
-            if name == "sign" or name in _RATIOS and all(t in given for t in tensors) and all_scaled:
-                return Trace(Kind.SAMPLES)
-            added = name in _SUMS and len(tensors) > 1
-            return Trace(Kind.TOGETHER, trace.how) if how or added or not all_scaled else trace
-        return Trace(Kind.REDUCED, how) if how else trace
-
-    def _of_gradients(self, of: Trace, made: list[torch.Tensor]) -> dict[torch.Tensor, Trace]:
-        """``torch.autograd.grad()``, where it makes no graph. Of a mean over samples it has one over their number in
-        it."""
-        how = "torch.autograd.grad()"
-        known = {}
-        for t in made:
-            if t.requires_grad:
-                continue  # Its graph is read.
-            if t.shape[:1] != (self._samples,):
-                known[t] = Trace(Kind.TOGETHER, f"{how} of all samples' loss")
-            elif of.kind == Kind.REDUCED and not of.how.startswith("sum"):
-                known[t] = Trace(Kind.SCALED, f"{how} of a mean over samples ({of.how})")
-            else:
-                known[t] = Trace(Kind.SAMPLES)
-        return known
-
-    def _puts_together(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[torch.Tensor, Trace],
-        made: list[torch.Tensor],
-    ) -> str | None:  # fmt: skip
-        """What a call is called that puts together samples, which were by themselves."""
-        n, tensors = self._samples, list(_tensors((args, kwargs)))
-        t = tensors[0]
-        if name in _LENGTHS and not (t.is_floating_point() or t.is_complex()):
+    def _before(self, call: _Call) -> dict[torch.Tensor, Shadow] | None:
+        """The shadows of what is given to a call; None where there are none."""
+        known = {t: shadow for t in call.tensors if (shadow := self._shadows.get(t)) is not None}
+        if not known:
             return None
-        if name in _PRODUCTS and len(tensors) > 1 and all(x in given for x in tensors[:2]):
-            return name if made[0].shape[-2:] == (n, n) else None
-        if name in _PAIRS and len(tensors) > 1:
-            pairs = {tuple(x.shape[:2]) for x in tensors[:2]} == {(1, n), (n, 1)}
-            return f"{name} of each sample and each other" if pairs else None
-        if name not in _REDUCTIONS:
-            flat = all(x.dim() == 0 for x in made) and any(x.numel() % n == 0 for x in given)
-            return str(kwargs.get("reduction") or name) if flat else None
-        dims = _dims(name, args, kwargs)
-        if dims is None:
-            return name if t.numel() % n == 0 else None
-        return name if t.shape[:1] == (n,) and 0 in {d % max(t.dim(), 1) for d in dims} else None
+        if call.leaves_torch(known):
+            self._stop()
+            return None
+        target = call.written_to
+        if target is not None and target not in known:
+            copy = target.detach()
+            known[target] = Shadow(tuple(copy.clone() for _ in range(SHADOWS)))
+        call.look_before(self._samples)
+        return known
+
+    def _after(self, call: _Call, known: dict[torch.Tensor, Shadow], result: Any) -> None:
+        target = call.written_to
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)] if target is None else [target]
+        if not made:
+            return
+        if call.name == "grad":
+            for t in made:
+                if not t.requires_grad:  # Else its graph is read.
+                    how = call.place() + OF_A_MEAN * call.is_of_a_mean
+                    self._shadows[t] = Shadow(_of_a_gradient(t, self._samples, call.is_of_a_mean), how)
+            return
+        if call.has_written(known) and call.name != "batch_norm":
+            self._stop()  # It is not known what a second call would do.
+            return
+        if call.reorders(known, self._samples):
+            return  # Pairs of samples that are drawn, as of a mixup, are so on each worker.
+        results = call.repeated(known)
+        values = [[t for t in tree_leaves(r) if isinstance(t, torch.Tensor)] for r in results]
+        if target is not None:
+            values = [[known[target].values[k]] if call.in_place else values[k][:1] for k in range(len(results))]
+            if not results:
+                self._stop()
+        before = next((shadow.met for shadow in known.values() if shadow.met), "")
+        shapes = [t.shape for t in made]
+        if any([t.shape for t in v] != shapes for v in values):
+            self._stop()  # What is counted may be a shape, and places may be in what was cut.
+            return
+        for place, t in enumerate(made):
+            if not values:
+                self._shadows.pop(t, None)
+            elif values[0][place] is not t:
+                others = tuple(v[place].detach() for v in values)
+                self._shadows[t] = Shadow(others, before or (call.place() if _come_together(t, others) else ""))
 
 
-def _kind(trace: Trace) -> Kind:
-    return trace.kind
+class _Call:
+    """One call of torch, and what has to be known to repeat it."""
+
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self._full = full = str(getattr(func, "__name__", ""))
+        self.name = full.strip("_")
+        self.tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        is_method_in_place = full.endswith("_") and not full.endswith("__")
+        self.in_place = is_method_in_place or full == "__setitem__" or full.startswith("__i") and full.endswith("__")
+        out = kwargs.get("out")
+        self.written_to = args[0] if self.in_place and args else out if isinstance(out, torch.Tensor) else None
+        if not isinstance(self.written_to, torch.Tensor):
+            self.written_to = None
+        self.is_of_a_mean = False
+        """Of ``torch.autograd.grad()``: whether the gradient has the number of samples in it."""
+        self._versions: list[int] = []
+        self._random: list[tuple[torch.Generator, torch.Tensor]] = []
+
+    def leaves_torch(self, known: dict[torch.Tensor, Shadow]) -> bool:
+        """Whether numbers by which samples are ordered or cut, or whole tensors, go where nobody follows; or memory is
+        put in place of other memory."""
+        if self.name == "set":
+            return any(isinstance(value, torch.Tensor) for value in self.args[1:])
+        is_logged = self._full in ("item", "__float__") and any(t.requires_grad for t in known)
+        return self._full in _LEAVE_TORCH and not is_logged
+
+    def look_before(self, samples: int) -> None:
+        """Remember what the call may change, and read the graph that it may use up."""
+        if self.name == "grad":
+            roots = [t for t in tree_leaves(self.args[0]) if isinstance(t, torch.Tensor)]
+            graphs = [LossGraph(t.grad_fn, samples=samples) for t in roots if t.numel() == 1 and t.grad_fn]
+            self.is_of_a_mean = any(r.kind != "sum" for graph in graphs for r in graph.reductions)
+        self._versions = [t._version for t in self.tensors]
+        generators = [torch.default_generator]
+        for device in {t.device for t in self.tensors if t.is_cuda}:
+            generators.append(torch.cuda.default_generators[device.index or 0])
+        self._random = [(generator, generator.get_state()) for generator in generators]
+
+    def has_written(self, known: dict[torch.Tensor, Shadow]) -> bool:
+        """Whether the call has changed something besides what it says: a buffer, as observers do."""
+        now = [(t, t._version) for t in self.tensors]
+        changed = [t for (t, version), before in zip(now, self._versions, strict=True) if version != before]
+        return any(t is not self.written_to for t in changed)
+
+    def reorders(self, known: dict[torch.Tensor, Shadow], samples: int) -> bool:
+        """Whether samples are put in an order, or chosen by something that does not come from them."""
+        if self.name not in _REORDER or not self.args:
+            return False
+        if self.name in ("flip", "roll"):
+            dims = self.args[-1] if len(self.args) > 1 else self.kwargs.get("dims", 0)
+            shape = self.args[0].shape
+            return any(shape[d] == samples for d in (dims if isinstance(dims, list | tuple) else [dims]))
+        index = self.args[-1] if isinstance(self.args[-1], tuple) else (self.args[-1],)
+        return any(
+            isinstance(i, list | np.ndarray)
+            or isinstance(i, torch.Tensor) and i.dim() and _reorders(i, samples, i in known)
+            for i in index
+        )  # fmt: skip
+
+    def repeated(self, known: dict[torch.Tensor, Shadow]) -> list[Any]:
+        """The call's results on shadows; none, if one can't be had."""
+        after = [generator.get_state() for generator, _ in self._random]
+        draws = any(not torch.equal(a, b) for a, (_, b) in zip(after, self._random, strict=True))
+        results: list[Any] = []
+        try:
+            for k in range(SHADOWS):
+                if draws:
+                    self._set_random([state for _, state in self._random])
+                results.append(self._with(k, known))
+        except Exception:
+            results = []
+        if draws:
+            self._set_random(after)
+        return results
+
+    def _with(self, k: int, known: dict[torch.Tensor, Shadow]) -> Any:
+        def other(t: torch.Tensor) -> torch.Tensor:
+            return known[t].values[k] if t in known else t
+
+        kwargs = {name: value for name, value in self.kwargs.items() if name != "out"}
+        args, kwargs = tree_map_only(torch.Tensor, other, (self.args, kwargs))
+        with torch.no_grad():
+            if self.name == "batch_norm" and self.args[0] in known:
+                return _as_with_its_own(self.args[0], args, kwargs)
+            return self.func(*args, **kwargs)
+
+    def _set_random(self, states: list[torch.Tensor]) -> None:
+        for (generator, _), state in zip(self._random, states, strict=True):
+            generator.set_state(state)
+
+    def place(self) -> str:
+        """Which call it is, and where the program makes it."""
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith((_TORCH, __file__)):
+            frame = frame.f_back
+        where = f" ({Path(frame.f_code.co_filename).name}, line {frame.f_lineno})" if frame is not None else ""
+        return f"torch's {self.name}{where}"
 
 
-def _is_shown(name: str, constant: torch.Tensor, trace: Trace, *, is_loss: bool) -> bool:
-    """Whether a constant has no part in the gradient, or its part is read from the loss's graph.
+def _as_with_its_own(given: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """A batch norm of other samples by the statistics of the pass's own. They are a pass's, and known to be."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    call = dict(zip(names, args, strict=False)) | kwargs
+    if call.get("training"):
+        dims = [d for d in range(given.dim()) if d != 1]
+        call |= {
+            "running_mean": given.detach().mean(dims), "running_var": given.detach().var(dims, unbiased=False),
+            "training": False,
+        }  # fmt: skip
+    return F.batch_norm(**call)
 
-    Args:
-        is_loss: whether samples were put together before in what it is added to, or multiplied by.
+
+def _shadows_of(batch: Any, samples: int) -> Any:
+    """By tensor, of all that have a dimension of samples. Where others have none, as those of graphs and of texts that
+    were put one after the other, whole numbers may be lengths and places in them: these stay."""
+    tensors: list[torch.Tensor] = []
+    with_tensors(batch, lambda t: tensors.append(t) or t)  # type: ignore[func-returns-value]
+    dims = [[d for d, size in enumerate(t.shape) if size == samples] for t in tensors]
+    if any(len(d) > 1 for d in dims) and {d[0] for d in dims if len(d) == 1} != {0}:
+        raise ValueError(f"tensors have several dimensions of {samples}: {[list(t.shape) for t in tensors]}")
+    whole = all(dims)
+    shadows: Any = WeakTensorKeyDictionary()
+    for t, d in zip(tensors, dims, strict=True):
+        if d and t.layout is torch.strided and (whole or t.is_floating_point()):
+            orders = _orders(samples, t.device)
+            shadows[t] = Shadow(tuple(t.detach().index_select(d[0], order) for order in orders))
+    return shadows
+
+
+def _reorders(index: torch.Tensor, samples: int, known: bool) -> bool:
+    """Whether an index puts all samples in another order, or is drawn."""
+    if index.is_floating_point() or index.dtype == torch.bool:
+        return False
+    place = torch.arange(samples, device=index.device)
+    whole = index.shape == place.shape
+    if known:
+        return whole and torch.equal(index.detach().sort().values, place)
+    return not (whole and torch.equal(index, place))
+
+
+def _of_a_gradient(t: torch.Tensor, samples: int, is_of_a_mean: bool) -> tuple[torch.Tensor, ...]:
+    """Shadows of what ``torch.autograd.grad()`` has computed, which are not known.
+
+    A sample's gradient is exchanged with it; if it has the number of samples in it, what depends on its size is not
+    additive. Nothing is that depends on the gradient of all samples' loss.
     """
-    if name in _SUMS:
-        return is_loss
-    return constant.numel() == 1 and (is_loss or trace.how in _NUMBERS)
+    dims = [d for d, size in enumerate(t.shape) if size == samples]
+    if len(dims) != 1:
+        waves = torch.arange(t.numel(), device=t.device).sin().view(t.shape)
+        return t.clone(), t.clone(), t * (1.5 + 0.5 * waves.to(t.dtype))
+    first, second, both = (t.index_select(dims[0], order) for order in _orders(samples, t.device))
+    return first, second, 2 * both if is_of_a_mean else both
 
 
-_WITH_NUMBER_FIRST = words("norm topk kthvalue quantile nanquantile linalg_norm linalg_vector_norm renorm")
-"""Their second argument is no dimension."""
-_OF_ALL = words("bincount histc unique cov corrcoef")
+def _orders(samples: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Every second sample is replaced by another one; the others are; all are."""
+    place = torch.arange(samples, device=device)
+    even = place % 2 == 0
+    return torch.where(even, 1, place), torch.where(even, place, 0), torch.where(even, 1, 0)
 
 
-def _dims(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
-    """The dimensions that are reduced; None is all of them."""
-    if name in _OF_ALL:
-        return None
-    place = 2 if name in _WITH_NUMBER_FIRST else 1
-    dim = kwargs.get("dim", kwargs.get("axis"))
-    if dim is None and len(args) > place and not isinstance(args[place], bool | torch.Tensor):
-        dim = args[place]
-    if dim is None:
-        return {"topk": [-1], "kthvalue": [-1], "normalize": [1], "msort": [0], "mode": [-1]}.get(name)
-    return [int(d) for d in dim] or None if isinstance(dim, list | tuple) else [int(dim)]
+def _nth(shadows: Any, t: torch.Tensor, k: int) -> torch.Tensor:
+    shadow = shadows.get(t)
+    return t if shadow is None else shadow.values[k]
 
 
-def _name_of(func: Callable[..., Any]) -> str:
-    """The same for ``x.add_(y)``, ``torch.add(x, y)`` and an operator's ``__add__``."""
-    return str(getattr(func, "__name__", "")).strip("_")
+def _come_together(t: torch.Tensor, others: tuple[torch.Tensor, ...]) -> bool:
+    """Whether some of a tensor's elements are not additive in samples."""
+    if not t.is_floating_point() or not t.numel():
+        return False
+    now, first, second, both = (x.detach().double() for x in (t, *others))
+    changes = max(float((first - now).abs().max()), float((second - now).abs().max()))
+    return float((both - first - second + now).abs().max()) > OF_CHANGES * changes > 0
 
 
-def _tensors(value: Any, *, objects: bool = False, depth: int = 6) -> Iterator[torch.Tensor]:
-    """All tensors in a call's arguments; with ``objects``, in a batch of any class."""
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    if objects and not isinstance(value, type) and not isinstance(value, Mapping) and hasattr(value, "__dict__"):
-        value = vars(value)
-    items = value.values() if isinstance(value, Mapping) else value
-    if depth and isinstance(value, Mapping | list | tuple | set | frozenset):
-        for item in items:
-            yield from _tensors(item, objects=objects, depth=depth - 1)
+def _taken_off() -> list[Any]:
+    """All modes, the lowest first, none of which stands any more."""
+    modes = _get_current_function_mode_stack()
+    for _ in modes:
+        _pop_mode()
+    return modes
+
+
+def _dynamo_callbacks() -> Any:
+    return importlib.import_module("torch._dynamo.callback").callback_handler
 
 
 def _something_is_compiled() -> bool:
     """Whether torch.compile has been called in this process."""
-    frames = sys.modules.get("torch._dynamo.eval_frame")
-    backends = getattr(frames, "cached_backends", {}) if frames is not None else {}
+    backends = importlib.import_module("torch._dynamo.eval_frame").cached_backends
     return any(backend is not None for backend in dict(backends).values())

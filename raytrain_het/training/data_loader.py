@@ -142,7 +142,7 @@ class HetDataLoader:
                 batch = self._fetcher.fetch(epoch, *self._samples(epoch, part))
                 batch = to_device(pinned(batch) if self._pins else batch, device)
                 weight = checked_weight(self._weight(batch)) if self._weight else float(len(part))
-                engine.arm(index, weight, batch)
+                engine.arm(index, weight, batch, self._weight)
                 yield batch
                 engine.body_done()
 

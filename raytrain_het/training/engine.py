@@ -65,6 +65,8 @@ class Opened:
     weights: list[float] = field(default_factory=list)
     rehearses: bool = False
     """Whether the first pass is of the whole batch, to compare with."""
+    watched: bool = False
+    """Whether it is looked at whether samples of the first pass see each other."""
     contributed: bool = False
     """Whether this worker's passes are part of the sums."""
     sums: Sums | None = None
@@ -207,6 +209,7 @@ class Engine:
             and before.record is record
             and len(before.batch) == self.plan.full_batch
             and not before.rehearses
+            and not before.watched
         ):
             cycle_s, waited_s = opened.started - before.started - before.away_s, before.job.waited_s
             waited_s -= before.cpu.own_part_s(waited_s, cycle_s)
@@ -260,6 +263,9 @@ class Engine:
         opened = Opened(
             record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale, rehearses=rehearses,
         )  # fmt: skip
+        # A program may begin something else at an epoch; so in the first step of epochs 0, 1, 2, 4, 8 ...
+        at_beginning = self.counters.steps == 0 or cursor.offset == 0 and cursor.epoch & (cursor.epoch - 1) == 0
+        opened.watched = at_beginning and len(own) > 0 and not self._loss.is_local and not self._is_alone(opened)
         self._edits.step_begins(len(micro))
         self._loss.begin_step()
         self.gradients.begin(
@@ -333,13 +339,12 @@ class Engine:
 
     # ---------------------------------------------------------------- the body of the loop
 
-    def arm(self, index: int, weight: float, inputs: Any) -> None:
-        """The next backward pass belongs to this micro-batch."""
+    def arm(self, index: int, weight: float, inputs: Any, weigh: Callable[[Any], float] | None = None) -> None:
+        """The next backward pass belongs to this micro-batch. ``weigh`` gives the weights of others like it."""
         opened = self._current()
         self._arm(opened, index, weight, inputs)
-        first = opened.cursor.offset == 0 or self.counters.steps == 0
-        if index == 0 and first and opened.own and not self._loss.is_local and not self._is_alone(opened):
-            self._body.begin(inputs, len(opened.micro[0]))
+        if index == 0 and opened.watched:
+            self._body.begin(inputs, len(opened.micro[0]), weigh)
 
     def _arm(self, opened: Opened, index: int, weight: float, inputs: Any) -> None:
         if index > 0:
@@ -388,13 +393,14 @@ class Engine:
         opened = self._current()
         if self._is_alone(opened):
             return None
-        if (how := self._body.how(roots)) is not None:
-            return refuse("samples that see each other", f"here by {how}, without a graph")
         samples = len(opened.micro[len(opened.weights) - 1])
         record, passes = opened.record, opened.micro[opened.rehearses :]
         sizes = {len(slice_of(opened.batch, record.shares, rank)) for rank in range(len(record.members))} - {0}
         alike = len(sizes) == 1 and len({len(part) for part in passes}) == 1
-        return self._loss.look(roots, self._pass_weight, opened.loss_scale, samples=samples, alike=alike)
+        error = self._loss.look(roots, self._pass_weight, opened.loss_scale, samples=samples, alike=alike)
+        if error is None and (how := self._body.met(roots)) is not None:
+            error = refuse("samples that see each other", f"they meet in {how}")
+        return error
 
     @staticmethod
     def _is_alone(opened: Opened) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,16 +25,16 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(N, 4, generator=generator), torch.randint(0, 3, (N,), generator=generator)
 
 
-def found(body: Body, samples: int = N, make_batch: Callable[[], tuple[Tensor, Tensor]] = batch) -> str | None:
+def found(body: Body, samples: int = N, weight: Callable[[Any], float] | None = None) -> str | None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, 3))
-    x, y = make_batch()
+    x, y = batch()
     watch = BodyWatch()
-    watch.begin((x, y), samples)
+    watch.begin((x, y), samples, weight)
     try:
         loss = body(model, x, y)
     finally:
-        how = watch.how([(loss, None)])
+        how = watch.met([(loss, None)])
         watch.end()
     assert not _get_current_function_mode_stack()
     return how
@@ -291,7 +292,7 @@ def penalty_on_weights(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 ALONE = [
-    mean, logged, mean_over_a_mask, divided_first, cut_by_lengths, each_by_itself, sorted_by_length,
+    mean, logged, divided_first, cut_by_lengths, each_by_itself, sorted_by_length,
     signs_of_the_gradient, gradients_of_one_length, gradients_of_a_sum, penalty_on_gradients, mixed_up,
     centre_updated_afterwards, teacher, two_losses, in_a_loop_over_samples, one_after_the_other, batch_norm,
     checkpointed, loss_in_a_checkpoint, function_of_its_own, branch_by_the_largest, penalty_on_weights,
@@ -303,27 +304,59 @@ def test_samples_by_themselves_and_what_a_graph_shows_are_let_alone(body: Body) 
     assert found(body) is None
 
 
-def test_too_few_samples_are_not_followed() -> None:
-    assert found(standardised_inputs, samples=2) is None
+def test_of_a_mean_over_weights_the_sum_is_looked_at() -> None:
+    def counted(batch: Any) -> float:
+        return float((batch[1] != 2).sum())
+
+    assert found(mean_over_a_mask, weight=counted) is None
+    assert found(lambda *args: mean_over_a_mask(*args) * mean_over_a_mask(*args).detach(), weight=counted)
+
+
+@dataclass(slots=True)
+class Sample:
+    x: Tensor
 
 
 def test_a_batch_of_any_class_is_followed() -> None:
     x, y = batch()
     watch = BodyWatch()
-    watch.begin({"inputs": [SimpleNamespace(x=x)], "y": y}, N)
-    loss = (x - x.mean(0)).sum()
-    assert watch.how([(loss, None)]) == "mean"
+    watch.begin({"inputs": [Sample(x=x)], "y": y}, N)
+    loss = (x - x.mean(0)).exp().sum()
+    assert "torch's exp (test_body_watch.py, line" in str(watch.met([(loss, None)]))
     watch.end()
 
 
-def test_modes_that_the_body_has_begun_stay() -> None:
-    watch = BodyWatch()
-    watch.begin(batch(), N)
-    device = torch.device("meta")
-    with device:
+def test_modes_of_the_program_end_as_they_have_begun() -> None:
+    watch, meta = BodyWatch(), torch.device("meta")
+    with meta:
+        watch.begin(batch(), N)
+    assert torch.empty(2).device.type == "cpu"
+    with meta:
         watch.end()
-        assert torch.empty(2).device == device
+        assert torch.empty(2).device.type == "meta"
     assert not _get_current_function_mode_stack()
+
+
+def test_what_a_mode_would_change_is_done_without_the_watch() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    x = torch.randn(N, 3, 4)
+    with torch.no_grad():
+        expected = encoder(x)
+        watch = BodyWatch()
+        watch.begin((x,), N)
+        assert torch.equal(encoder(x), expected) and not _get_current_function_mode_stack()
+        watch.end()
+
+
+def test_what_is_compiled_in_the_body_is_compiled_without_the_watch() -> None:
+    x, y = batch()
+    watch = BodyWatch()
+    watch.begin((x, y), N)
+    torch.cond(torch.tensor(True), lambda x: x + 1, lambda x: x - 1, (x,))
+    assert not _get_current_function_mode_stack()
+    watch.end()
 
 
 def test_a_call_that_cannot_be_followed_disturbs_nothing() -> None:

@@ -56,7 +56,7 @@ _REFUSALS: dict[tuple[str, str], str] = {
     ("blocks", "checkpoint_twice"): r"checkpoint|twice",
     ("buffers", "grows"): r"memory",
     ("buffers", "becomes_none"): r"start",
-    ("buffers", "none_then_data"): r"shift|here by mean, without a graph",
+    ("buffers", "none_then_data"): r"shift|they meet in",
     ("buffers", "none_at_first"): r"first",
     ("buffers", "queue"): r"queue",
     ("buffers", "hand_before_step"): r"heat",
