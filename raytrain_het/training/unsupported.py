@@ -107,8 +107,9 @@ TABLE: dict[str, Unsupported] = {
     "samples that see each other": Unsupported(
         what="the loss or the model computes something of the samples of a pass together, and a worker has its own "
         "only, so workers' gradients do not make that of the whole batch",
-        way_out="Compute it of each sample by itself; or write prepare_data_loader(..., loss='local'): then each pass "
-        "computes it of its own samples, and gradients are averaged by samples, as torch's DDP does",
+        way_out="Compute it of each sample by itself; if it counts what the loss is a mean over, write "
+        "prepare_data_loader(..., weight=lambda batch: ...); or write loss='local': then each pass computes it of its "
+        "own samples, and gradients are averaged by samples, as torch's DDP does",
     ),
     "LBFGS": Unsupported(
         what="torch.optim.LBFGS evaluates the loss several times a step",

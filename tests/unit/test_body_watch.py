@@ -361,7 +361,8 @@ def test_what_is_compiled_in_the_body_is_compiled_without_the_watch() -> None:
 
 def test_a_call_that_cannot_be_followed_disturbs_nothing() -> None:
     class Odd:
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return SimpleNamespace(odd=True)
 
     watch = BodyWatch()
