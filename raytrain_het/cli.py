@@ -75,10 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         "such as 1,0.5,0.25; shares follow their speeds, unless --set het.shares says otherwise",
     )
     train.add_argument(
-        "--check", action="store_true",
+        "--check",
+        action="store_true",
         help="compare everything between workers at every step, and the first steps with one process that has the "
         "whole batch: slow, to find what goes wrong (het.check=every_step)",
-    )  # fmt: skip
+    )
     train.add_argument(
         "--json", action="store_true", dest="as_json", help="end with one JSON object on stdout, progress on stderr"
     )
@@ -123,19 +124,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("sweep", metavar="SWEEP.yaml", help="the sweep's file (docs/sweeps.md has all keys)")
     sweep.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
         help="override a key of the sweep, such as trials=5 or search=optuna; may be repeated",
-    )  # fmt: skip
+    )
     sweep.add_argument("--name", help="of the sweep's folder (default: the file's name and the time of day)")
     sweep.add_argument("--storage", metavar="PATH", help="where the sweep's folder goes (default: sweeps)")
     sweep.add_argument(
         "--address", help="a Ray cluster: HOST:PORT, auto, or local (default: RAY_ADDRESS, else a local Ray)"
     )
     sweep.add_argument(
-        "--simulate", metavar="SPEEDS",
+        "--simulate",
+        metavar="SPEEDS",
         help="instead of the job's workers, so many on this machine for each trial, slowed down to these relative "
         "speeds, such as 4,2,1,1; one trial at once",
-    )  # fmt: skip
+    )
     sweep.add_argument(
         "--resume",
         action="store_true",
@@ -155,9 +161,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Print the learning rate after each epoch, or draw it.",
     )
     schedule.add_argument(
-        "schedules", nargs="*", metavar="SCHEDULE",
+        "schedules",
+        nargs="*",
+        metavar="SCHEDULE",
         help="a name, or one with options such as '{cosine: {floor: 0.01, warmup_epochs: 1}}' (default: all)",
-    )  # fmt: skip
+    )
     schedule.add_argument("--epochs", type=int, default=20, metavar="N", help="of the run (default: 20)")
     schedule.add_argument("--lr", type=float, default=1.0, metavar="RATE", help="before the schedule (default: 1)")
     schedule.add_argument("--out", metavar="FILE", help="draw into a file, such as x.png")
@@ -325,9 +333,11 @@ def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from raytrain_het.testing.throttle import slow_workers
 
     options: dict[str, Any] = {
-        "file": arguments.sweep, "resume": arguments.resume, "retry_failed": arguments.retry_failed,
+        "file": arguments.sweep,
+        "resume": arguments.resume,
+        "retry_failed": arguments.retry_failed,
         "as_json": arguments.as_json,
-    }  # fmt: skip
+    }
     if sweep.config.simulate is None:
         return sweep_command(sweep, address=arguments.address, **options)
     simulation.check_alone(workers=None, address=arguments.address)

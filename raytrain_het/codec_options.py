@@ -64,9 +64,16 @@ _ERROR = Option(
 AUTO: dict[str, Option] = {"error": _ERROR}
 """Options of ``auto``, which is no codec: it chooses one for each worker."""
 AUTO_CODECS = (
-    "none", "bf16", "int8(error_feedback=true)", "int4(error_feedback=true)", "lowrank(rank=16)", "lowrank",
-    "topk(density=0.1)", "topk(density=0.03)", "topk",
-)  # fmt: skip
+    "none",
+    "bf16",
+    "int8(error_feedback=true)",
+    "int4(error_feedback=true)",
+    "lowrank(rank=16)",
+    "lowrank",
+    "topk(density=0.1)",
+    "topk(density=0.03)",
+    "topk",
+)
 """What ``auto`` chooses from: what loses nothing first. Those that need other hyperparameters are not among them."""
 
 

@@ -199,10 +199,15 @@ class HetConfig:
             schedule_of(self.schedule)
         clip = self.clip if self.clip is not None else {"norm": 1.0}
         _require(
-            isinstance(clip, Mapping) and len(clip) > 0 and set(clip) <= {"norm", "value"}
+            isinstance(clip, Mapping)
+            and len(clip) > 0
+            and set(clip) <= {"norm", "value"}
             and all(_is_number(limit) and limit > 0 for limit in clip.values()),
-            "clip", self.clip, "None, or a 'norm' or 'value' above 0, or both", "Write clip={'norm': 1.0}.",
-        )  # fmt: skip
+            "clip",
+            self.clip,
+            "None, or a 'norm' or 'value' above 0, or both",
+            "Write clip={'norm': 1.0}.",
+        )
         for name, low in (("bucket_mib", 0), ("silence_s", 0), ("hang_limit_s", 0), ("start_timeout_s", 0)):
             value = getattr(self, name)
             _require(
@@ -223,9 +228,12 @@ class HetConfig:
             "Write warm_spares=False.",
         )
         _require(
-            self.check in ("rolling", "every_step"), "check", self.check, "'rolling' or 'every_step'",
+            self.check in ("rolling", "every_step"),
+            "check",
+            self.check,
+            "'rolling' or 'every_step'",
             "Write check='every_step' to look for an error.",
-        )  # fmt: skip
+        )
         for name in ("replica_check_steps", "max_skipped_steps", "seed"):
             value = getattr(self, name)
             _require(_is_whole(value, 0), name, value, "a whole number from 0", f"The default is {_DEFAULTS[name]}.")
@@ -235,16 +243,21 @@ class HetConfig:
         """``compression`` in words: one for all workers, or one for each; or ``auto``."""
         if isinstance(self.compression, Sequence) and not isinstance(self.compression, str):
             _require(
-                len(self.compression) > 0, "compression", self.compression, "one codec, or one for each worker",
+                len(self.compression) > 0,
+                "compression",
+                self.compression,
+                "one codec, or one for each worker",
                 "Write compression='none'.",
-            )  # fmt: skip
+            )
             words = tuple(map(one_word, self.compression))
             together = [word for word in words if used_together(word)]
             _require(
-                not together or len(set(words)) == 1, "compression", self.compression,
+                not together or len(set(words)) == 1,
+                "compression",
+                self.compression,
                 f"{' or '.join(together)} for all workers or for none: its messages take another way",
                 f"Write compression={(together or words)[0]!r}.",
-            )  # fmt: skip
+            )
             return words
         return (one_word(self.compression, auto=True),)
 
@@ -274,10 +287,12 @@ class HetConfig:
         """
         codecs = self.codecs if self.compression_error is None else AUTO_CODECS[:1]
         _require(
-            len(codecs) in (1, num_workers), "compression", self.compression,
+            len(codecs) in (1, num_workers),
+            "compression",
+            self.compression,
             f"one codec, or one for each of the run's {num_workers} workers",
             f"Write compression={[codecs[0]] * num_workers}.",
-        )  # fmt: skip
+        )
         return codecs if len(codecs) == num_workers else codecs * num_workers
 
     @property

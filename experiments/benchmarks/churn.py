@@ -101,9 +101,11 @@ def judge(samples: list[dict[str, int]], refills: int) -> dict[str, Any]:
     growth = row["rss_kib at the end"] - row["rss_kib"]
     row["KiB a refill"] = growth / (0.8 * refills)
     row["flat"] = (
-        row["threads at the end"] <= row["threads"] and row["descriptors at the end"] <= row["descriptors"]
-        and growth < 0.02 * row["rss_kib"] and row["KiB a refill"] < 2
-    )  # fmt: skip
+        row["threads at the end"] <= row["threads"]
+        and row["descriptors at the end"] <= row["descriptors"]
+        and growth < 0.02 * row["rss_kib"]
+        and row["KiB a refill"] < 2
+    )
     return row
 
 
@@ -140,9 +142,17 @@ def main() -> None:
         print(f"a survivor was lost, so nothing can be said of it: {event}")
     rows = [{"process": name, **judge(part, args.refills)} for name, part in samples.items()]
     common.show(f"{args.refills} kills and refills of one member in {duration:.0f} s", rows)
-    common.keep(args.json, {"benchmark": "churn", "refills": args.refills, "seconds": duration, "processes": rows,
-                            "survivors_lost": lost,
-                            "course": {name: course(s, args.refills) for name, s in samples.items()}})  # fmt: skip
+    common.keep(
+        args.json,
+        {
+            "benchmark": "churn",
+            "refills": args.refills,
+            "seconds": duration,
+            "processes": rows,
+            "survivors_lost": lost,
+            "course": {name: course(s, args.refills) for name, s in samples.items()},
+        },
+    )
 
 
 if __name__ == "__main__":

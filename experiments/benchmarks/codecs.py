@@ -22,8 +22,14 @@ from raytrain_het.collectives.factors import Factors
 from raytrain_het.collectives.layout import Layout
 from raytrain_het.compression import CODECS, KINDS, LowRank, Stamp
 
-WORDS = [*KINDS, "int8(error_feedback=true)", "int4(error_feedback=true)", "topk(density=0.001)", "topk(density=0.1)",
-         "lowrank(rank=16)"]  # fmt: skip
+WORDS = [
+    *KINDS,
+    "int8(error_feedback=true)",
+    "int4(error_feedback=true)",
+    "topk(density=0.001)",
+    "topk(density=0.1)",
+    "lowrank(rank=16)",
+]
 
 
 def pieces(word: str, x: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None], int]:
@@ -83,10 +89,16 @@ def measure(device: str, elements: int, repeats: int) -> list[dict[str, Any]]:
             took[key].append(time.perf_counter() - began)
     speed = {key: 4 * elements / statistics.median(times) / 1e9 for key, times in took.items()}
     return [
-        {"codec": word, "device": device, "encode_gb_s": speed[word, "encode"],
-         "decode_gb_s": speed.get((word, "decode"), float("nan")), "bytes": size, "factor": 4 * elements / size}
+        {
+            "codec": word,
+            "device": device,
+            "encode_gb_s": speed[word, "encode"],
+            "decode_gb_s": speed.get((word, "decode"), float("nan")),
+            "bytes": size,
+            "factor": 4 * elements / size,
+        }
         for word, size in sizes.items()
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

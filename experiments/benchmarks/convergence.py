@@ -47,9 +47,13 @@ def run(kind: str, seed: int, compression: str, *, rate: float, overrides: list[
     rates = [rate] * SIZE if compression == "auto" else None
     with common.scratch() as directory:
         lab = ProcessLab(
-            Train(kind, job.train_loop_config()), directory, num_slots=SIZE, config=config, ledger=False,
+            Train(kind, job.train_loop_config()),
+            directory,
+            num_slots=SIZE,
+            config=config,
+            ledger=False,
             rates_mbit=rates,
-        )  # fmt: skip
+        )
         lab.run(timeout_s=1800)
     name, factor, _ = METRIC[kind]
     report = lab.reports[-1]
@@ -77,8 +81,16 @@ def main() -> None:
     for word in words:
         values = [r["value"] for r in found[word]]
         off = [value - dense["value"] for value, dense in zip(values, found["none"], strict=True)]
-        rows.append({"codec": word, "mean": statistics.fmean(values), "against none": statistics.fmean(off),
-                     "least": min(off), "most": max(off), "steps": found[word][0]["steps"]})  # fmt: skip
+        rows.append(
+            {
+                "codec": word,
+                "mean": statistics.fmean(values),
+                "against none": statistics.fmean(off),
+                "least": min(off),
+                "most": max(off),
+                "steps": found[word][0]["steps"],
+            }
+        )
     common.show(f"{args.job}, held out, {METRIC[args.job][2]}, {args.seeds} seeds", rows)
     for result in found.get("auto", []):
         print(f"auto chose {result['chosen'] or 'nothing'}")

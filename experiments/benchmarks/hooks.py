@@ -114,8 +114,15 @@ def main() -> None:
     for name, values in times.items():
         extra = [v - p for v, p in zip(values, times["plain"], strict=True)]
         low, high = common.bootstrap_interval(extra)
-        rows.append({"route": name, "forward and backward ms": statistics.median(values),
-                     "hooks ms": statistics.median(extra), "low": low, "high": high})  # fmt: skip
+        rows.append(
+            {
+                "route": name,
+                "forward and backward ms": statistics.median(values),
+                "hooks ms": statistics.median(extra),
+                "low": low,
+                "high": high,
+            }
+        )
     common.show("Thread CPU time of one pass, communication left out", rows)
     common.keep(args.json, {"benchmark": "hooks", "batch": args.batch, "rows": rows, "times_ms": times})
     dist.destroy_process_group()

@@ -50,10 +50,17 @@ def make_net() -> nn.Module:
     """Two convolutions and two linear layers: 1.10 million parameters, for images of 16 x 16."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(512, 2096), nn.ReLU(), nn.Linear(2096, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, 2096),
+        nn.ReLU(),
+        nn.Linear(2096, 10),
+    )
 
 
 def make_data() -> TensorDataset:
@@ -234,12 +241,20 @@ def measure(args: Any) -> dict[str, Any]:
     for side in ("ddp", "static", "het", "bound"):
         fractions = [total / r[f"{side}_s"] / sum(r["solo"]) for r in rounds]
         low, high = common.bootstrap_interval(fractions)
-        figures[side] = {"fraction": statistics.median(fractions), "low": low, "high": high,
-                         "step_s": statistics.median(r[f"{side}_s"] for r in rounds)}  # fmt: skip
+        figures[side] = {
+            "fraction": statistics.median(fractions),
+            "low": low,
+            "high": high,
+            "step_s": statistics.median(r[f"{side}_s"] for r in rounds),
+        }
     for side in ("ddp", "static"):
         figures[f"het against {side}"] = statistics.median(r[f"{side}_s"] / r["het_s"] for r in rounds)
-    return figures | {"shares": rounds[-1]["shares"], "static_shares": rounds[-1]["static_shares"],
-                      "tables": rounds[-1]["table"], "rounds": rounds}  # fmt: skip
+    return figures | {
+        "shares": rounds[-1]["shares"],
+        "static_shares": rounds[-1]["static_shares"],
+        "tables": rounds[-1]["table"],
+        "rounds": rounds,
+    }
 
 
 def main() -> None:

@@ -57,8 +57,15 @@ def train_stock(config: dict[str, Any]) -> None:
         solo_static = learn()
         share = oracle.shares[rank]
         static_s = timed(steps, lambda share=share: static.step(share, share * size / total))
-        rounds.append({"solo_equal": solo_equal, "ddp_s": ddp_s, "solo_static": solo_static, "static_s": static_s,
-                       "static_shares": oracle.shares})  # fmt: skip
+        rounds.append(
+            {
+                "solo_equal": solo_equal,
+                "ddp_s": ddp_s,
+                "solo_static": solo_static,
+                "static_s": static_s,
+                "static_shares": oracle.shares,
+            }
+        )
     if rank == 0:
         Path(config["results"]).write_text(json.dumps(rounds))
 
@@ -80,12 +87,14 @@ def train_het(config: dict[str, Any]) -> None:
     for _ in range(config["rounds"]):
         assert session.stats is not None
         share = session.stats.batch_share()
-        rounds.append({
-            "shares": [int(b) for b in gathered(share, size)],
-            "solo_het": gathered(solo_speed(solo, share, config["solo_s"]), size),
-            "het_s": timed(config["steps"], ours.step),
-            "table": session._agent().record.table,
-        })  # fmt: skip
+        rounds.append(
+            {
+                "shares": [int(b) for b in gathered(share, size)],
+                "solo_het": gathered(solo_speed(solo, share, config["solo_s"]), size),
+                "het_s": timed(config["steps"], ours.step),
+                "table": session._agent().record.table,
+            }
+        )
     if session.slot == 0:
         Path(config["results"]).write_text(json.dumps(rounds))
 
@@ -95,8 +104,14 @@ def measure(args: Any) -> dict[str, Any]:
     for module in (mixed_fleet, sys.modules[__name__]):
         ray.cloudpickle.register_pickle_by_value(module)  # Nodes need not find these files.
     size, total = len(args.cores), args.global_batch
-    config = {"size": size, "total": total, "rounds": args.rounds, "steps": args.steps, "settle": args.settle,
-              "solo_s": args.solo_s}  # fmt: skip
+    config = {
+        "size": size,
+        "total": total,
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "settle": args.settle,
+        "solo_s": args.solo_s,
+    }
     with tempfile.TemporaryDirectory() as folder, RayLab([Node(cores=cores) for cores in args.cores]) as lab:
         # gloo takes the address that the machine's name stands for, unless told which link to take.
         ray.init(address=lab.address, runtime_env={"env_vars": {"GLOO_SOCKET_IFNAME": "eth0"}}, log_to_driver=False)
@@ -122,8 +137,12 @@ def measure(args: Any) -> dict[str, Any]:
     ):
         fractions = [total / r[f"{side}_s"] / sum(r[solo]) for r in rounds]
         low, high = common.bootstrap_interval(fractions)
-        figures[side] = {"fraction": statistics.median(fractions), "low": low, "high": high,
-                         "step_s": statistics.median(r[f"{side}_s"] for r in rounds)}  # fmt: skip
+        figures[side] = {
+            "fraction": statistics.median(fractions),
+            "low": low,
+            "high": high,
+            "step_s": statistics.median(r[f"{side}_s"] for r in rounds),
+        }
     return figures | {"settings": {name: value for name, value in vars(args).items() if name != "json"}}
 
 

@@ -121,9 +121,12 @@ def evaluate(directory: Path, point: str, kind: str) -> Iterator[dict[str, Any]]
             recovery = again[3] - max([at, *arrivals[-1:]])
             if recovery > slowest["recovery_s"]:
                 slowest = {
-                    "recovery_s": recovery, "since_fault_s": again[3] - at, "survivor": name, "generation": again[2],
+                    "recovery_s": recovery,
+                    "since_fault_s": again[3] - at,
+                    "survivor": name,
+                    "generation": again[2],
                     "reopened": again[1],
-                }  # fmt: skip
+                }
         yield {"point": point, "slot": slot, "step": step, "step_s": statistics.median(step_s), **slowest}
 
 
@@ -144,11 +147,16 @@ def main() -> None:
         faults += happened
         times = [f["recovery_s"] for f in happened]
         limits = [0.2 if args.kind == "kill" else 2 * f["step_s"] + 1 for f in happened]
-        rows.append({
-            "point": point, "faults": len(happened), "median_s": statistics.median(times), "max_s": max(times),
-            "step_s": statistics.median(f["step_s"] for f in happened),
-            "over the limit": sum(t >= limit for t, limit in zip(times, limits, strict=True)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "point": point,
+                "faults": len(happened),
+                "median_s": statistics.median(times),
+                "max_s": max(times),
+                "step_s": statistics.median(f["step_s"] for f in happened),
+                "over the limit": sum(t >= limit for t, limit in zip(times, limits, strict=True)),
+            }
+        )
     common.show(f"Recovery after a {args.kind}, slowest survivor", rows)
     common.keep(args.json, {"benchmark": "recovery", "kind": args.kind, "points": rows, "faults": faults})
 

@@ -55,12 +55,15 @@ def measure(num_parameters: int, every: int, steps: int) -> dict[str, Any]:
     whole_began = time.thread_time()
     check.whole_audit(of.light(), {})
     return {
-        "parameters": sum(p.numel() for _, p in of.named_parameters()), "bytes_mb": round(total / 1e6, 1),
-        "mean_ms": round(float(usual.mean()), 3), "median_ms": round(float(np.median(usual)), 3),
-        "longest_ms": round(float(usual.max()), 3), "first_20_mean_ms": round(float(np.mean(took[:EAGER_STEPS])), 3),
+        "parameters": sum(p.numel() for _, p in of.named_parameters()),
+        "bytes_mb": round(total / 1e6, 1),
+        "mean_ms": round(float(usual.mean()), 3),
+        "median_ms": round(float(np.median(usual)), 3),
+        "longest_ms": round(float(usual.max()), 3),
+        "first_20_mean_ms": round(float(np.mean(took[:EAGER_STEPS])), 3),
         "share_of_100_ms_percent": round(float(usual.mean()) / STEP_MS * 100, 3),
         "a_report_ms": round((time.thread_time() - whole_began) * 1000, 1),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

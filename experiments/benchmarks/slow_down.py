@@ -116,10 +116,13 @@ def once(args: Any) -> dict[str, Any]:
     before = [shares for at, shares in seen if at <= changed[0]]
     settled = has_followed(steady(before), steady(after), args.cores, args.worker, args.part)
     return {
-        "steps": steps_to_settle(after) if settled else None, "reached": steps_to_reach(after) if settled else None,
-        "followed": settled, "before": steady(before),
-        "after": steady(after), "num_after": len(after),
-    }  # fmt: skip
+        "steps": steps_to_settle(after) if settled else None,
+        "reached": steps_to_reach(after) if settled else None,
+        "followed": settled,
+        "before": steady(before),
+        "after": steady(after),
+        "num_after": len(after),
+    }
 
 
 def main() -> None:

@@ -195,11 +195,17 @@ class Switch:
             equal = dict.fromkeys(slots, 1.0)
             hub._core.follow(
                 Table(
-                    version=before.version + 1 if before else 1, scores=before.scores if before else equal,
-                    lr_scales=equal, shares=dict.fromkeys(slots, 1), predicted_step_s=None, reason="a benchmark",
-                    links_s=links_s, codecs=dict(enumerate(codecs)),
-                ), hub._clock.now(),
-            )  # fmt: skip
+                    version=before.version + 1 if before else 1,
+                    scores=before.scores if before else equal,
+                    lr_scales=equal,
+                    shares=dict.fromkeys(slots, 1),
+                    predicted_step_s=None,
+                    reason="a benchmark",
+                    links_s=links_s,
+                    codecs=dict(enumerate(codecs)),
+                ),
+                hub._clock.now(),
+            )
 
         hub._call(follow)
 
@@ -213,15 +219,22 @@ def measure(args: Any) -> dict[str, Any]:
 
     def run(directory: str) -> dict[str, Any]:
         return train(
-            directory, size=size, batch=args.batch, fixed=fixed, rounds=args.rounds, warm=args.warm, steps=args.steps,
+            directory,
+            size=size,
+            batch=args.batch,
+            fixed=fixed,
+            rounds=args.rounds,
+            warm=args.warm,
+            steps=args.steps,
             shared=len(set(machines)) < size,
-        )  # fmt: skip
+        )
 
     rates = [rate if rate > 0 else None for rate in args.rates]
     with common.scratch() as directory:
         config = het.HetConfig(compression={"auto": {"error": args.error}}, shares=None, replica_check_steps=0)
-        lab = ProcessLab(run, directory, num_slots=size, config=config, ledger=False, rates_mbit=rates,
-                         machines=machines)  # fmt: skip
+        lab = ProcessLab(
+            run, directory, num_slots=size, config=config, ledger=False, rates_mbit=rates, machines=machines
+        )
         result = lab.run(timeout_s=7200, on_poll=lambda: switch(lab))[0]
         tables = [e for e in lab.events if e["kind"] == "table" and e["reason"] != "a benchmark"]
     rounds, sides = result["rounds"], {}

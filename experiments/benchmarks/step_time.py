@@ -125,18 +125,31 @@ def measure(args: Any) -> dict[str, Any]:
     ratios = [h["wall_s"] / d["wall_s"] for h, d in zip(pair["het"], pair["ddp"], strict=True)]
     low, high = common.bootstrap_interval(ratios)
     cpu = {
-        side: float(np.median([sum(r["cpu_s"] for r in step) for step in zip(*(
-            [row for row in results[rank] if row["side"] == side] for rank in results
-        ), strict=True)]))
+        side: float(
+            np.median(
+                [
+                    sum(r["cpu_s"] for r in step)
+                    for step in zip(
+                        *([row for row in results[rank] if row["side"] == side] for rank in results), strict=True
+                    )
+                ]
+            )
+        )
         for side in ("het", "ddp")
-    }  # fmt: skip
+    }
     return {
-        "ratio": float(np.median(ratios)), "low": low, "high": high, "steps_each": steps * len(ratios),
+        "ratio": float(np.median(ratios)),
+        "low": low,
+        "high": high,
+        "steps_each": steps * len(ratios),
         "ddp_ms": 1000 * float(np.median([r["wall_s"] for r in pair["ddp"]])),
         "het_ms": 1000 * float(np.median([r["wall_s"] for r in pair["het"]])),
-        "ddp_cpu_ms": 1000 * cpu["ddp"], "het_cpu_ms": 1000 * cpu["het"],
-        "batch": rows[0]["batch"], "ratios": ratios, "passes": high <= 1.05 and pair["ddp"] != [],
-    }  # fmt: skip
+        "ddp_cpu_ms": 1000 * cpu["ddp"],
+        "het_cpu_ms": 1000 * cpu["het"],
+        "batch": rows[0]["batch"],
+        "ratios": ratios,
+        "passes": high <= 1.05 and pair["ddp"] != [],
+    }
 
 
 def main() -> None:

@@ -74,10 +74,12 @@ def main() -> None:
 def measure(folder: Path, address: str, num_trials: int, kill_after: int) -> dict[str, Any]:
     """What became of the trials."""
     sweep = {
-        "space": {"lr": {"grid": RATES[:num_trials]}}, "metric": "accuracy", "search": "grid",
+        "space": {"lr": {"grid": RATES[:num_trials]}},
+        "metric": "accuracy",
+        "search": "grid",
         "scheduler": {"asha": {"grace_epochs": 1, "reduction_factor": 2}},
         "set": {"epochs": 4, "het.shares": "auto", "global_batch_size": 128},
-    }  # fmt: skip
+    }
     (folder / "s.yaml").write_text(yaml.safe_dump(sweep))
     command = [sys.executable, "-m", "raytrain_het.cli", "sweep", str(folder / "s.yaml"), "--name", "x"]
     command += ["--storage", str(folder), "--address", address]

@@ -97,10 +97,13 @@ def one_round(folder: Path, name: str, epochs: int) -> dict[str, tuple[float, fl
     job = load_job(None, [f"epochs={epochs}", f"name={name}", f"storage={folder / 'alone'}", "keep_checkpoints=1"])
     sweep = make_sweep(
         SweepConfig(
-            space={"label_smoothing": {"grid": [0.1, 0.10001]}}, metric="accuracy", search="grid",
-            set={"epochs": epochs}, storage=str(folder / "sweeps"),
+            space={"label_smoothing": {"grid": [0.1, 0.10001]}},
+            metric="accuracy",
+            search="grid",
+            set={"epochs": epochs},
+            storage=str(folder / "sweeps"),
         )
-    )  # fmt: skip
+    )
     with StolenTime() as stolen:
         times = [time.time()]
         make_trainer(job, lambda *told: None).fit()

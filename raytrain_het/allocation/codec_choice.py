@@ -138,11 +138,13 @@ def _leaders(fleet: Fleet) -> Fleet:
     places = _machines(fleet)
     first = [workers[0] for workers in places]
     return dataclasses.replace(
-        fleet, costs=[_worst(fleet, workers) for workers in places], hosts=(),
+        fleet,
+        costs=[_worst(fleet, workers) for workers in places],
+        hosts=(),
         speeds=[sum(fleet.speeds[k] for k in workers) for workers in places],
         byte_s=[fleet.byte_s[workers[0]] / len(workers) for workers in places],
         byte_cpu_s=[fleet.byte_cpu_s[k] for k in first] if fleet.byte_cpu_s else (),
-    )  # fmt: skip
+    )
 
 
 def _worst(fleet: Fleet, workers: Sequence[int]) -> Costs:

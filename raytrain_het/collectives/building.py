@@ -119,9 +119,15 @@ class GroupBuilder:
     """Makes a group in a helper thread, which is left to itself when the group is no longer wanted."""
 
     def __init__(
-        self, key: str, meeting: Meeting, rank: int, size: int, host: str, device: torch.device,
+        self,
+        key: str,
+        meeting: Meeting,
+        rank: int,
+        size: int,
+        host: str,
+        device: torch.device,
         wake: Callable[[], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.group: Group | None = None
         self.error: Exception | None = None
         self._wanted = True

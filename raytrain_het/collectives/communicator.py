@@ -283,7 +283,7 @@ class Communicator:
             data = packed()
         one_to_all(
             self._group, source, receivers, data, lambda op: self.patience.finish(op, record.number, record.base)
-        )  # fmt: skip
+        )
         if rank not in receivers:
             return None
         # It may be the source of the next generation, when others have yet to take the step over.

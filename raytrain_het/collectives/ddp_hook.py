@@ -52,9 +52,11 @@ class CompressedState:
     """
 
     def __init__(
-        self, model: nn.Module, compression: str | Mapping[str, Any] = "int8",
+        self,
+        model: nn.Module,
+        compression: str | Mapping[str, Any] = "int8",
         process_group: dist.ProcessGroup | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.codec = one_word(compression)
         self.weight = 1.0
         """This process's weight ``w_i`` in ``g = sum w_i g_i / sum w_i``, such as the samples of its batch. To be set
@@ -128,9 +130,12 @@ class CompressedState:
             self._loaded |= self._buckets.pop(other).states.by_parameter()
         peers = self._meet()
         bucket = _Bucket(
-            list(zip(names, parameters, strict=True)), peers.record, peers.group, first_step=self._num_dealt << 40,
+            list(zip(names, parameters, strict=True)),
+            peers.record,
+            peers.group,
+            first_step=self._num_dealt << 40,
             small_apart=CODECS[self.codec].spares_small,
-        )  # fmt: skip
+        )
         self._num_dealt += 1
         bucket.states.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
         self._buckets[names] = bucket
@@ -221,9 +226,14 @@ class _Bucket:
     """One of ``DistributedDataParallel``'s buckets, with its messages and its state."""
 
     def __init__(
-        self, named: list[tuple[str, torch.Tensor]], record: Record, group: _TorchGroup, *, first_step: int,
+        self,
+        named: list[tuple[str, torch.Tensor]],
+        record: Record,
+        group: _TorchGroup,
+        *,
+        first_step: int,
         small_apart: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.layout = Layout(named, [], _WHOLE, small_apart=small_apart)
         self.states = CodecStates(self.layout)
         make = functools.partial(Exchange, record, group.rank, self.layout, group, self.states, None)
@@ -242,9 +252,16 @@ class _Bucket:
             parts = [gradients[self._place[s.name]] for s in bucket.segments]
             local = torch.cat([part.reshape(-1).to(bucket.dtype) for part in parts])
             header = Header(
-                step=self._step, generation=0, bucket=bucket.index, want=0, weight=work.weight, finite=finite,
-                contributes=work.weight > 0, digest=0, used=sum(bool(part.any()) << k for k, part in enumerate(parts)),
-            )  # fmt: skip
+                step=self._step,
+                generation=0,
+                bucket=bucket.index,
+                want=0,
+                weight=work.weight,
+                finite=finite,
+                contributes=work.weight > 0,
+                digest=0,
+                used=sum(bool(part.any()) << k for k, part in enumerate(parts)),
+            )
             outs.append(torch.empty_like(local))
             local.mul_(work.weight / work.loss_scale)
             for operation in exchange.all_reduce(bucket, header, local, outs[-1], sums, expected_weight=total_weight):
@@ -308,7 +325,23 @@ def _record(size: int, codec: str) -> Record:
     members = tuple(Member(uid=str(k), slot=k, host="", state_port=0, device="") for k in range(size))
     ones = (1.0,) * size
     return Record(
-        number=0, incarnation=0, group="ddp", members=members, shares=ones, lr_scales=ones, normalised=True, table=0,
-        owners=ones, codecs=(codec,) * size, cursor={"epoch": 0, "offset": 0, "step": 0}, source=None, behind=(),
-        unhealed=(), fresh=(), reset=False, checkpoint=None, backend="torch", reason="DistributedDataParallel",
-    )  # fmt: skip
+        number=0,
+        incarnation=0,
+        group="ddp",
+        members=members,
+        shares=ones,
+        lr_scales=ones,
+        normalised=True,
+        table=0,
+        owners=ones,
+        codecs=(codec,) * size,
+        cursor={"epoch": 0, "offset": 0, "step": 0},
+        source=None,
+        behind=(),
+        unhealed=(),
+        fresh=(),
+        reset=False,
+        checkpoint=None,
+        backend="torch",
+        reason="DistributedDataParallel",
+    )

@@ -46,9 +46,15 @@ class Exchange:
     """
 
     def __init__(
-        self, record: Record, rank: int, layout: Layout, group: Group, states: CodecStates,
-        fidelity: Fidelity | None = None, epoch: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        record: Record,
+        rank: int,
+        layout: Layout,
+        group: Group,
+        states: CodecStates,
+        fidelity: Fidelity | None = None,
+        epoch: int | None = None,
+    ) -> None:
         self.record, self.rank, self.layout, self.group, self.states = record, rank, layout, group, states
         self._fidelity = fidelity or Fidelity()
         self.codecs = codecs_at(record, record.cursor["epoch"] if epoch is None else epoch)
@@ -84,9 +90,15 @@ class Exchange:
         self.messages.expect()
 
     def all_reduce(
-        self, bucket: Bucket, header: Header, local: torch.Tensor | None, out: torch.Tensor, sums: Sums, *,
+        self,
+        bucket: Bucket,
+        header: Header,
+        local: torch.Tensor | None,
+        out: torch.Tensor,
+        sums: Sums,
+        *,
         expected_weight: float = 1.0,
-    ) -> Iterator[Operation]:  # fmt: skip
+    ) -> Iterator[Operation]:
         """A bucket's way from local gradients to their mean, by operations with the peers.
 
         Each that it yields has been launched, and must be over before the next one is asked for. All members ask in

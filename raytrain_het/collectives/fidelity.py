@@ -23,9 +23,15 @@ class Fidelity:
         return step % EVERY_STEPS == 0 and step != self._looked_at and bucket == step // EVERY_STEPS % num_buckets
 
     def look(
-        self, step: int, word: str, codec: Codec, payload: torch.Tensor, *, shard: torch.Tensor,
+        self,
+        step: int,
+        word: str,
+        codec: Codec,
+        payload: torch.Tensor,
+        *,
+        shard: torch.Tensor,
         left_out: torch.Tensor | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A shard (n,) was encoded into a payload, by a codec of this name, and with error feedback so much was left
         out.
 

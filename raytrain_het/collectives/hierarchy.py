@@ -40,9 +40,15 @@ class Hierarchy:
     """
 
     def __init__(
-        self, record: Record, rank: int, codecs: Sequence[Codec], buckets: Sequence[Bucket], group: Group,
-        states: CodecStates, fidelity: Fidelity,
-    ) -> None:  # fmt: skip
+        self,
+        record: Record,
+        rank: int,
+        codecs: Sequence[Codec],
+        buckets: Sequence[Bucket],
+        group: Group,
+        states: CodecStates,
+        fidelity: Fidelity,
+    ) -> None:
         self._group, self._codecs, self._rank = group, codecs, rank
         leader_of = record.leaders
         self.leader = leader_of[rank]
@@ -137,9 +143,12 @@ def _of_machines(record: Record, leader_of: Sequence[int], leaders: Sequence[int
         return sum(value for value, of in zip(values, leader_of, strict=True) if of == leader)
 
     return dataclasses.replace(
-        record, members=tuple(record.members[k] for k in leaders), codecs=tuple(record.codecs[k] for k in leaders),
-        shares=tuple(total(record.shares, k) for k in leaders), owners=tuple(total(record.owners, k) for k in leaders),
-    )  # fmt: skip
+        record,
+        members=tuple(record.members[k] for k in leaders),
+        codecs=tuple(record.codecs[k] for k in leaders),
+        shares=tuple(total(record.shares, k) for k in leaders),
+        owners=tuple(total(record.owners, k) for k in leaders),
+    )
 
 
 class _SubGroup:

@@ -71,9 +71,16 @@ class Messages:
     """
 
     def __init__(
-        self, record: Record, rank: int, codecs: Sequence[Codec], buckets: Sequence[Bucket], group: Group,
-        states: CodecStates, fidelity: Fidelity, collectors: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        record: Record,
+        rank: int,
+        codecs: Sequence[Codec],
+        buckets: Sequence[Bucket],
+        group: Group,
+        states: CodecStates,
+        fidelity: Fidelity,
+        collectors: Sequence[int] | None = None,
+    ) -> None:
         self.record, self.rank, self.group = record, rank, group
         self._states, self._fidelity = states, fidelity
         self.traffic = Traffic()

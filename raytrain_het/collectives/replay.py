@@ -23,9 +23,16 @@ def pack(sums: Sums, exchange: Exchange, layout: Layout) -> torch.Tensor:
     for bucket in layout.buckets:
         size = header_bytes(len(bucket.segments))
         header = Header(
-            step=sums.step, generation=exchange.record.number, bucket=bucket.index, want=0, weight=sums.total_weight,
-            finite=sums.finite, contributes=True, digest=0, used=sums.used[bucket.index],
-        )  # fmt: skip
+            step=sums.step,
+            generation=exchange.record.number,
+            bucket=bucket.index,
+            want=0,
+            weight=sums.total_weight,
+            finite=sums.finite,
+            contributes=True,
+            digest=0,
+            used=sums.used[bucket.index],
+        )
         write_header(header, len(bucket.segments), data[place : place + size])
         place += size
         values = torch.empty(bucket.numel, dtype=bucket.dtype)

@@ -94,10 +94,17 @@ class Rounds:
         message = torch.zeros(size * length, dtype=torch.uint8, device=exchange.group.device)
         out = torch.zeros_like(message)
         header = Header(
-            step=job.step, generation=job.generation, bucket=_CONFIRM.index,
-            want=max(self._agent.want, job.generation), weight=0.0, finite=True, contributes=False, digest=0,
-            numbers=0, used=0,
-        )  # fmt: skip
+            step=job.step,
+            generation=job.generation,
+            bucket=_CONFIRM.index,
+            want=max(self._agent.want, job.generation),
+            weight=0.0,
+            finite=True,
+            contributes=False,
+            digest=0,
+            numbers=0,
+            used=0,
+        )
         for rank in range(size):
             write_header(header, 0, message[rank * length : (rank + 1) * length])
         self._patience.position = job.step * 1000 + 999

@@ -17,7 +17,7 @@ from raytrain_het.compression.topk import TopK
 
 KINDS: dict[str, Callable[..., Codec]] = {
     kind.name: kind for kind in (NoCodec, Bf16, Fp16, Int8, Int4, Sign, TopK, RandomK, LowRank)
-}  # fmt: skip
+}
 
 
 class _Codecs(dict[str, Codec]):
@@ -32,6 +32,15 @@ class _Codecs(dict[str, Codec]):
 CODECS = _Codecs()
 
 __all__ = [
-    "CODECS", "KINDS", "RESIDUAL", "Codec", "LowRank", "Stamp", "State", "byte_cpu_s", "codec_costs", "mix",
+    "CODECS",
+    "KINDS",
+    "RESIDUAL",
+    "Codec",
+    "LowRank",
+    "Stamp",
+    "State",
+    "byte_cpu_s",
+    "codec_costs",
+    "mix",
     "relative_error",
-]  # fmt: skip
+]

@@ -25,8 +25,10 @@ def kernels() -> ModuleType | None:
     except Exception as error:  # Also what a numba that does not suit this Python or numpy raises.
         logger.warning(
             "codecs are slow on this machine: numba does not work here (%s: %s). Install a version that suits this "
-            "Python: pip install --upgrade numba.", type(error).__name__, error,
-        )  # fmt: skip
+            "Python: pip install --upgrade numba.",
+            type(error).__name__,
+            error,
+        )
         return None
     return loops
 

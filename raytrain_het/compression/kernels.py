@@ -323,10 +323,12 @@ def multiply(p: Array, q: Array, out: Array) -> None:
                     own[j] += factor * row[j]
 
 
-@_compiled([
-    "void(float32[:,::1],float32[:,::1],float32,float32[:,::1])",
-    "void(float64[:,::1],float64[:,::1],float64,float64[:,::1])",
-])  # fmt: skip
+@_compiled(
+    [
+        "void(float32[:,::1],float32[:,::1],float32,float32[:,::1])",
+        "void(float64[:,::1],float64[:,::1],float64,float64[:,::1])",
+    ]
+)
 def leave(p: Array, q: Array, factor: float, y: Array) -> None:
     """``y = factor (y - p^T q)``."""
     for i in range(y.shape[0]):

@@ -74,9 +74,16 @@ class Compression:
             self._chosen_for = frozenset()
 
     def better(
-        self, now: Mapping[int, str], byte_s: Mapping[int, float], speeds: Mapping[int, float], *, compute_s: float,
-        besides_s: float, hosts: Mapping[int, str] | None = None, by_machine: bool = False,
-    ) -> Choice | None:  # fmt: skip
+        self,
+        now: Mapping[int, str],
+        byte_s: Mapping[int, float],
+        speeds: Mapping[int, float],
+        *,
+        compute_s: float,
+        besides_s: float,
+        hosts: Mapping[int, str] | None = None,
+        by_machine: bool = False,
+    ) -> Choice | None:
         """After a round of steps: another choice, if one promises more.
 
         Args:
@@ -103,11 +110,14 @@ class Compression:
             return None
         self._rounds, self._chosen_for = 0, frozenset(slots)
         fleet = Fleet(
-            num_elements=self._num_elements, costs=[self._costs[slot] for slot in slots],
-            byte_s=[self._byte_s[slot] for slot in slots], speeds=[speeds.get(slot, 1.0) for slot in slots],
-            compute_s=compute_s, byte_cpu_s=[self._byte_cpu_s[slot] for slot in slots],
+            num_elements=self._num_elements,
+            costs=[self._costs[slot] for slot in slots],
+            byte_s=[self._byte_s[slot] for slot in slots],
+            speeds=[speeds.get(slot, 1.0) for slot in slots],
+            compute_s=compute_s,
+            byte_cpu_s=[self._byte_cpu_s[slot] for slot in slots],
             hosts=[hosts[slot] for slot in slots] if hosts else (),
-        )  # fmt: skip
+        )
         by_machine = by_machine and 1 < len(set(fleet.hosts)) < len(slots)
         # What of the messages is not seen besides computing has passed beside it, as far as there was anything to pass
         # beside; the rest says that links are faster than they looked.

@@ -69,9 +69,14 @@ def probe_hardware(device: str | torch.device = "cpu", *, seconds_each: float = 
             host = torch.ones(64 * _MIB, dtype=torch.uint8, pin_memory=True)
             to_device = speed(lambda: target[: host.numel()].copy_(host, non_blocking=True), host.numel())
     return Profile(
-        hardware=hardware_name(device), device=str(device), cores=cpu_limit().cores,
-        num_threads=torch.get_num_threads(), flops=flops, memory_bandwidth=memory, host_to_device=to_device,
-    )  # fmt: skip
+        hardware=hardware_name(device),
+        device=str(device),
+        cores=cpu_limit().cores,
+        num_threads=torch.get_num_threads(),
+        flops=flops,
+        memory_bandwidth=memory,
+        host_to_device=to_device,
+    )
 
 
 def known_or_probed(device: str | torch.device = "cpu", *, store: ProfileStore | None = None) -> Profile:

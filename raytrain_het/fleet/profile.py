@@ -62,11 +62,14 @@ class Profile:
         """
         measured = {name: Measurement(**data[name]) for name in _MEASUREMENTS if data[name] is not None}
         return cls(
-            hardware=data["hardware"], device=data["device"], cores=data["cores"], num_threads=data["num_threads"],
+            hardware=data["hardware"],
+            device=data["device"],
+            cores=data["cores"],
+            num_threads=data["num_threads"],
             flops={dtype: Measurement(**m) for dtype, m in data["flops"].items()},
             step=StepCost(**data["step"]) if data["step"] is not None else None,
             **measured,
-        )  # fmt: skip
+        )
 
 
 _MEASUREMENTS = ("memory_bandwidth", "host_to_device")

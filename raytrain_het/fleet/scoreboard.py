@@ -83,9 +83,15 @@ class Scoreboard:
     """
 
     def __init__(
-        self, *, alpha: float = 0.0, balance: bool = True, shares: Sequence[float] | None = None, spares: bool = False,
-        policy: str | Policy = "train_step", compression: Compression | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        alpha: float = 0.0,
+        balance: bool = True,
+        shares: Sequence[float] | None = None,
+        spares: bool = False,
+        policy: str | Policy = "train_step",
+        compression: Compression | None = None,
+    ) -> None:
         self.compression = compression
         self.alpha, self.balance, self.given, self.spares, self.policy = alpha, balance, shares, spares, policy
         self.table: Table | None = None
@@ -192,17 +198,27 @@ class Scoreboard:
         by_slot = dict(zip(scores, now, strict=True))
         byte_s = self._of_links(self._paths.byte_s, scores)
         choice = self.compression.better(
-            by_slot, byte_s, scores, compute_s=compute_s, besides_s=besides_s, hosts=self._paths.hosts,
+            by_slot,
+            byte_s,
+            scores,
+            compute_s=compute_s,
+            besides_s=besides_s,
+            hosts=self._paths.hosts,
             by_machine=bool(self._leaders),
-        )  # fmt: skip
+        )
         if choice is None:
             return None
         self._speeds.messages_change()
         return self._issue(
-            scores, shares, choice.reason, step_s=choice.step_s, besides_s=choice.step_s - compute_s,
+            scores,
+            shares,
+            choice.reason,
+            step_s=choice.step_s,
+            besides_s=choice.step_s - compute_s,
             links_s=choice.links_s if max(choice.links_s.values()) > LINK_PART * choice.step_s else {},
-            codecs=choice.codecs, hierarchy=choice.by_machine,
-        )  # fmt: skip
+            codecs=choice.codecs,
+            hierarchy=choice.by_machine,
+        )
 
     def _of_links(
         self, measure: Callable[[Collection[int]], dict[int, float]], slots: Collection[int]
@@ -262,10 +278,17 @@ class Scoreboard:
         return self._issue(self._scores_of(costs), shares, reason, step_s=step_s, besides_s=self._besides_s)
 
     def _issue(
-        self, scores: dict[int, float], shares: dict[int, int], reason: str, *, step_s: float | None = None,
-        besides_s: float = 0.0, links_s: Mapping[int, float] | None = None, codecs: Mapping[int, str] | None = None,
+        self,
+        scores: dict[int, float],
+        shares: dict[int, int],
+        reason: str,
+        *,
+        step_s: float | None = None,
+        besides_s: float = 0.0,
+        links_s: Mapping[int, float] | None = None,
+        codecs: Mapping[int, str] | None = None,
         hierarchy: bool | None = None,
-    ) -> Table:  # fmt: skip
+    ) -> Table:
         before = self.table.links_s if self.table is not None else {}
         if codecs is None:
             codecs = self.table.codecs if self.table is not None else {}
@@ -274,10 +297,16 @@ class Scoreboard:
         if before and links_s is None:  # They matter: as they are by now.
             links_s = self._of_links(self._paths.links_s, scores) or before
         self.table = Table(
-            version=self.table.version + 1 if self.table is not None else 1, scores=scores,
-            lr_scales=lr_scales(scores, self.alpha), shares=shares, predicted_step_s=step_s, reason=reason,
-            links_s=dict(links_s or {}), codecs=dict(codecs), hierarchy=hierarchy,
-        )  # fmt: skip
+            version=self.table.version + 1 if self.table is not None else 1,
+            scores=scores,
+            lr_scales=lr_scales(scores, self.alpha),
+            shares=shares,
+            predicted_step_s=step_s,
+            reason=reason,
+            links_s=dict(links_s or {}),
+            codecs=dict(codecs),
+            hierarchy=hierarchy,
+        )
         self._besides_s = besides_s
         self._speeds.table_issued()
         return self.table

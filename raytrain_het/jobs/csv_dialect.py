@@ -104,15 +104,18 @@ def _has_others(rows: Sequence[Sequence[str]], delimiter: str, fitting: Sequence
     others = [d for d in fitting if d != delimiter]
     return any(
         other in value and not (other == "," and _COMMA_NUMBER.fullmatch(value))
-        for row in rows for value in row for other in others
-    )  # fmt: skip
+        for row in rows
+        for value in row
+        for other in others
+    )
 
 
 def _and(found: dict[str, list[list[str]]]) -> str:
     return " or by ".join(
-        f"{DELIMITERS[d]} (into {len(rows[0])})" for d, rows in found.items()
+        f"{DELIMITERS[d]} (into {len(rows[0])})"
+        for d, rows in found.items()
         if rows and len(set(map(len, rows))) == 1 and len(rows[0]) > 1
-    )  # fmt: skip
+    )
 
 
 def _spans_lines(rows: Sequence[Sequence[str]]) -> bool:
@@ -194,19 +197,24 @@ def _check_header(rows: Sequence[Sequence[str]], delimiter: str) -> str | None:
         return None
     columns = list(zip(*below, strict=True))
     numbers = [
-        i for i, name in enumerate(names)
+        i
+        for i, name in enumerate(names)
         if is_number(name, delimiter=delimiter) and _mostly(columns[i], lambda v: is_number(v, delimiter=delimiter))
-    ]  # fmt: skip
+    ]
     dates = [i for i, name in enumerate(names) if _DATE.fullmatch(name) and _mostly(columns[i], _is_date)]
     flags = [
-        i for i, name in enumerate(names)
+        i
+        for i, name in enumerate(names)
         if name.strip().lower() in ("true", "false") and _mostly(columns[i], lambda v: v.lower() in ("true", "false"))
-    ]  # fmt: skip
+    ]
     again = [
-        i for i, name in enumerate(names)
-        if i not in numbers and name.strip() and name in columns[i]
+        i
+        for i, name in enumerate(names)
+        if i not in numbers
+        and name.strip()
+        and name in columns[i]
         and not _mostly(columns[i], lambda v: is_number(v, delimiter=delimiter))
-    ]  # fmt: skip
+    ]
     if dates or flags or len(again) > 1 or (again and (numbers or len(again) == len(names))):
         raise NotATable(_headless(names, delimiter))
     if not numbers:

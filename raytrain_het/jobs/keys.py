@@ -55,9 +55,11 @@ def _meanings(cls: type) -> dict[str, str]:
         assert isinstance(node, ast.ClassDef)
         for field, text in zip(node.body, node.body[1:], strict=False):
             if (
-                isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-                and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-            ):  # fmt: skip
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
                 found[field.target.id] = (
                     inspect.cleandoc(str(text.value.value)).replace("``", "").replace("None", "null")
                 )

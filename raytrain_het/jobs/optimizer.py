@@ -11,8 +11,11 @@ from torch import nn
 from raytrain_het.optim import optimizer_of
 
 _NORMS = (
-    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
-)  # fmt: skip
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
 
 
 def make_optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:

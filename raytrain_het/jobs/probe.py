@@ -65,9 +65,14 @@ class ProbeResult:
 
 
 def run_probe(
-    *, job: JobConfig | None = None, address: str | None = None, say: Say = print,
-    seconds_each: float = SECONDS_EACH, step_seconds: float = STEP_SECONDS, compression: bool = False,
-) -> ProbeResult:  # fmt: skip
+    *,
+    job: JobConfig | None = None,
+    address: str | None = None,
+    say: Say = print,
+    seconds_each: float = SECONDS_EACH,
+    step_seconds: float = STEP_SECONDS,
+    compression: bool = False,
+) -> ProbeResult:
     """Measure a cluster, or this machine where none is named, by ``address`` or ``RAY_ADDRESS``.
 
     Args:
@@ -100,9 +105,13 @@ def run_probe(
 
 
 def _finish(
-    devices: list[Device], job: JobConfig | None, workers: Sequence[Handle], seconds: float, say: Say,
+    devices: list[Device],
+    job: JobConfig | None,
+    workers: Sequence[Handle],
+    seconds: float,
+    say: Say,
     compression: bool,
-) -> ProbeResult:  # fmt: skip
+) -> ProbeResult:
     links = _links(workers, say)
     model = _model(job, workers, links, seconds, say, compression) if job is not None else None
     return ProbeResult(devices, links, model)
@@ -206,11 +215,13 @@ def _codecs(
     say("measuring the codecs on all workers at once")
     told: list[tuple[dict[str, CodecCost], int, float]] = call_all(workers, "codecs")
     fleet = Fleet(
-        num_elements=told[0][1], costs=[costs for costs, _, _ in told],
+        num_elements=told[0][1],
+        costs=[costs for costs, _, _ in told],
         byte_cpu_s=[cpu_s for _, _, cpu_s in told],
-        byte_s=[1 / machine.bandwidth for machine in machines], speeds=list(advised.solo_samples_per_s),
+        byte_s=[1 / machine.bandwidth for machine in machines],
+        speeds=list(advised.solo_samples_per_s),
         compute_s=advised.prediction.compute_s + advised.prediction.chance_s,
-    )  # fmt: skip
+    )
     error = job.het.compression_error
     return codec_advice(fleet, AUTO_CODECS, error if error is not None else AUTO["error"].default)
 

@@ -239,9 +239,12 @@ def ray_workers(job: JobConfig | None, say: Say) -> Iterator[list[RayWorker]]:
             cpus, gpus = slot.resources.get("CPU", 0.0), slot.resources.get("GPU", 0.0)
             others = {name: amount for name, amount in slot.resources.items() if name not in ("CPU", "GPU", "memory")}
             options = {
-                "num_cpus": cpus, "num_gpus": gpus, "resources": others, "label_selector": slot.selector(),
+                "num_cpus": cpus,
+                "num_gpus": gpus,
+                "resources": others,
+                "label_selector": slot.selector(),
                 "memory": slot.resources.get("memory"),
-            }  # fmt: skip
+            }
             actor = remote.options(**options).remote(gpu=gpus > 0, num_threads=max(1, int(cpus)))
             workers.append(RayWorker(actor, "cuda" if gpus else "cpu"))
         places = [worker.actor.where.remote() for worker in workers]

@@ -62,12 +62,18 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
         "gradient_bytes": model.gradient_bytes,
         "workers": [
             {
-                "node": worker.node, "device": worker.profile.device, "num_threads": worker.profile.num_threads,
-                **dataclasses.asdict(worker.profile.step), "score": by_worker[i], "share": prediction.shares[i],
-                "solo_samples_per_s": given.solo_samples_per_s[i], "gain": given.gains[i],
+                "node": worker.node,
+                "device": worker.profile.device,
+                "num_threads": worker.profile.num_threads,
+                **dataclasses.asdict(worker.profile.step),
+                "score": by_worker[i],
+                "share": prediction.shares[i],
+                "solo_samples_per_s": given.solo_samples_per_s[i],
+                "gain": given.gains[i],
                 "costs_more_than_it_gives": i in given.costs_more,
             }
-            for i, worker in enumerate(model.workers) if worker.profile.step is not None
+            for i, worker in enumerate(model.workers)
+            if worker.profile.step is not None
         ],
         "step_s": prediction.step_s,
         "communication_s": prediction.communication_s,
@@ -80,21 +86,26 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
         "enough_global_batch_size": given.enough_batch_size,
         "max_global_batch_size": BATCH_BOUND * model.global_batch_size,
         "compression": _codecs_json(model.codecs) if model.codecs is not None else None,
-    }  # fmt: skip
+    }
 
 
 def _codecs_json(advice: CodecAdvice) -> dict[str, Any]:
     return {
         "codecs": [
             {
-                "codec": word, "bytes": max(prediction.num_bytes), "step_s": prediction.step_s,
-                "messages_s": prediction.exchange_s, "break_even_bytes_per_s": advice.break_even.get(word),
+                "codec": word,
+                "bytes": max(prediction.num_bytes),
+                "step_s": prediction.step_s,
+                "messages_s": prediction.exchange_s,
+                "break_even_bytes_per_s": advice.break_even.get(word),
                 "error": max(costs[word].error for costs in advice.fleet.costs),
             }
             for word, prediction in advice.by_codec.items()
         ],
-        "chosen": list(advice.chosen), "step_s": advice.step_s, "why": advice.why,
-    }  # fmt: skip
+        "chosen": list(advice.chosen),
+        "step_s": advice.step_s,
+        "why": advice.why,
+    }
 
 
 def tables(result: ProbeResult, width: int) -> RenderableType:
@@ -182,11 +193,15 @@ def _worker_table(model: ModelResult) -> Table:
         cost = worker.profile.step
         assert cost is not None
         table.add_row(
-            str(i), worker.node, f"{worker.profile.device}, {worker.profile.num_threads}",
-            f"{_rate(1000 * cost.fixed_s)} + {_rate(1000 * cost.per_sample_s)} b", _rate(given.solo_samples_per_s[i]),
-            f"{by_worker[i]:.3g}", str(given.prediction.shares[i]),
+            str(i),
+            worker.node,
+            f"{worker.profile.device}, {worker.profile.num_threads}",
+            f"{_rate(1000 * cost.fixed_s)} + {_rate(1000 * cost.per_sample_s)} b",
+            _rate(given.solo_samples_per_s[i]),
+            f"{by_worker[i]:.3g}",
+            str(given.prediction.shares[i]),
             "-" if math.isinf(given.gains[i]) else f"{given.gains[i]:.3g}",
-        )  # fmt: skip
+        )
     return table
 
 
@@ -199,9 +214,13 @@ def _codec_table(advice: CodecAdvice) -> Table:
         below = advice.break_even.get(word)
         error = max(costs[word].error for costs in advice.fleet.costs)
         table.add_row(
-            word.replace("(", "\n("), _si(max(prediction.num_bytes)), f"{1000 * prediction.step_s:.4g}",
-            f"{1000 * prediction.exchange_s:.3g}", f"{error:.2g}", "-" if below is None else _si(below),
-        )  # fmt: skip
+            word.replace("(", "\n("),
+            _si(max(prediction.num_bytes)),
+            f"{1000 * prediction.step_s:.4g}",
+            f"{1000 * prediction.exchange_s:.3g}",
+            f"{error:.2g}",
+            "-" if below is None else _si(below),
+        )
     return table
 
 

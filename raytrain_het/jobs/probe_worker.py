@@ -64,9 +64,12 @@ class ProbeWorker:
         cost, times = probe_step(self._step, _feasible(self._step, sizes, seconds), seconds=seconds)
         ProfileStore().keep_step(hardware_key(self.device), self._step.key, cost)
         profile = Profile(
-            hardware=hardware_name(self.device), device=str(self.device), cores=cpu_limit().cores,
-            num_threads=torch.get_num_threads(), step=cost,
-        )  # fmt: skip
+            hardware=hardware_name(self.device),
+            device=str(self.device),
+            cores=cpu_limit().cores,
+            num_threads=torch.get_num_threads(),
+            step=cost,
+        )
         return profile, statistics.median(measured.spread for measured in times.values())
 
     def codecs(self) -> tuple[dict[str, CodecCost], int, float]:

@@ -152,9 +152,11 @@ def check_writable(storage: Path) -> None:
     try:
         write_some(nearest)
     except OSError as error:
-        what = "the disk is full: free some space" if error.errno == errno.ENOSPC else (
-            f"nothing can be written in {nearest} ({error.strerror}): allowed is a folder you may write to"
-        )  # fmt: skip
+        what = (
+            "the disk is full: free some space"
+            if error.errno == errno.ENOSPC
+            else (f"nothing can be written in {nearest} ({error.strerror}): allowed is a folder you may write to")
+        )
         raise ConfigError(f"--storage {storage}: {what}. Write --storage ~/runs") from None
 
 

@@ -101,9 +101,11 @@ def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
         if together and predicted:
             totals += f", at last {number(together)} samples/s ({number(predicted)} were predicted)"
     return Group(
-        worker_table(summary["workers"]), "", metrics,
+        worker_table(summary["workers"]),
+        "",
+        metrics,
         *map(Sentence, (totals, checkpoint_line(summary), f"run folder: {folder}")),
-    )  # fmt: skip
+    )
 
 
 def checkpoint_line(summary: Mapping[str, Any]) -> str:

@@ -207,9 +207,10 @@ def _refuse_both_decimals(points: pa.Table, commas: pa.Table) -> None:
     NotATable: some columns are numbers with decimal points, others with decimal commas.
     """
     changed = [
-        name for name in points.column_names
+        name
+        for name in points.column_names
         if pa.types.is_floating(points.schema.field(name).type) and pa.types.is_string(commas.schema.field(name).type)
-    ]  # fmt: skip
+    ]
     if changed:
         raise NotATable(
             f"has numbers with decimal points ({some(changed)}) and numbers with decimal commas. Write all with points"

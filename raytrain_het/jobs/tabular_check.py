@@ -18,9 +18,14 @@ def source_of(config: dict[str, Any]) -> Source:
     """Which table a job reads."""
     features = config["features"]
     return Source(
-        data=config["data"], rows=config["rows"], columns=config["columns"], target=config["target"],
-        features=tuple(features) if features is not None else None, task=config["task"], seed=config["seed"],
-    )  # fmt: skip
+        data=config["data"],
+        rows=config["rows"],
+        columns=config["columns"],
+        target=config["target"],
+        features=tuple(features) if features is not None else None,
+        task=config["task"],
+        seed=config["seed"],
+    )
 
 
 def glance(job: TabularJob) -> None:

@@ -94,10 +94,16 @@ def open_table(source: Source) -> TableData:
         fcntl.flock(used, fcntl.LOCK_SH)
         weakref.finalize(x, os.close, used)  # The model's tensors share its memory, and keep it.
     return TableData(
-        x=x, y=y, num_train=about["num_train"], features=tuple(about["features"]), target=about["target"],
+        x=x,
+        y=y,
+        num_train=about["num_train"],
+        features=tuple(about["features"]),
+        target=about["target"],
         classes=tuple(about["classes"]) if about["classes"] is not None else None,
-        target_deviation=about["target_deviation"], fingerprint=about["fingerprint"], notes=tuple(about["notes"]),
-    )  # fmt: skip
+        target_deviation=about["target_deviation"],
+        fingerprint=about["fingerprint"],
+        notes=tuple(about["notes"]),
+    )
 
 
 def _home() -> Path:
@@ -213,15 +219,25 @@ def _made_up(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str, A
 
 
 def _about(
-    rows: int, features: list[str], target: str, classes: list[str] | None, deviation: float, digest: Any,
+    rows: int,
+    features: list[str],
+    target: str,
+    classes: list[str] | None,
+    deviation: float,
+    digest: Any,
     notes: tuple[str, ...] = (),
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     # Of what was read, not of what became of it: that may differ in the last bits between unlike machines.
     digest.update(repr((features, target, classes)).encode())
     return {
-        "num_train": _num_train(rows), "features": features, "target": target, "classes": classes,
-        "target_deviation": deviation, "fingerprint": digest.hexdigest()[:16], "notes": notes,
-    }  # fmt: skip
+        "num_train": _num_train(rows),
+        "features": features,
+        "target": target,
+        "classes": classes,
+        "target_deviation": deviation,
+        "fingerprint": digest.hexdigest()[:16],
+        "notes": notes,
+    }
 
 
 def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str, Any]]:

@@ -28,9 +28,13 @@ class TrainingStep:
     """
 
     def __init__(
-        self, dataset: Any, model: nn.Module, optimizer: torch.optim.Optimizer,
-        loss_of: Callable[[Tensor, Tensor], Tensor], device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        dataset: Any,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        device: torch.device,
+    ) -> None:
         self.model, self.optimizer, self.loss_of, self.device = model, optimizer, loss_of, device
         self.micro_batch_size: int | None = None
         """Most samples in one pass; ``None`` is no limit."""

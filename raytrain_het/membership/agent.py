@@ -240,12 +240,18 @@ class MemberAgent:
 
     def _hello(self, token: str) -> dict[str, Any]:
         return {
-            "token": token, "member": vars(self.member), "cursor": self.cursor, "healed": self.healed,
-            "fresh": self.fresh, "record": self.record.to_json() if self.record else None,
-            "answered": max(self.answered, self.want), "fingerprint": self._fingerprint,
-            "checkpoint": self.checkpoint, "checkpoint_cursor": self.checkpoint_cursor,
+            "token": token,
+            "member": vars(self.member),
+            "cursor": self.cursor,
+            "healed": self.healed,
+            "fresh": self.fresh,
+            "record": self.record.to_json() if self.record else None,
+            "answered": max(self.answered, self.want),
+            "fingerprint": self._fingerprint,
+            "checkpoint": self.checkpoint,
+            "checkpoint_cursor": self.checkpoint_cursor,
             "known": self.known,
-        }  # fmt: skip
+        }
 
     def _handle(self, m: dict[str, Any]) -> None:
         kind = m["type"]

@@ -144,11 +144,17 @@ class ReportBook:
                 continue  # It is told to nobody: its checkpoint is not a good one.
             parts = [report.parts[s] for s in sorted(report.parts)]
             entry = {
-                "seq": self._next_seq, "key": key, "step": report.step, "epoch": report.epoch,
-                "metrics": reduce_metrics(parts), "since_last": add_up(parts), "lr": parts[0].get("lr"),
-                "checkpoint": report.checkpoint, "checkpoint_error": report.checkpoint_error,
+                "seq": self._next_seq,
+                "key": key,
+                "step": report.step,
+                "epoch": report.epoch,
+                "metrics": reduce_metrics(parts),
+                "since_last": add_up(parts),
+                "lr": parts[0].get("lr"),
+                "checkpoint": report.checkpoint,
+                "checkpoint_error": report.checkpoint_error,
                 "num_workers": len(parts),
-            }  # fmt: skip
+            }
             if waiting:
                 entry["checkpoint_error"] = "every worker that held the snapshot was lost before it was stored"
             self._next_seq += 1

@@ -90,8 +90,11 @@ class Hub:
     def address(self) -> dict[str, Any]:
         """Where members find it, and which run it serves."""
         return {
-            "host": self.settings.host, "port": self._port, "token": self.token, "run": self.settings.run_id,
-        }  # fmt: skip
+            "host": self.settings.host,
+            "port": self._port,
+            "token": self.token,
+            "run": self.settings.run_id,
+        }
 
     def slot_lost(self, slot: int, reason: str) -> None:
         """Ray's word that the worker in a slot is dead."""

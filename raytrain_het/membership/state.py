@@ -287,9 +287,7 @@ class Membership:
             peer.fresh = False
             self._form_if_all_have_verified(now)
 
-    def progress(
-        self, uid: str, step: int, now: float, left_out: float | None = None, step_s: float = 0.0
-    ) -> None:  # fmt: skip
+    def progress(self, uid: str, step: int, now: float, left_out: float | None = None, step_s: float = 0.0) -> None:
         """A member has committed a step, a typical one takes it so long, and its codec has left out gradients of such a
         norm; told from time to time only."""
         peer = self._heard(uid, now)
@@ -531,10 +529,17 @@ class Membership:
             reason=self._reason,
         )
         self._log(
-            "formed", now, number=self.number, base=base["step"], slots=[p.member.slot for p in peers],
-            unhealed=[p.member.slot for p in peers if not p.healed], reason=self._reason, reset=reset,
-            table=self.record.table, owners=[round(part, 4) for part in self.record.owners],
-        )  # fmt: skip
+            "formed",
+            now,
+            number=self.number,
+            base=base["step"],
+            slots=[p.member.slot for p in peers],
+            unhealed=[p.member.slot for p in peers if not p.healed],
+            reason=self._reason,
+            reset=reset,
+            table=self.record.table,
+            owners=[round(part, 4) for part in self.record.owners],
+        )
         for peer in peers:
             if peer.phase is Phase.JOINING:
                 peer.phase = Phase.IN
@@ -677,8 +682,9 @@ class Membership:
         self._fail(
             f"Workers died {MAX_FRUITLESS_DEATHS} times in step {base + 1}{where}, the last in slots {slots}. "
             "Some sample of that step probably kills the process: train without it, or look at the workers' logs.",
-            now, poison={"step": base + 1, "slots": slots, "ranks": ranks, "shares": self.record.shares},
-        )  # fmt: skip
+            now,
+            poison={"step": base + 1, "slots": slots, "ranks": ranks, "shares": self.record.shares},
+        )
 
     def _fail(self, message: str, now: float, **extra: Any) -> None:
         self.failure = message
@@ -752,9 +758,13 @@ class Membership:
             return
         self._told_of, self._told_at = told_of, now
         self._log(
-            "waiting", now, slots=busy, waited_s=round(waited_s, 1),
-            reason=where_all_are(partners), limit_s=self.settings.hang_limit_s,
-        )  # fmt: skip
+            "waiting",
+            now,
+            slots=busy,
+            waited_s=round(waited_s, 1),
+            reason=where_all_are(partners),
+            limit_s=self.settings.hang_limit_s,
+        )
 
     # ---------------------------------------------------------------- a restart of this actor
 

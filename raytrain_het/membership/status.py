@@ -61,12 +61,15 @@ def _of_peer(peer: Peer, record: Record | None) -> dict[str, Any]:
     rank = record.rank_of(peer.member.uid) if record else None
     total = sum(record.shares) if record else 0.0
     return {
-        "uid": peer.member.uid, "device": peer.member.device, "node_ip": peer.member.host,
-        "healed": peer.healed, "phase": peer.phase.value,
+        "uid": peer.member.uid,
+        "device": peer.member.device,
+        "node_ip": peer.member.host,
+        "healed": peer.healed,
+        "phase": peer.phase.value,
         "share": record.shares[rank] / total if record and rank is not None and total else 0.0,
         "lr_scale": record.lr_scales[rank] if record and rank is not None else None,
         "codec": record.codecs[rank] if record and rank is not None else None,
-    }  # fmt: skip
+    }
 
 
 def fraction_of_aggregate(tables: TableKeeper, record: Record | None) -> float | None:

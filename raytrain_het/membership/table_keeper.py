@@ -18,13 +18,17 @@ class TableKeeper:
 
     def __init__(self, settings: HubSettings, core: Membership) -> None:
         self.board = Scoreboard(
-            alpha=settings.alpha, balance=settings.balance, shares=settings.shares, spares=settings.warm_spares,
+            alpha=settings.alpha,
+            balance=settings.balance,
+            shares=settings.shares,
+            spares=settings.warm_spares,
             policy=settings.score_policy,
             compression=(
                 Compression(settings.compression_error, hierarchy=settings.hierarchy)
-                if settings.compression_error is not None else None
+                if settings.compression_error is not None
+                else None
             ),
-        )  # fmt: skip
+        )
         self._core = core
         self._follows = bool(settings.balance or settings.alpha or self.board.compression)
         core.table_for = self._table_for

@@ -39,9 +39,7 @@ def tune(sock: socket.socket) -> None:
 class Connection:
     """A member's end: sends from any thread, reads from one."""
 
-    def __init__(
-        self, host: str, port: int, timeout_s: float = 10.0, send_timeout_s: float = SEND_TIMEOUT_S
-    ) -> None:  # fmt: skip
+    def __init__(self, host: str, port: int, timeout_s: float = 10.0, send_timeout_s: float = SEND_TIMEOUT_S) -> None:
         self._sock = socket.create_connection((host, port), timeout=timeout_s)
         self._sock.settimeout(None)
         tune(self._sock)

@@ -63,9 +63,11 @@ def pick(kinds: Mapping[str, type[N]], value: str | Mapping[str, Any], *, field:
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(str(option), known, n=1, cutoff=0.5)
-            fix = f"allowed is {', '.join(known)}. Write {(near or known)[0]!r}, or leave it out." if known else (
-                f"it has none. Write {field}={name!r}."
-            )  # fmt: skip
+            fix = (
+                f"allowed is {', '.join(known)}. Write {(near or known)[0]!r}, or leave it out."
+                if known
+                else (f"it has none. Write {field}={name!r}.")
+            )
             raise ConfigError(f"{field}={value!r} is not valid: {name!r} has no option {option!r}; {fix}")
     return kinds[name](**options)
 

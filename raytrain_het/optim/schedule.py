@@ -49,9 +49,10 @@ class Schedule(Named, abc.ABC):
         ConfigError: the warm-up is longer than a run of so many epochs.
         """
         self.check(
-            "warmup_epochs", self.warmup_epochs < num_epochs,
+            "warmup_epochs",
+            self.warmup_epochs < num_epochs,
             f"less than the run's {num_epochs:g} epochs: else the decay never begins",
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

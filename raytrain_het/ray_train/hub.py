@@ -62,9 +62,16 @@ class Hub:
     """
 
     def __init__(
-        self, parts: Parts, config: HetConfig, *, run_id: str, attempt: int, num_slots: int,
-        checkpoint: str | None, checkpoint_cursor: dict[str, int] | None,
-    ) -> None:  # fmt: skip
+        self,
+        parts: Parts,
+        config: HetConfig,
+        *,
+        run_id: str,
+        attempt: int,
+        num_slots: int,
+        checkpoint: str | None,
+        checkpoint_cursor: dict[str, int] | None,
+    ) -> None:
         context = ray.get_runtime_context()
         settings = parts.settings(
             run_id=f"{run_id}-{attempt}",

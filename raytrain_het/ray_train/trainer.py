@@ -215,9 +215,11 @@ class HetTrainer(TorchTrainer):
                 summary["num_checkpoints"],
             )
         logger.info(
-            "the run is complete: %d steps, %s samples/s, last checkpoint: %s", summary["steps"],
-            number(summary["throughput_samples_per_s"]), summary["checkpoint"] or "none",
-        )  # fmt: skip
+            "the run is complete: %d steps, %s samples/s, last checkpoint: %s",
+            summary["steps"],
+            number(summary["throughput_samples_per_s"]),
+            summary["checkpoint"] or "none",
+        )
 
     def _start_controller(self, **arguments: Any) -> Any:
         node_id = ray.get_runtime_context().get_node_id()
@@ -271,8 +273,11 @@ def _check_signature(train_fn: Any) -> None:
         parameters = inspect.signature(train_fn).parameters.values()
     except (TypeError, ValueError):
         return
-    required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY,
-                p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]  # fmt: skip
+    required = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     keyword_only = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
     if len(required) > 1 or keyword_only:
         raise ConfigError(

@@ -53,9 +53,15 @@ class HetWorkerGroup(WorkerGroup):
     """
 
     def __init__(
-        self, train_run_context: Any, worker_group_context: Any, callbacks: list[Any], *, hub: Hub,
-        on_group: Callable[[PlacementGroup], None], on_end: Callable[[dict[str, Any]], None],
-    ) -> None:  # fmt: skip
+        self,
+        train_run_context: Any,
+        worker_group_context: Any,
+        callbacks: list[Any],
+        *,
+        hub: Hub,
+        on_group: Callable[[PlacementGroup], None],
+        on_end: Callable[[dict[str, Any]], None],
+    ) -> None:
         super().__init__(train_run_context, worker_group_context, callbacks)
         self._hub, self._on_group, self._on_end = hub, on_group, on_end
         self.slots = [Slot(i, spec) for i, spec in enumerate(train_run_context.scaling_config.slots)]
@@ -263,8 +269,10 @@ class HetWorkerGroup(WorkerGroup):
             slot.user_told = True
             logger.warning(
                 "Worker %d waits for %s; free in the cluster: %s. The run goes on without it until then.",
-                slot.index, slot.spec.resources, describe_free([slot.spec]),
-            )  # fmt: skip
+                slot.index,
+                slot.spec.resources,
+                describe_free([slot.spec]),
+            )
 
     # What Ray is told
 

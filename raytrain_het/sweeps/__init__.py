@@ -14,16 +14,31 @@ if TYPE_CHECKING:
     from raytrain_het.sweeps.trial import trainable
 
 __all__ = [
-    "Results", "Sweep", "SweepConfig", "load_sweep", "make_sweep", "make_tuner", "read_results", "run_name",
-    "run_sweep", "trainable",
-]  # fmt: skip
+    "Results",
+    "Sweep",
+    "SweepConfig",
+    "load_sweep",
+    "make_sweep",
+    "make_tuner",
+    "read_results",
+    "run_name",
+    "run_sweep",
+    "trainable",
+]
 
 # Loaded when first used: a sweep's file is checked without Ray and pandas, which take seconds.
 _HOME = {
-    "Results": "results", "Sweep": "sweep", "SweepConfig": "sweep", "load_sweep": "sweep_file",
-    "make_sweep": "sweep_file", "make_tuner": "driver", "read_results": "results", "run_name": "runs",
-    "run_sweep": "driver", "trainable": "trial",
-}  # fmt: skip
+    "Results": "results",
+    "Sweep": "sweep",
+    "SweepConfig": "sweep",
+    "load_sweep": "sweep_file",
+    "make_sweep": "sweep_file",
+    "make_tuner": "driver",
+    "read_results": "results",
+    "run_name": "runs",
+    "run_sweep": "driver",
+    "trainable": "trial",
+}
 
 
 def __getattr__(name: str) -> Any:

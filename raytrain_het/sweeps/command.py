@@ -25,9 +25,15 @@ def run_sweep(sweep: Sweep, **options: Any) -> Results:
 
 
 def sweep_command(
-    sweep: Sweep, *, file: str, resume: bool, retry_failed: bool, address: str | None, as_json: bool,
+    sweep: Sweep,
+    *,
+    file: str,
+    resume: bool,
+    retry_failed: bool,
+    address: str | None,
+    as_json: bool,
     at_start: AtStart | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Run it and show the results; returns the exit status, 1 if all trials have ended and none has a value.
 
     Raises:
@@ -42,9 +48,14 @@ def sweep_command(
     name = f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_before_ray(sweep, name=name, resume=resume, address=address)
     results = run_sweep(
-        sweep, name=name, resume=resume, address=address, at_start=at_start, retry_failed=retry_failed,
+        sweep,
+        name=name,
+        resume=resume,
+        address=address,
+        at_start=at_start,
+        retry_failed=retry_failed,
         to_stderr=as_json,
-    )  # fmt: skip
+    )
     stream = sys.stderr if as_json else sys.stdout
     lines.show(results.table(lines.columns(stream)), stream)
     where = results.folder

@@ -42,9 +42,15 @@ _ENVIRONMENT = {
 
 
 def run_sweep(
-    sweep: Sweep, *, name: str, resume: bool = False, address: str | None = None, at_start: AtStart | None = None,
-    retry_failed: bool = False, to_stderr: bool = False,
-) -> Results:  # fmt: skip
+    sweep: Sweep,
+    *,
+    name: str,
+    resume: bool = False,
+    address: str | None = None,
+    at_start: AtStart | None = None,
+    retry_failed: bool = False,
+    to_stderr: bool = False,
+) -> Results:
     """Run a sweep to its end.
 
     Args:
@@ -188,9 +194,11 @@ def _restored(sweep: Sweep, folder: Path, at_once: int, at_start: AtStart | None
                 (folder / name).rename(folder / f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
         return None
     return tune.Tuner.restore(
-        str(folder / TUNE), _trainable(sweep, folder, at_once, at_start), param_space=sweep.param_space(),
+        str(folder / TUNE),
+        _trainable(sweep, folder, at_once, at_start),
+        param_space=sweep.param_space(),
         resume_errored=retry_failed,  # Not restart_errored: searchers would not know the new trials.
-    )  # fmt: skip
+    )
 
 
 def _is_whole(folder: Path) -> bool:

@@ -128,9 +128,10 @@ class Ledger(tune.Callback):
         if "epoch" in result:
             metric = _open[0].objective.metric
             self._say(
-                trial, f"epoch {result['epoch']}, {metric} {number(result.get(metric))}, "
+                trial,
+                f"epoch {result['epoch']}, {metric} {number(result.get(metric))}, "
                 f"{number(result.get('seconds'))} s of training",
-            )  # fmt: skip
+            )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         complete = self._outcome(trial).get("status") == "complete"

@@ -13,8 +13,11 @@ from raytrain_het.jobs.validation import shown
 
 Mode = Literal["min", "max"]
 RUN_METRICS: dict[str, Mode] = {
-    "seconds": "min", "bytes_sent": "min", "samples_per_s": "max", "fraction_of_aggregate": "max",
-}  # fmt: skip
+    "seconds": "min",
+    "bytes_sent": "min",
+    "samples_per_s": "max",
+    "fraction_of_aggregate": "max",
+}
 """Of any run, besides what its job reports."""
 _WORST = 1e30
 _TARGETS = {"time_to": "seconds", "bytes_to": "bytes_sent"}

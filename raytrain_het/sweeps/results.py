@@ -91,12 +91,18 @@ class Results:
         rows = trials.reindex(columns=told).astype(object).where(lambda t: t.notna(), None).to_dict("records")
         best = rows[0] if self.best is not None else None
         return json.dumps(
-            jsonable({
-                "folder": str(self.folder), "objective": self.sweep.objective.name, "trials": rows, "best": best,
-                "best_job": str(self.folder / "best.yaml") if best else None, **self.num_by_status,
-            }),
+            jsonable(
+                {
+                    "folder": str(self.folder),
+                    "objective": self.sweep.objective.name,
+                    "trials": rows,
+                    "best": best,
+                    "best_job": str(self.folder / "best.yaml") if best else None,
+                    **self.num_by_status,
+                }
+            ),
             allow_nan=False,
-        )  # fmt: skip
+        )
 
     def table(self, width: int = COLUMNS) -> RenderableType:
         """For reading, in so many columns of text: what does not fit is left out, and said to be.
@@ -123,22 +129,30 @@ class Results:
         """With these figures besides the settings and the value."""
         objective, paths = self.sweep.objective, [d.path for d in self.sweep.dimensions]
         table = Table(
-            title=f"Trials, best first by {objective.name}", title_justify="left", box=box.SIMPLE, pad_edge=False,
+            title=f"Trials, best first by {objective.name}",
+            title_justify="left",
+            box=box.SIMPLE,
+            pad_edge=False,
             collapse_padding=True,
-        )  # fmt: skip
+        )
         for name in ("trial", *paths, objective.name, *figures):
             table.add_column(name.replace(".", ".\n") if len(name) > 12 else name, justify="right", overflow="fold")
         table.add_column("")
         for row in self.trials.to_dict("records"):
             sent = row.get("bytes_sent")
             known = {
-                "epochs": _said(row.get("epoch")), "s": _said(row.get("seconds")), "wall s": f"{row['wall_s']:.0f}",
+                "epochs": _said(row.get("epoch")),
+                "s": _said(row.get("seconds")),
+                "wall s": f"{row['wall_s']:.0f}",
                 "sent": size(sent) if _known(sent) else "-",
-            }  # fmt: skip
+            }
             cells = [
-                str(row["trial"]), *(_said(row.get(path)) for path in paths), _said(row["value"]),
-                *(known.get(name) or _said(row.get(name)) for name in figures), _remark(row),
-            ]  # fmt: skip
+                str(row["trial"]),
+                *(_said(row.get(path)) for path in paths),
+                _said(row["value"]),
+                *(known.get(name) or _said(row.get(name)) for name in figures),
+                _remark(row),
+            ]
             table.add_row(*map(Text, cells))
         return table
 
@@ -166,9 +180,10 @@ def _whole(table: pd.DataFrame) -> pd.DataFrame:
     """Counts stay whole numbers where some are missing; a column of several types, as of a choice between a text and a
     number, is one of texts, since Parquet has no other."""
     mixed = [
-        name for name in table.columns
+        name
+        for name in table.columns
         if table[name].dtype == object and len({type(value) for value in table[name] if _known(value)}) > 1
-    ]  # fmt: skip
+    ]
     texts = {name: [shown(value) if _known(value) else None for value in table[name]] for name in mixed}
     return table.assign(**texts).astype({name: "Int64" for name in _COUNTS if name in table.columns})
 

@@ -126,9 +126,14 @@ class ASHA(Scheduler):
         from raytrain_het.sweeps.asha import RememberingASHA
 
         return RememberingASHA(
-            time_attr="epoch", metric=FOR_SCHEDULER, mode=objective.mode, max_t=epochs,
-            grace_period=self.grace_epochs, reduction_factor=self.reduction_factor, brackets=1,
-        )  # fmt: skip
+            time_attr="epoch",
+            metric=FOR_SCHEDULER,
+            mode=objective.mode,
+            max_t=epochs,
+            grace_period=self.grace_epochs,
+            reduction_factor=self.reduction_factor,
+            brackets=1,
+        )
 
 
 FOR_SEARCH, FOR_SCHEDULER = "for_search", "for_scheduler"

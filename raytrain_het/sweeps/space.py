@@ -107,9 +107,12 @@ def dimension(path: str, whole: str, written: Any) -> Dimension:
         raise ConfigError(f".{kind}={shown(values)} is not valid: on a logarithmic scale numbers are above 0.")
     whole_numbers = kind.endswith("integers")
     return Dimension(
-        path=path, whole=whole, kind=kind, low=int(low) if whole_numbers else float(low),
+        path=path,
+        whole=whole,
+        kind=kind,
+        low=int(low) if whole_numbers else float(low),
         high=int(high) if whole_numbers else float(high),
-    )  # fmt: skip
+    )
 
 
 def name_of(value: Any) -> Any:

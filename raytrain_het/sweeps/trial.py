@@ -160,9 +160,13 @@ class Trial(RunTrial):
     """
 
     def setup(
-        self, config: dict[str, Any], sweep: Sweep | None = None, folder: str = "", at_once: int = 1,
+        self,
+        config: dict[str, Any],
+        sweep: Sweep | None = None,
+        folder: str = "",
+        at_once: int = 1,
         at_start: AtStart | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert sweep is not None
         self._sweep, self._root, self._at_once, self._at_start = sweep, folder, at_once, at_start
         super().setup(config)
@@ -176,8 +180,9 @@ class Trial(RunTrial):
                 for row in self._all_rows():
                     self._told.append(row)
                     yield row | {
-                        FOR_SEARCH: objective.for_search(self._told), FOR_SCHEDULER: objective.for_scheduler(row),
-                    }  # fmt: skip
+                        FOR_SEARCH: objective.for_search(self._told),
+                        FOR_SCHEDULER: objective.for_scheduler(row),
+                    }
             except Exception as error:
                 if not read_outcome(self._folder):
                     write_outcome(self._folder, status="failed", error=describe(error))

@@ -119,9 +119,14 @@ def campaign(
 
 
 def _round(
-    task: Regression, expected: Any, faults: list[Fault], num_slots: int, config: HetConfig, directory: Path,
+    task: Regression,
+    expected: Any,
+    faults: list[Fault],
+    num_slots: int,
+    config: HetConfig,
+    directory: Path,
     account: Account,
-) -> None:  # fmt: skip
+) -> None:
     lab = ProcessLab(task, directory, num_slots=num_slots, faults=faults, config=config)
     try:
         results = lab.run(30.0, on_poll=Waker(lab))
@@ -155,8 +160,9 @@ def _round(
             if fault.kind == "kill" and after - fault.time > 1.0:
                 meanwhile = [
                     (round(e["time"] - fault.time, 3), e["kind"], e.get("slot"), e.get("reason"))
-                    for e in lab.events if -0.3 < e["time"] - fault.time < after - fault.time
-                ]  # fmt: skip
+                    for e in lab.events
+                    if -0.3 < e["time"] - fault.time < after - fault.time
+                ]
                 account.slow.append(f"round {account.rounds - 1}: {fault}: {meanwhile}")
 
 

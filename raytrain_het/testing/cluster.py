@@ -154,19 +154,34 @@ class RayLab:
         head_ip, self.node_ips = self._network.host, self._network.ips
         port, *others = _free_ports(4)
         self.address = f"{head_ip}:{port}"
-        self._launch("head", [], [
-            "--head", f"--port={port}", f"--node-ip-address={head_ip}", "--num-cpus=0", "--include-dashboard=false",
-            f"--ray-client-server-port={others[0]}", f"--dashboard-agent-listen-port={others[1]}",
-            f"--dashboard-port={others[2]}",
-        ])  # fmt: skip
+        self._launch(
+            "head",
+            [],
+            [
+                "--head",
+                f"--port={port}",
+                f"--node-ip-address={head_ip}",
+                "--num-cpus=0",
+                "--include-dashboard=false",
+                f"--ray-client-server-port={others[0]}",
+                f"--dashboard-agent-listen-port={others[1]}",
+                f"--dashboard-port={others[2]}",
+            ],
+        )
         self._await_start(0)
         for i, (node, ip, namespace) in enumerate(
             zip(self.nodes, self.node_ips, self._network.namespaces, strict=True)
         ):
-            self._launch(f"node {i}", ["nsenter", f"--net=/run/netns/{namespace}"], [
-                f"--address={self.address}", f"--node-ip-address={ip}", f"--num-cpus={node.num_cpus:g}",
-                f"--resources={json.dumps(dict(node.resources))}",
-            ])  # fmt: skip
+            self._launch(
+                f"node {i}",
+                ["nsenter", f"--net=/run/netns/{namespace}"],
+                [
+                    f"--address={self.address}",
+                    f"--node-ip-address={ip}",
+                    f"--num-cpus={node.num_cpus:g}",
+                    f"--resources={json.dumps(dict(node.resources))}",
+                ],
+            )
         for i, node in enumerate(self.nodes, start=1):
             self._await_start(i)
             if node.cores is not None:
@@ -180,8 +195,13 @@ class RayLab:
         group = self._groups[-1].path / "cgroup.procs"
         # By the module: a script named `ray` need not be on the path.
         ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"]
-        common = [f"--temp-dir={folder}", "--disable-usage-stats", f"--object-store-memory={_OBJECT_STORE_BYTES}",
-                  "--min-worker-port=0", "--max-worker-port=0"]  # fmt: skip
+        common = [
+            f"--temp-dir={folder}",
+            "--disable-usage-stats",
+            f"--object-store-memory={_OBJECT_STORE_BYTES}",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+        ]
         # Into the group first, then into the namespace: not by `ip netns exec`, which puts another /sys in place, where
         # nothing is seen of control groups, and nobody would know how few his cores are.
         enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group)]
@@ -196,7 +216,7 @@ class RayLab:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     env=environment,
-                )  # fmt: skip
+                )
             )
 
     def _await_start(self, index: int) -> None:

@@ -39,9 +39,12 @@ class Fault:
 
 
 def install(
-    faults: Sequence[Fault], slot: int, directory: str, leave: Callable[[], None] | None = None,
+    faults: Sequence[Fault],
+    slot: int,
+    directory: str,
+    leave: Callable[[], None] | None = None,
     await_reports: Callable[[], None] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Let the faults meant for this slot happen in this process.
 
     Args:

@@ -82,12 +82,22 @@ class ProcessLab:
     """
 
     def __init__(
-        self, train_fn: Callable[[str], Any], directory: str | os.PathLike[str], *, num_slots: int,
-        config: HetConfig | None = None, faults: list[fault_kit.Fault] | None = None, refill: bool = True,
-        threads: int = 1, ledger: bool = True, settings: dict[str, Any] | None = None,
-        storage: Callable[[], Storage] | None = None, cores: Sequence[float] | None = None,
-        rates_mbit: Sequence[float | None] | None = None, machines: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        train_fn: Callable[[str], Any],
+        directory: str | os.PathLike[str],
+        *,
+        num_slots: int,
+        config: HetConfig | None = None,
+        faults: list[fault_kit.Fault] | None = None,
+        refill: bool = True,
+        threads: int = 1,
+        ledger: bool = True,
+        settings: dict[str, Any] | None = None,
+        storage: Callable[[], Storage] | None = None,
+        cores: Sequence[float] | None = None,
+        rates_mbit: Sequence[float | None] | None = None,
+        machines: Sequence[int] | None = None,
+    ) -> None:
         links = max(machines) + 1 if machines else num_slots
         for name, given, each, size in (
             ("cores", cores, "slot", num_slots),
@@ -259,14 +269,21 @@ class ProcessLab:
 def hub_settings(config: HetConfig, num_slots: int) -> HubSettings:
     """What the hub of a lab's run has to know of the run's settings."""
     return HubSettings(
-        run_id="lab", num_slots=num_slots, shares=config.given_shares,
-        codecs=config.codecs_for(num_slots), compression_error=config.compression_error,
-        balance=config.shares == "auto", warm_spares=config.warm_spares,
-        score_policy=config.score_policy, alpha=config.alpha,
+        run_id="lab",
+        num_slots=num_slots,
+        shares=config.given_shares,
+        codecs=config.codecs_for(num_slots),
+        compression_error=config.compression_error,
+        balance=config.shares == "auto",
+        warm_spares=config.warm_spares,
+        score_policy=config.score_policy,
+        alpha=config.alpha,
         lr_scale_normalisation=config.lr_scale_normalisation,
-        silence_s=config.silence_s, hang_limit_s=config.hang_limit_s,
-        start_timeout_s=config.start_timeout_s, hierarchy=config.given_hierarchy,
-    )  # fmt: skip
+        silence_s=config.silence_s,
+        hang_limit_s=config.hang_limit_s,
+        start_timeout_s=config.start_timeout_s,
+        hierarchy=config.given_hierarchy,
+    )
 
 
 def _work(slot: int, payload: bytes) -> None:
@@ -284,9 +301,14 @@ def _work(slot: int, payload: bytes) -> None:
     try:
         done = sessions.run_worker(
             lambda: _train(train_fn, directory, faults, slot, ledger),
-            config=config, slot=slot, num_slots=num_slots, locate=lambda: pickle.loads(where.read_bytes()),
-            storage=storage(), device=torch.device("cpu"), node_ip=ip,
-        )  # fmt: skip
+            config=config,
+            slot=slot,
+            num_slots=num_slots,
+            locate=lambda: pickle.loads(where.read_bytes()),
+            storage=storage(),
+            device=torch.device("cpu"),
+            node_ip=ip,
+        )
         if done is not None:  # Else it was let go before its end.
             kind, value = "result", done[0]
     except EvictedError:
@@ -318,9 +340,15 @@ def _train(train_fn: Callable[[str], Any], directory: str, faults: list, slot: i
 
 def _entry(note: StepRecord) -> LedgerEntry:
     return LedgerEntry(
-        step=note.step, generation=note.generation, epoch=note.epoch, offset=note.offset, batch_size=note.batch_size,
-        slices=note.slices, writer=note.uid, own_samples=note.own_samples,
-    )  # fmt: skip
+        step=note.step,
+        generation=note.generation,
+        epoch=note.epoch,
+        offset=note.offset,
+        batch_size=note.batch_size,
+        slices=note.slices,
+        writer=note.uid,
+        own_samples=note.own_samples,
+    )
 
 
 @contextlib.contextmanager

@@ -61,9 +61,12 @@ class Regression:
     def plan(self) -> DataPlan:
         """The run's order of samples."""
         return DataPlan(
-            dataset_size=self.num_samples, global_batch_size=self.global_batch_size, shuffle=True,
-            drop_last=self.drop_last, seed=0,
-        )  # fmt: skip
+            dataset_size=self.num_samples,
+            global_batch_size=self.global_batch_size,
+            shuffle=True,
+            drop_last=self.drop_last,
+            seed=0,
+        )
 
     @property
     def num_steps(self) -> int:
@@ -92,9 +95,10 @@ class Regression:
         if scheduler is not None:
             het.register_state("scheduler", scheduler)
         loader = het.prepare_data_loader(
-            DataLoader(dataset, shuffle=True, drop_last=self.drop_last), global_batch_size=self.global_batch_size,
+            DataLoader(dataset, shuffle=True, drop_last=self.drop_last),
+            global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
-        )  # fmt: skip
+        )
         rates: list[tuple[int, float]] = []
         session.listeners.append(lambda note: rates.append((note.step, optimizer.param_groups[0]["lr"])))
         loss = torch.zeros(())

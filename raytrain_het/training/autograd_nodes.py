@@ -32,10 +32,14 @@ BENT_REDUCTIONS = words(
 SUMS = words("Sum Nansum Cumsum Trace")
 PRODUCTS = words("Mm Bmm Mv Dot Vdot Addmm Addmv Baddbmm")
 """Sums of products over one dimension."""
-_ELEMENTWISE = PASS_THROUGH | NOT_LINEAR | words(
-    "Add Sub Rsub Mul Div Where MaskedFill Sign Addcmul Addcdiv Softmax LogSoftmax MseLoss L1Loss SmoothL1Loss "
-    "HuberLoss BinaryCrossEntropyWithLogits"
-)  # fmt: skip
+_ELEMENTWISE = (
+    PASS_THROUGH
+    | NOT_LINEAR
+    | words(
+        "Add Sub Rsub Mul Div Where MaskedFill Sign Addcmul Addcdiv Softmax LogSoftmax MseLoss L1Loss SmoothL1Loss "
+        "HuberLoss BinaryCrossEntropyWithLogits"
+    )
+)
 """A constant that one of these takes besides a parameter holds samples if it makes the result larger."""
 
 

@@ -284,9 +284,11 @@ class _Call:
         index = self.args[-1] if isinstance(self.args[-1], tuple) else (self.args[-1],)
         return any(
             isinstance(i, list | np.ndarray)
-            or isinstance(i, torch.Tensor) and i.dim() and _reorders(i, samples, i in known)
+            or isinstance(i, torch.Tensor)
+            and i.dim()
+            and _reorders(i, samples, i in known)
             for i in index
-        )  # fmt: skip
+        )
 
     def repeated(self, known: dict[torch.Tensor, Shadow]) -> list[Any]:
         """The call's results on shadows; none, if one can't be had."""
@@ -335,9 +337,10 @@ def _as_with_its_own(given: torch.Tensor, args: tuple[Any, ...], kwargs: dict[st
     if call.get("training"):
         dims = [d for d in range(given.dim()) if d != 1]
         call |= {
-            "running_mean": given.detach().mean(dims), "running_var": given.detach().var(dims, unbiased=False),
+            "running_mean": given.detach().mean(dims),
+            "running_var": given.detach().var(dims, unbiased=False),
             "training": False,
-        }  # fmt: skip
+        }
     return F.batch_norm(**call)
 
 

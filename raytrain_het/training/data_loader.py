@@ -41,9 +41,15 @@ class HetDataLoader:
     """
 
     def __init__(
-        self, session: Session, loader: DataLoader, *, global_batch_size: Any, micro_batch_size: Any,
-        weight: Callable[[Any], float] | None, loss: str = "mean",
-    ) -> None:  # fmt: skip
+        self,
+        session: Session,
+        loader: DataLoader,
+        *,
+        global_batch_size: Any,
+        micro_batch_size: Any,
+        weight: Callable[[Any], float] | None,
+        loss: str = "mean",
+    ) -> None:
         if not isinstance(loader, DataLoader):
             raise ConfigError(
                 f"prepare_data_loader() got a {type(loader).__name__}: pass a torch.utils.data.DataLoader(dataset, "
@@ -187,9 +193,12 @@ def plan_of(loader: DataLoader, *, seed: int, global_batch_size: Any = None) -> 
     if orders is None:
         assert batch is not None
         return DataPlan(
-            dataset_size=size, global_batch_size=batch, shuffle=isinstance(loader.sampler, RandomSampler),
-            drop_last=loader.drop_last, seed=seed,
-        )  # fmt: skip
+            dataset_size=size,
+            global_batch_size=batch,
+            shuffle=isinstance(loader.sampler, RandomSampler),
+            drop_last=loader.drop_last,
+            seed=seed,
+        )
     order = orders.order(0)
     if order.bounds is not None:
         if len(order.bounds) < 2:
@@ -209,9 +218,13 @@ def plan_of(loader: DataLoader, *, seed: int, global_batch_size: Any = None) -> 
     digest = f"{order.digest():016x}"
     held = "" if loader.generator is None else f" generator={loader.generator.initial_seed()}"
     plan = DataPlan(
-        dataset_size=size, global_batch_size=batch, shuffle=False, drop_last=loader.drop_last, seed=seed,
+        dataset_size=size,
+        global_batch_size=batch,
+        shuffle=False,
+        drop_last=loader.drop_last,
+        seed=seed,
         sampler=f"{orders.name} {digest}{held}",
-    ).ordered_by(orders)  # fmt: skip
+    ).ordered_by(orders)
     return plan
 
 

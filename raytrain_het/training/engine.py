@@ -103,11 +103,24 @@ class Engine:
     """Drives the steps of one worker. Used by the training thread only."""
 
     def __init__(
-        self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients, plan: DataPlan,
-        config: HetConfig, healing: Healing, micro_batch_size: int | None, memory: MemoryLimit,
-        structure: Structure, randomness: Randomness, loss: LossCheck, check: ReplicaCheck,
-        rehearsal: Rehearsal | None = None, rates: Rates | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        agent: MemberAgent,
+        communicator: Communicator,
+        replica: Replica,
+        gradients: Gradients,
+        plan: DataPlan,
+        config: HetConfig,
+        healing: Healing,
+        micro_batch_size: int | None,
+        memory: MemoryLimit,
+        structure: Structure,
+        randomness: Randomness,
+        loss: LossCheck,
+        check: ReplicaCheck,
+        rehearsal: Rehearsal | None = None,
+        rates: Rates | None = None,
+    ) -> None:
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
         self.counters = Counters()
@@ -252,17 +265,29 @@ class Engine:
         micro = self._passes(own) if len(own) else [self._stand_in(batch, cursor.epoch)]
         step = cursor.step + 1
         job = StepJob(
-            record.number, step, contributes=len(own) > 0, num_samples=len(batch), epoch=cursor.epoch,
+            record.number,
+            step,
+            contributes=len(own) > 0,
+            num_samples=len(batch),
+            epoch=cursor.epoch,
             resync_due=resync_due(self.config.replica_check_steps, record, step),
-        )  # fmt: skip
+        )
         assert self._light is not None
         self._looked = self._check.look(step, self._light, self._numbers_besides(cursor))
         rehearses = self._rehearsal is not None and self._rehearsal.is_due(record, rank, cursor.step)
         if rehearses:
             micro = [batch, *micro]
         opened = Opened(
-            record, cursor, batch, own, micro, job, time.monotonic(), self.replica.loss_scale, rehearses=rehearses,
-        )  # fmt: skip
+            record,
+            cursor,
+            batch,
+            own,
+            micro,
+            job,
+            time.monotonic(),
+            self.replica.loss_scale,
+            rehearses=rehearses,
+        )
         # A program may begin something else at an epoch; so in the first step of epochs 0, 1, 2, 4, 8 ...
         at_beginning = self.counters.steps == 0 or cursor.offset == 0 and cursor.epoch & (cursor.epoch - 1) == 0
         opened.watched = at_beginning and len(own) > 0 and not self._loss.is_local and not self._is_alone(opened)
@@ -461,9 +486,12 @@ class Engine:
         if sums is not None and sums.replicas_differ and self._looked is not None and due:
             look = self._looked
             self.agent.tell(
-                "audit", step=opened.cursor.step, part=look.part, generation=opened.job.generation,
+                "audit",
+                step=opened.cursor.step,
+                part=look.part,
+                generation=opened.job.generation,
                 audit=self._check.audit(look),
-            )  # fmt: skip
+            )
         if sums is not None:
             self.gradients.buffers.settle(self.gradients.outs, sums.applies, own=opened.contributed)
         if opened.rehearses and sums is not None and sums.applies and self._rehearsal is not None:

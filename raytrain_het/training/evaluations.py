@@ -26,9 +26,14 @@ class Evaluations:
         return bool(self._made)
 
     def sums(
-        self, agent: MemberAgent, step: int, name: str, num_chunks: int,
-        run_chunk: Callable[[int], dict[str, float]], under: str = "",
-    ) -> dict[str, float]:  # fmt: skip
+        self,
+        agent: MemberAgent,
+        step: int,
+        name: str,
+        num_chunks: int,
+        run_chunk: Callable[[int], dict[str, float]],
+        under: str = "",
+    ) -> dict[str, float]:
         """Sums over all chunks, those that other workers computed included.
 
         ``under`` is the generation of a step that is open, which may be done again.
@@ -86,8 +91,11 @@ class Evaluations:
 
 def _told(agent: MemberAgent, error: Exception) -> dict[str, Any]:
     return {
-        "uid": agent.uid, "slot": agent.member.slot, "text": traceback_of(error), "pickled": packed(error),
-    }  # fmt: skip
+        "uid": agent.uid,
+        "slot": agent.member.slot,
+        "text": traceback_of(error),
+        "pickled": packed(error),
+    }
 
 
 def describe(fn: Any) -> str:

@@ -57,10 +57,17 @@ class SampleFetcher:
     """
 
     def __init__(
-        self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None = None, *, num_workers: int = 0,
-        seed: int = 0, worker_init_fn: Callable[[int], None] | None = None, context: Any = None, timeout: float = 0,
+        self,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        *,
+        num_workers: int = 0,
+        seed: int = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        context: Any = None,
+        timeout: float = 0,
         persistent: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not isinstance(num_workers, int) or num_workers < 0:
             raise ConfigError(f"num_workers={num_workers!r} is not valid: allowed is a whole number from 0.")
         self.num_fetched = 0
@@ -85,10 +92,15 @@ class SampleFetcher:
         if loader.generator is not None:  # A DataLoader seeds its processes from it.
             seed = seed_of("samples", seed, loader.generator.initial_seed())
         return cls(
-            loader.dataset, collate_fn, num_workers=loader.num_workers, seed=seed, timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn, context=loader.multiprocessing_context,
+            loader.dataset,
+            collate_fn,
+            num_workers=loader.num_workers,
+            seed=seed,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            context=loader.multiprocessing_context,
             persistent=loader.persistent_workers,
-        )  # fmt: skip
+        )
 
     def begin_epoch(self) -> None:
         """Let the processes have the dataset as it is now; what they fetched of another one is dropped.
@@ -161,9 +173,7 @@ class SampleFetcher:
     def _new_pool(self) -> SamplePool:
         if not forks(self._context) and not self._persistent:
             self._digest = digest_of(self._dataset, self._init_fn, self._num_workers)
-        return SamplePool(
-            self._dataset, self._seed, self._num_workers, init_fn=self._init_fn, context=self._context
-        )  # fmt: skip
+        return SamplePool(self._dataset, self._seed, self._num_workers, init_fn=self._init_fn, context=self._context)
 
     def _request(self, keys: Sequence[_Key]) -> None:
         assert self._pool is not None

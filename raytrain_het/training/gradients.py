@@ -45,9 +45,13 @@ class Gradients:
     """
 
     def __init__(
-        self, model: nn.Module, bucket_bytes: int, *, small_apart: bool = False,
+        self,
+        model: nn.Module,
+        bucket_bytes: int,
+        *,
+        small_apart: bool = False,
         zeroed: Sequence[torch.Tensor] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         named = trained(model)
         self.model = model
         self.buffers = BufferSync(model)
@@ -131,9 +135,13 @@ class Gradients:
     # ---------------------------------------------------------------- a step
 
     def begin(
-        self, job: StepJob, *, on_ready: Callable[[int], None], on_backward_done: Callable[[bool], None],
+        self,
+        job: StepJob,
+        *,
+        on_ready: Callable[[int], None],
+        on_backward_done: Callable[[bool], None],
         wires: list[list[Wire] | None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A step is opened: nothing is gathered yet.
 
         What is gathered goes into the job, or into its message (``wires``).
@@ -434,9 +442,10 @@ class Gradients:
     def nonfinite_parameters(self) -> list[str]:
         """Names of the parameters whose local gradient is not finite."""
         return [
-            self._name(i) for i, target in enumerate(self._targets)
+            self._name(i)
+            for i, target in enumerate(self._targets)
             if self._touched[i] and not all(is_finite(view) for _, _, view in target)
-        ]  # fmt: skip
+        ]
 
     def _name(self, index: int) -> str:
         bucket, place = self._slots[index]

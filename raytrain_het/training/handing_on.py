@@ -41,9 +41,13 @@ class HandingOn:
         mine = {"host": member.host, "port": member.state_port, "slot": member.slot}
         try:
             taken = ask(
-                heir["host"], heir["port"], self._token(), _INHERIT, give_up=lambda: time.monotonic() > until,
+                heir["host"],
+                heir["port"],
+                self._token(),
+                _INHERIT,
+                give_up=lambda: time.monotonic() > until,
                 leaver=mine,
-            )  # fmt: skip
+            )
         except CheckpointError:  # The heir could not take it, and says why in its own log.
             return False
         return bool(taken)

@@ -37,10 +37,18 @@ class Healing:
     """Both sides of it: :meth:`take_over` heals this worker, :meth:`offer` and :meth:`log` serve its peers."""
 
     def __init__(
-        self, *, agent: MemberAgent, communicator: Communicator, replica: Replica, gradients: Gradients,
-        server: StateServer, token: Callable[[], str], update: Callable[[], Any], randomness: Randomness,
+        self,
+        *,
+        agent: MemberAgent,
+        communicator: Communicator,
+        replica: Replica,
+        gradients: Gradients,
+        server: StateServer,
+        token: Callable[[], str],
+        update: Callable[[], Any],
+        randomness: Randomness,
         load_checkpoint: Callable[[str, dict[str, int]], dict[str, int]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._agent, self._comm, self._replica, self._gradients = agent, communicator, replica, gradients
         self._server, self._token, self._update, self._randomness = server, token, update, randomness
         self._load_checkpoint = load_checkpoint

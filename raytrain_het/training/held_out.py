@@ -40,9 +40,15 @@ class HeldOut:
     """
 
     def __init__(
-        self, data: Any, *, batch_size: Any, collate_fn: CollateFn | None, default_collate_fn: CollateFn | None,
-        seed: int, epoch: int,
-    ) -> None:  # fmt: skip
+        self,
+        data: Any,
+        *,
+        batch_size: Any,
+        collate_fn: CollateFn | None,
+        default_collate_fn: CollateFn | None,
+        seed: int,
+        epoch: int,
+    ) -> None:
         self._pins = False
         if isinstance(data, DataLoader):
             if batch_size is not None or collate_fn is not None:
@@ -62,7 +68,7 @@ class HeldOut:
             batch_size = whole_number(BATCH_SIZE if batch_size is None else batch_size, "batch_size={}")
             self.plan = DataPlan(
                 dataset_size=size, global_batch_size=batch_size, shuffle=False, drop_last=False, seed=seed
-            )  # fmt: skip
+            )
             collate_fn = collate_fn or _that_works(default_collate_fn, SampleSource(data, seed), size)
             self._fetcher = SampleFetcher(data, collate_fn, seed=seed)
         self._epoch = epoch

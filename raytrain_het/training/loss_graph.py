@@ -104,9 +104,14 @@ class LossGraph:
     """
 
     def __init__(
-        self, root: Any, scale: float = 1.0, *, samples: int = 0, known: dict[tuple[str, ...], bool] | None = None,
+        self,
+        root: Any,
+        scale: float = 1.0,
+        *,
+        samples: int = 0,
+        known: dict[tuple[str, ...], bool] | None = None,
         numbers: int = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._root, self._scale, self._samples = root, scale, samples
         self._known = {} if known is None else known
         self._linear: set[Any] = set()
@@ -170,9 +175,12 @@ class LossGraph:
             divisor = divisor if number == self._scale else None
         by = number if name == "Div" or not number else 1 / number
         new = dataclasses.replace(
-            at, divided_by=divided_by, divisor=divisor, is_divided=at.is_divided or name == "Div",
+            at,
+            divided_by=divided_by,
+            divisor=divisor,
+            is_divided=at.is_divided or name == "Div",
             by_samples=at.by_samples or self._is_multiple(by),
-        )  # fmt: skip
+        )
         return [dataclasses.replace(new, node=b.node, path=b.path) for b in below]
 
     def _is_multiple(self, number: float | None) -> bool:

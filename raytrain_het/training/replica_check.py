@@ -156,9 +156,11 @@ class ReplicaCheck:
         self, light: Light, extra: dict[str, Any], tensors: list[Any], samples: dict[str, Any]
     ) -> dict[str, Any]:
         return {
-            "kind": self.kind, "numbers": [[name, value] for name, value in numbers(light, extra)], "tensors": tensors,
+            "kind": self.kind,
+            "numbers": [[name, value] for name, value in numbers(light, extra)],
+            "tensors": tensors,
             "samples": samples,
-        }  # fmt: skip
+        }
 
     def _told(self, name: str, t: torch.Tensor) -> tuple[list[float], float | None]:
         values, before = _samples(t), self._sent.get(name)

@@ -36,9 +36,10 @@ def mixing(root: Any, samples: int, linear: Collection[Any]) -> str | None:
     for node in nodes:
         comes[node] = is_source(node, samples) or any(comes.get(c, False) for c in children_of(node))
     found = [
-        how for node in reversed(nodes)
+        how
+        for node in reversed(nodes)
         if comes[node] and node not in linear and (how := _mixes(node, comes, samples)) is not None
-    ]  # fmt: skip
+    ]
     # As many as there are samples, or twice as many: a loop over samples, of which each has as many rows.
     return found[0] if len(found) % samples else None
 

@@ -43,9 +43,14 @@ class SamplePool:
     """
 
     def __init__(
-        self, dataset: Any, seed: int, num_workers: int, *, init_fn: Callable[[int], None] | None = None,
+        self,
+        dataset: Any,
+        seed: int,
+        num_workers: int,
+        *,
+        init_fn: Callable[[int], None] | None = None,
         context: Any = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if context is None:
             # Forked from a server process that was started afresh, has imported torch and runs nothing: each further
             # process starts in milliseconds and shares its memory. (Only the first call in a process has an effect.)

@@ -36,8 +36,12 @@ _MOST = 1_000_000
 """So many indices an epoch may have in any case, and a hundred times the dataset, and what the sampler's len() says."""
 
 _FUNCTIONS_OF_THE_GENERATOR = (
-    BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler,
-)  # fmt: skip
+    BatchSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 
 def orders_of(loader: DataLoader, *, seed: int) -> SamplerOrders | None:

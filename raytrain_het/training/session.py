@@ -74,9 +74,16 @@ class Session:
     """
 
     def __init__(
-        self, *, config: HetConfig, slot: int, num_slots: int, locate: Callable[[], dict[str, Any]],
-        storage: files.Storage, device: torch.device, node_ip: str,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        config: HetConfig,
+        slot: int,
+        num_slots: int,
+        locate: Callable[[], dict[str, Any]],
+        storage: files.Storage,
+        device: torch.device,
+        node_ip: str,
+    ) -> None:
         self.config, self.slot, self.num_slots = config, slot, num_slots
         self._codecs = [CODECS[word] for word in config.possible_codecs]
         """All workers': what others send is decoded here."""
@@ -164,9 +171,11 @@ class Session:
             guard.remove()
         apart = any(codec.spares_small for codec in self._codecs)
         self.gradients = Gradients(
-            model, int(self.config.bucket_mib * 2**20), small_apart=apart,
+            model,
+            int(self.config.bucket_mib * 2**20),
+            small_apart=apart,
             zeroed=[p for group in optimizer.param_groups for p in group["params"]],
-        )  # fmt: skip
+        )
         if apart:
             self._warn(warnings_of_model, self.gradients.layout)
         self._warn(warnings_of_epochs, num_epochs)
@@ -176,9 +185,13 @@ class Session:
         rates = Rates(decay, plan, num_epochs) if decay is not None else None
         self._server = StateServer(self.node_ip, self._token)
         member = Member(
-            uid=f"{self.slot}-{secrets.token_hex(4)}", slot=self.slot, host=self.node_ip,
-            state_port=self._server.port, device=str(self.device), kind=kind_of_machine(self.device),
-        )  # fmt: skip
+            uid=f"{self.slot}-{secrets.token_hex(4)}",
+            slot=self.slot,
+            host=self.node_ip,
+            state_port=self._server.port,
+            device=str(self.device),
+            kind=kind_of_machine(self.device),
+        )
         fingerprint = "/".join(map(str, (self.gradients.layout.fingerprint, *self._data().values())))
         self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
         if self.config.follows_speeds:
@@ -189,10 +202,13 @@ class Session:
             if self.config.compression_error is not None:
                 self.agent.known["codecs"] = self._codecs_told()
         self._communicator = Communicator(
-            self.agent, self.gradients.layout, advance=lambda cursor: advance(plan, cursor),
-            resync_bytes=self.replica.parameter_bytes(), hang_limit_s=self.config.hang_limit_s,
+            self.agent,
+            self.gradients.layout,
+            advance=lambda cursor: advance(plan, cursor),
+            resync_bytes=self.replica.parameter_bytes(),
+            hang_limit_s=self.config.hang_limit_s,
             resync_due=functools.partial(resync_due, self.config.replica_check_steps),
-        )  # fmt: skip
+        )
         self._handing_on = HandingOn(self.agent, self._server, self._token, self._communicator.codec_states)
         assert self._inner_step is not None
         check = self._check = ReplicaCheck(
@@ -201,21 +217,46 @@ class Session:
         randomness = Randomness(self.slot, self.config.seed)
         self.extras.add("random", Extra(save=randomness.state, load=randomness.load, own=True))
         healing = Healing(
-            agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
-            server=self._server, token=self._token, update=self._inner_step, randomness=randomness,
+            agent=self.agent,
+            communicator=self._communicator,
+            replica=self.replica,
+            gradients=self.gradients,
+            server=self._server,
+            token=self._token,
+            update=self._inner_step,
+            randomness=randomness,
             load_checkpoint=Resuming(
-                self.storage, self.slot, self.num_slots, plan, self._parameters(), self._data(), self.replica,
-                self._communicator.codec_states, self.extras, scheduled=rates is not None, tell=self._tell,
+                self.storage,
+                self.slot,
+                self.num_slots,
+                plan,
+                self._parameters(),
+                self._data(),
+                self.replica,
+                self._communicator.codec_states,
+                self.extras,
+                scheduled=rates is not None,
+                tell=self._tell,
             ).load,
-        )  # fmt: skip
+        )
         watched, self.loss_check.warn = self.config.check == "every_step", self._tell
         self.engine = Engine(
-            agent=self.agent, communicator=self._communicator, replica=self.replica, gradients=self.gradients,
-            plan=plan, config=self.config, healing=healing, micro_batch_size=self._micro_batch_size,
-            memory=MemoryLimit.of(self.device), structure=Structure(model, optimizer), randomness=randomness,
-            loss=self.loss_check, check=check, rates=rates,
+            agent=self.agent,
+            communicator=self._communicator,
+            replica=self.replica,
+            gradients=self.gradients,
+            plan=plan,
+            config=self.config,
+            healing=healing,
+            micro_batch_size=self._micro_batch_size,
+            memory=MemoryLimit.of(self.device),
+            structure=Structure(model, optimizer),
+            randomness=randomness,
+            loss=self.loss_check,
+            check=check,
+            rates=rates,
             rehearsal=Rehearsal(model, self.config, self.loss_check) if watched else None,
-        )  # fmt: skip
+        )
         self._watched_steps = register_optimizer_step_pre_hook(self._check_optimizer)
         self.stats = Stats(
             self.agent, self.engine, self._communicator, plan, device=str(self.device), node_ip=self.node_ip
@@ -325,23 +366,37 @@ class Session:
         self._warn_of_sums(reduce, engine.counters)
         since_last = self.stats.since_report()
         message = {
-            "key": key, "at": call_site().where, "told": told,
-            "step": cursor.step, "epoch": self._epoch, "metrics": plain, "reduce": reduce,
-            "samples": since_last["samples"], "since_last": since_last, "lr": self.replica.learning_rate(),
-            "checkpoint": checkpoint, "holds_snapshot": holds,
-        }  # fmt: skip
+            "key": key,
+            "at": call_site().where,
+            "told": told,
+            "step": cursor.step,
+            "epoch": self._epoch,
+            "metrics": plain,
+            "reduce": reduce,
+            "samples": since_last["samples"],
+            "since_last": since_last,
+            "lr": self.replica.learning_rate(),
+            "checkpoint": checkpoint,
+            "holds_snapshot": holds,
+        }
         meta = {
-            "cursor": cursor.to_dict(), "step": cursor.step, "generation": record.number, "table": record.table,
+            "cursor": cursor.to_dict(),
+            "step": cursor.step,
+            "generation": record.number,
+            "table": record.table,
             "world_size": self.num_slots,
-            "fingerprint": self.gradients.layout.fingerprint, "parameters": self._parameters(),
-            "data": self._data(), "extras": sorted(self.extras.known),
+            "fingerprint": self.gradients.layout.fingerprint,
+            "parameters": self._parameters(),
+            "data": self._data(),
+            "extras": sorted(self.extras.known),
             "run": Identity(id=self._run_id, life=record.life, key=key).to_json(),
-        }  # fmt: skip
+        }
         states = communicator.codec_states
         own = {
-            "codec": states.by_parameter() if checkpoint else {}, "weight_per_sample": states.weight_per_sample,
+            "codec": states.by_parameter() if checkpoint else {},
+            "weight_per_sample": states.weight_per_sample,
             "extras": self.extras.save_own() if checkpoint else {},
-        }  # fmt: skip
+        }
         buffers = engine.buffers_when_opened()
         if checkpoint and self._check is not None and self.config.replica_check_steps:
             light = self.replica.light()
@@ -366,8 +421,9 @@ class Session:
                 f"report(reduce={{{sums[0]!r}: 'sum'}}): of the times that the loop's body has run on worker "
                 f"{self.slot}, {times} were on samples that do not count (a share of 0, or a step that was done "
                 "again). A sum that the body adds up holds them too; for an exact one write "
-                "raytrain_het.evaluate(fn, dataset).", all_say_it=False,
-            )  # fmt: skip
+                "raytrain_het.evaluate(fn, dataset).",
+                all_say_it=False,
+            )
 
     def await_reports(self) -> None:
         """Return when every report made so far is registered, with its checkpoint."""
@@ -401,8 +457,9 @@ class Session:
         if self._leaving and self._handing_on is not None and not self._handing_on.hand_on():
             logger.warning(
                 "worker %d leaves, and what its codec has left out of its gradients is lost: nobody stands where it "
-                "does, or nobody came for it.", self.slot,
-            )  # fmt: skip
+                "does, or nobody came for it.",
+                self.slot,
+            )
 
     def num_participants(self) -> int:
         """Members that take part in the steps now."""
@@ -445,9 +502,11 @@ class Session:
         def say() -> None:
             cursor = agent.cursor
             agent.tell(
-                "finish", cursor=cursor, confirmed=engine.confirmed >= cursor["step"],
+                "finish",
+                cursor=cursor,
+                confirmed=engine.confirmed >= cursor["step"],
                 told=reporter.told(complete=complete),
-            )  # fmt: skip
+            )
 
         agent.on_reconnect.append(say)
         say()
@@ -458,9 +517,10 @@ class Session:
     def _never_called(self) -> str:
         """What the training function has left out, in the order in which it is called."""
         there = (
-            ("prepare_model()", self.replica.model), ("prepare_optimizer()", self.replica.optimizer),
+            ("prepare_model()", self.replica.model),
+            ("prepare_optimizer()", self.replica.optimizer),
             ("prepare_data_loader()", self.plan),
-        )  # fmt: skip
+        )
         missing = [name for name, value in there if value is None]
         return " and ".join([*missing, "a turn of `for epoch in loader.epochs(n)`"])
 

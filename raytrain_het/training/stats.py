@@ -21,9 +21,15 @@ class Stats:
     """Of one worker."""
 
     def __init__(
-        self, agent: MemberAgent, engine: Engine, communicator: Communicator, plan: DataPlan, *, device: str,
+        self,
+        agent: MemberAgent,
+        engine: Engine,
+        communicator: Communicator,
+        plan: DataPlan,
+        *,
+        device: str,
         node_ip: str,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._agent, self._engine, self._communicator, self._plan = agent, engine, communicator, plan
         self._where = {"device": device, "node_ip": node_ip, "pid": os.getpid()}
         self._sent_at = -math.inf
@@ -42,13 +48,25 @@ class Stats:
         self._sent_at = time.monotonic()
         engine, communicator, counters = self._engine, self._communicator, self._engine.counters
         self._agent.tell(
-            "stats", step=engine.cursor.step, epoch=engine.cursor.epoch, samples=counters.samples,
-            global_samples=self._plan.samples_before(engine.cursor), steps=counters.steps, skipped=counters.skipped,
-            redone=counters.redone, clipped=counters.clipped, compute_s=counters.compute_s, wait_s=counters.wait_s,
-            bytes_sent=communicator.traffic.sent, bytes_received=communicator.traffic.received,
-            batch_share=self.batch_share(), step_s=communicator.patience.step_s, left_out=self._norm_left_out(),
-            told=self._agent.told(), **self._where,
-        )  # fmt: skip
+            "stats",
+            step=engine.cursor.step,
+            epoch=engine.cursor.epoch,
+            samples=counters.samples,
+            global_samples=self._plan.samples_before(engine.cursor),
+            steps=counters.steps,
+            skipped=counters.skipped,
+            redone=counters.redone,
+            clipped=counters.clipped,
+            compute_s=counters.compute_s,
+            wait_s=counters.wait_s,
+            bytes_sent=communicator.traffic.sent,
+            bytes_received=communicator.traffic.received,
+            batch_share=self.batch_share(),
+            step_s=communicator.patience.step_s,
+            left_out=self._norm_left_out(),
+            told=self._agent.told(),
+            **self._where,
+        )
 
     def committed(self, started: float) -> None:
         """A step that began then is done: the first one is the beginning of training."""
@@ -60,9 +78,12 @@ class Stats:
         were clipped, samples and bytes sent."""
         counters = self._engine.counters
         now: dict[str, float] = {
-            "seconds": time.monotonic(), "steps": counters.steps, "clipped_steps": counters.clipped,
-            "samples": counters.samples, "bytes_sent": self._communicator.traffic.sent,
-        }  # fmt: skip
+            "seconds": time.monotonic(),
+            "steps": counters.steps,
+            "clipped_steps": counters.clipped,
+            "samples": counters.samples,
+            "bytes_sent": self._communicator.traffic.sent,
+        }
         before, self._reported = {"seconds": now["seconds"]} | self._reported, now
         return {name: value - before.get(name, 0) for name, value in now.items()}
 

@@ -37,7 +37,14 @@ class StepRecord:
             for s in (slice_of(opened.batch, record.shares, rank),)
         }
         return cls(
-            step=opened.cursor.step, generation=record.number, epoch=opened.cursor.epoch, offset=opened.batch.start,
-            batch_size=len(opened.batch), slices=slices, uid=uid, own_samples=[int(order[k]) for k in opened.own],
-            applied=sums.applies, digest=digest,
-        )  # fmt: skip
+            step=opened.cursor.step,
+            generation=record.number,
+            epoch=opened.cursor.epoch,
+            offset=opened.batch.start,
+            batch_size=len(opened.batch),
+            slices=slices,
+            uid=uid,
+            own_samples=[int(order[k]) for k in opened.own],
+            applied=sums.applies,
+            digest=digest,
+        )

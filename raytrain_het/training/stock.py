@@ -22,10 +22,25 @@ from raytrain_het.training.unsupported import refuse
 
 _LIBRARIES = ("site-packages", "dist-packages")
 _COLLECTIVES = (
-    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_reduce_coalesced", "all_to_all",
-    "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather", "gather_object",
-    "monitored_barrier", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list",
-)  # fmt: skip
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "monitored_barrier",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+    "scatter_object_list",
+)
 
 
 @contextlib.contextmanager
@@ -46,9 +61,11 @@ def refused(num_workers: int) -> Iterator[None]:
 
 def _classes() -> dict[str, Any]:
     found = {
-        "DistributedDataParallel": DistributedDataParallel, "DeviceMesh": DeviceMesh,
-        "DistributedSampler": DistributedSampler, "SyncBatchNorm": torch.nn.SyncBatchNorm,
-    }  # fmt: skip
+        "DistributedDataParallel": DistributedDataParallel,
+        "DeviceMesh": DeviceMesh,
+        "DistributedSampler": DistributedSampler,
+        "SyncBatchNorm": torch.nn.SyncBatchNorm,
+    }
     fsdp = sys.modules.get("torch.distributed.fsdp")  # It takes long to load; a program that uses it has loaded it.
     if fsdp is not None:
         found["FullyShardedDataParallel"] = fsdp.FullyShardedDataParallel

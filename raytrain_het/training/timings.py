@@ -67,9 +67,11 @@ class Timings:
     """Collects (samples, own seconds, seconds of the whole step) and sends them now and again."""
 
     def __init__(
-        self, agent: MemberAgent, global_batch_size: int,
+        self,
+        agent: MemberAgent,
+        global_batch_size: int,
         of_messages: Callable[[], dict[str, Any]] = dict,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._agent, self._global_batch_size, self._of_messages = agent, global_batch_size, of_messages
         self._latest: deque[tuple[int, float]] = deque(maxlen=NUM_LATEST)
         self._steps: list[tuple[int, float, float]] = []

@@ -172,9 +172,13 @@ def evaluate(
         raise LoopOrderError("evaluate() was called before loader.epochs(): join the run first.")
     step = engine.cursor.step
     held_out = HeldOut(
-        data, batch_size=batch_size, collate_fn=collate_fn, default_collate_fn=session.collate_fn, seed=seed,
+        data,
+        batch_size=batch_size,
+        collate_fn=collate_fn,
+        default_collate_fn=session.collate_fn,
+        seed=seed,
         epoch=engine.cursor.epoch,
-    )  # fmt: skip
+    )
 
     def run_chunk(chunk: int) -> dict[str, float]:
         with seeded(seed_of("evaluate", seed, step, name, chunk), session.device):

@@ -74,10 +74,16 @@ def plain(task: Regression) -> torch.Tensor:
 
 
 def run(
-    task: Callable[[str], Any], directory: Path, *, num_slots: int = 3, faults: list[Fault] | None = None,
-    config: HetConfig = SMALL_BUCKETS, timeout_s: float = TIMEOUT_S,
-    on_poll: Callable[[ProcessLab], None] | None = None, **lab_kwargs: Any,
-) -> Run:  # fmt: skip
+    task: Callable[[str], Any],
+    directory: Path,
+    *,
+    num_slots: int = 3,
+    faults: list[Fault] | None = None,
+    config: HetConfig = SMALL_BUCKETS,
+    timeout_s: float = TIMEOUT_S,
+    on_poll: Callable[[ProcessLab], None] | None = None,
+    **lab_kwargs: Any,
+) -> Run:
     """Run a training function in plain processes, to its end."""
     lab = ProcessLab(task, directory, num_slots=num_slots, faults=faults, config=config, **lab_kwargs)
     results = lab.run(timeout_s, on_poll=functools.partial(on_poll, lab) if on_poll else None)
@@ -93,9 +99,14 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 
 def alone(
-    train_fn: Callable[[], Any], directory: Path, *, num_slots: int = 1, config: HetConfig | None = None,
-    acknowledge: bool = False, **settings: Any,
-) -> Any:  # fmt: skip
+    train_fn: Callable[[], Any],
+    directory: Path,
+    *,
+    num_slots: int = 1,
+    config: HetConfig | None = None,
+    acknowledge: bool = False,
+    **settings: Any,
+) -> Any:
     """Run a training function as the only worker, in this very process."""
     hub = Hub(HubSettings(run_id="alone", num_slots=num_slots, **settings))
     over = threading.Event()
@@ -108,9 +119,15 @@ def alone(
         threading.Thread(target=keep_acknowledging, daemon=True).start()
     try:
         return sessions.run_worker(
-            train_fn, config=config or HetConfig(), slot=0, num_slots=num_slots, locate=hub.address,
-            storage=LocalStorage(directory / "storage"), device=torch.device("cpu"), node_ip="127.0.0.1",
-        )  # fmt: skip
+            train_fn,
+            config=config or HetConfig(),
+            slot=0,
+            num_slots=num_slots,
+            locate=hub.address,
+            storage=LocalStorage(directory / "storage"),
+            device=torch.device("cpu"),
+            node_ip="127.0.0.1",
+        )
     finally:
         over.set()
         hub.shutdown()

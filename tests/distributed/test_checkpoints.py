@@ -103,9 +103,11 @@ def train_as_before():
         states = sessions.current()._communicator.codec_states.by_parameter()
         begun = begun or {
             "model": {name: t.clone() for name, t in model.state_dict().items()},
-            "optimizer": copy.deepcopy(optimizer.state_dict()), "left_out": states["0.weight"]["residual"],
-            "random": torch.get_rng_state(), "epoch": scheduler.last_epoch,
-        }  # fmt: skip
+            "optimizer": copy.deepcopy(optimizer.state_dict()),
+            "left_out": states["0.weight"]["residual"],
+            "random": torch.get_rng_state(),
+            "epoch": scheduler.last_epoch,
+        }
         for x, y in loader:
             loss = (model(x) - y).square().mean()
             optimizer.zero_grad()

@@ -19,9 +19,28 @@ from raytrain_het.testing.programs.verdict import Verdict, verdict_of
 
 # Chosen so that they have nearly every choice between them.
 NUMBERS = (
-    1393, 3384, 3148, 3359, 2862, 3168, 2937, 1311, 2796, 1614, 2881, 3964, 2253, 3473, 3216, 19, 2105, 2443, 2682,
-    2309, 329,
-)  # fmt: skip
+    1393,
+    3384,
+    3148,
+    3359,
+    2862,
+    3168,
+    2937,
+    1311,
+    2796,
+    1614,
+    2881,
+    3964,
+    2253,
+    3473,
+    3216,
+    19,
+    2105,
+    2443,
+    2682,
+    2309,
+    329,
+)
 REFUSED = (277, 2581, 3995, 1244, 3107, 341)
 
 KEPT = {

@@ -56,14 +56,23 @@ DATA = {
     "shuffled": (lambda: DataLoader(NUMBERS, batch_size=10, shuffle=True), X),
     "drop_last": (lambda: DataLoader(NUMBERS, batch_size=10, drop_last=True), X[:100]),
     "generator": (
-        lambda: DataLoader(NUMBERS, batch_size=10, shuffle=True, generator=torch.Generator().manual_seed(1)), X
+        lambda: DataLoader(NUMBERS, batch_size=10, shuffle=True, generator=torch.Generator().manual_seed(1)),
+        X,
     ),
     "chosen": (lambda: DataLoader(NUMBERS, batch_size=3, sampler=SubsetRandomSampler(SUBSET)), X[SUBSET]),
     "batches": (lambda: DataLoader(NUMBERS, batch_sampler=[[0, 1], [5], [2, 3, 4]]), X[:6]),
-    "processes": (lambda: DataLoader(NUMBERS, batch_size=60, collate_fn=torch.utils.data.default_collate,
-                                     num_workers=1, worker_init_fn=lambda number: None), X),
+    "processes": (
+        lambda: DataLoader(
+            NUMBERS,
+            batch_size=60,
+            collate_fn=torch.utils.data.default_collate,
+            num_workers=1,
+            worker_init_fn=lambda number: None,
+        ),
+        X,
+    ),
     "subset": (lambda: DataLoader(Subset(NUMBERS, range(40)), batch_size=7), X[:40]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DATA)
@@ -150,7 +159,9 @@ class Rotating:
         (Stream(), {}, LoopOrderError, "Stream.*__len__"),
         (DataLoader(Stream()), {}, LoopOrderError, "Stream.*__len__"),
         (
-            DataLoader(NUMBERS, sampler=DistributedSampler(NUMBERS, 2, 0)), {}, LoopOrderError,
+            DataLoader(NUMBERS, sampler=DistributedSampler(NUMBERS, 2, 0)),
+            {},
+            LoopOrderError,
             "DistributedSampler.*nobody owns a part",
         ),
         (DataLoader(NUMBERS, sampler=Rotating()), {}, LoopOrderError, "Rotating.*set_epoch"),
@@ -163,7 +174,7 @@ class Rotating:
         (NUMBERS, {"fn": lambda batch: None}, ConfigError, "got a NoneType.*dictionary of numbers"),
         (3, {}, ConfigError, "int has no length"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_evaluated_is_refused_by_name(tmp_path, data, settings, error, text):
     with pytest.raises(error, match=text):
         alone(lambda: evaluated(data, **settings), tmp_path)
@@ -269,11 +280,14 @@ def held_out(data, **settings):
 
 def test_evaluations_of_other_data_or_in_other_chunks_have_keys_of_their_own():
     other = [
-        held_out(NUMBERS), held_out(NUMBERS, batch_size=50), held_out(Subset(NUMBERS, range(50))),
-        held_out(DataLoader(NUMBERS, sampler=[1, 2, 3])), held_out(DataLoader(NUMBERS, sampler=[1, 2, 4])),
+        held_out(NUMBERS),
+        held_out(NUMBERS, batch_size=50),
+        held_out(Subset(NUMBERS, range(50))),
+        held_out(DataLoader(NUMBERS, sampler=[1, 2, 3])),
+        held_out(DataLoader(NUMBERS, sampler=[1, 2, 4])),
         held_out(DataLoader(NUMBERS, batch_sampler=[[1, 2], [3]])),
         held_out(DataLoader(NUMBERS, batch_sampler=[[1], [2, 3]])),
-    ]  # fmt: skip
+    ]
     assert len({data.key for data in other}) == len(other)
     assert held_out(DataLoader(NUMBERS, batch_size=256)).key == other[0].key
 

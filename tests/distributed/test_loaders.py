@@ -138,8 +138,15 @@ def test_sizes_may_be_numpys_and_torchs(tmp_path, size):
     assert [len(batch) for batch in seen[0]] == [4, 4, 4, 4, 4]
 
 
-@pytest.mark.parametrize("sizes", [{"global_batch_size": 8.0}, {"global_batch_size": 8, "micro_batch_size": 2.5},
-                                   {"global_batch_size": True}, {"epochs": 2.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"global_batch_size": 8.0},
+        {"global_batch_size": 8, "micro_batch_size": 2.5},
+        {"global_batch_size": True},
+        {"epochs": 2.0},
+    ],
+)
 def test_what_is_no_whole_number_is_refused_by_name(tmp_path, sizes):
     with pytest.raises(ConfigError, match=f"{list(sizes)[-1]}.*2.5|{list(sizes)[-1]}.* is not valid"):
         alone(lambda: train(DataLoader(NUMBERS, batch_size=4), **sizes), tmp_path)
@@ -179,8 +186,10 @@ def test_what_is_set_on_the_dataset_before_an_epoch_is_seen_in_it(tmp_path, num_
     loader = DataLoader(data, batch_size=4, num_workers=num_workers)
     seen = alone(lambda: train(loader, epochs=3, before=lambda epoch: setattr(data, "epoch", epoch)), tmp_path)
     assert {epoch: {int(v) for batch in batches for v in batch[1]} for epoch, batches in seen.items()} == {
-        0: {0}, 1: {1}, 2: {2}
-    }  # fmt: skip
+        0: {0},
+        1: {1},
+        2: {2},
+    }
     processes = {int(v) for batches in seen.values() for batch in batches for v in batch[2]}
     assert (processes == {os.getpid()}) == (num_workers == 0)
 
@@ -229,10 +238,7 @@ def test_a_run_goes_on_with_its_sampler_and_with_no_other(tmp_path):
     with pytest.raises(CheckpointError, match=r"sampler='WeightedRandomSampler \w+'.*Give the DataLoader the sampler"):
         go(weights[::-1], "third", **checkpoint)
     with pytest.raises(CheckpointError, match="sampler="):
-        alone(
-            lambda: train(DataLoader(NUMBERS), epochs=2, global_batch_size=5), tmp_path / "fourth",
-            **checkpoint
-        )  # fmt: skip
+        alone(lambda: train(DataLoader(NUMBERS), epochs=2, global_batch_size=5), tmp_path / "fourth", **checkpoint)
 
 
 def one_pass(loader, model, optimizer, steps=math.inf):

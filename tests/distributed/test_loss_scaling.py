@@ -38,9 +38,10 @@ class Scaled(Regression):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=session.slot != self.off)
         het.register_state("scaler", scaler)
         loader = het.prepare_data_loader(
-            DataLoader(dataset, shuffle=True), global_batch_size=self.global_batch_size,
+            DataLoader(dataset, shuffle=True),
+            global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
-        )  # fmt: skip
+        )
         scales = []
         for _ in loader.epochs(self.epochs):
             for x, y in loader:

@@ -327,10 +327,23 @@ class StepAlongTheSignOfTheGradient(StepAlongTheGradientOfAMean):
 
 
 PROGRAMS = [
-    ReentrantAtTheLoss, SharedBlockCheckpointedTwice, PassesOfAnotherThread, HeadOnly, HooksOnParameters,
-    HooksOfManyKinds, ZeroedInPlace, OldZeroing, KeepsTheLastGradient, Freezing, BuffersByHand, ChannelsLastFused, Sum,
-    MeanOfSome, ManyPasses, StepAlongTheSignOfTheGradient,
-]  # fmt: skip
+    ReentrantAtTheLoss,
+    SharedBlockCheckpointedTwice,
+    PassesOfAnotherThread,
+    HeadOnly,
+    HooksOnParameters,
+    HooksOfManyKinds,
+    ZeroedInPlace,
+    OldZeroing,
+    KeepsTheLastGradient,
+    Freezing,
+    BuffersByHand,
+    ChannelsLastFused,
+    Sum,
+    MeanOfSome,
+    ManyPasses,
+    StepAlongTheSignOfTheGradient,
+]
 
 
 @pytest.mark.parametrize("kind", PROGRAMS, ids=lambda kind: kind.__name__)

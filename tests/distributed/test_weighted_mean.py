@@ -85,9 +85,11 @@ class Weighted:
         model = het.prepare_model(torch.nn.Linear(5, 1).double())
         optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
         loader = het.prepare_data_loader(
-            DataLoader(TensorDataset(x, tokens), shuffle=True), global_batch_size=16,
-            weight=lambda batch: batch[1].sum(), micro_batch_size=self.per_worker,
-        )  # fmt: skip
+            DataLoader(TensorDataset(x, tokens), shuffle=True),
+            global_batch_size=16,
+            weight=lambda batch: batch[1].sum(),
+            micro_batch_size=self.per_worker,
+        )
         for _ in loader.epochs(3):
             for a, n in loader:
                 loss = (n * F.mse_loss(model(a)[:, 0], a.sum(dim=1), reduction="none")).sum() / n.sum()
@@ -129,9 +131,11 @@ class SomeWithoutWeight:
         model = het.prepare_model(torch.nn.Linear(3, 1).double())
         optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
         loader = het.prepare_data_loader(
-            DataLoader(TensorDataset(x, counts)), global_batch_size=4, weight=lambda batch: batch[1].sum(),
+            DataLoader(TensorDataset(x, counts)),
+            global_batch_size=4,
+            weight=lambda batch: batch[1].sum(),
             micro_batch_size=self.micro_batch_size,
-        )  # fmt: skip
+        )
         for _ in loader.epochs(2):
             for a, n in loader:
                 optimizer.zero_grad()

@@ -34,8 +34,12 @@ class Command:
         with self.log.open("w") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, "train", "--storage", str(folder / "runs"), *arguments],
-                stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, start_new_session=True,
-            )  # fmt: skip
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            )
 
     def left(self) -> list[int]:
         """Processes that it started, or that those started."""

@@ -85,9 +85,11 @@ def test_ctrl_c_ends_the_run_and_leaves_nothing(cluster: Any, tmp_path: Path) ->
     script = tmp_path / "driver.py"
     script.write_text(_DRIVER)
     driver = subprocess.Popen(
-        [sys.executable, str(script), cluster.address, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, str(script), cluster.address, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-    )  # fmt: skip
+    )
     pids = eventually(lambda: _lines(tmp_path / "pids", 2), "two workers", 60)
     driver.send_signal(signal.SIGINT)
     output, _ = driver.communicate(timeout=40)

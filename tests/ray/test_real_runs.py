@@ -170,8 +170,11 @@ def test_the_default_job_learns_the_digits_on_unequal_workers(cluster: Any, tmp_
     code = "import sys; from raytrain_het.cli import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "--json", "--storage", str(tmp_path), "--name", "digits"],
-        env={**os.environ, "RAY_ADDRESS": cluster.address}, capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
+        env={**os.environ, "RAY_ADDRESS": cluster.address},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout)
     assert summary["metrics"]["accuracy"] >= 0.97
@@ -196,7 +199,10 @@ def test_both_quickstarts_run(cluster: Any, script: str, tmp_path: Path) -> None
     done = subprocess.run(
         [sys.executable, str(EXPERIMENTS / script)],
         env={**os.environ, "RAY_ADDRESS": cluster.address, "HOME": str(tmp_path)},
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "epoch 4" in done.stdout + done.stderr

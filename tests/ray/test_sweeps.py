@@ -23,11 +23,14 @@ from raytrain_het.sweeps.runs import read_reports
 
 SWEEP = {
     # The second learns nothing and is pruned after an epoch; the third raises.
-    "space": {"lr": {"grid": [0.1, 1e-9, 1e30, 0.05]}}, "metric": "accuracy", "search": "grid",
+    "space": {"lr": {"grid": [0.1, 1e-9, 1e30, 0.05]}},
+    "metric": "accuracy",
+    "search": "grid",
     "scheduler": {"asha": {"grace_epochs": 1, "reduction_factor": 2}},
-    "set": {"epochs": 2, "het.shares": "auto", "global_batch_size": 128}, "max_concurrent": 1,
+    "set": {"epochs": 2, "het.shares": "auto", "global_batch_size": 128},
+    "max_concurrent": 1,
     "workers": [{"count": 1}],
-}  # fmt: skip
+}
 
 
 def command(folder: Path, address: str, *more: str) -> subprocess.Popen[str]:
@@ -132,12 +135,16 @@ def test_as_many_trials_run_at_once_as_the_cluster_holds(cluster: Any, all_free:
     """Two nodes of two CPUs hold two trials that ask for two. A trial ends when it is where it was to get."""
     sweep = make_sweep(
         SweepConfig(
-            space={"lr": {"uniform": [0.05, 0.1]}}, metric={"time_to": {"accuracy": 0.05}}, trials=2,
-            search={"optuna": {"startup_trials": 1}}, scheduler="asha",
-            set={"epochs": 4, "het.shares": "auto", "global_batch_size": 128}, storage=str(tmp_path),
+            space={"lr": {"uniform": [0.05, 0.1]}},
+            metric={"time_to": {"accuracy": 0.05}},
+            trials=2,
+            search={"optuna": {"startup_trials": 1}},
+            scheduler="asha",
+            set={"epochs": 4, "het.shares": "auto", "global_batch_size": 128},
+            storage=str(tmp_path),
             workers=(Workers(resources={"CPU": 2}),),
         )
-    )  # fmt: skip
+    )
     results = run_sweep(sweep, name="x", address=cluster.address)
     assert results.num_by_status["complete"] == 2
     assert results.trials["reached"].all() and (results.trials["epoch"] < 4).all()

@@ -23,8 +23,9 @@ def placed() -> list[dict[str, Any]]:
 
 
 def test_gpu_and_cpu_workers_live_in_one_run_with_bundles_of_their_own(start: Any) -> None:
-    run = start(workers=[WorkerSpec(resources={"GPU": 1, "CPU": 1}), WorkerSpec(count=1, resources={"CPU": 2}),
-                         WorkerSpec()])  # fmt: skip
+    run = start(
+        workers=[WorkerSpec(resources={"GPU": 1, "CPU": 1}), WorkerSpec(count=1, resources={"CPU": 2}), WorkerSpec()]
+    )
     members = run.members(3)
     assert [len(members[i]["gpu_ids"]) for i in range(3)] == [1, 0, 0]
     assert members[0]["gpus"] == "0"

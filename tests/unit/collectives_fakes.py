@@ -28,14 +28,28 @@ def record_of(
     values.setdefault("hierarchy", hosts is not None)
     return Record(
         **{
-            "number": 3, "incarnation": 1, "group": "g", "members": members, "shares": tuple(shares),
-            "lr_scales": (1.0,) * len(shares), "normalised": True, "table": 0,
-            "owners": tuple(owners or [1.0] * len(shares)), "codecs": (codec,) * len(shares),
-            "cursor": {"epoch": 0, "offset": 0, "step": 4}, "source": "0-a", "behind": (), "unhealed": (), "fresh": (),
-            "reset": False, "checkpoint": None, "backend": "tcp", "reason": "a test",
+            "number": 3,
+            "incarnation": 1,
+            "group": "g",
+            "members": members,
+            "shares": tuple(shares),
+            "lr_scales": (1.0,) * len(shares),
+            "normalised": True,
+            "table": 0,
+            "owners": tuple(owners or [1.0] * len(shares)),
+            "codecs": (codec,) * len(shares),
+            "cursor": {"epoch": 0, "offset": 0, "step": 4},
+            "source": "0-a",
+            "behind": (),
+            "unhealed": (),
+            "fresh": (),
+            "reset": False,
+            "checkpoint": None,
+            "backend": "tcp",
+            "reason": "a test",
         }
         | values
-    )  # fmt: skip
+    )
 
 
 class FakeGroup:
@@ -125,9 +139,13 @@ class Reduction:
                     values["used"] = used_bits[bucket.index]
                 values |= {name: by_rank[rank] for name, by_rank in headers.items()}
                 header = Header(
-                    step=values.pop("step", at), generation=3, bucket=bucket.index, weight=weights[rank],
-                    contributes=values.pop("contributes", weights[rank] > 0), **values,
-                )  # fmt: skip
+                    step=values.pop("step", at),
+                    generation=3,
+                    bucket=bucket.index,
+                    weight=weights[rank],
+                    contributes=values.pop("contributes", weights[rank] > 0),
+                    **values,
+                )
                 gradient = gradients[rank]
                 part = None if gradient is None else gradient[place : place + bucket.numel]
                 samples = num_samples or max(1, round(sum(weights)))

@@ -70,11 +70,36 @@ class Worker:
     """One member process."""
 
     __slots__ = (
-        "answered", "asked", "broken", "cached", "confirm_due", "confirmed", "connected", "cursor", "failed_said",
-        "finish_said", "followed", "followed_to", "fresh", "gone", "healed", "hist", "inbox", "launched", "leave_said",
-        "need", "outbox", "record", "slot",
-        "snap", "snap_source", "state", "uid", "void", "want",
-    )  # fmt: skip
+        "answered",
+        "asked",
+        "broken",
+        "cached",
+        "confirm_due",
+        "confirmed",
+        "connected",
+        "cursor",
+        "failed_said",
+        "finish_said",
+        "followed",
+        "followed_to",
+        "fresh",
+        "gone",
+        "healed",
+        "hist",
+        "inbox",
+        "launched",
+        "leave_said",
+        "need",
+        "outbox",
+        "record",
+        "slot",
+        "snap",
+        "snap_source",
+        "state",
+        "uid",
+        "void",
+        "want",
+    )
 
     def __init__(self, uid: str, slot: int) -> None:
         self.uid, self.slot = uid, slot
@@ -148,9 +173,18 @@ class Sent:
     @classmethod
     def of(cls, record: Record) -> Sent:
         key = (
-            record.number, record.incarnation, record.base, record.source, record.reset, record.group, record.shares,
-            tuple(m.uid for m in record.members), record.behind, record.unhealed, record.fresh,
-        )  # fmt: skip
+            record.number,
+            record.incarnation,
+            record.base,
+            record.source,
+            record.reset,
+            record.group,
+            record.shares,
+            tuple(m.uid for m in record.members),
+            record.behind,
+            record.unhealed,
+            record.fresh,
+        )
         return cls._known.setdefault(key, cls(record))
 
 
@@ -256,16 +290,29 @@ class World:
         )
         deaths, suspected = core._deaths, core._suspicion.round
         return (
-            core.incarnation, core.number, id(core.record), core.voided, core.failure, peers,
-            tuple(sorted(core.vacant)), tuple(sorted(core.finished_slots)), tuple(sorted(core._gone)),
-            tuple(sorted(deaths.fruitless.items())), tuple(sorted(deaths.in_step.items())),
+            core.incarnation,
+            core.number,
+            id(core.record),
+            core.voided,
+            core.failure,
+            peers,
+            tuple(sorted(core.vacant)),
+            tuple(sorted(core.finished_slots)),
+            tuple(sorted(core._gone)),
+            tuple(sorted(deaths.fruitless.items())),
+            tuple(sorted(deaths.in_step.items())),
             len(deaths.lost),
-            id(core._recovering), core._recovery_needs_void, core._first_hello is None,
-            core._suspicion.since, core._want_answered,
+            id(core._recovering),
+            core._recovery_needs_void,
+            core._first_hello is None,
+            core._suspicion.since,
+            core._want_answered,
             None if suspected is None else tuple(sorted(suspected.suspecting)),
-            tuple(w.key() for w in self.workers.values()), tuple(sorted(self.ring.items())),
-            tuple(self.budget.values()), self.unlinked,
-        )  # fmt: skip
+            tuple(w.key() for w in self.workers.values()),
+            tuple(sorted(self.ring.items())),
+            tuple(self.budget.values()),
+            self.unlinked,
+        )
 
     # ---------------------------------------------------------------- what can happen
 

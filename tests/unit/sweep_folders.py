@@ -16,17 +16,24 @@ from raytrain_het.sweeps.sweep_file import load_sweep
 
 MODES: dict[str, Any] = {"accuracy": "max", "loss": "min"}
 SWEEP = {
-    "space": {"lr": {"grid": [0.1, 0.2, 0.3, 0.4, 0.5]}, "seed": {"grid": [1]}}, "metric": "accuracy", "search": "grid",
+    "space": {"lr": {"grid": [0.1, 0.2, 0.3, 0.4, 0.5]}, "seed": {"grid": [1]}},
+    "metric": "accuracy",
+    "search": "grid",
     "set": {"epochs": 3, "het.shares": "auto"},
-}  # fmt: skip
+}
 
 
 def report(epoch: int, accuracy: float, *, seconds: float = 2.0, num_bytes: int = 100) -> dict[str, Any]:
     return {
-        "seq": epoch, "key": f"1.{epoch}.0", "step": 5 * (epoch + 1), "epoch": epoch, "metrics": {"accuracy": accuracy},
-        "lr": 0.1, "fraction_of_aggregate": 0.8,
+        "seq": epoch,
+        "key": f"1.{epoch}.0",
+        "step": 5 * (epoch + 1),
+        "epoch": epoch,
+        "metrics": {"accuracy": accuracy},
+        "lr": 0.1,
+        "fraction_of_aggregate": 0.8,
         "since_last": {"seconds": seconds, "steps": 5, "clipped_steps": 1, "samples": 50, "bytes_sent": num_bytes},
-    }  # fmt: skip
+    }
 
 
 class Folder:

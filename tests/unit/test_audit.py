@@ -11,9 +11,11 @@ LIKE, OTHER = "CPU A", "GPU B"
 
 def audit(kind=LIKE, numbers=(("lr of parameter group 0", 0.1),), tensors=(("fc.weight", "ab"),), **samples):
     return {
-        "kind": kind, "numbers": [list(pair) for pair in numbers], "tensors": [list(pair) for pair in tensors],
+        "kind": kind,
+        "numbers": [list(pair) for pair in numbers],
+        "tensors": [list(pair) for pair in tensors],
         "samples": samples,
-    }  # fmt: skip
+    }
 
 
 def test_the_same_is_no_difference():

@@ -91,8 +91,9 @@ def test_a_scoreboard_issues_the_choice_with_shares_and_scores_as_they_are():
     board = Scoreboard(balance=False, compression=compression(slots=range(3)))
     board.global_batch_size = 12
     for slot in range(3):
-        board.introduce(slot, Profile(hardware="x", device="cpu", cores=1, num_threads=1,
-                                      flops={"fp32": Measurement(1e9, 0.0, 3)}))  # fmt: skip
+        board.introduce(
+            slot, Profile(hardware="x", device="cpu", cores=1, num_threads=1, flops={"fp32": Measurement(1e9, 0.0, 3)})
+        )
     table = None
     for _ in range(20):
         for slot in range(3):
@@ -164,8 +165,9 @@ def test_a_choice_is_made_without_a_worker_that_was_lost_whatever_scores_are_fro
     board = Scoreboard(balance=True, policy="flops", compression=compression(slots=range(3)))
     board.global_batch_size = 12
     for slot in range(3):
-        board.introduce(slot, Profile(hardware="x", device="cpu", cores=1, num_threads=1,
-                                      flops={"fp32": Measurement(1e9, 0.0, 3)}))  # fmt: skip
+        board.introduce(
+            slot, Profile(hardware="x", device="cpu", cores=1, num_threads=1, flops={"fp32": Measurement(1e9, 0.0, 3)})
+        )
     assert board.fitting(range(3)) is not None
     board.place({0: "x", 1: "y"}, {})
     table = None

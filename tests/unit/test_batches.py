@@ -134,7 +134,7 @@ BATCHES = {
     "packed sequence": (lambda: [pack_sequence([one(), one()[:1]])], lambda b: b[0].data),
     "tokenizer's": (lambda: {"text": Encoding({"ids": one(), "raw": "a"}, ["e"])}, lambda b: b["text"].ids),
     "moves in place": (MovesInPlace, lambda b: b.x),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -173,8 +173,9 @@ def test_whole_numbers_of_all_kinds_are_plain_ones(value):
     assert number == 4 and type(number) is int
 
 
-@pytest.mark.parametrize("value", [0, -1, 4.0, "4", None, True, np.float32(4), torch.tensor(4.0), np.bool_(True),
-                                   torch.tensor([1, 2])])  # fmt: skip
+@pytest.mark.parametrize(
+    "value", [0, -1, 4.0, "4", None, True, np.float32(4), torch.tensor(4.0), np.bool_(True), torch.tensor([1, 2])]
+)
 def test_what_is_no_whole_number_is_named(value):
     with pytest.raises(ConfigError, match=r"size=.* is not valid: allowed is a whole number from 1"):
         whole_number(value, "size={}")

@@ -149,11 +149,25 @@ def kernel_of_inputs(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 TOGETHER = [
-    normalised_advantages, standardised_inputs, standardised_in_place, scaled_by_the_largest, written_into,
-    classes_of_the_batch, weights_that_add_up_to_n, weights_by_softmax_over_samples, hardest_by_a_quantile,
-    centre_without_a_graph, centre_of_a_detached_mean, running_mean_used_at_once, step_along_the_gradient,
-    delta_along_the_gradient, first_order_maml, sinkhorn, pairs_of_labels, kernel_of_inputs,
-]  # fmt: skip
+    normalised_advantages,
+    standardised_inputs,
+    standardised_in_place,
+    scaled_by_the_largest,
+    written_into,
+    classes_of_the_batch,
+    weights_that_add_up_to_n,
+    weights_by_softmax_over_samples,
+    hardest_by_a_quantile,
+    centre_without_a_graph,
+    centre_of_a_detached_mean,
+    running_mean_used_at_once,
+    step_along_the_gradient,
+    delta_along_the_gradient,
+    first_order_maml,
+    sinkhorn,
+    pairs_of_labels,
+    kernel_of_inputs,
+]
 
 
 @pytest.mark.parametrize("body", TOGETHER, ids=lambda body: body.__name__)
@@ -292,11 +306,29 @@ def penalty_on_weights(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 ALONE = [
-    mean, logged, divided_first, cut_by_lengths, each_by_itself, sorted_by_length,
-    signs_of_the_gradient, gradients_of_one_length, gradients_of_a_sum, penalty_on_gradients, mixed_up,
-    centre_updated_afterwards, teacher, two_losses, in_a_loop_over_samples, one_after_the_other, batch_norm,
-    checkpointed, loss_in_a_checkpoint, function_of_its_own, branch_by_the_largest, penalty_on_weights,
-]  # fmt: skip
+    mean,
+    logged,
+    divided_first,
+    cut_by_lengths,
+    each_by_itself,
+    sorted_by_length,
+    signs_of_the_gradient,
+    gradients_of_one_length,
+    gradients_of_a_sum,
+    penalty_on_gradients,
+    mixed_up,
+    centre_updated_afterwards,
+    teacher,
+    two_losses,
+    in_a_loop_over_samples,
+    one_after_the_other,
+    batch_norm,
+    checkpointed,
+    loss_in_a_checkpoint,
+    function_of_its_own,
+    branch_by_the_largest,
+    penalty_on_weights,
+]
 
 
 @pytest.mark.parametrize("body", ALONE, ids=lambda body: body.__name__)

@@ -29,9 +29,14 @@ def test_matrices_that_factors_of_the_rank_would_not_make_smaller_are_named() ->
     assert "(0.weight [4, 1024])" in said
 
 
-@pytest.mark.parametrize(("word", "kind", "warns"), [
-    ("sign", torch.optim.AdamW, True), ("sign", torch.optim.SGD, False), ("topk", torch.optim.AdamW, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "kind", "warns"),
+    [
+        ("sign", torch.optim.AdamW, True),
+        ("sign", torch.optim.SGD, False),
+        ("topk", torch.optim.AdamW, False),
+    ],
+)
 def test_signs_for_an_optimizer_that_divides_by_squares_are_warned_of(word, kind, warns) -> None:
     said = warnings_of_optimizer(word, ["none", word], kind(nn.Linear(2, 2).parameters(), lr=0.1))
     assert ["does not suit" in text for text in said] == [True] * warns

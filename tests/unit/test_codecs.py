@@ -22,9 +22,12 @@ from raytrain_het.errors import ConfigError, ProtocolError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = [
-    *(name for name in KINDS if not used_together(name)), "int8(error_feedback=true)", "int4(error_feedback=true)",
-    "topk(density=0.3)", "randomk(density=1.0)",
-]  # fmt: skip
+    *(name for name in KINDS if not used_together(name)),
+    "int8(error_feedback=true)",
+    "int4(error_feedback=true)",
+    "topk(density=0.3)",
+    "randomk(density=1.0)",
+]
 PACKED = [word for word in WORDS if isinstance(CODECS[word], PackedCodec)]
 STAMP = Stamp(5, 6)
 FED_BACK = [word for word in PACKED if CODECS[word].init(1, torch.float32, torch.device("cpu"))]
@@ -207,15 +210,28 @@ def test_topk_keeps_nearly_what_the_largest_hold(density: float, n: int, path: s
 @pytest.mark.parametrize(
     "y",
     [
-        torch.ones(40_000), torch.cat((torch.zeros(39_990), torch.ones(10))),
-        torch.cat((torch.ones(20), torch.zeros(39_980))), torch.arange(40_000.0),
-        torch.where(torch.arange(40_000) % 11 == 0, 1.0, 2.0), torch.where(torch.arange(40_000) % 11 == 0, 2.0, 1.0),
+        torch.ones(40_000),
+        torch.cat((torch.zeros(39_990), torch.ones(10))),
+        torch.cat((torch.ones(20), torch.zeros(39_980))),
+        torch.arange(40_000.0),
+        torch.where(torch.arange(40_000) % 11 == 0, 1.0, 2.0),
+        torch.where(torch.arange(40_000) % 11 == 0, 2.0, 1.0),
         torch.cat((torch.ones(50), torch.full((39_949,), 0.5), torch.tensor([100.0]))),
-        one_large_column(64), one_large_column(16),
+        one_large_column(64),
+        one_large_column(16),
     ],
-    ids=["equal", "few last", "few first", "in order", "sample too small", "sample too large", "ties", "column of 64",
-         "column of 16"],
-)  # fmt: skip
+    ids=[
+        "equal",
+        "few last",
+        "few first",
+        "in order",
+        "sample too small",
+        "sample too large",
+        "ties",
+        "column of 64",
+        "column of 16",
+    ],
+)
 def test_topk_finds_the_largest_where_a_sample_misleads(y: torch.Tensor, path: str) -> None:
     out = there_and_back("topk(density=0.02)", y)
     best = y.abs().topk(800).values.square().sum()
@@ -313,9 +329,18 @@ def test_the_default_dtype_of_the_users_program_changes_nothing(word: str, path:
 
 @pytest.mark.parametrize(
     ("word", "bits"),
-    [("none", 32), ("bf16", 16), ("fp16", 16), ("int8", 8 + 32 / 256), ("int4", 4 + 32 / 128), ("sign", 1 + 32 / 512),
-     ("topk", 0.01 * (24 + 32 / 256)), ("topk(density=0.25)", 1 + 0.25 * (8 + 32 / 256)), ("randomk", 0.32)],
-)  # fmt: skip
+    [
+        ("none", 32),
+        ("bf16", 16),
+        ("fp16", 16),
+        ("int8", 8 + 32 / 256),
+        ("int4", 4 + 32 / 128),
+        ("sign", 1 + 32 / 512),
+        ("topk", 0.01 * (24 + 32 / 256)),
+        ("topk(density=0.25)", 1 + 0.25 * (8 + 32 / 256)),
+        ("randomk", 0.32),
+    ],
+)
 def test_bytes_are_those_of_the_formula(word: str, bits: float) -> None:
     n = 1 << 20
     assert CODECS[word].capacity_bytes(n, torch.float32) == pytest.approx(n * bits / 8, rel=0.003)
@@ -326,11 +351,17 @@ def test_bytes_are_those_of_the_formula(word: str, bits: float) -> None:
 
 @pytest.mark.parametrize(
     ("written", "word"),
-    [("int8", "int8"), ({"int8": {}}, "int8"), ({"int8": None}, "int8"), ({"topk": {"density": 0.01}}, "topk"),
-     ({"topk": {"density": 0.002}}, "topk(density=0.002)"), ("topk(density=0.002)", "topk(density=0.002)"),
-     ({"int4": {"error_feedback": True}}, "int4(error_feedback=true)"),
-     ({"topk": {"density": 1}}, "topk(density=1.0)")],
-)  # fmt: skip
+    [
+        ("int8", "int8"),
+        ({"int8": {}}, "int8"),
+        ({"int8": None}, "int8"),
+        ({"topk": {"density": 0.01}}, "topk"),
+        ({"topk": {"density": 0.002}}, "topk(density=0.002)"),
+        ("topk(density=0.002)", "topk(density=0.002)"),
+        ({"int4": {"error_feedback": True}}, "int4(error_feedback=true)"),
+        ({"topk": {"density": 1}}, "topk(density=1.0)"),
+    ],
+)
 def test_a_codec_is_one_word_in_a_record(written: object, word: str) -> None:
     assert one_word(written) == word  # type: ignore[arg-type]
     assert one_word(word) == word
@@ -339,16 +370,24 @@ def test_a_codec_is_one_word_in_a_record(written: object, word: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "said"),
-    [("int9", "Write compression='int8'"), ({"topk": {"densitiy": 0.1}}, "no option 'densitiy'; allowed is density"),
-     ({"topk": {"density": 0}}, "for 'density' is a number from 1e-6 to 1"),
-     ({"topk": {"density": 1.5}}, "the kept fraction"),
-     ({"topk": {"density": True}}, "'density': True"), ({"topk": {"density": math.nan}}, "'density': nan"),
-     ({"bf16": {"density": 0.1}}, "allowed is none. Write compression='bf16'"),
-     ({"int8": {"error_feedback": 1}}, "true or false"),
-     ({"int8": {}, "int4": {}}, "one codec"), (3, "compression=3"), ({"topk": 0.1}, "one codec"),
-     ("topk(density=", "is not valid"), ("int8)", "is not valid"), ({"topk": {1: 2}}, "one codec"),
-     ({"topk": {"density": 1e-9}}, "1e-6")],
-)  # fmt: skip
+    [
+        ("int9", "Write compression='int8'"),
+        ({"topk": {"densitiy": 0.1}}, "no option 'densitiy'; allowed is density"),
+        ({"topk": {"density": 0}}, "for 'density' is a number from 1e-6 to 1"),
+        ({"topk": {"density": 1.5}}, "the kept fraction"),
+        ({"topk": {"density": True}}, "'density': True"),
+        ({"topk": {"density": math.nan}}, "'density': nan"),
+        ({"bf16": {"density": 0.1}}, "allowed is none. Write compression='bf16'"),
+        ({"int8": {"error_feedback": 1}}, "true or false"),
+        ({"int8": {}, "int4": {}}, "one codec"),
+        (3, "compression=3"),
+        ({"topk": 0.1}, "one codec"),
+        ("topk(density=", "is not valid"),
+        ("int8)", "is not valid"),
+        ({"topk": {1: 2}}, "one codec"),
+        ({"topk": {"density": 1e-9}}, "1e-6"),
+    ],
+)
 def test_what_is_no_codec_is_told_with_the_nearest_right_one(written: object, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         one_word(written)  # type: ignore[arg-type]

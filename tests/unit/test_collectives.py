@@ -18,9 +18,12 @@ SHAPES = [("a", (3, 5)), ("b", (7,)), ("c", (40, 4)), ("d", (1,))]
 
 
 def layout_of(
-    shapes: list[tuple[str, tuple[int, ...]]] = SHAPES, *, bucket_bytes: int = 256, buffers: int = 0,
+    shapes: list[tuple[str, tuple[int, ...]]] = SHAPES,
+    *,
+    bucket_bytes: int = 256,
+    buffers: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> Layout:  # fmt: skip
+) -> Layout:
     return Layout(
         [(name, torch.zeros(shape, dtype=dtype)) for name, shape in shapes],
         [(f"mean{k}", torch.zeros(4)) for k in range(buffers)],
@@ -83,9 +86,13 @@ def test_the_fingerprint_knows_names_shapes_dtypes_order_buffers_and_bucket_size
     renamed = [("x", SHAPES[0][1]), *SHAPES[1:]]
     reshaped = [("a", (5, 3)), *SHAPES[1:]]
     others = [
-        layout_of(renamed), layout_of(reshaped), layout_of(SHAPES[::-1]), layout_of(buffers=1),
-        layout_of(bucket_bytes=64), layout_of(dtype=torch.float64),
-    ]  # fmt: skip
+        layout_of(renamed),
+        layout_of(reshaped),
+        layout_of(SHAPES[::-1]),
+        layout_of(buffers=1),
+        layout_of(bucket_bytes=64),
+        layout_of(dtype=torch.float64),
+    ]
     assert len({layout_of().fingerprint, *(o.fingerprint for o in others)}) == 7
     assert layout_of().fingerprint == layout_of().fingerprint
     assert layout_of(dtype=torch.bfloat16).fingerprint == layout_of().fingerprint, "it travels alike"
@@ -98,12 +105,26 @@ int64 = st.integers(-(2**63), 2**63 - 1)
 
 @given(
     st.integers(0, 70).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 2**n - 1))),
-    int64, int64, st.integers(0, 2**16 - 1), int64, st.floats(allow_nan=False), st.booleans(), st.booleans(), int64,
-)  # fmt: skip
+    int64,
+    int64,
+    st.integers(0, 2**16 - 1),
+    int64,
+    st.floats(allow_nan=False),
+    st.booleans(),
+    st.booleans(),
+    int64,
+)
 def test_a_header_comes_back_as_it_was(
-    segments_used: tuple[int, int], step: int, generation: int, bucket: int, want: int, weight: float, finite: bool,
-    contributes: bool, digest: int,
-) -> None:  # fmt: skip
+    segments_used: tuple[int, int],
+    step: int,
+    generation: int,
+    bucket: int,
+    want: int,
+    weight: float,
+    finite: bool,
+    contributes: bool,
+    digest: int,
+) -> None:
     segments, used = segments_used
     header = Header(step, generation, bucket, want, weight, finite, contributes, digest, used)
     message = torch.full((header_bytes(segments) + 16,), 255, dtype=torch.uint8)
@@ -327,8 +348,10 @@ def test_small_parameters_are_kept_apart_and_travel_as_they_are() -> None:
     ]
     layout = Layout(named, [("mean", torch.zeros(3))], 1 << 20, small_apart=True)
     assert [([s.name for s in b.segments], b.is_dense, b.is_state) for b in layout.buckets] == [
-        (["v", "w"], False, False), (["tiny", "bias"], True, False), (["mean"], True, True),
-    ]  # fmt: skip
+        (["v", "w"], False, False),
+        (["tiny", "bias"], True, False),
+        (["mean"], True, True),
+    ]
     assert layout.fingerprint != Layout(named, [("mean", torch.zeros(3))], 1 << 20).fingerprint
     gradient = torch.randn(numel(layout))
     outs, _ = Reduction(record_of([1.0, 1.0], codec="sign"), layout).run([gradient, gradient], [1.0, 1.0])

@@ -18,9 +18,16 @@ from raytrain_het.collectives.patience import Patience
 
 def new_agent() -> Any:
     return SimpleNamespace(
-        record=None, void=0, answered=0, gone=None, condition=threading.Condition(), on_message={}, on_reconnect=[],
-        suspect=lambda *_: None, member=SimpleNamespace(slot=3),
-    )  # fmt: skip
+        record=None,
+        void=0,
+        answered=0,
+        gone=None,
+        condition=threading.Condition(),
+        on_message={},
+        on_reconnect=[],
+        suspect=lambda *_: None,
+        member=SimpleNamespace(slot=3),
+    )
 
 
 def new_communicator() -> Communicator:

@@ -17,14 +17,18 @@ def plans(draw):
     size = draw(st.integers(1, 200))
     batch = draw(st.integers(1, size if drop_last else 250))
     return DataPlan(
-        dataset_size=size, global_batch_size=batch, shuffle=draw(st.booleans()), drop_last=drop_last,
+        dataset_size=size,
+        global_batch_size=batch,
+        shuffle=draw(st.booleans()),
+        drop_last=drop_last,
         seed=draw(st.integers(0, 2**70)),
-    )  # fmt: skip
+    )
 
 
 def plan_of(size, batch, **fields):
-    return DataPlan(**{"dataset_size": size, "global_batch_size": batch, "shuffle": True, "drop_last": False,
-                       "seed": 0, **fields})  # fmt: skip
+    return DataPlan(
+        **{"dataset_size": size, "global_batch_size": batch, "shuffle": True, "drop_last": False, "seed": 0, **fields}
+    )
 
 
 shares_lists = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)

@@ -91,13 +91,24 @@ def test_the_end_shows_every_worker_the_metrics_and_the_folder(kind: Any) -> Non
 
 def test_scales_and_speeds_are_shown_while_it_runs_and_at_the_end_in_80_columns() -> None:
     known = {
-        "node_ip": "255.255.255.255", "device": "cuda:0", "score": 12.34, "lr_scale": 0.71, "batch_share": 65536,
-        "compute_s": 12345.6, "wait_s": 1234.5, "bytes_sent": 1000 * 2**30, "bytes_received": 1000 * 2**30,
-    }  # fmt: skip
+        "node_ip": "255.255.255.255",
+        "device": "cuda:0",
+        "score": 12.34,
+        "lr_scale": 0.71,
+        "batch_share": 65536,
+        "compute_s": 12345.6,
+        "wait_s": 1234.5,
+        "bytes_sent": 1000 * 2**30,
+        "bytes_received": 1000 * 2**30,
+    }
     status = {
-        **STATUS, "step": 10**6, "samples": 10**9, "epoch": 99, "fraction_of_aggregate": 0.914,
+        **STATUS,
+        "step": 10**6,
+        "samples": 10**9,
+        "epoch": 99,
+        "fraction_of_aggregate": 0.914,
         "members": [{"slot": 15, **known}],
-    }  # fmt: skip
+    }
     console = Console(file=io.StringIO(), width=80)
     console.print(LiveDisplay(io.StringIO()).picture(status))
     text = console.file.getvalue()  # type: ignore[attr-defined]

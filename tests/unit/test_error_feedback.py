@@ -18,8 +18,14 @@ from raytrain_het.errors import ProtocolError
 
 LAYOUT = Layout([("a", torch.zeros(30, 50)), ("b", torch.zeros(700)), ("c", torch.zeros(9))], [], 4000)
 NUMEL = sum(bucket.numel for bucket in LAYOUT.buckets)
-FED_BACK = ["sign", "topk(density=0.05)", "randomk(density=0.1)", "int4(error_feedback=true)", "lowrank",
-            "topk(density=0.05, all_gather=true)"]  # fmt: skip
+FED_BACK = [
+    "sign",
+    "topk(density=0.05)",
+    "randomk(density=0.1)",
+    "int4(error_feedback=true)",
+    "lowrank",
+    "topk(density=0.05, all_gather=true)",
+]
 
 
 def residual(states: CodecStates) -> torch.Tensor:

@@ -361,8 +361,15 @@ def test_samples_that_take_longer_than_the_timeout_are_an_error_that_names_it(fe
 
 
 def test_a_loaders_settings_are_taken_over(fetcher_of):
-    loader = DataLoader(Curriculum(), num_workers=1, worker_init_fn=open_files, collate_fn=untouched, timeout=100,
-                        multiprocessing_context="fork", generator=torch.Generator().manual_seed(5))  # fmt: skip
+    loader = DataLoader(
+        Curriculum(),
+        num_workers=1,
+        worker_init_fn=open_files,
+        collate_fn=untouched,
+        timeout=100,
+        multiprocessing_context="fork",
+        generator=torch.Generator().manual_seed(5),
+    )
     fetcher = SampleFetcher.of(loader, loader.collate_fn, 1)
     try:
         assert fetcher.fetch(0, [0])[0][4:] == ((0, 1, True), "by 0")

@@ -27,9 +27,18 @@ class Client:
         self.messages = self.connection.messages()
         member = {"uid": self.uid, "slot": slot, "host": "127.0.0.1", "state_port": 1, "device": "cpu"}
         hello = {
-            "token": hub.token, "member": member, "cursor": ZERO, "healed": False, "fresh": False, "record": None,
-            "answered": 0, "fingerprint": "", "checkpoint": None, "checkpoint_cursor": None, "known": None,
-        }  # fmt: skip
+            "token": hub.token,
+            "member": member,
+            "cursor": ZERO,
+            "healed": False,
+            "fresh": False,
+            "record": None,
+            "answered": 0,
+            "fingerprint": "",
+            "checkpoint": None,
+            "checkpoint_cursor": None,
+            "known": None,
+        }
         self.connection.send(hello | values)
 
     def tell(self, kind: str, **values: Any) -> None:
@@ -45,9 +54,15 @@ class Client:
 
     def report(self, key: str, **values: Any) -> None:
         message = {
-            "key": key, "step": int(key.split(".")[-2]), "epoch": 0, "metrics": {"loss": 1.0}, "reduce": {},
-            "samples": 8, "checkpoint": False, "holds_snapshot": False,
-        }  # fmt: skip
+            "key": key,
+            "step": int(key.split(".")[-2]),
+            "epoch": 0,
+            "metrics": {"loss": 1.0},
+            "reduce": {},
+            "samples": 8,
+            "checkpoint": False,
+            "holds_snapshot": False,
+        }
         self.tell("report", **(message | values))
 
 
@@ -186,9 +201,13 @@ def test_a_torn_message_costs_its_connection_and_nothing_else(make_hub: Any, lin
 def hardware(name: str, gflops: float, *, bandwidth: float | None = 1e9) -> dict[str, Any]:
     """What a member's hello says of it."""
     profile = Profile(
-        hardware=name, device="cpu", cores=1, num_threads=1, flops={"fp32": Measurement(gflops * 1e9, 0.0, 5)},
+        hardware=name,
+        device="cpu",
+        cores=1,
+        num_threads=1,
+        flops={"fp32": Measurement(gflops * 1e9, 0.0, 5)},
         memory_bandwidth=Measurement(bandwidth, 0.0, 5) if bandwidth else None,
-    )  # fmt: skip
+    )
     return {"profile": profile.to_json(), "global_batch_size": 100}
 
 

@@ -61,11 +61,14 @@ def test_an_exception_that_can_be_sent_is_sent(error: BaseException) -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (TwoArguments(404, "no labels"), "TwoArguments: 404: no labels"), (Locked("held"), "Locked: held"),
-        (NoReduce("broken"), "NoReduce: broken"), (OtherText(5), "OtherText: n=5"),
-        (SystemExit(3), "SystemExit: 3"), (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (TwoArguments(404, "no labels"), "TwoArguments: 404: no labels"),
+        (Locked("held"), "Locked: held"),
+        (NoReduce("broken"), "NoReduce: broken"),
+        (OtherText(5), "OtherText: n=5"),
+        (SystemExit(3), "SystemExit: 3"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
     ],
-)  # fmt: skip
+)
 def test_one_that_cannot_be_sent_is_replaced_by_one_that_says_the_same(error: BaseException, said: str) -> None:
     sent = portable(raised(error))
     assert isinstance(sent, ForeignError)

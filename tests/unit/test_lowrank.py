@@ -24,16 +24,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYOUT = Layout(
     [
-        ("a", torch.zeros(40, 60)), ("conv", torch.zeros(32, 16, 3, 3)), ("small", torch.zeros(3, 5)),
+        ("a", torch.zeros(40, 60)),
+        ("conv", torch.zeros(32, 16, 3, 3)),
+        ("small", torch.zeros(3, 5)),
         ("b", torch.zeros(9)),
     ],
-    [], 8000,
-)  # fmt: skip
+    [],
+    8000,
+)
 NUMEL = sum(bucket.numel for bucket in LAYOUT.buckets)
 PLACES = {
     s.name: (sum(b.numel for b in LAYOUT.buckets[:k]) + s.offset, s)
-    for k, b in enumerate(LAYOUT.buckets) for s in b.segments
-}  # fmt: skip
+    for k, b in enumerate(LAYOUT.buckets)
+    for s in b.segments
+}
 
 
 @pytest.fixture(params=["compiled", "eager"])

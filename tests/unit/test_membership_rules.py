@@ -527,9 +527,13 @@ def test_a_restart_with_all_members_back_changes_nothing() -> None:
 
 
 TABLE = Table(
-    version=4, scores={0: 1.5, 1: 1.0, 2: 0.5}, lr_scales={0: 0.8, 1: 1.0, 2: 1.3}, shares={0: 7, 1: 5, 2: 0},
-    predicted_step_s=1.0, reason="a test",
-)  # fmt: skip
+    version=4,
+    scores={0: 1.5, 1: 1.0, 2: 0.5},
+    lr_scales={0: 0.8, 1: 1.0, 2: 1.3},
+    shares={0: 7, 1: 5, 2: 0},
+    predicted_step_s=1.0,
+    reason="a test",
+)
 
 
 def test_owners_follow_the_tables_links_and_who_is_not_in_it_has_the_median() -> None:

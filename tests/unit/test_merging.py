@@ -28,13 +28,26 @@ def same(a: float, b: float) -> bool:
 @pytest.mark.parametrize(
     ("values", "how", "expected"),
     [
-        ((INF, -INF), None, NAN), ((INF, -INF), "sum", NAN), ((INF, 1.0), None, INF), ((INF, INF), None, INF),
-        ((NAN, INF), None, NAN), ((NAN, 1.0), "max", NAN), ((1.0, NAN), "max", NAN), ((1.0, NAN), "min", NAN),
-        ((1e308, 1e308), "sum", INF), ((-1e308, -1e308), "sum", -INF), ((1e308, 1e308), None, 1e308),
-        ((1.5e308, 1.7e308), None, 1.6e308), ((10**18, 10**18 + 2), None, 1e18), ((None, 2.0), None, 2.0),
-        ((None, None), None, None), (("a", "b"), None, "a"), ((None, "b"), None, "b"), ((True, False), None, True),
+        ((INF, -INF), None, NAN),
+        ((INF, -INF), "sum", NAN),
+        ((INF, 1.0), None, INF),
+        ((INF, INF), None, INF),
+        ((NAN, INF), None, NAN),
+        ((NAN, 1.0), "max", NAN),
+        ((1.0, NAN), "max", NAN),
+        ((1.0, NAN), "min", NAN),
+        ((1e308, 1e308), "sum", INF),
+        ((-1e308, -1e308), "sum", -INF),
+        ((1e308, 1e308), None, 1e308),
+        ((1.5e308, 1.7e308), None, 1.6e308),
+        ((10**18, 10**18 + 2), None, 1e18),
+        ((None, 2.0), None, 2.0),
+        ((None, None), None, None),
+        (("a", "b"), None, "a"),
+        ((None, "b"), None, "b"),
+        ((True, False), None, True),
     ],
-)  # fmt: skip
+)
 def test_any_numbers_are_merged(values: tuple[Any, ...], how: str | None, expected: Any) -> None:
     found = reduced(*((value, 8) for value in values), how=how)
     assert found is expected or same(found, expected) or found == pytest.approx(expected)
@@ -86,9 +99,17 @@ class Hub:
         told = {"life": 1, "began": 0, "step": step, "reported": before, "complete": False, **values}
         self.book.part(
             slot,
-            {"key": key, "step": step, "epoch": 0, "metrics": {}, "samples": 1, "checkpoint": False, "told": told,
-             "at": "train.py:3"},
-        )  # fmt: skip
+            {
+                "key": key,
+                "step": step,
+                "epoch": 0,
+                "metrics": {},
+                "samples": 1,
+                "checkpoint": False,
+                "told": told,
+                "at": "train.py:3",
+            },
+        )
         return self.book.left_out()
 
 

@@ -107,9 +107,7 @@ def test_a_record_survives_json() -> None:
 
 # ---------------------------------------------------------------- errors
 
-ERRORS = [
-    cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.HetError)
-]  # fmt: skip
+ERRORS = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.HetError)]
 
 
 @pytest.mark.parametrize("cls", ERRORS, ids=lambda c: c.__name__)
@@ -185,10 +183,17 @@ def test_shares_become_a_tuple_of_floats() -> None:
 
 def test_numbers_of_numpy_and_torch_are_pythons_own() -> None:
     config = HetConfig(
-        shares=np.array([3, 1]), alpha=np.float32(0.5), seed=np.int64(3), micro_batch_size=torch.tensor(4),
-        warm_spares=np.bool_(False), clip={"norm": np.float64(1.0)}, bucket_mib=torch.tensor(2.0),
-        compression=np.str_("bf16"), schedule={"step": {"every_epochs": np.int64(2)}}, silence_s=np.int32(1),
-    )  # fmt: skip
+        shares=np.array([3, 1]),
+        alpha=np.float32(0.5),
+        seed=np.int64(3),
+        micro_batch_size=torch.tensor(4),
+        warm_spares=np.bool_(False),
+        clip={"norm": np.float64(1.0)},
+        bucket_mib=torch.tensor(2.0),
+        compression=np.str_("bf16"),
+        schedule={"step": {"every_epochs": np.int64(2)}},
+        silence_s=np.int32(1),
+    )
     assert config.shares == (3.0, 1.0)
     values = [getattr(config, f.name) for f in dataclasses.fields(config)]
     assert json.loads(json.dumps(values))[0] == [3.0, 1.0]

@@ -20,13 +20,26 @@ from raytrain_het.training.metrics import check_metrics, check_reduce, check_sum
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (torch.tensor(1.5), 1.5), (torch.tensor([[2]]), 2), (torch.tensor(1.5, requires_grad=True), 1.5),
-        (torch.tensor(0.5, dtype=torch.bfloat16), 0.5), (torch.tensor(True), True), (np.float32(0.5), 0.5),
-        (np.int64(3), 3), (np.bool_(True), True), (np.array([7]), 7), (np.str_("text"), "text"), (None, None),
-        (math.inf, math.inf), (decimal.Decimal("0.5"), 0.5), (fractions.Fraction(1, 4), 0.25), (10**30, 1e30),
-        (2**62, 2**62), (True, True), ("text", "text"),
+        (torch.tensor(1.5), 1.5),
+        (torch.tensor([[2]]), 2),
+        (torch.tensor(1.5, requires_grad=True), 1.5),
+        (torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        (torch.tensor(True), True),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (np.array([7]), 7),
+        (np.str_("text"), "text"),
+        (None, None),
+        (math.inf, math.inf),
+        (decimal.Decimal("0.5"), 0.5),
+        (fractions.Fraction(1, 4), 0.25),
+        (10**30, 1e30),
+        (2**62, 2**62),
+        (True, True),
+        ("text", "text"),
     ],
-)  # fmt: skip
+)
 def test_numbers_of_every_library_are_plain_numbers(value: Any, expected: Any) -> None:
     found = check_metrics({"x": value}, {})["x"]
     assert (type(found), found) == (type(expected), expected)
@@ -42,17 +55,24 @@ def test_nested_dictionaries_have_their_names_joined_and_other_keys_are_texts() 
 @pytest.mark.parametrize(
     ("metrics", "said"),
     [
-        ({"x": [1, 2]}, "metric 'x' is a list"), ({"x": torch.zeros(3)}, "metric 'x' is a Tensor of 3 elements"),
-        ({"x": np.zeros(0)}, "of 0 elements"), ({"x": 1 + 2j}, "is a complex"),
+        ({"x": [1, 2]}, "metric 'x' is a list"),
+        ({"x": torch.zeros(3)}, "metric 'x' is a Tensor of 3 elements"),
+        ({"x": np.zeros(0)}, "of 0 elements"),
+        ({"x": 1 + 2j}, "is a complex"),
         ({"x": torch.zeros(1, dtype=torch.complex64)}, "is a complex"),
         ({"x": torch.zeros(1, device="meta")}, "metric 'x' has no value"),
-        ({"x": datetime.date(2020, 1, 1)}, "is a date"), ({"x": 10**400}, "no float holds"),
-        ({"x": "a" * 10_001}, "a text of 10,001 characters"), ({("a", "b"): 1}, "('a', 'b') names a metric"),
-        ({None: 1}, "None names a metric"), ({"a/b": 1, "a": {"b": 2}}, "'a/b' is given twice"),
-        ({"a": {"b": object()}}, "metric 'a/b' is a object"), ([1.0], "report() got a list"), (None, "got a NoneType"),
+        ({"x": datetime.date(2020, 1, 1)}, "is a date"),
+        ({"x": 10**400}, "no float holds"),
+        ({"x": "a" * 10_001}, "a text of 10,001 characters"),
+        ({("a", "b"): 1}, "('a', 'b') names a metric"),
+        ({None: 1}, "None names a metric"),
+        ({"a/b": 1, "a": {"b": 2}}, "'a/b' is given twice"),
+        ({"a": {"b": object()}}, "metric 'a/b' is a object"),
+        ([1.0], "report() got a list"),
+        (None, "got a NoneType"),
         (dict.fromkeys(range(200), "a" * 9999), "200 metrics take"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_number_text_or_flag_is_refused_by_name(metrics: Any, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_metrics(metrics, {})
@@ -68,8 +88,10 @@ def test_a_reduction_of_what_is_not_there_or_no_number_is_refused(reduce: dict[s
 
 def test_an_evaluations_sums_are_numbers() -> None:
     assert check_sums({"hits": torch.tensor(3), "flag": True, "by": {"a": np.float32(0.5)}}) == {
-        "hits": 3.0, "flag": 1.0, "by/a": 0.5,
-    }  # fmt: skip
+        "hits": 3.0,
+        "flag": 1.0,
+        "by/a": 0.5,
+    }
     for returned in ({"x": "good"}, {"x": None}, {"x": torch.zeros(2)}, 3.0, None, torch.tensor(1.0)):
         with pytest.raises(ConfigError, match=r"evaluate\(\): fn"):
             check_sums(returned)

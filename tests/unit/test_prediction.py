@@ -16,13 +16,15 @@ from raytrain_het.fleet.prediction import ENOUGH, Machine, advice, chance, commu
 
 MACHINES = st.lists(
     st.builds(
-        lambda c, k, latency, bandwidth: Machine(
-            cost=StepCost(c, k), latency_s=latency, bandwidth=bandwidth
-        ),
-        st.floats(0, 0.1), st.floats(1e-3, 0.1), st.floats(0, 0.01), st.floats(1e5, 1e9),
+        lambda c, k, latency, bandwidth: Machine(cost=StepCost(c, k), latency_s=latency, bandwidth=bandwidth),
+        st.floats(0, 0.1),
+        st.floats(1e-3, 0.1),
+        st.floats(0, 0.01),
+        st.floats(1e5, 1e9),
     ),
-    min_size=1, max_size=4,
-)  # fmt: skip
+    min_size=1,
+    max_size=4,
+)
 
 
 def machine(c: float, k: float, latency_s: float = 0.0, bandwidth: float = math.inf, **more: float) -> Machine:

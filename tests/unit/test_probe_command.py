@@ -77,15 +77,22 @@ def test_tables_fit_in_80_columns_and_name_who_costs_more_than_it_gives(capsys: 
     costs = [StepCost(0.001, 1e-5), StepCost(0.002, 2e-5), StepCost(3.0, 0.5)]
     gpu, *cpus = (
         Profile(
-            hardware=name, device=device, cores=13.5, num_threads=16, flops=dict.fromkeys(dtypes, measured),
-            memory_bandwidth=measured, host_to_device=measured if device != "cpu" else None, step=cost,
+            hardware=name,
+            device=device,
+            cores=13.5,
+            num_threads=16,
+            flops=dict.fromkeys(dtypes, measured),
+            memory_bandwidth=measured,
+            host_to_device=measured if device != "cpu" else None,
+            step=cost,
         )
         for (name, device, *dtypes), cost in zip(
             [("NVIDIA H200 NVL Tensor Core", "cuda:0", "fp32", "bf16", "fp16")]
             + [("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz (13.5 cores)", "cpu", "fp32", "bf16")] * 2,
-            costs, strict=True,
+            costs,
+            strict=True,
         )
-    )  # fmt: skip
+    )
     devices = [probe.Device(f"192.168.100.{i}", profile) for i, profile in enumerate([gpu, *cpus])]
     link = Link(*[Measurement(1.234e-3, 0.1, 5)] * 3)
     machines = [Machine(cost=cost) for cost in costs]
@@ -97,10 +104,13 @@ def test_tables_fit_in_80_columns_and_name_who_costs_more_than_it_gives(capsys: 
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
     for words in (
-        "1.23T", "1.23m ±10%", "worker 2 (cpu on 192.168.100.2) costs more than it gives", "firewall",
+        "1.23T",
+        "1.23m ±10%",
+        "worker 2 (cpu on 192.168.100.2) costs more than it gives",
+        "firewall",
         "het.shares=auto",
         "best global batch up to 8 times the job's: 8192 or more",
-    ):  # fmt: skip
+    ):
         assert words in text, text
     assert "…" not in text
 

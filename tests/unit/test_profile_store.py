@@ -17,9 +17,13 @@ from raytrain_het.fleet.profile_store import ProfileStore
 from raytrain_het.testing import throttle
 
 PROFILE = Profile(
-    hardware="AMD EPYC (2 cores)", device="cpu", cores=1.5, num_threads=2, flops={"fp32": Measurement(1e11, 0.01, 5)},
+    hardware="AMD EPYC (2 cores)",
+    device="cpu",
+    cores=1.5,
+    num_threads=2,
+    flops={"fp32": Measurement(1e11, 0.01, 5)},
     memory_bandwidth=Measurement(1e10, 0.02, 5),
-)  # fmt: skip
+)
 
 
 def test_what_is_kept_is_found_by_another(tmp_path: Path) -> None:

@@ -19,9 +19,17 @@ from raytrain_het.membership.reports import ReportBook
 def part(key: str = "1.5.0", *, uid: str = "u", checkpoint: bool = True, **values: Any) -> dict[str, Any]:
     step = int(key.split(".")[1])
     return {
-        "key": key, "step": step, "epoch": 0, "metrics": {"loss": 1.0}, "reduce": {}, "samples": 8,
-        "checkpoint": checkpoint, "holds_snapshot": False, "uid": uid, **values,
-    }  # fmt: skip
+        "key": key,
+        "step": step,
+        "epoch": 0,
+        "metrics": {"loss": 1.0},
+        "reduce": {},
+        "samples": 8,
+        "checkpoint": checkpoint,
+        "holds_snapshot": False,
+        "uid": uid,
+        **values,
+    }
 
 
 def reduced(*parts: tuple[Any, int], how: str | None = None) -> Any:

@@ -95,11 +95,37 @@ def loader_of(kind):
     return DataLoader(DATA, **settings) if "batch_sampler" in settings else DataLoader(DATA, batch_size=8, **settings)
 
 
-KINDS = ["backwards", "short", "replacement", "generator", "weighted", "weighted with a generator", "subset", "list",
-         "by epoch", "numpy", "tensor", "torch", "drop last", "batches", "unlike batches",
-         "list of batches"]  # fmt: skip
-RANDOM = {"short", "replacement", "generator", "weighted", "weighted with a generator", "subset", "by epoch", "torch",
-          "drop last", "batches", "unlike batches"}  # fmt: skip
+KINDS = [
+    "backwards",
+    "short",
+    "replacement",
+    "generator",
+    "weighted",
+    "weighted with a generator",
+    "subset",
+    "list",
+    "by epoch",
+    "numpy",
+    "tensor",
+    "torch",
+    "drop last",
+    "batches",
+    "unlike batches",
+    "list of batches",
+]
+RANDOM = {
+    "short",
+    "replacement",
+    "generator",
+    "weighted",
+    "weighted with a generator",
+    "subset",
+    "by epoch",
+    "torch",
+    "drop last",
+    "batches",
+    "unlike batches",
+}
 
 
 def batches(plan, epoch):
@@ -202,10 +228,15 @@ def test_the_ledger_counts_samples_that_a_sampler_repeats():
             slices = {f"w{k}": slice_of(window, (3, 1), k) for k in range(2)}
             if cursor.step not in lost:
                 yield LedgerEntry(
-                    step=cursor.step, generation=1, epoch=0, offset=window.start, batch_size=len(window),
-                    slices={uid: [part.start, part.stop] for uid, part in slices.items()}, writer="w0",
+                    step=cursor.step,
+                    generation=1,
+                    epoch=0,
+                    offset=window.start,
+                    batch_size=len(window),
+                    slices={uid: [part.start, part.stop] for uid, part in slices.items()},
+                    writer="w0",
                     own_samples=plan.permutation(0)[slices["w0"].start : slices["w0"].stop],
-                )  # fmt: skip
+                )
             cursor = plan.advance(cursor)
 
     assert check_exactly_once(entries(), plan, epochs=1).num_samples == 100

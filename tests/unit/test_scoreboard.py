@@ -340,9 +340,14 @@ def test_a_table_is_looked_for_once_in_a_round_of_observations(monkeypatch: pyte
 
 def profile(gflops: float, step: StepCost | None = None, gbytes: float = 10.0, hardware: str = "x") -> Profile:
     return Profile(
-        hardware=hardware, device="cpu", cores=1.0, num_threads=1, flops={"fp32": Measurement(gflops * 1e9, 0.01, 5)},
-        memory_bandwidth=Measurement(gbytes * 1e9, 0.01, 5), step=step,
-    )  # fmt: skip
+        hardware=hardware,
+        device="cpu",
+        cores=1.0,
+        num_threads=1,
+        flops={"fp32": Measurement(gflops * 1e9, 0.01, 5)},
+        memory_bandwidth=Measurement(gbytes * 1e9, 0.01, 5),
+        step=step,
+    )
 
 
 def board_of(*profiles: Profile, total: int = 100, **settings: Any) -> Scoreboard:

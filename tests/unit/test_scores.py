@@ -15,9 +15,14 @@ from raytrain_het.fleet.scores import scores
 
 def profile(flops: float = 1e9, bandwidth: float = 1e9, step: StepCost | None = None) -> Profile:
     return Profile(
-        hardware="box", device="cpu", cores=1, num_threads=1, flops={"fp32": Measurement(flops, 0, 5)},
-        memory_bandwidth=Measurement(bandwidth, 0, 5), step=step,
-    )  # fmt: skip
+        hardware="box",
+        device="cpu",
+        cores=1,
+        num_threads=1,
+        flops={"fp32": Measurement(flops, 0, 5)},
+        memory_bandwidth=Measurement(bandwidth, 0, 5),
+        step=step,
+    )
 
 
 FAST = profile(3e9, 6e9, StepCost(0.0, 0.001))

@@ -78,9 +78,12 @@ class StubTrainer:
     def __init__(self, train_fn: Any, **arguments: Any) -> None:
         self.train_fn, self.arguments = train_fn, arguments
         self.summary = {
-            "metrics": {}, "steps": 1, "samples": 64, "throughput_samples_per_s": 1.0,
+            "metrics": {},
+            "steps": 1,
+            "samples": 64,
+            "throughput_samples_per_s": 1.0,
             "workers": [worker(0, 1.5, 48), worker(1, 0.5, 16)],
-        }  # fmt: skip
+        }
         self.made.append(self)
 
     def fit(self) -> None:

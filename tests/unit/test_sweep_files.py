@@ -73,8 +73,11 @@ def test_an_option_of_a_kind_that_was_not_chosen_counts_for_nothing() -> None:
 def test_resolved_settings_are_flat_and_plain() -> None:
     nested = {"lr": 0.1, "het": {"shares": (3.0, 1.0), "schedule": {"cosine": {"floor": 0.1}}, "clip": None}}
     assert flat(nested) == {
-        "lr": 0.1, "het.shares": "[3.0, 1.0]", "het.schedule": "{cosine: {floor: 0.1}}", "het.clip": None,
-    }  # fmt: skip
+        "lr": 0.1,
+        "het.shares": "[3.0, 1.0]",
+        "het.schedule": "{cosine: {floor: 0.1}}",
+        "het.clip": None,
+    }
 
 
 # ---------------------------------------------------------------- whole sweeps
@@ -96,8 +99,10 @@ def test_a_trials_settings_are_in_its_job(tmp_path: Path) -> None:
         {"alpha": 0.5, "schedule": "{cosine: {floor: 0.1}}", "compression.topk.density": 0.02, "epochs": 4}
     )
     assert (job.het.alpha, job.het.schedule, job.het.compression) == (
-        0.5, {"cosine": {"floor": 0.1}}, "topk(density=0.02)",
-    )  # fmt: skip
+        0.5,
+        {"cosine": {"floor": 0.1}},
+        "topk(density=0.02)",
+    )
     assert isinstance(job, DigitsJob)
     assert (job.lr, job.epochs, job.num_workers, job.het.shares) == (0.3, 4, 3, "auto")
     assert sweep.job_of({"schedule": "null"}).het.schedule is None
@@ -220,9 +225,12 @@ def test_a_kind_that_is_chosen_keeps_the_options_that_the_job_gives_it(tmp_path:
     sweep = sweep_of(
         tmp_path,
         set={"compression.topk.density": 0.05},
-        space={"compression": {"choice": ["topk", "int8"]}, "clip": {"choice": [None, {"norm": 1.0}]},
-               "clip.norm": {"uniform": [0.5, 2]}},
-    )  # fmt: skip
+        space={
+            "compression": {"choice": ["topk", "int8"]},
+            "clip": {"choice": [None, {"norm": 1.0}]},
+            "clip.norm": {"uniform": [0.5, 2]},
+        },
+    )
     norm = "{norm: 1.0}"
     job = sweep.job_of({"compression": "topk", "clip": norm, "clip.norm": 0.7})
     assert (job.het.compression, job.het.clip) == ("topk(density=0.05)", {"norm": 0.7})

@@ -42,8 +42,12 @@ def test_the_tables_have_every_setting_and_what_it_took(folder: Folder) -> None:
     results = read_results(folder.path)
     best = results.trials.iloc[0]
     assert (best["lr"], best["job.lr"], best["job.epochs"], best["job.het.alpha"], best["job.het.shares"]) == (
-        0.4, 0.4, 3, 0.0, "auto",
-    )  # fmt: skip
+        0.4,
+        0.4,
+        3,
+        0.0,
+        "auto",
+    )
     assert (best["epoch"], best["samples"], best["bytes_sent"], best["seconds"]) == (3, 150, 300, 6.0)
     assert best["wall_s"] > 0 and best["fraction_of_aggregate"] == 0.8
     assert results.epochs.groupby("trial").size().to_dict() == {1: 3, 2: 1, 4: 3, 5: 1}
@@ -140,9 +144,13 @@ def test_a_setting_that_counts_for_nothing_is_left_out_of_the_table(tmp_path: Pa
     [((0.6, 0.95), "complete", 0), ((0.6, 0.8), "complete", 1), ((0.6,), "", 0)],
 )
 def test_a_sweep_has_failed_if_all_has_ended_and_nothing_has_a_value(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], accuracies: Any, end: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    accuracies: Any,
+    end: str,
     status: int,
-) -> None:  # fmt: skip
+) -> None:
     folder = Folder(tmp_path, space={"lr": {"grid": [0.1]}}, metric={"time_to": {"accuracy": 0.9}})
     folder.trials.clear()
     settings = {"lr": 0.1}

@@ -126,7 +126,7 @@ HEADLESS = {
     "true and false": "".join(f"{bool(i % 2)},{i % 5}.5\n" for i in range(60)),
     "values that are missing": rows(",{i}.5,{k}"),
     "whole numbers that look like pandas' names": "0,1,2\n" + rows("{i},{j},{k}"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", HEADLESS)
@@ -193,7 +193,7 @@ def test_names_that_are_numbers_or_come_again_can_be_names(
         (bytes(range(256)) * 9, "some binary format"),
         (parquet()[:300], "neither CSV nor Parquet, or damaged"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_called_by_its_name_with_the_way_out(
     tmp_path: Path, content: str | bytes, match: str
 ) -> None:

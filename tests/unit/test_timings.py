@@ -66,9 +66,15 @@ def comm(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Without its thread: operations are awaited by the test."""
     monkeypatch.setattr(Communicator, "_run", lambda self: None)
     agent = SimpleNamespace(
-        record=None, void=0, answered=0, gone=None, condition=threading.Condition(), on_message={}, on_reconnect=[],
+        record=None,
+        void=0,
+        answered=0,
+        gone=None,
+        condition=threading.Condition(),
+        on_message={},
+        on_reconnect=[],
         suspect=lambda *_: None,
-    )  # fmt: skip
+    )
     comm = Communicator(agent, TWO_BUCKETS, advance=None, resync_bytes=0, hang_limit_s=1e9)  # type: ignore[arg-type]
     yield comm
     comm.close()

@@ -94,8 +94,11 @@ def test_every_report_is_a_result_and_the_last_one_comes_when_the_run_is_over(
     rows = [made.step() for _ in range(4)]
     assert read_outcome(folder(tmp_path)) == {"status": "complete"}, "before the last result: it may end the trial"
     assert [(row["epoch"], row["accuracy"], row[FOR_SEARCH], row["seconds"]) for row in rows] == [
-        (1, 0.1, 0.1, 2.0), (2, 0.2, 0.2, 4.0), (3, 0.3, 0.3, 6.0), (4, 0.4, 0.4, 8.0),
-    ]  # fmt: skip
+        (1, 0.1, 0.1, 2.0),
+        (2, 0.2, 0.2, 4.0),
+        (3, 0.3, 0.3, 6.0),
+        (4, 0.4, 0.4, 8.0),
+    ]
     assert made.step()[DONE]
     (trainer,) = Trainer.made
     assert (trainer.job.lr, trainer.job.epochs) == (0.1, 4)
@@ -217,8 +220,9 @@ def test_a_training_function_of_ones_own_is_swept_report_by_report(tmp_path: Pat
     made = kind.__new__(kind)
     made.setup({"lr": 0.5})
     assert [(row["epoch"], row["accuracy"], row["seconds"]) for row in (made.step(), made.step())] == [
-        (1, 0.5, 2.0), (2, 0.5, 4.0),
-    ]  # fmt: skip
+        (1, 0.5, 2.0),
+        (2, 0.5, 4.0),
+    ]
     assert made.step()[DONE]
     assert made.reset_config({"lr": 2.0})
     made.step(), made.step()

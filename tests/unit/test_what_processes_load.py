@@ -43,18 +43,49 @@ print("sklearn" in sys.modules, "raytrain_het.training.session" in sys.modules)
 
 
 AT_ONCE = [
-    "--help", "train --help", "probe --help", "sweep --help", "schedule --help", "trian", "train --nmae x",
-    "train --keys", "train --set epohcs=3", "train --set epochs=three", "train --set epochs 3",
-    "train --set het.shares=[1,-1]", "train --set het.compression=tpok", "train --set workers.0.cuont=3",
-    "train nowhere.yaml", "train key.yaml", "train broken.yaml", "train no_data.yaml",
-    "train table.yaml --set target=prcie", "train table.yaml --set features=[x]", "train headless.yaml",
-    "train --simulate 1,x", "train --storage t.csv/x", "train --address nowhere", "train --name a/b",
-    "probe --model nowhere.yaml", "probe --model key.yaml", "probe --model no_data.yaml", "probe --compression",
-    "probe --address nowhere", "sweep nowhere.yaml", "sweep spcae.yaml", "sweep path.yaml", "sweep metric.yaml",
-    "sweep no_data_sweep.yaml", "sweep sweep.yaml --set trails=3", "sweep sweep.yaml --resume",
-    "sweep sweep.yaml --resume --name other", "sweep sweep.yaml --simulate 1,x",
-    "sweep sweep.yaml --address nowhere", "schedule cosin", "schedule --out x.pgn",
-]  # fmt: skip
+    "--help",
+    "train --help",
+    "probe --help",
+    "sweep --help",
+    "schedule --help",
+    "trian",
+    "train --nmae x",
+    "train --keys",
+    "train --set epohcs=3",
+    "train --set epochs=three",
+    "train --set epochs 3",
+    "train --set het.shares=[1,-1]",
+    "train --set het.compression=tpok",
+    "train --set workers.0.cuont=3",
+    "train nowhere.yaml",
+    "train key.yaml",
+    "train broken.yaml",
+    "train no_data.yaml",
+    "train table.yaml --set target=prcie",
+    "train table.yaml --set features=[x]",
+    "train headless.yaml",
+    "train --simulate 1,x",
+    "train --storage t.csv/x",
+    "train --address nowhere",
+    "train --name a/b",
+    "probe --model nowhere.yaml",
+    "probe --model key.yaml",
+    "probe --model no_data.yaml",
+    "probe --compression",
+    "probe --address nowhere",
+    "sweep nowhere.yaml",
+    "sweep spcae.yaml",
+    "sweep path.yaml",
+    "sweep metric.yaml",
+    "sweep no_data_sweep.yaml",
+    "sweep sweep.yaml --set trails=3",
+    "sweep sweep.yaml --resume",
+    "sweep sweep.yaml --resume --name other",
+    "sweep sweep.yaml --simulate 1,x",
+    "sweep sweep.yaml --address nowhere",
+    "schedule cosin",
+    "schedule --out x.pgn",
+]
 
 
 def test_help_typos_and_missing_files_load_neither_torch_nor_ray(tmp_path: Path) -> None:
@@ -90,8 +121,12 @@ for command in json.load(sys.stdin):
         print(command, status, loaded)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(AT_ONCE), capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-c", code],
+        input=json.dumps(AT_ONCE),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-    )  # fmt: skip
+    )
     assert (done.stdout, done.returncode) == ("", 0), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files), "nothing was started"

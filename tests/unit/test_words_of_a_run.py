@@ -153,9 +153,15 @@ def test_settings_and_metrics_of_every_kind_are_written_down(tmp_path: Path) -> 
     (tmp_path / "run").mkdir()
     folder = RunFolder(StorageContext(str(tmp_path), "run"))
     loop: dict[Any, Any] = {
-        np.int64(0): "cat", ("a", "b"): 1.0, None: torch.tensor([1, 2]), "large": np.zeros((200, 200)),
-        "set": {3}, "broken": Broken(), "half": torch.tensor(0.5, dtype=torch.bfloat16), "lock": threading.Lock(),
-    }  # fmt: skip
+        np.int64(0): "cat",
+        ("a", "b"): 1.0,
+        None: torch.tensor([1, 2]),
+        "large": np.zeros((200, 200)),
+        "set": {3},
+        "broken": Broken(),
+        "half": torch.tensor(0.5, dtype=torch.bfloat16),
+        "lock": threading.Lock(),
+    }
     loop["itself"] = loop
     policy = functools.partial(lambda lock, profile: 1.0, threading.Lock())
     folder.write_config(HetConfig(score_policy=policy), HetScalingConfig(workers=[WorkerSpec()]), loop)

@@ -99,8 +99,13 @@ def test_each_worker_writes_its_own_part_and_the_writer_what_all_have_in_common(
     path = write(workers)
     assert [w.storage.stored for w in workers[1:]] == [["worker_1.pt"], ["worker_2.pt"]]
     assert sorted(workers[0].storage.stored) == [
-        "extra_features.pt", "het.json", "model.pt", "training.pkl", "training.pt", "worker_0.pt"
-    ]  # fmt: skip
+        "extra_features.pt",
+        "het.json",
+        "model.pt",
+        "training.pkl",
+        "training.pt",
+        "worker_0.pt",
+    ]
     assert residuals(path) == [0.0, 1.0, 2.0]
     state = files.read_state(path)
     assert state["registered"]["mine"]["names"] == {"a", "b"}

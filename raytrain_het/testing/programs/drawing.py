@@ -13,11 +13,38 @@ from raytrain_het.testing.programs.text_loss import LOSSES
 from raytrain_het.testing.programs.text_model import BLOCKS, BUFFERS
 
 ODD = (
-    "two_backward", "create_graph", "autograd_backward", "closure", "second_model", "second_optimizer", "no_step",
-    "step_twice", "break", "continue", "accumulate", "raise", "raise_on_one", "return_on_one", "sparse", "complex",
-    "lazy", "list_first", "second_pass", "warm_up_pass", "scaler", "own_loop", "evaluate_on_one", "evaluate_raises",
-    "conditional_step", "finite_step", "local_rate", "rank_seed", "optimizer_first", "numpy_sizes", "post_hook_after",
-)  # fmt: skip
+    "two_backward",
+    "create_graph",
+    "autograd_backward",
+    "closure",
+    "second_model",
+    "second_optimizer",
+    "no_step",
+    "step_twice",
+    "break",
+    "continue",
+    "accumulate",
+    "raise",
+    "raise_on_one",
+    "return_on_one",
+    "sparse",
+    "complex",
+    "lazy",
+    "list_first",
+    "second_pass",
+    "warm_up_pass",
+    "scaler",
+    "own_loop",
+    "evaluate_on_one",
+    "evaluate_raises",
+    "conditional_step",
+    "finite_step",
+    "local_rate",
+    "rank_seed",
+    "optimizer_first",
+    "numpy_sizes",
+    "post_hook_after",
+)
 
 _DRAWS: dict[str, tuple[float, tuple[Any, ...]]] = {
     # field: (how likely it is to be another than the default, against the others; which)
@@ -57,7 +84,7 @@ _DRAWS: dict[str, tuple[float, tuple[Any, ...]]] = {
         0.9,
         ("kill", "kill_first", "kill_updated", "kill_decoded", "leave", "kill_all", "hub", "kill_reporting", "resume"),
     ),
-}  # fmt: skip
+}
 _SHARES = {
     2: ((3.0, 1.0), (1.0, 3.0), None, (1.0, 1.0), (5.0, 2.0), (1.0, 0.0), (0.0, 1.0), (100.0, 1.0)),
     3: ((5.0, 2.0, 1.0), (1.0, 2.0, 3.0), None, (2.0, 0.0, 1.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0)),

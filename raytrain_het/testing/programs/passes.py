@@ -24,7 +24,7 @@ class Passes:
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, registered: dict[str, Any], *, sums: bool
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._model, self._optimizer, self._registered, self._sums = model, optimizer, registered, sums
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._own: list[nn.Parameter] = list({id(p): p for p in [*model.parameters(), *trained]}.values())

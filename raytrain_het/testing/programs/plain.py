@@ -120,9 +120,15 @@ class PlainLoader:
     """Whole batches, in the order that a run has used, or else in the loader's own."""
 
     def __init__(
-        self, het: PlainHet, loader: DataLoader, *, global_batch_size: int | None = None,
-        micro_batch_size: int | None = None, weight: Callable[[Any], float] | None = None, loss: str = "mean",
-    ) -> None:  # fmt: skip
+        self,
+        het: PlainHet,
+        loader: DataLoader,
+        *,
+        global_batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        weight: Callable[[Any], float] | None = None,
+        loss: str = "mean",
+    ) -> None:
         self.het, self.inner, self.weight, self.sums = het, loader, weight, loss == "sum"
         self.micro = None if micro_batch_size is None else int(micro_batch_size)
         global_batch_size = None if global_batch_size is None else int(global_batch_size)
@@ -139,9 +145,12 @@ class PlainLoader:
         self.plan: DataPlan | None = None
         if plain_order and global_batch_size is not None:
             self.plan = DataPlan(
-                dataset_size=len(loader.dataset), global_batch_size=global_batch_size,  # type: ignore[arg-type]
-                shuffle=isinstance(loader.sampler, RandomSampler), drop_last=loader.drop_last, seed=het.config.seed,
-            )  # fmt: skip
+                dataset_size=len(loader.dataset),
+                global_batch_size=global_batch_size,  # type: ignore[arg-type]
+                shuffle=isinstance(loader.sampler, RandomSampler),
+                drop_last=loader.drop_last,
+                seed=het.config.seed,
+            )
 
     def __len__(self) -> int:
         return len(self.batches(0))

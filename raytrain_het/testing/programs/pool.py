@@ -131,18 +131,20 @@ class Pool:
             directory = Path(name)
             jobs = [
                 worker.Job(
-                    program=program, text=text, config=config, directory=directory, slot=slot,
+                    program=program,
+                    text=text,
+                    config=config,
+                    directory=directory,
+                    slot=slot,
                     faults=tuple(f for f in faults_of(program) if f.slot == slot),
                 )
                 for slot in range(program.workers)
-            ]  # fmt: skip
+            ]
             _Run(self, ran, jobs, deadline).go()
             ran.notes, ran.ledger = read_notes(directory), read_ledgers(directory)
             ran.fault_happened = any(directory.glob("fault_*")) or program.fault == "hub"
             ran.used = used_in(ran.notes)
-            reference = worker.Job(
-                program=program, text=text, config=config, directory=directory, used=ran.used
-            )  # fmt: skip
+            reference = worker.Job(program=program, text=text, config=config, directory=directory, used=ran.used)
             ran.plain = self._plain(reference)
         ran.seconds = time.monotonic() - started
         return ran
@@ -232,9 +234,7 @@ class _Run:
         stored = sorted((self._directory / "storage").glob("checkpoint_*"))
         if stored:
             cursor = read_meta(str(stored[-1]))["cursor"]
-            self._settings = dataclasses.replace(
-                self._settings, checkpoint=str(stored[-1]), checkpoint_cursor=cursor
-            )  # fmt: skip
+            self._settings = dataclasses.replace(self._settings, checkpoint=str(stored[-1]), checkpoint_cursor=cursor)
         self._hub = self._new_hub()
         for job in self._jobs:
             self._start(dataclasses.replace(job, life=1))

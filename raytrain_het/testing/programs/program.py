@@ -69,9 +69,7 @@ class Program:
 
     def changed(self) -> dict[str, Any]:
         """The fields that are not at their default."""
-        return {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
-        }  # fmt: skip
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
     def but(self, **fields: Any) -> Program:
         """The same with some fields changed."""
@@ -93,7 +91,7 @@ class Program:
         weighed = set(self.buffers) & AVERAGED and (self.loss.startswith(WEIGHED) or self.loss.endswith("_local"))
         return bool(
             "batch_norm" in self.blocks or weighed or EXTREMES & set(self.buffers) or self.loss.endswith("_local")
-        )  # fmt: skip
+        )
 
     @property
     def random_passes(self) -> bool:

@@ -15,10 +15,15 @@ def config_of(program: Program) -> HetConfig:
     """The settings of a program's run."""
     clip = {"config_norm": {"norm": 0.3}, "config_value": {"value": 0.05}}.get(program.clip)
     return HetConfig(
-        shares=program.shares, bucket_mib=program.bucket_mib, replica_check_steps=program.check_steps, clip=clip,
+        shares=program.shares,
+        bucket_mib=program.bucket_mib,
+        replica_check_steps=program.check_steps,
+        clip=clip,
         schedule={"cosine": {"floor": 0.1}} if program.scheduler == "config" else None,
-        check=program.check, silence_s=10.0, hang_limit_s=30.0,
-    )  # fmt: skip
+        check=program.check,
+        silence_s=10.0,
+        hang_limit_s=30.0,
+    )
 
 
 def faults_of(program: Program) -> tuple[Fault, ...]:

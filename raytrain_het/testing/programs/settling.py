@@ -12,8 +12,17 @@ from raytrain_het.testing.programs.text_loss import tasks_of
 _FORMS = {"none_at_first", "none_then_data", "becomes_none", "grows"}
 """Buffers whose form changes."""
 _NO_MOMENTUM = (
-    "sgd", "rmsprop", "adagrad", "adagrad_fused", "adafactor", "adadelta", "asgd", "rprop", "lbfgs", "adam_tensor_lr",
-)  # fmt: skip
+    "sgd",
+    "rmsprop",
+    "adagrad",
+    "adagrad_fused",
+    "adafactor",
+    "adadelta",
+    "asgd",
+    "rprop",
+    "lbfgs",
+    "adam_tensor_lr",
+)
 
 
 def settled(program: Program) -> Program:

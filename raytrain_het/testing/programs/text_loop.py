@@ -12,7 +12,7 @@ from raytrain_het.testing.programs.text_choices import (
     OPTIMIZERS_TEXT,
     SCHEDULERS_TEXT,
     ZERO,
-)  # fmt: skip
+)
 from raytrain_het.testing.programs.text_data import make_data, make_loader, unpack
 from raytrain_het.testing.programs.text_loss import additive, loss_lines
 

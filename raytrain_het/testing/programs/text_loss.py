@@ -49,9 +49,20 @@ _LOSSES: dict[str, dict[str, str]] = {
 _ANY = ("learned", "learned_outside", "penalty", "norm_penalty", "gradient_penalty")
 
 UNDECLARED = (
-    "sum", "sum_by_hand", "sum_of_constant", "token", "token_flat", "token_mask", "token_chosen", "class_weight",
-    "root", "largest", "centred", "spread", "sample_weight",
-)  # fmt: skip
+    "sum",
+    "sum_by_hand",
+    "sum_of_constant",
+    "token",
+    "token_flat",
+    "token_mask",
+    "token_chosen",
+    "class_weight",
+    "root",
+    "largest",
+    "centred",
+    "spread",
+    "sample_weight",
+)
 """Losses that are no means over samples, of which the run was not told."""
 DECLARED = tuple(f"{name}_declared" for name in UNDECLARED if name.startswith(("sum", "token", "class")))
 LOCAL = tuple(f"{name}_local" for name in ("root", "centred", "spread", "token"))

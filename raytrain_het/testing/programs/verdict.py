@@ -107,9 +107,14 @@ def _of_results(ran: Ran, wrong: str | None) -> Verdict:
             kind="wrong", detail=f"torch alone raises {_line(plain.error)}, the run does not\n{plain.traceback}"
         )
     problems = [
-        *([wrong] if wrong is not None else []), *_steps(ran), *_orders(ran), *_replicas(ran), *_ends(ran, results),
-        *_values(ran, results), *_reports(ran),
-    ]  # fmt: skip
+        *([wrong] if wrong is not None else []),
+        *_steps(ran),
+        *_orders(ran),
+        *_replicas(ran),
+        *_ends(ran, results),
+        *_values(ran, results),
+        *_reports(ran),
+    ]
     return Verdict(kind="wrong", detail="\n".join(problems)) if problems else Verdict(kind="equal")
 
 
@@ -162,9 +167,12 @@ def _orders(ran: Ran) -> Iterator[str]:
     whole = program.early == "none" and program.odd == "none"
     if program.sampler in ("shuffle", "plain") and whole:
         plan = DataPlan(
-            dataset_size=program.samples, global_batch_size=program.batch, shuffle=program.sampler == "shuffle",
-            drop_last=program.drop_last, seed=0,
-        )  # fmt: skip
+            dataset_size=program.samples,
+            global_batch_size=program.batch,
+            shuffle=program.sampler == "shuffle",
+            drop_last=program.drop_last,
+            seed=0,
+        )
         try:
             check_exactly_once(ran.ledger, plan, epochs=program.epochs)
         except LedgerError as error:
@@ -181,12 +189,15 @@ def _order(program: Program, epoch: int, indices: list[int]) -> str:
     """What is wrong with an epoch's order of samples; nothing if it may be that of the program's sampler."""
     n, whole = program.samples, program.early == "none" and program.odd == "none" and not program.drop_last
     exact = {
-        "reversed": list(range(n))[::-1], "own": list(range(n - 1, 1, -1)),
+        "reversed": list(range(n))[::-1],
+        "own": list(range(n - 1, 1, -1)),
         "own_subclass": sorted(range(n), key=lambda k: (k % 5, k)),
-        "set_epoch": [(k + 5 * epoch) % n for k in range(n)], "batches": list(range(n)),
-        "set_by_hand": [(k + 3 * epoch) % n for k in range(n)], "longer": list(range(min(n, 13 + 8 * epoch))),
+        "set_epoch": [(k + 5 * epoch) % n for k in range(n)],
+        "batches": list(range(n)),
+        "set_by_hand": [(k + 3 * epoch) % n for k in range(n)],
+        "longer": list(range(min(n, 13 + 8 * epoch))),
         "own_batches": [k for start in range(4) for k in range(start, n, 4)],
-    }.get(program.sampler)  # fmt: skip
+    }.get(program.sampler)
     if exact is not None and indices != exact[: len(indices)]:
         return f"is not the sampler's {exact}"
     if program.sampler == "weighted" and any(k % 3 == 0 for k in indices):

@@ -115,25 +115,42 @@ class Watched:
         slices = {uid: (int(s[0]), int(s[1])) for uid, s in note.slices.items()}
         self._ledger.append(
             LedgerEntry(
-                step=note.step, generation=generation, epoch=note.epoch, offset=note.offset,
-                batch_size=note.batch_size, slices=slices, writer=note.uid, own_samples=note.own_samples,
+                step=note.step,
+                generation=generation,
+                epoch=note.epoch,
+                offset=note.offset,
+                batch_size=note.batch_size,
+                slices=slices,
+                writer=note.uid,
+                own_samples=note.own_samples,
             )
-        )  # fmt: skip
+        )
         self._notes.append(
             StepNote(
-                step=note.step, epoch=note.epoch, state=state, bits=bits_of(state), generation=generation,
-                slot=self._job.slot, slices=slices, uid=note.uid, offset=note.offset, batch=batch,
+                step=note.step,
+                epoch=note.epoch,
+                state=state,
+                bits=bits_of(state),
+                generation=generation,
+                slot=self._job.slot,
+                slices=slices,
+                uid=note.uid,
+                offset=note.offset,
+                batch=batch,
                 own=[int(k) for k in note.own_samples],
             )
-        )  # fmt: skip
+        )
 
 
 def _run(job: Job) -> Outcome:
     where = job.directory / "hub.pickle"
     watched = Watched(job)
     space: dict[str, Any] = {
-        "__name__": "__main__", "het": watched, "RANK": job.slot, "WORLD": job.program.workers,
-    }  # fmt: skip
+        "__name__": "__main__",
+        "het": watched,
+        "RANK": job.slot,
+        "WORLD": job.program.workers,
+    }
 
     def train() -> tuple[Any]:
         session = sessions.current()
@@ -146,10 +163,15 @@ def _run(job: Job) -> Outcome:
     outcome = Outcome(kind="gone")
     try:
         done = sessions.run_worker(
-            train, config=job.config, slot=job.slot, num_slots=job.program.workers,
-            locate=lambda: pickle.loads(where.read_bytes()), storage=LocalStorage(job.directory / "storage"),
-            device=torch.device("cpu"), node_ip="127.0.0.1",
-        )  # fmt: skip
+            train,
+            config=job.config,
+            slot=job.slot,
+            num_slots=job.program.workers,
+            locate=lambda: pickle.loads(where.read_bytes()),
+            storage=LocalStorage(job.directory / "storage"),
+            device=torch.device("cpu"),
+            node_ip="127.0.0.1",
+        )
         if done is not None:
             outcome.kind, outcome.value = "result", done[0]
     except EvictedError as error:
