@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.plain import is_number, nearest
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,8 @@ class Option:
     fits: Callable[[Any], bool]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_density(value: Any) -> bool:
-    return _is_number(value) and 1e-6 <= value <= 1
+    return is_number(value) and 1e-6 <= value <= 1
 
 
 def _is_number_of_epochs(value: Any) -> bool:
@@ -58,9 +54,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
 TOGETHER = frozenset({"lowrank"})
 """Codecs of which all workers add up the parts: used by all of them or by none, as is what they all gather."""
 
-_ERROR = Option(
-    0.2, "a number from 0 to 1: |x - decoded(x)| / |x|", lambda value: _is_number(value) and 0 <= value <= 1
-)
+_ERROR = Option(0.2, "a number from 0 to 1: |x - decoded(x)| / |x|", lambda value: is_number(value) and 0 <= value <= 1)
 AUTO: dict[str, Option] = {"error": _ERROR}
 """Options of ``auto``, which is no codec: it chooses one for each worker."""
 AUTO_CODECS = (
@@ -90,10 +84,10 @@ def one_word(value: str | Mapping[str, Any], *, auto: bool = False) -> str:
     name, options = _taken_apart(value)
     choices = {**OPTIONS, "auto": AUTO} if auto else OPTIONS
     if name not in choices:
-        near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+        near = nearest(name, choices)
         raise ConfigError(
             f"compression={value!r} is not valid: allowed is {', '.join(choices)}, or one of them with options. Write "
-            f"compression={(near or ['int8'])[0]!r}, or compression={{'topk': {{'density': 0.01}}}}."
+            f"compression={near or 'int8'!r}, or compression={{'topk': {{'density': 0.01}}}}."
         )
     known = choices[name]
     for option, chosen in options.items():

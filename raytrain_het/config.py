@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -14,16 +11,12 @@ from typing import Any, Literal, TypeVar
 from raytrain_het.codec_options import AUTO, AUTO_CODECS, one_word, parsed, used_together
 from raytrain_het.errors import ConfigError
 from raytrain_het.optim import Schedule, schedule_of
-from raytrain_het.plain import plain
+from raytrain_het.plain import is_number, nearest, plain
 
 
 def _require(condition: bool, field: str, value: object, allowed: str, fix: str) -> None:
     if not condition:
         raise ConfigError(f"{field}={value!r} is not valid: allowed is {allowed}. {fix}")
-
-
-def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _is_whole(value: object, low: int) -> bool:
@@ -38,8 +31,8 @@ def refuse_unknown(owner: str, named: Mapping[str, Any], known: Sequence[str]) -
     ConfigError: a keyword of ``owner`` is none of those ``known``; it names the nearest right one.
     """
     for name in sorted(named.keys() - set(known)):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        fix = f"Write {near[0]}={named[name]!r}" if near else "Leave it out"
+        near = nearest(name, known)
+        fix = f"Write {near}={named[name]!r}" if near else "Leave it out"
         raise ConfigError(
             f"{owner}({name}={named[name]!r}): there is no such setting. {fix}. Allowed: {', '.join(known)}."
         )
@@ -161,7 +154,7 @@ class HetConfig:
             # Of a dictionary the keys would be taken, and a set has no order.
             ordered = isinstance(self.shares, Iterable) and not isinstance(self.shares, Mapping | Set)
             shares = tuple(map(plain, self.shares)) if ordered else ()
-            ok = all(_is_number(s) and s >= 0 for s in shares) and sum(shares) > 0
+            ok = all(is_number(s) and s >= 0 for s in shares) and sum(shares) > 0
             _require(
                 ok,
                 "shares",
@@ -170,7 +163,7 @@ class HetConfig:
                 "Write one number per worker, such as shares=[3, 1].",
             )
             object.__setattr__(self, "shares", tuple(float(s) for s in shares))
-        _require(_is_number(self.alpha), "alpha", self.alpha, "a finite number", "The default is 0.0: the plain mean.")
+        _require(is_number(self.alpha), "alpha", self.alpha, "a finite number", "The default is 0.0: the plain mean.")
         _require(
             self.lr_scale_normalisation in ("mean", "none"),
             "lr_scale_normalisation",
@@ -202,7 +195,7 @@ class HetConfig:
             isinstance(clip, Mapping)
             and len(clip) > 0
             and set(clip) <= {"norm", "value"}
-            and all(_is_number(limit) and limit > 0 for limit in clip.values()),
+            and all(is_number(limit) and limit > 0 for limit in clip.values()),
             "clip",
             self.clip,
             "None, or a 'norm' or 'value' above 0, or both",
@@ -211,7 +204,7 @@ class HetConfig:
         for name, low in (("bucket_mib", 0), ("silence_s", 0), ("hang_limit_s", 0), ("start_timeout_s", 0)):
             value = getattr(self, name)
             _require(
-                _is_number(value) and value > low, name, value, "a number above 0", f"The default is {_DEFAULTS[name]}."
+                is_number(value) and value > low, name, value, "a number above 0", f"The default is {_DEFAULTS[name]}."
             )
         _require(
             callable(self.score_policy) or self.score_policy in ("train_step", "flops", "memory_bandwidth"),

@@ -1,13 +1,32 @@
-"""Values of numpy and torch as Python's own, without knowing either."""
+"""Small questions about values that every layer asks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; a flag is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def nearest(name: Any, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """Which of the known names somebody may have meant.
+
+    Example:
+        >>> nearest("momentun", ["lr", "momentum"])
+        'momentum'
+    """
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)), None)
+
+
 def plain(value: Any) -> Any:
-    """A scalar, an array or a tensor as Python's numbers, also inside of dictionaries, lists and tuples.
+    """Values of numpy and torch as Python's own, without knowing either.
+
+    A scalar, an array or a tensor becomes numbers, also inside of dictionaries, lists and tuples.
 
     Anything else is given back as it is. Arrays become tuples.
     """

@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from raytrain_het.allocation.batch_shares import StepCost
+from raytrain_het.files import write_whole
 from raytrain_het.fleet.profile import Profile
+from raytrain_het.plain import is_number
 
 _keeps_nothing = False
 
@@ -88,21 +89,12 @@ class ProfileStore:
             return
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump({"key": key, "value": value}, file, indent=1)
-                os.replace(part, self._path(key))
-            except OSError:
-                os.unlink(part)
-                raise
+            write_whole(self._path(key), json.dumps({"key": key, "value": value}, indent=1))
 
 
 def _is_number(value: Any, *, or_zero: bool = False) -> bool:
     """A finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return False
-    return value > 0 or (or_zero and value == 0)
+    return is_number(value) and (value > 0 or or_zero and value == 0)
 
 
 def _is_sound(profile: Profile) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import shlex
@@ -15,6 +14,7 @@ from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.csv_dialect import is_number
 from raytrain_het.jobs.table_reading import some
 from raytrain_het.jobs.validation import plural
+from raytrain_het.plain import nearest
 
 MAX_CLASSES = 1000
 """More values than this in a column to be classified are a mistake."""
@@ -48,10 +48,10 @@ def choose(source: Source, names: list[str]) -> tuple[list[str], str]:
     features = list(source.features) if source.features is not None else [n for n in names if n != target]
     missing = [name for name in (target, *features) if name not in names]
     if missing:
-        near = difflib.get_close_matches(missing[0], names, n=1, cutoff=0.5)
+        near = nearest(missing[0], names)
         raise ConfigError(
             f"data={source.data!r} has no column {some(missing)}: there are {some(names)}. Look at target and "
-            f"features.{f' Did you mean {near[0]!r}?' if near else ''}"
+            f"features.{f' Did you mean {near!r}?' if near else ''}"
         )
     twice = sorted({name for name in features if features.count(name) > 1})
     if target in features or twice:

@@ -18,7 +18,7 @@ AtStart = Callable[[int], None]
 
 def write_job(job: JobConfig) -> None:
     """The resolved job beside what the trainer writes: ``raytrain-het train <folder>/job.yaml`` goes on with it."""
-    from raytrain_het.ray_train.run_folder import write_whole
+    from raytrain_het.files import write_whole
 
     assert job.name is not None
     if "://" not in job.storage:

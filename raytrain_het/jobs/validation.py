@@ -7,7 +7,6 @@ the nearest right key, and since pydantic ignores them in a stdlib dataclass.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 import types
@@ -18,6 +17,7 @@ from typing import Any, TypeVar, Union
 import pydantic
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.plain import nearest
 
 T = TypeVar("T")
 Where = tuple[str | int, ...]
@@ -99,11 +99,11 @@ def _structure(kind: Any, value: Any, path: Where) -> Iterator[tuple[Where, str]
 
 
 def _unknown(path: Where, key: object, value: object, known: list[str]) -> str:
-    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    near = nearest(key, known)
     hint = "remove it"
     if near:
-        on_command_line = f"--set {dotted((*path, near[0]))}={shown(value)}"
-        hint = f"did you mean {near[0]!r}? Write {on_command_line}, in a file {near[0]}: {shown(value)}"
+        on_command_line = f"--set {dotted((*path, near))}={shown(value)}"
+        hint = f"did you mean {near!r}? Write {on_command_line}, in a file {near}: {shown(value)}"
     return f"={shown(value)}: there is no such key; {hint}. Allowed: {', '.join(known)}."
 
 

@@ -40,7 +40,7 @@ def extreme(how: str, values: list[float]) -> float:
     return math.nan if any(math.isnan(v) for v in values) else (max if how == "max" else min)(values)
 
 
-def is_number(value: Any) -> bool:
+def is_averaged(value: Any) -> bool:
     """Whether it is averaged: a flag is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -56,11 +56,11 @@ def reduce_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in dict.fromkeys(name for part in parts for name in part["metrics"]):
         having = [p for p in parts if p["metrics"].get(name) is not None]
-        if any(p["samples"] for p in having) and all(is_number(p["metrics"][name]) for p in having):
+        if any(p["samples"] for p in having) and all(is_averaged(p["metrics"][name]) for p in having):
             having = [p for p in having if p["samples"]]
         values = [p["metrics"][name] for p in having]
         how = next((p["reduce"][name] for p in parts if name in p.get("reduce", {})), "mean")
-        if not values or not all(map(is_number, values)):
+        if not values or not all(map(is_averaged, values)):
             merged[name] = values[0] if values else None
         elif how == "sum":
             merged[name] = exact_sum(values)
@@ -97,7 +97,7 @@ def mixed_up(parts: dict[int, dict[str, Any]]) -> str | None:
         for name, value in parts[slot]["metrics"].items():
             if value is None:
                 continue
-            kind = "a number" if is_number(value) else "a flag" if isinstance(value, bool) else "a text"
+            kind = "a number" if is_averaged(value) else "a flag" if isinstance(value, bool) else "a text"
             first, said = kinds.setdefault(name, (slot, kind))
             if said != kind:
                 return f"metric {name!r} is {said} on worker {first}, and {kind} on worker {slot}"

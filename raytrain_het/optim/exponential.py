@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raytrain_het.optim.named import is_number
 from raytrain_het.optim.schedule import Schedule
+from raytrain_het.plain import is_number
 
 
 @dataclass(frozen=True, kw_only=True)

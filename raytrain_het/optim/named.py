@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.plain import nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,18 +52,18 @@ def pick(kinds: Mapping[str, type[N]], value: str | Mapping[str, Any], *, field:
         ((name, options),) = value.items()
         options = {} if options is None else options
     if not isinstance(name, str) or name not in kinds or not isinstance(options, Mapping):
-        near = difflib.get_close_matches(str(name), list(kinds), n=1, cutoff=0.5)
+        near = nearest(name, kinds)
         several = ": these are several" if isinstance(value, Mapping) and len(value) > 1 else ""
         raise ConfigError(
             f"{field}={value!r} is not valid{several}: allowed is {', '.join(kinds)}, or one of them with options. "
-            f"Write {field}={(near or list(kinds))[0]!r}, or {field}={example}."
+            f"Write {field}={near or list(kinds)[0]!r}, or {field}={example}."
         )
     known = option_names(kinds[name])
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(str(option), known, n=1, cutoff=0.5)
+            near = nearest(option, known)
             fix = (
-                f"allowed is {', '.join(known)}. Write {(near or known)[0]!r}, or leave it out."
+                f"allowed is {', '.join(known)}. Write {near or known[0]!r}, or leave it out."
                 if known
                 else (f"it has none. Write {field}={name!r}.")
             )
@@ -75,8 +74,3 @@ def pick(kinds: Mapping[str, type[N]], value: str | Mapping[str, Any], *, field:
 def option_names(kind: type[Named]) -> list[str]:
     """What can be written for a kind."""
     return [option.name for option in dataclasses.fields(kind)]
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is one, and finite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from raytrain_het.optim.named import Named, is_number, pick
+from raytrain_het.optim.named import Named, pick
+from raytrain_het.plain import is_number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ import abc
 import math
 from dataclasses import dataclass
 
-from raytrain_het.optim.named import Named, is_number
+from raytrain_het.optim.named import Named
+from raytrain_het.plain import is_number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Any
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from raytrain_het.config import HetConfig
+from raytrain_het.files import write_whole
 from raytrain_het.ray_train.scaling import HetScalingConfig
 
 logger = logging.getLogger(__name__)
@@ -63,20 +64,6 @@ def last_checkpoint_of(storage: str, name: str) -> LastCheckpoint | None:
         return last_checkpoint(StorageContext(storage, name, read_only=True))
     except Exception:  # A URI without its library, or out of reach: what writes there says so.
         return None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file as a whole: on a full disk the old one stays, and no empty one is left.
-
-    Raises:
-        OSError: It could not be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def append_lines(path: Path, text: str) -> None:

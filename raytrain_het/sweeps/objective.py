@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.validation import shown
+from raytrain_het.plain import nearest
 
 Mode = Literal["min", "max"]
 RUN_METRICS: dict[str, Mode] = {
@@ -112,8 +112,8 @@ def objective_of(written: Any, mode: Mode | None, reported: Mapping[str, Mode]) 
             raise ConfigError(f"metric={shown(written)} is not valid: allowed for {name!r} is a number.")
     known = {**RUN_METRICS, **reported} if cost is None else dict(reported)
     if not isinstance(name, str) or name not in known:
-        near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        near = nearest(name, known)
+        hint = f"; did you mean {near!r}?" if near else "."
         also = f"; of any run {', '.join(RUN_METRICS)}" if cost is None else ""
         raise ConfigError(
             f"metric={shown(name)}: the job does not report it{hint} Allowed: {', '.join(reported)}{also}."

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.validation import shown
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
 from raytrain_het.optim.named import option_names
+from raytrain_het.plain import nearest
 
 _NOT_SWEPT = ("kind", "name", "storage", "het", "workers")
 _WORKERS = re.compile(r"workers\.\d+\.(count|resources\.\w+)")
@@ -55,8 +55,8 @@ def whole_path(cls: type[JobConfig], path: str) -> str:
         return known[path]
     if _WORKERS.fullmatch(path):
         return path
-    near = difflib.get_close_matches(path, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "raytrain-het train --keys lists them all."
+    near = nearest(path, known)
+    hint = f"did you mean {near!r}?" if near else "raytrain-het train --keys lists them all."
     raise ConfigError(f"there is no such setting; {hint}")
 
 

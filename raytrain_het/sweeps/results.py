@@ -17,12 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.files import write_whole
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.lines import COLUMNS, Sentence, fits
 from raytrain_het.jobs.summary import jsonable, size
 from raytrain_het.jobs.validation import shown
 from raytrain_het.ray_train.narration import number
-from raytrain_het.ray_train.run_folder import write_whole
 from raytrain_het.sweeps.ledger import Entry, last_line, read_ledger
 from raytrain_het.sweeps.paths import flat
 from raytrain_het.sweeps.runs import read_reports, rows_of

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from raytrain_het.ray_train.run_folder import append_lines, last_checkpoint_of, write_whole
+from raytrain_het.files import write_whole
+from raytrain_het.ray_train.run_folder import append_lines, last_checkpoint_of
 
 OUTCOME = "outcome.json"
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.optim.named import Named, is_number, pick
+from raytrain_het.optim.named import Named, pick
+from raytrain_het.plain import is_number
 from raytrain_het.sweeps.objective import Objective
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.validation import shown
+from raytrain_het.plain import is_number, nearest
 
 RANGES = ("uniform", "loguniform", "integers", "logintegers")
 LISTS = ("choice", "grid")
@@ -83,8 +83,8 @@ def dimension(path: str, whole: str, written: Any) -> Dimension:
         raise ConfigError(f"={shown(written)} is not valid: allowed is {_EXAMPLE}.{hint}")
     ((kind, values),) = written.items()
     if kind not in (*RANGES, *LISTS):
-        near = difflib.get_close_matches(str(kind), (*RANGES, *LISTS), n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = nearest(kind, (*RANGES, *LISTS))
+        hint = f" Did you mean {near!r}?" if near else ""
         raise ConfigError(f".{kind}={shown(values)}: there is no such way to vary it; allowed is {_EXAMPLE}.{hint}")
     if kind in LISTS:
         if not isinstance(values, list) or not values:
@@ -93,7 +93,7 @@ def dimension(path: str, whole: str, written: Any) -> Dimension:
         if len(choices) < len(values):
             raise ConfigError(f".{kind}={shown(values)} is not valid: a value is there twice. Leave one out.")
         return Dimension(path=path, whole=whole, kind=kind, choices=choices)
-    numbers = isinstance(values, list) and len(values) == 2 and all(map(_is_number, values))
+    numbers = isinstance(values, list) and len(values) == 2 and all(map(is_number, values))
     if numbers and kind.endswith("integers"):
         numbers = all(value == int(value) for value in values)
     what = "two whole numbers" if kind.endswith("integers") else "two numbers"
@@ -118,7 +118,3 @@ def dimension(path: str, whole: str, written: Any) -> Dimension:
 def name_of(value: Any) -> Any:
     """What a value is called in tables and by Tune: itself, or a text as a job file has it."""
     return value if isinstance(value, bool | int | float | str) else shown(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from raytrain_het.jobs.config import JobConfig, plain
 from raytrain_het.jobs.table import KINDS, absolute, build_job, config_class, default_job, load_job, with_absolute_paths
 from raytrain_het.jobs.validation import plural, shown
 from raytrain_het.jobs.yaml_file import apply_overrides, read_yaml
+from raytrain_het.plain import nearest
 from raytrain_het.sweeps.objective import objective_of
 from raytrain_het.sweeps.paths import conflicting, whole_path, with_settings
 from raytrain_het.sweeps.search import scheduler_of, search_of
@@ -51,7 +51,7 @@ def _check_keys(overrides: Iterable[str]) -> None:
     known = [f.name for f in dataclasses.fields(SweepConfig)]
     for override in overrides:
         key = override.partition("=")[0].strip().partition(".")[0]
-        if "=" in override and key not in known and not difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+        if "=" in override and key not in known and not nearest(key, known, cutoff=0.75):
             raise ConfigError(
                 f"--set {override}: a sweep has no {key!r}; allowed is {', '.join(known)}. For a setting of all its "
                 f"trials write --set set.{override}"

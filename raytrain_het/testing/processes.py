@@ -30,6 +30,7 @@ import torch._dynamo  # Imported by every optimizer's first step: once in the fo
 
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError
+from raytrain_het.files import write_whole
 from raytrain_het.membership.server import Hub
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.testing import faults as fault_kit
@@ -150,9 +151,7 @@ class ProcessLab:
 
     def publish(self) -> None:
         """Write down where the hub is."""
-        part = self._address_file.with_suffix(".part")
-        part.write_bytes(pickle.dumps(self.hub.address()))
-        part.rename(self._address_file)
+        write_whole(self._address_file, pickle.dumps(self.hub.address()))
 
     def restart_hub(self) -> None:
         """Kill the hub as a crash of its actor would, and start a new one."""
@@ -315,9 +314,7 @@ def _work(slot: int, payload: bytes) -> None:
         pass
     except BaseException:
         kind, value = "error", traceback.format_exc()
-    part = Path(directory) / f".outcome_{slot}_{os.getpid()}"
-    part.write_bytes(pickle.dumps((kind, value)))
-    part.rename(Path(directory) / f"outcome_{slot}_{os.getpid()}")
+    write_whole(Path(directory) / f"outcome_{slot}_{os.getpid()}", pickle.dumps((kind, value)))
     # Whatever threads the function has left behind are not waited for.
     os._exit(0)
 

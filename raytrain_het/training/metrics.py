@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.membership.merging import REDUCTIONS, is_number
+from raytrain_het.membership.merging import REDUCTIONS, is_averaged
 
 MAX_TEXT = 10_000
 MAX_JSON = 1_000_000
@@ -38,7 +38,7 @@ def check_metrics(metrics: Any, reduce: Any) -> dict[str, Any]:
                 f"report(reduce={{{name!r}: {how!r}}}): allowed are the metrics {sorted(plain)} with one of "
                 f"{REDUCTIONS}."
             )
-        if plain[name] is not None and not is_number(plain[name]):
+        if plain[name] is not None and not is_averaged(plain[name]):
             raise ConfigError(
                 f"report(reduce={{{name!r}: {how!r}}}): metric {name!r} is {plain[name]!r}, and only numbers are "
                 "reduced. Leave it out of reduce, or report a number."

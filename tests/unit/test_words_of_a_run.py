@@ -24,16 +24,17 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from raytrain_het.cli import main
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
+from raytrain_het.files import write_whole
 from raytrain_het.jobs import runner
 from raytrain_het.jobs.display import waiting_line
 from raytrain_het.jobs.ray_session import check_address
 from raytrain_het.jobs.runner import check_reuse, check_writable, resolve
 from raytrain_het.jobs.summary import checkpoint_line
 from raytrain_het.jobs.table import load_job
-from raytrain_het.ray_train import monitor, run_folder
+from raytrain_het.ray_train import monitor
 from raytrain_het.ray_train.monitor import Monitor
 from raytrain_het.ray_train.narration import event_line, number, told
-from raytrain_het.ray_train.run_folder import LastCheckpoint, RunFolder, last_checkpoint_of, write_whole
+from raytrain_het.ray_train.run_folder import LastCheckpoint, RunFolder, last_checkpoint_of
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
 
 ROOT = Path(__file__).parents[2]
@@ -210,7 +211,6 @@ def test_a_full_disk_is_refused_and_leaves_no_empty_file(tmp_path: Path, monkeyp
     with pytest.raises(ConfigError, match="the disk is full"):
         check_writable(tmp_path / "runs")
     assert [p.name for p in tmp_path.iterdir()] == ["job.yaml"] and path.read_text() == "old"
-    assert run_folder.write_whole is write_whole
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once() -> None:

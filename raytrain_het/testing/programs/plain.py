@@ -145,8 +145,8 @@ class PlainLoader:
         self.plan: DataPlan | None = None
         if plain_order and global_batch_size is not None:
             self.plan = DataPlan(
-                dataset_size=len(loader.dataset),
-                global_batch_size=global_batch_size,  # type: ignore[arg-type]
+                dataset_size=len(loader.dataset),  # type: ignore[arg-type]
+                global_batch_size=global_batch_size,
                 shuffle=isinstance(loader.sampler, RandomSampler),
                 drop_last=loader.drop_last,
                 seed=het.config.seed,

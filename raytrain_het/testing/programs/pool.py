@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from raytrain_het.files import write_whole
 from raytrain_het.membership.server import Hub
 from raytrain_het.testing import processes
 from raytrain_het.testing.ledger import LedgerEntry, read_ledgers
@@ -241,9 +242,7 @@ class _Run:
 
     def _new_hub(self) -> Hub:
         hub = Hub(self._settings)
-        part = self._directory / "hub.part"
-        part.write_bytes(pickle.dumps(hub.address()))
-        part.rename(self._directory / "hub.pickle")
+        write_whole(self._directory / "hub.pickle", pickle.dumps(hub.address()))
         return hub
 
     def _shut_down_hub(self) -> None:
