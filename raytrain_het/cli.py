@@ -43,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and stop")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_train, _add_probe, _add_sweep, _add_schedule):
+        add(commands)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         allow_abbrev=False,
@@ -87,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         "--keys", action="store_true", help="print every key of the job, its default and its meaning, and stop"
     )
     train.set_defaults(run=_train)
+
+
+def _add_probe(commands: Any) -> None:
     probe = commands.add_parser(
         "probe",
         allow_abbrev=False,
@@ -113,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--json", action="store_true", dest="as_json", help="one JSON object on stdout, nothing else")
     probe.set_defaults(run=_probe)
+
+
+def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep",
         allow_abbrev=False,
@@ -154,6 +166,9 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", dest="as_json", help="end with one JSON object on stdout, progress on stderr"
     )
     sweep.set_defaults(run=_sweep)
+
+
+def _add_schedule(commands: Any) -> None:
     schedule = commands.add_parser(
         "schedule",
         allow_abbrev=False,
@@ -171,7 +186,6 @@ def _parser() -> argparse.ArgumentParser:
     schedule.add_argument("--out", metavar="FILE", help="draw into a file, such as x.png")
     schedule.add_argument("--json", action="store_true", dest="as_json", help="one JSON object on stdout")
     schedule.set_defaults(run=_schedule)
-    return parser
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -151,85 +151,20 @@ class HetConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         if self.shares is not None and self.shares != "auto":
-            # Of a dictionary the keys would be taken, and a set has no order.
-            ordered = isinstance(self.shares, Iterable) and not isinstance(self.shares, Mapping | Set)
-            shares = tuple(map(plain, self.shares)) if ordered else ()
-            ok = all(is_number(s) and s >= 0 for s in shares) and sum(shares) > 0
-            _require(
-                ok,
-                "shares",
-                self.shares,
-                "'auto', None, or non-negative numbers, at least one above 0",
-                "Write one number per worker, such as shares=[3, 1].",
-            )
-            object.__setattr__(self, "shares", tuple(float(s) for s in shares))
-        _require(is_number(self.alpha), "alpha", self.alpha, "a finite number", "The default is 0.0: the plain mean.")
-        _require(
-            self.lr_scale_normalisation in ("mean", "none"),
-            "lr_scale_normalisation",
-            self.lr_scale_normalisation,
-            "'mean' or 'none'",
-            "Write lr_scale_normalisation='mean'.",
-        )
+            object.__setattr__(self, "shares", _checked_shares(self.shares))
         each = isinstance(self.compression, Sequence) and not isinstance(self.compression, str)
         object.__setattr__(self, "compression", self.codecs if each else self.codecs[0])
-        _require(
-            isinstance(self.hierarchy, bool) or self.hierarchy == "auto",
-            "hierarchy",
-            self.hierarchy,
-            "true, false or 'auto'",
-            "Write hierarchy='auto'.",
-        )
-        _require(self.backend in ("tcp", "nccl"), "backend", self.backend, "'tcp' or 'nccl'", "Write backend='tcp'.")
-        _require(
-            self.micro_batch_size is None or _is_whole(self.micro_batch_size, 1),
-            "micro_batch_size",
-            self.micro_batch_size,
-            "a whole number from 1, or None",
-            "Leave it out for one batch.",
-        )
         if self.schedule is not None:
             schedule_of(self.schedule)
-        clip = self.clip if self.clip is not None else {"norm": 1.0}
+        for name, (is_allowed, allowed, fix) in _ALLOWED.items():
+            _require(is_allowed(getattr(self, name)), name, getattr(self, name), allowed, fix)
         _require(
-            isinstance(clip, Mapping)
-            and len(clip) > 0
-            and set(clip) <= {"norm", "value"}
-            and all(is_number(limit) and limit > 0 for limit in clip.values()),
-            "clip",
-            self.clip,
-            "None, or a 'norm' or 'value' above 0, or both",
-            "Write clip={'norm': 1.0}.",
-        )
-        for name, low in (("bucket_mib", 0), ("silence_s", 0), ("hang_limit_s", 0), ("start_timeout_s", 0)):
-            value = getattr(self, name)
-            _require(
-                is_number(value) and value > low, name, value, "a number above 0", f"The default is {_DEFAULTS[name]}."
-            )
-        _require(
-            callable(self.score_policy) or self.score_policy in ("train_step", "flops", "memory_bandwidth"),
-            "score_policy",
-            self.score_policy,
-            "'train_step', 'flops', 'memory_bandwidth', or a function from a Profile to a number",
-            "Write score_policy='train_step'.",
-        )
-        _require(
-            isinstance(self.warm_spares, bool) and (self.shares == "auto" or not self.warm_spares),
+            not self.warm_spares or self.shares == "auto",
             "warm_spares",
             self.warm_spares,
             "true or false, and true with shares='auto' only",
             "Write warm_spares=False.",
         )
-        _require(
-            self.check in ("rolling", "every_step"),
-            "check",
-            self.check,
-            "'rolling' or 'every_step'",
-            "Write check='every_step' to look for an error.",
-        )
-        for name in ("replica_check_steps", "max_skipped_steps", "seed"):
-            value = getattr(self, name)
-            _require(_is_whole(value, 0), name, value, "a whole number from 0", f"The default is {_DEFAULTS[name]}.")
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -306,3 +241,73 @@ class HetConfig:
 
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(HetConfig)}
+Rule = tuple[Callable[[Any], bool], str, str]
+"""Whether a value is allowed, what is, and what to write."""
+
+
+def _checked_shares(given: Any) -> tuple[float, ...]:
+    # Of a dictionary the keys would be taken, and a set has no order.
+    ordered = isinstance(given, Iterable) and not isinstance(given, Mapping | Set)
+    shares = tuple(map(plain, given)) if ordered else ()
+    _require(
+        all(is_number(s) and s >= 0 for s in shares) and sum(shares) > 0,
+        "shares",
+        given,
+        "'auto', None, or non-negative numbers, at least one above 0",
+        "Write one number per worker, such as shares=[3, 1].",
+    )
+    return tuple(float(s) for s in shares)
+
+
+def _is_clip(clip: Any) -> bool:
+    if not isinstance(clip, Mapping):
+        return clip is None
+    limits = clip.values()
+    return len(clip) > 0 and set(clip) <= {"norm", "value"} and all(is_number(x) and x > 0 for x in limits)
+
+
+def _above_0(name: str) -> Rule:
+    return lambda value: is_number(value) and value > 0, "a number above 0", f"The default is {_DEFAULTS[name]}."
+
+
+def _from_0(name: str) -> Rule:
+    return lambda value: _is_whole(value, 0), "a whole number from 0", f"The default is {_DEFAULTS[name]}."
+
+
+_ALLOWED: dict[str, Rule] = {
+    "alpha": (is_number, "a finite number", "The default is 0.0: the plain mean."),
+    "lr_scale_normalisation": (
+        lambda value: value in ("mean", "none"),
+        "'mean' or 'none'",
+        "Write lr_scale_normalisation='mean'.",
+    ),
+    "hierarchy": (
+        lambda value: isinstance(value, bool) or value == "auto",
+        "true, false or 'auto'",
+        "Write hierarchy='auto'.",
+    ),
+    "backend": (lambda value: value in ("tcp", "nccl"), "'tcp' or 'nccl'", "Write backend='tcp'."),
+    "micro_batch_size": (
+        lambda value: value is None or _is_whole(value, 1),
+        "a whole number from 1, or None",
+        "Leave it out for one batch.",
+    ),
+    "clip": (_is_clip, "None, or a 'norm' or 'value' above 0, or both", "Write clip={'norm': 1.0}."),
+    "score_policy": (
+        lambda value: callable(value) or value in ("train_step", "flops", "memory_bandwidth"),
+        "'train_step', 'flops', 'memory_bandwidth', or a function from a Profile to a number",
+        "Write score_policy='train_step'.",
+    ),
+    "warm_spares": (
+        lambda value: isinstance(value, bool),
+        "true or false, and true with shares='auto' only",
+        "Write warm_spares=False.",
+    ),
+    "check": (
+        lambda value: value in ("rolling", "every_step"),
+        "'rolling' or 'every_step'",
+        "Write check='every_step' to look for an error.",
+    ),
+    **{name: _above_0(name) for name in ("bucket_mib", "silence_s", "hang_limit_s", "start_timeout_s")},
+    **{name: _from_0(name) for name in ("replica_check_steps", "max_skipped_steps", "seed")},
+}

@@ -119,18 +119,7 @@ class Compression:
             hosts=[hosts[slot] for slot in slots] if hosts else (),
         )
         by_machine = by_machine and 1 < len(set(fleet.hosts)) < len(slots)
-        # What of the messages is not seen besides computing has passed beside it, as far as there was anything to pass
-        # beside; the rest says that links are faster than they looked.
-        present = predict(fleet, list(now.values()), by_machine=by_machine)
-        # What workers do for messages was counted as computing.
-        work_s = min(present.cpu_s, compute_s / 2)
-        compute_s, besides_s, exchange_s = compute_s - work_s, besides_s + work_s, present.exchange_s
-        hidden_s = min(max(0.0, exchange_s - besides_s), compute_s)
-        faster = min(1.0, (besides_s + hidden_s) / exchange_s) if exchange_s > 0 else 1.0
-        hidden = hidden_s / (besides_s + hidden_s) if hidden_s > 0 else 0.0
-        fleet = dataclasses.replace(
-            fleet, compute_s=compute_s, hidden=hidden, byte_s=[faster * s for s in fleet.byte_s]
-        )
+        fleet = _as_seen(fleet, list(now.values()), besides_s, by_machine)
         chosen, will = self._choose(fleet)
         before = predict(fleet, list(now.values()), by_machine=by_machine)
         after = predict(fleet, chosen, by_machine=will)
@@ -166,3 +155,17 @@ class Compression:
 
 def _mib(num_bytes: Sequence[float]) -> str:
     return f"{max(num_bytes) / 2**20:.3g}"
+
+
+def _as_seen(fleet: Fleet, codecs: list[str], besides_s: float, by_machine: bool) -> Fleet:
+    """The fleet with links and computing as its steps show them: ``besides_s`` is what they take besides computing."""
+    # What of the messages is not seen besides computing has passed beside it, as far as there was anything to pass
+    # beside; the rest says that links are faster than they looked.
+    present = predict(fleet, codecs, by_machine=by_machine)
+    # What workers do for messages was counted as computing.
+    work_s = min(present.cpu_s, fleet.compute_s / 2)
+    compute_s, besides_s, exchange_s = fleet.compute_s - work_s, besides_s + work_s, present.exchange_s
+    hidden_s = min(max(0.0, exchange_s - besides_s), compute_s)
+    faster = min(1.0, (besides_s + hidden_s) / exchange_s) if exchange_s > 0 else 1.0
+    hidden = hidden_s / (besides_s + hidden_s) if hidden_s > 0 else 0.0
+    return dataclasses.replace(fleet, compute_s=compute_s, hidden=hidden, byte_s=[faster * s for s in fleet.byte_s])

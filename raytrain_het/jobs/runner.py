@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,9 @@ from raytrain_het.ray_train.disk import write_some
 
 if TYPE_CHECKING:
     from raytrain_het.ray_train.run_folder import LastCheckpoint
+
+Status = Mapping[str, Any]
+Events = Sequence[Mapping[str, Any]]
 
 
 def run_job(
@@ -63,24 +66,7 @@ def run_job(
             f"More epochs: --set epochs={2 * last.epoch}; afresh: another --name\nlast checkpoint: {last.path}",
         )
         return summary
-    started = False
-
-    def on_update(
-        status: Mapping[str, Any], events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]]
-    ) -> None:
-        nonlocal started
-        if not started:
-            # Not before the run is on: one that cannot start leaves nothing behind.
-            started = True
-            try:
-                write_job(job)
-            except OSError as error:
-                display.say(f"{folder}/job.yaml could not be written ({error}); the run goes on")
-            display.say(f"run folder: {folder}")
-            if last is not None:
-                display.say(f"resumed from {last}")
-        display.on_update(status, events, reports)
-
+    on_update = _telling_its_start(job, display, folder, last)
     try:
         with display, interruptible():
             for note in (*notes, *_crowded(job, address)):
@@ -95,6 +81,29 @@ def run_job(
         end.hint = f"; the same command with --name {job.name} goes on from {last}" if last is not None else ""
         raise
     return summary
+
+
+def _telling_its_start(
+    job: JobConfig, display: Display, folder: str, last: LastCheckpoint | None
+) -> Callable[[Status, Events, Events], None]:
+    """What is called at each update: at the first one the job's file is written, since a run that cannot start leaves
+    nothing behind."""
+    started = False
+
+    def on_update(status: Status, events: Events, reports: Events) -> None:
+        nonlocal started
+        if not started:
+            started = True
+            try:
+                write_job(job)
+            except OSError as error:
+                display.say(f"{folder}/job.yaml could not be written ({error}); the run goes on")
+            display.say(f"run folder: {folder}")
+            if last is not None:
+                display.say(f"resumed from {last}")
+        display.on_update(status, events, reports)
+
+    return on_update
 
 
 def _last_checkpoint(job: JobConfig) -> LastCheckpoint | None:

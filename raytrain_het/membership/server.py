@@ -280,6 +280,13 @@ class Hub:
                 core.returning(uid, now)
             case "raised":
                 core.raised(uid, m["error"], now)
+            case "report" | "stored" | "evaluate":
+                self._handle_report(uid, slot, m)
+            case "audit" | "claim":
+                self._compare(slot, m, now)
+
+    def _handle_report(self, uid: str, slot: int, m: dict[str, Any]) -> None:
+        match m["type"]:
             case "report":
                 known = self._reports.part(slot, m | {"uid": uid})
                 if known is not None:
@@ -288,6 +295,16 @@ class Hub:
                 self._reports.checkpoint_stored(m["key"], m["path"], m["error"])
                 if m["path"] is not None:
                     self._note_checkpoint(m["path"], m["cursor"])
+            case "evaluate":
+                reply = self._evaluations.next(
+                    f"{self._core.life}/{m['key']}", m["num_chunks"], uid, m["result"], m.get("error")
+                )
+                self._send(uid, {"type": "reply", "id": m["id"], **reply})
+
+    def _compare(self, slot: int, m: dict[str, Any], now: float) -> None:
+        """What workers say of their replicas, and of their losses."""
+        core = self._core
+        match m["type"]:
             case "audit":
                 if core.record is not None and m["generation"] == core.record.number:
                     slots = [p.member.slot for p in core.peers.values() if p.healed and not p.fresh]
@@ -296,11 +313,6 @@ class Hub:
             case "claim":
                 if (what := self._audits.claim(slot, f"{m['name']}, step {m['step'] + 1},", m["value"])) is not None:
                     core.replicas_differ(audit.message_of_losses(what), now)
-            case "evaluate":
-                reply = self._evaluations.next(
-                    f"{core.life}/{m['key']}", m["num_chunks"], uid, m["result"], m.get("error")
-                )
-                self._send(uid, {"type": "reply", "id": m["id"], **reply})
 
     def _flush(self) -> None:
         """Send what the logic has decided, stamp its events, and settle reports under the new membership."""

@@ -528,27 +528,31 @@ class Membership:
             backend=self.settings.backend,
             reason=self._reason,
         )
+        self._tell_members(self.record, peers, now)
+
+    def _tell_members(self, record: Record, peers: list[Peer], now: float) -> None:
+        """Of their generation."""
         self._log(
             "formed",
             now,
-            number=self.number,
-            base=base["step"],
+            number=record.number,
+            base=record.base,
             slots=[p.member.slot for p in peers],
             unhealed=[p.member.slot for p in peers if not p.healed],
-            reason=self._reason,
-            reset=reset,
-            table=self.record.table,
-            owners=[round(part, 4) for part in self.record.owners],
+            reason=record.reason,
+            reset=record.reset,
+            table=record.table,
+            owners=[round(part, 4) for part in record.owners],
         )
         for peer in peers:
             if peer.phase is Phase.JOINING:
                 peer.phase = Phase.IN
             if peer.healed and (peer.first_base < 0 or peer.fresh):
-                peer.first_base = base["step"]
+                peer.first_base = record.base
                 # Whoever starts anew may report before its first step; whoever heals comes after that.
-                peer.reports_after = base["step"] - reset
+                peer.reports_after = record.base - record.reset
             peer.answered = False
-            self._send(peer.member.uid, type="record", record=self.record.to_json())
+            self._send(peer.member.uid, type="record", record=record.to_json())
         self.voided = False
         self._suspicion.forget()
         self._release_the_finished(now)

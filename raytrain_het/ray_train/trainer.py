@@ -161,7 +161,7 @@ class HetTrainer(TorchTrainer):
         entry = WorkerEntry(
             train_fn=self._get_train_func(), config=self.het_config, parts=parts, num_slots=len(scaling.slots)
         )
-        controller = self._start_controller(
+        controller = self._controller = self._start_controller(
             plan=RunPlan(config=self.het_config, parts=parts),
             train_fn_ref=ObjectRefWrapper(entry),
             scaling_policy=HetScalingPolicy(scaling, autoscaler=autoscaler_types() is not None),
@@ -170,7 +170,17 @@ class HetTrainer(TorchTrainer):
             callbacks=self._create_default_callbacks(),
             validation_config=self.validation_config,
         )
-        self._controller = controller
+        result, last_word = self._run(controller, monitor)
+        if result.error is not None:
+            raise to_raise(result.error, last_word.get("errors", {})) from None
+        self.summary = monitor.summary(result.metrics)
+        result.het_summary = self.summary
+        if self.on_update is None:
+            self._tell_end(resumed)
+        return result
+
+    def _run(self, controller: Any, monitor: Monitor) -> tuple[Any, dict[str, Any]]:
+        """To its end: Ray's result, and what the membership actor said last."""
         last_word: dict[str, Any] = {}
         monitor.start()
         try:
@@ -184,13 +194,7 @@ class HetTrainer(TorchTrainer):
             monitor.finish(last_word)
             ray.kill(controller)
             self.summary = monitor.summary(None)
-        if result.error is not None:
-            raise to_raise(result.error, last_word.get("errors", {})) from None
-        self.summary = monitor.summary(result.metrics)
-        result.het_summary = self.summary
-        if self.on_update is None:
-            self._tell_end(resumed)
-        return result
+        return result, last_word
 
     def abort(self) -> None:
         """End a ``fit`` that is under way in another thread, which then raises; returns when its processes are gone."""

@@ -77,8 +77,8 @@ def run_sweep(
             "simulate: that is for the command line: write run_sweep(..., at_start=...) for what slows down"
         )
     folder = check_before_ray(sweep, name=name, resume=resume, address=address)
-    notes = list(dict.fromkeys(note for job in sweep.jobs_by_data() for note in check_data(job)))
     say = _teller(to_stderr)
+    notes = list(dict.fromkeys(note for job in sweep.jobs_by_data() for note in check_data(job)))
     budget = TimeBudget(sweep.config.time_budget_s)
     try:
         with interruptible(), _quiet(), ray_session(address, num_cpus=_cpus(sweep)):
@@ -100,17 +100,23 @@ def run_sweep(
         if not results.is_finished:
             raise Interrupted(130)
     except Interrupted as end:
-        go_on = f"the same command with --name {folder.name} --resume goes on"
-        if not (folder / SWEEP).exists():
-            raise
-        results = read_results(folder)
-        if not budget.is_used_up:
-            results.write()
-            end.hint = f"; {go_on}"
-            raise
-        if not results.is_finished:
-            say(f"the time budget of {budget.seconds:g} s is used up; {go_on}")
+        results = _as_far_as_it_came(end, folder, budget, say)
     results.write()
+    return results
+
+
+def _as_far_as_it_came(end: Interrupted, folder: Path, budget: TimeBudget, say: Callable[[str], None]) -> Results:
+    """Results of an interrupted sweep, where its time was used up; else the interruption goes on."""
+    go_on = f"the same command with --name {folder.name} --resume goes on"
+    if not (folder / SWEEP).exists():
+        raise end
+    results = read_results(folder)
+    if not budget.is_used_up:
+        results.write()
+        end.hint = f"; {go_on}"
+        raise end
+    if not results.is_finished:
+        say(f"the time budget of {budget.seconds:g} s is used up; {go_on}")
     return results
 
 

@@ -100,13 +100,11 @@ class ProcessLab:
         machines: Sequence[int] | None = None,
     ) -> None:
         links = max(machines) + 1 if machines else num_slots
-        for name, given, each, size in (
+        _check_sizes(
             ("cores", cores, "slot", num_slots),
             ("machines", machines, "slot", num_slots),
             ("rates_mbit", rates_mbit, "machine" if machines else "slot", links),
-        ):
-            if given is not None and len(given) != size:
-                raise ValueError(f"{name} has {len(given)} entries: allowed is one per {each}, {size}.")
+        )
         self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
         self.config = config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
@@ -357,3 +355,10 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _check_sizes(*given: tuple[str, Sequence[Any] | None, str, int]) -> None:
+    """Each: an argument's name, its value, what it has one entry for, and how many of those there are."""
+    for name, values, each, size in given:
+        if values is not None and len(values) != size:
+            raise ValueError(f"{name} has {len(values)} entries: allowed is one per {each}, {size}.")

@@ -81,6 +81,23 @@ class Gradients:
         """By parameter: the same, cut to the parameter; one place of its shape, or several flat ones."""
         self._wires: list[list[Wire] | None] | None = None
         self._aim(None)
+        self._nothing_yet()
+        self._job = StepJob(0, 0, outcome="aborted")
+        self._on_ready: Callable[[int], None] = lambda count: None
+        self._on_backward_done: Callable[[bool], None] = lambda last: None
+        self.inspect: Callable[[Sequence[Root]], Exception | None] = lambda roots: None
+        """Looks at the roots of each pass, before it; what it returns is raised if the pass is one of the step's."""
+        self.inspect_fired: Callable[[], Exception | None] = lambda: None
+        """Called once it is; what it returns is raised."""
+        self.watch = BackwardWatch(begins=self._begins, nested=self._begins_inside, ends=self._ends)
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._hook(index)) for index, p in enumerate(self._params)
+        ]
+        self._hooks = UserHooks(self._params, {handle.id for handle in self._handles})
+        self.watch.install()
+
+    def _nothing_yet(self) -> None:
+        """Of steps and passes."""
         self._found: list[torch.Tensor | None] = [None] * len(self._params)
         """What was in ``p.grad`` before the pass."""
         self._left: list[torch.Tensor | None] = [None] * len(self._params)
@@ -111,19 +128,6 @@ class Gradients:
         self._num_passes = self._num_counted = 0
         self._weight = self._weight_of_buffers = 0.0
         self._last = False
-        self._job = StepJob(0, 0, outcome="aborted")
-        self._on_ready: Callable[[int], None] = lambda count: None
-        self._on_backward_done: Callable[[bool], None] = lambda last: None
-        self.inspect: Callable[[Sequence[Root]], Exception | None] = lambda roots: None
-        """Looks at the roots of each pass, before it; what it returns is raised if the pass is one of the step's."""
-        self.inspect_fired: Callable[[], Exception | None] = lambda: None
-        """Called once it is; what it returns is raised."""
-        self.watch = BackwardWatch(begins=self._begins, nested=self._begins_inside, ends=self._ends)
-        self._handles = [
-            p.register_post_accumulate_grad_hook(self._hook(index)) for index, p in enumerate(self._params)
-        ]
-        self._hooks = UserHooks(self._params, {handle.id for handle in self._handles})
-        self.watch.install()
 
     def close(self) -> None:
         """Take the hooks off."""

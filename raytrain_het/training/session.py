@@ -24,13 +24,13 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, LoopOrderError, RunFailedError
 from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.membership.agent import MemberAgent, RunOver
-from raytrain_het.membership.record import Member
+from raytrain_het.membership.record import Member, Record
 from raytrain_het.training import checkpoint as files
 from raytrain_het.training import stock
 from raytrain_het.training.call_site import call_site
 from raytrain_het.training.clipping import Clipping
 from raytrain_het.training.codec_warnings import warnings_of_epochs, warnings_of_model, warnings_of_optimizer
-from raytrain_het.training.cursor import DataPlan, slice_of
+from raytrain_het.training.cursor import Cursor, DataPlan, slice_of
 from raytrain_het.training.engine import Counters, Engine, Opened, advance, resync_due
 from raytrain_het.training.evaluations import Evaluations
 from raytrain_het.training.extras import Extra, Extras
@@ -157,16 +157,51 @@ class Session:
 
     def begin(self, num_epochs: int) -> Engine:
         """Join the run: called by ``loader.epochs`` when everything has been prepared."""
-        if self.engine is not None:
-            raise LoopOrderError("loader.epochs() was called twice: one loop over epochs per run.")
-        for what, there in (("prepare_model", self.replica.model), ("prepare_optimizer", self.replica.optimizer)):
-            if there is None:
-                raise LoopOrderError(f"loader.epochs() was called before {what}(): prepare model and optimizer first.")
-        model, optimizer = self.replica.model, self.replica.optimizer
-        assert model is not None and self.plan is not None and optimizer is not None
+        model, optimizer, plan = self._all_prepared()
         self._check_parameters(optimizer)
         self._check_scheduler()
         self.replica.check_storable()
+        self._make_gradients(model, optimizer)
+        self._warn(warnings_of_epochs, num_epochs)
+        for codec in self._codecs:
+            codec.prepare()
+        agent = self.agent = self._make_agent(model, plan)
+        self.engine = self._make_engine(model, optimizer, plan, num_epochs)
+        self._watched_steps = register_optimizer_step_pre_hook(self._check_optimizer)
+        assert self._communicator is not None and self._server is not None
+        device = str(self.device)
+        self.stats = Stats(agent, self.engine, self._communicator, plan, device=device, node_ip=self.node_ip)
+        self.reporter = Reporter(agent, self._server, self.storage, self._token)
+        self.engine.on_commit.append(self._committed)
+        self.engine.on_confirm.append(self.reporter.send_up_to)
+        agent.on_reconnect.append(self._tell_a_new_hub)
+        agent.doing.otherwise, agent.told = self.engine.doing, self.reporter.told
+        self._num_epochs = num_epochs
+        agent.join()
+        self.engine.start()
+        record = agent.record
+        assert record is not None
+        self.reporter.begins(record.life, self.engine.cursor.step + (not record.reset))
+        if self.slot == 0:  # One of all who say the same; a worker's log is read by few.
+            for text in self._warnings:
+                agent.tell("event", event={"kind": "warning", "text": text})
+        return self.engine
+
+    def _all_prepared(self) -> tuple[nn.Module, torch.optim.Optimizer, DataPlan]:
+        """
+        Raises:
+            LoopOrderError: something is not prepared yet, or the run was joined before.
+        """
+        if self.engine is not None:
+            raise LoopOrderError("loader.epochs() was called twice: one loop over epochs per run.")
+        model, optimizer = self.replica.model, self.replica.optimizer
+        for what, there in (("prepare_model", model), ("prepare_optimizer", optimizer)):
+            if there is None:
+                raise LoopOrderError(f"loader.epochs() was called before {what}(): prepare model and optimizer first.")
+        assert model is not None and self.plan is not None and optimizer is not None
+        return model, optimizer, self.plan
+
+    def _make_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for guard in self._guards:
             guard.remove()
         apart = any(codec.spares_small for codec in self._codecs)
@@ -178,11 +213,10 @@ class Session:
         )
         if apart:
             self._warn(warnings_of_model, self.gradients.layout)
-        self._warn(warnings_of_epochs, num_epochs)
-        for codec in self._codecs:
-            codec.prepare()
-        plan, decay = self.plan, self.config.decay
-        rates = Rates(decay, plan, num_epochs) if decay is not None else None
+
+    def _make_agent(self, model: nn.Module, plan: DataPlan) -> MemberAgent:
+        """Who this worker is, and what is known of its speed, for the hub."""
+        assert self.gradients is not None
         self._server = StateServer(self.node_ip, self._token)
         member = Member(
             uid=f"{self.slot}-{secrets.token_hex(4)}",
@@ -193,89 +227,88 @@ class Session:
             kind=kind_of_machine(self.device),
         )
         fingerprint = "/".join(map(str, (self.gradients.layout.fingerprint, *self._data().values())))
-        self.agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
+        agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
         if self.config.follows_speeds:
-            assert self.replica.model is not None
-            model_key = step_key(self.replica.model, plan.dataset_size, self._micro_batch_size)
-            self._speed = KnownSpeed(self.device, model_key)
-            self.agent.known = self._speed.told(plan.full_batch)
+            self._speed = KnownSpeed(self.device, step_key(model, plan.dataset_size, self._micro_batch_size))
+            agent.known = self._speed.told(plan.full_batch)
             if self.config.compression_error is not None:
-                self.agent.known["codecs"] = self._codecs_told()
-        self._communicator = Communicator(
-            self.agent,
-            self.gradients.layout,
+                agent.known["codecs"] = self._codecs_told()
+        return agent
+
+    def _make_engine(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: DataPlan, num_epochs: int
+    ) -> Engine:
+        gradients, agent = self.gradients, self._agent()
+        assert gradients is not None
+        communicator = self._communicator = Communicator(
+            agent,
+            gradients.layout,
             advance=lambda cursor: advance(plan, cursor),
             resync_bytes=self.replica.parameter_bytes(),
             hang_limit_s=self.config.hang_limit_s,
             resync_due=functools.partial(resync_due, self.config.replica_check_steps),
         )
-        self._handing_on = HandingOn(self.agent, self._server, self._token, self._communicator.codec_states)
-        assert self._inner_step is not None
-        check = self._check = ReplicaCheck(
-            self.replica, every=self.config.replica_check_steps, everything=self.config.check == "every_step"
-        )
+        assert self._server is not None
+        self._handing_on = HandingOn(agent, self._server, self._token, communicator.codec_states)
+        everything = self.config.check == "every_step"
+        self._check = ReplicaCheck(self.replica, every=self.config.replica_check_steps, everything=everything)
         randomness = Randomness(self.slot, self.config.seed)
         self.extras.add("random", Extra(save=randomness.state, load=randomness.load, own=True))
-        healing = Healing(
-            agent=self.agent,
-            communicator=self._communicator,
+        decay = self.config.decay
+        rates = Rates(decay, plan, num_epochs) if decay is not None else None
+        self.loss_check.warn = self._tell
+        return Engine(
+            agent=agent,
+            communicator=communicator,
             replica=self.replica,
-            gradients=self.gradients,
-            server=self._server,
-            token=self._token,
-            update=self._inner_step,
-            randomness=randomness,
-            load_checkpoint=Resuming(
-                self.storage,
-                self.slot,
-                self.num_slots,
-                plan,
-                self._parameters(),
-                self._data(),
-                self.replica,
-                self._communicator.codec_states,
-                self.extras,
-                scheduled=rates is not None,
-                tell=self._tell,
-            ).load,
-        )
-        watched, self.loss_check.warn = self.config.check == "every_step", self._tell
-        self.engine = Engine(
-            agent=self.agent,
-            communicator=self._communicator,
-            replica=self.replica,
-            gradients=self.gradients,
+            gradients=gradients,
             plan=plan,
             config=self.config,
-            healing=healing,
+            healing=self._make_healing(plan, gradients, communicator, randomness, scheduled=rates is not None),
             micro_batch_size=self._micro_batch_size,
             memory=MemoryLimit.of(self.device),
             structure=Structure(model, optimizer),
             randomness=randomness,
             loss=self.loss_check,
-            check=check,
+            check=self._check,
             rates=rates,
-            rehearsal=Rehearsal(model, self.config, self.loss_check) if watched else None,
+            rehearsal=Rehearsal(model, self.config, self.loss_check) if everything else None,
         )
-        self._watched_steps = register_optimizer_step_pre_hook(self._check_optimizer)
-        self.stats = Stats(
-            self.agent, self.engine, self._communicator, plan, device=str(self.device), node_ip=self.node_ip
+
+    def _make_healing(
+        self,
+        plan: DataPlan,
+        gradients: Gradients,
+        communicator: Communicator,
+        randomness: Randomness,
+        *,
+        scheduled: bool,
+    ) -> Healing:
+        assert self._server is not None and self._inner_step is not None
+        resuming = Resuming(
+            self.storage,
+            self.slot,
+            self.num_slots,
+            plan,
+            self._parameters(),
+            self._data(),
+            self.replica,
+            communicator.codec_states,
+            self.extras,
+            scheduled=scheduled,
+            tell=self._tell,
         )
-        self.reporter = Reporter(self.agent, self._server, self.storage, self._token)
-        self.engine.on_commit.append(self._committed)
-        self.engine.on_confirm.append(self.reporter.send_up_to)
-        self.agent.on_reconnect.append(self._tell_a_new_hub)
-        self.agent.doing.otherwise, self.agent.told = self.engine.doing, self.reporter.told
-        self._num_epochs = num_epochs
-        self.agent.join()
-        self.engine.start()
-        record = self.agent.record
-        assert record is not None
-        self.reporter.begins(record.life, self.engine.cursor.step + (not record.reset))
-        if self.slot == 0:  # One of all who say the same; a worker's log is read by few.
-            for text in self._warnings:
-                self.agent.tell("event", event={"kind": "warning", "text": text})
-        return self.engine
+        return Healing(
+            agent=self._agent(),
+            communicator=communicator,
+            replica=self.replica,
+            gradients=gradients,
+            server=self._server,
+            token=self._token,
+            update=self._inner_step,
+            randomness=randomness,
+            load_checkpoint=resuming.load,
+        )
 
     def _tell(self, text: str, *, all_say_it: bool = True) -> None:
         """One of all who say the same; a worker's own log is read by few."""
@@ -379,7 +412,26 @@ class Session:
             "checkpoint": checkpoint,
             "holds_snapshot": holds,
         }
-        meta = {
+        buffers = engine.buffers_when_opened()
+        if checkpoint and self._check is not None and self.config.replica_check_steps:
+            light = self.replica.light()
+            light["buffers"] |= buffers
+            position = {"the position in the data": str(list(cursor.to_dict().values()))}
+            message["audit"] = self._check.whole_audit(light, position)
+        states = communicator.codec_states
+        own = {
+            "codec": states.by_parameter() if checkpoint else {},
+            "weight_per_sample": states.weight_per_sample,
+            "extras": self.extras.save_own() if checkpoint else {},
+        }
+        snapshot = self._snapshot(buffers) if holds else None
+        reporter.add(Report(key, cursor.step, message, self._about(cursor, record, key), snapshot, record), own)
+        self.send_stats()
+
+    def _about(self, cursor: Cursor, record: Record, key: str) -> dict[str, Any]:
+        """What a checkpoint is of."""
+        assert self.gradients is not None
+        return {
             "cursor": cursor.to_dict(),
             "step": cursor.step,
             "generation": record.number,
@@ -391,26 +443,13 @@ class Session:
             "extras": sorted(self.extras.known),
             "run": Identity(id=self._run_id, life=record.life, key=key).to_json(),
         }
-        states = communicator.codec_states
-        own = {
-            "codec": states.by_parameter() if checkpoint else {},
-            "weight_per_sample": states.weight_per_sample,
-            "extras": self.extras.save_own() if checkpoint else {},
-        }
-        buffers = engine.buffers_when_opened()
-        if checkpoint and self._check is not None and self.config.replica_check_steps:
-            light = self.replica.light()
-            light["buffers"] |= buffers
-            message["audit"] = self._check.whole_audit(
-                light, {"the position in the data": str(list(cursor.to_dict().values()))}
-            )
-        snapshot = None
-        if holds:
-            snapshot = {**self.replica.snapshot(), "extras": self.extras.save()}
-            for part in (snapshot["model"], snapshot["buffers"]):
-                part.update({name: b.to("cpu", copy=True) for name, b in buffers.items() if name in part})
-        reporter.add(Report(key, cursor.step, message, meta, snapshot, record), own)
-        self.send_stats()
+
+    def _snapshot(self, buffers: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """All that is common to workers, with buffers as they were when the step was opened."""
+        snapshot = {**self.replica.snapshot(), "extras": self.extras.save()}
+        for part in (snapshot["model"], snapshot["buffers"]):
+            part.update({name: b.to("cpu", copy=True) for name, b in buffers.items() if name in part})
+        return snapshot
 
     def _warn_of_sums(self, reduce: dict[str, str], counters: Counters) -> None:
         sums = [name for name, how in reduce.items() if how == "sum"]

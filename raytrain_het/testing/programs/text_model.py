@@ -182,15 +182,7 @@ def outputs(program: Program) -> int:
 def model_text(program: Program) -> str:
     """The classes of the model."""
     tokens = program.task == "tokens"
-    stem = {
-        "regress": "nn.Linear(6, 8)",
-        "classify": "nn.Linear(6, 8)",
-        "tokens": "nn.Embedding(11, 8)",
-        "image": "nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3))",
-    }[program.task]
-    if program.odd == "sparse":
-        stem = "nn.Embedding(11, 8, sparse=True)"
-    init, forward = [f"self.stem = {stem}"], []
+    init, forward = [f"self.stem = {_stem(program)}"], []
     forward.append("h = self.stem(x).mean((2, 3))" if program.task == "image" else "h = torch.tanh(self.stem(x))")
     for place, name in enumerate(program.blocks):
         own = f"b{place}"
@@ -228,6 +220,23 @@ def model_text(program: Program) -> str:
         + ["", "    def forward(self, x):"]
         + ["        " + line for line in forward]
     )
+    before, after = _around(program)
+    return "\n\n".join([*before, body + "\n", *after])
+
+
+def _stem(program: Program) -> str:
+    if program.odd == "sparse":
+        return "nn.Embedding(11, 8, sparse=True)"
+    return {
+        "regress": "nn.Linear(6, 8)",
+        "classify": "nn.Linear(6, 8)",
+        "tokens": "nn.Embedding(11, 8)",
+        "image": "nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3))",
+    }[program.task]
+
+
+def _around(program: Program) -> tuple[list[str], list[str]]:
+    """What the model's class needs before it, and what comes after it."""
     parts = []
     if "post_hook" in program.blocks or program.odd == "post_hook_after":
         parts.append("def halve(p):\n    p.grad.mul_(0.5)\n")
@@ -235,11 +244,11 @@ def model_text(program: Program) -> str:
         parts.append(_AGAIN)
     if "noise" in program.blocks:
         parts.append(_NOISE)
-    parts.append(body + "\n")
+    after = []
     if program.loss == "learned_outside":
-        parts.append(
+        after.append(
             "class Criterion(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
             "        self.log_scale = nn.Parameter(torch.zeros(()))\n\n    def forward(self, loss):\n"
             "        return loss * torch.exp(-self.log_scale) + self.log_scale\n"
         )
-    return "\n\n".join(parts)
+    return parts, after
