@@ -19,22 +19,27 @@ _BELOW: dict[str, tuple[str, type]] = {"workers": ("workers.0", Workers), "het":
 
 def key_lines(cls: type[JobConfig]) -> Iterator[str]:
     """Text for reading: ``key = default``, and below it what it means."""
-    yield from _lines(cls, "")
+    for key, default, meaning in key_rows(cls):
+        yield from wrapped(f"{key} = {default}", COLUMNS)
+        yield from textwrap.wrap(
+            meaning, COLUMNS, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+        )
 
 
-def _lines(cls: Any, prefix: str) -> Iterator[str]:
+def key_rows(cls: type[JobConfig]) -> Iterator[tuple[str, str, str]]:
+    """(key, default, meaning) of every key, those below ``workers`` and ``het`` included."""
+    yield from _rows(cls, "")
+
+
+def _rows(cls: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
     meanings = _meanings(cls)
     for field in dataclasses.fields(cls):
         below = _BELOW.get(field.name) if not prefix else None
         if field.name != "het":
             value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            yield from wrapped(f"{prefix}{field.name} = {_default(value)}", COLUMNS)
-            meaning = " ".join(meanings.get(field.name, "").split())
-            yield from textwrap.wrap(
-                meaning, COLUMNS, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
-            )
+            yield f"{prefix}{field.name}", _default(value), " ".join(meanings.get(field.name, "").split())
         if below is not None:
-            yield from _lines(below[1], f"{below[0]}.")
+            yield from _rows(below[1], f"{below[0]}.")
 
 
 def _default(value: Any) -> str:

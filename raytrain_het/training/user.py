@@ -76,10 +76,9 @@ def prepare_data_loader(
         weight: the weight of a batch, where samples are the wrong measure (the number of tokens, say): a finite number
             from 0. The loss must be the mean over what it counts.
         loss: what the loss is of the batch that the loop gets. ``mean`` over its samples, or over what ``weight``
-        counts;
-            ``sum`` over its samples, penalties on parameters left out, which would count once a worker; ``local``, any
-            function of its own samples, whose gradients are averaged by samples as DDP would. Where the graph shows
-            that it is another one, ``backward()`` raises.
+            counts; ``sum`` over its samples, penalties on parameters left out, which would count once a worker;
+            ``local``, any function of its own samples, whose gradients are averaged by samples as DDP would. Where it
+            turns out to be another one, ``backward()`` raises.
 
     Raises:
         ConfigError: the dataset has no length, or the batch is smaller than the number of workers.

@@ -1,0 +1,63 @@
+"""The docs: every complete example runs, and the site is whole."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raytrain_het.codec_options import OPTIONS
+from raytrain_het.compression import CODECS, KINDS
+from raytrain_het.optim import OPTIMIZERS, SCHEDULES
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+MADE = {"settings.md", "log.md"}
+"""Pages that are made of the code and of the log."""
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.M | re.S)
+
+
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """What an example adds to the tables is gone after it."""
+    all_tables: list[dict] = [OPTIONS, CODECS, KINDS, OPTIMIZERS, SCHEDULES]
+    before = [dict(table) for table in all_tables]
+    yield
+    for table, items in zip(all_tables, before, strict=True):
+        for key in table.keys() - items.keys():
+            del table[key]
+
+
+@pytest.mark.parametrize("place", range(len(python_blocks("extending.md"))))
+def test_an_example_of_an_extension_runs_as_it_stands(
+    place: int, tables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType(f"example_{place + 1}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(python_blocks("extending.md")[place], f"extending.md, block {place + 1}", "exec"), vars(module))
+
+
+@pytest.mark.parametrize("page", ["start.md", "training.md"])
+def test_scripts_of_the_docs_are_python(page: str) -> None:
+    for place, block in enumerate(python_blocks(page)):
+        compile(block, f"{page}, block {place + 1}", "exec")
+
+
+def test_every_page_has_its_place_in_the_site() -> None:
+    def pages(entry: object) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        for item in entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ():
+            yield from pages(item)
+
+    text = re.sub(r"!!python/name:\S+", "x", (ROOT / "mkdocs.yml").read_text())
+    named = set(pages(yaml.safe_load(text)["nav"]))
+    assert named == {page.name for page in DOCS.glob("*.md")} | MADE
