@@ -34,7 +34,9 @@ def settings_page() -> str:
     ]
     for kind in KINDS:
         parts.append(f"## kind: {kind}\n\n| key | default | meaning |\n|---|---|---|")
-        parts += [f"| `{key}` | `{default}` | {_cell(meaning)} |" for key, default, meaning in key_rows(config_class(kind))]
+        parts += [
+            f"| `{key}` | `{default}` | {_cell(meaning)} |" for key, default, meaning in key_rows(config_class(kind))
+        ]
         parts.append("")
     return "\n".join(parts)
 

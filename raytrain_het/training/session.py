@@ -34,7 +34,7 @@ from raytrain_het.training.cursor import Cursor, DataPlan, slice_of
 from raytrain_het.training.engine import Counters, Engine, Opened, advance, resync_due
 from raytrain_het.training.evaluations import Evaluations
 from raytrain_het.training.extras import Extra, Extras
-from raytrain_het.training.gradients import Gradients, trained
+from raytrain_het.training.gradients import Gradients
 from raytrain_het.training.handing_on import HandingOn
 from raytrain_het.training.healing import Healing
 from raytrain_het.training.last_words import text_of, traceback_of
@@ -55,6 +55,7 @@ from raytrain_het.training.step_record import StepRecord
 from raytrain_het.training.storage import Identity
 from raytrain_het.training.structure import Structure, parameters_outside
 from raytrain_het.training.timings import KnownSpeed
+from raytrain_het.training.trained import trained
 from raytrain_het.training.unsupported import refuse
 
 logger = logging.getLogger("raytrain_het")
