@@ -111,8 +111,7 @@ class Communicator:
 
     def of_messages(self) -> dict[str, Any]:
         """What the hub is told of them: how long they were on the way, and what codecs have lost of them."""
-        told = {"paths": self.paths.take(), "errors": self.fidelity.take()}
-        return {name: what for name, what in told.items() if what}
+        return {"paths": self.paths.take(), "errors": self.fidelity.take()}
 
     def close(self) -> None:
         """Stop the thread, which leaves the group."""

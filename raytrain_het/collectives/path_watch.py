@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from raytrain_het.collectives.exchange import Exchange
+from raytrain_het.membership.protocol import Paths
 
 LOOK_AGAIN_S = 0.5
 
@@ -40,8 +40,8 @@ class PathWatch:
             gradients = (num_bytes - bytes_before) / exchange.messages.gradient_bytes
             self._seen.append((members[rank].slot, gradients, busy_s - busy_before_s))
 
-    def take(self) -> dict[str, Any] | None:
+    def take(self) -> Paths | None:
         """What was seen since the last call, if anything: ``to``, of (slot, how many of this member's gradients went
         there, and the seconds for which some of that was on the way); and ``gradient_bytes``, of such a gradient."""
         seen, self._seen = self._seen, []
-        return {"to": seen, "gradient_bytes": self._gradient_bytes} if seen else None
+        return Paths(to=seen, gradient_bytes=self._gradient_bytes) if seen else None

@@ -9,7 +9,36 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
+
 from raytrain_het.errors import EvictedError, HetError, ReplicaMismatchError, RunFailedError
+from raytrain_het.membership.protocol import (
+    Address,
+    Answer,
+    Bye,
+    Checkpoint,
+    End,
+    Evaluate,
+    Evicted,
+    Fail,
+    Failed,
+    Formed,
+    Hello,
+    Known,
+    Meet,
+    Message,
+    Mismatch,
+    Patience,
+    Ping,
+    Pong,
+    Reply,
+    Suspect,
+    Told,
+    ToMember,
+    Void,
+    Waiting,
+    Want,
+)
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.whereabouts import Doing
 from raytrain_het.membership.wire import Connection
@@ -53,29 +82,29 @@ class MemberAgent:
         """Why this member is no part of the run any more."""
         self.failing: BaseException | None = None
         self.finished = False
-        self.heir: dict[str, Any] | None = None
+        self.heir: Address | None = None
         """Where the state server of the member is that takes over what this one has left to send, once it was let go.
         """
         self.position: Callable[[], int] = lambda: 0
         self.doing = Doing()
-        self.told: Callable[[], dict[str, Any] | None] = lambda: None
+        self.told: Callable[[], Told | None] = lambda: None
         """How far the training function is, and what it has reported: by this the hub sees who leaves a report out."""
         self.batch: Callable[[], list[int] | None] = lambda: None
         self.patience = 0
         self.checkpoint: str | None = None
         """The newest that the hub knows of. Every member does, so that a new hub learns of it from any of them."""
         self.checkpoint_cursor: dict[str, int] | None = None
-        self.known: dict[str, Any] | None = None
+        self.known: Known | None = None
         """This worker's profile, and the global batch size it is meant for; None where speeds do not matter."""
         self.on_reconnect: list[Callable[[], None]] = []
         self.on_change: Callable[[], None] = lambda: None
         """Called after anything here has changed, for a thread that waits elsewhere."""
-        self.on_message: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self.on_message: dict[type[Message], Callable[[Any], None]] = {}
         self._fingerprint = fingerprint
         self._locate = locate
         self._connection: Connection | None = None
         self._closing = False
-        self._replies: dict[int, dict[str, Any] | None] = {}
+        self._replies: dict[int, Reply | None] = {}
         """By request that somebody waits for; a reply that comes later is dropped."""
         self._next_id = 0
         self._failed = (0, "")
@@ -144,17 +173,17 @@ class MemberAgent:
         """Tell that a collective of that generation has failed."""
         if generation > self._failed[0]:
             self._failed = (generation, reason)
-            self._send(type="failed", generation=generation, reason=reason)
+            self._send(Failed(generation=generation, reason=reason))
 
     def suspect(self, generation: int, step: int) -> None:
         """Tell that a collective takes longer than it should."""
-        self._send(type="suspect", generation=generation, step=step)
+        self._send(Suspect(generation=generation, step=step))
 
-    def tell(self, kind: str, **values: Any) -> None:
+    def tell(self, message: Message) -> None:
         """Send a message that needs no reply; a lost connection drops it."""
-        self._send(type=kind, **values)
+        self._send(message)
 
-    def request(self, kind: str, **values: Any) -> dict[str, Any] | None:
+    def request(self, question: Evaluate) -> Reply | None:
         """Send a message and wait for its reply; None if the connection was lost meanwhile."""
         with self.condition:
             self._next_id += 1
@@ -162,7 +191,7 @@ class MemberAgent:
             self._replies[number] = None
             connection = self._connection
         try:
-            if not self._send(type=kind, id=number, **values):
+            if not self._send(msgspec.structs.replace(question, id=number)):
                 self.wait_for(lambda: self._connection is not connection, 1.0)
                 return None
             self.wait_for(lambda: self._replies[number] is not None or self._connection is not connection)
@@ -211,7 +240,7 @@ class MemberAgent:
                 continue
             if self.record is not None and self._failed[0] == self.record.number:
                 # It may have been lost with the last connection, and nobody tries that generation's group again.
-                self._send(type="failed", generation=self._failed[0], reason=self._failed[1])
+                self._send(Failed(generation=self._failed[0], reason=self._failed[1]))
             for tell in self.on_reconnect:
                 tell()
             for message in connection.messages():
@@ -238,63 +267,62 @@ class MemberAgent:
                 self._connection = connection
                 self.condition.notify_all()
 
-    def _hello(self, token: str) -> dict[str, Any]:
-        return {
-            "token": token,
-            "member": vars(self.member),
-            "cursor": self.cursor,
-            "healed": self.healed,
-            "fresh": self.fresh,
-            "record": self.record.to_json() if self.record else None,
-            "answered": max(self.answered, self.want),
-            "fingerprint": self._fingerprint,
-            "checkpoint": self.checkpoint,
-            "checkpoint_cursor": self.checkpoint_cursor,
-            "known": self.known,
-        }
+    def _hello(self, token: str) -> Hello:
+        return Hello(
+            token=token,
+            member=self.member,
+            cursor=self.cursor,
+            healed=self.healed,
+            fresh=self.fresh,
+            record=self.record,
+            answered=max(self.answered, self.want),
+            fingerprint=self._fingerprint,
+            checkpoint=self.checkpoint,
+            checkpoint_cursor=self.checkpoint_cursor,
+            known=self.known,
+        )
 
-    def _handle(self, m: dict[str, Any]) -> None:
-        kind = m["type"]
-        if kind == "ping":
-            place = self.doing.place(self._waits).to_json()
-            self._send(type="pong", position=self.position(), place=place, told=self.told())
+    def _handle(self, message: ToMember | Meet) -> None:
+        if isinstance(message, Ping):
+            self._send(Pong(position=self.position(), place=self.doing.place(self._waits), told=self.told()))
             return
-        if kind in self.on_message:
-            self.on_message[kind](m)
+        if type(message) in self.on_message:
+            self.on_message[type(message)](message)
             return
         with self.condition:
-            if kind == "want":
-                self.want = max(self.want, m["number"])
-            elif kind == "void":
-                self.want = max(self.want, m["number"])
-                self.void = max(self.void, m["number"])
-            elif kind == "record":
-                record = Record.from_json(m["record"])
-                if self.record is None or record.number > self.record.number:
-                    self.record = record
-                    self.want = max(self.want, record.number)
-                    self.patience = 0
-            elif kind == "checkpoint":
-                self.checkpoint, self.checkpoint_cursor = m["path"], m["cursor"]
-            elif kind == "patience":
-                self.patience += 1
-            elif kind == "reply":
-                if m["id"] in self._replies:
-                    self._replies[m["id"]] = m
-            elif kind == "evicted":
-                self.gone = EvictedError(f"worker {self.member.slot} was dropped from the run: {m['reason']}")
-            elif kind == "mismatch":
-                self.gone = ReplicaMismatchError(m["message"])
-            elif kind == "fail":
-                self.failing = self.gone = RunFailedError(m["message"], m.get("poison"))
-            elif kind in ("bye", "end"):
-                self.heir = m.get("heir")
-                self.finished = True
-                self.gone = RunOver()
+            self._take(message)
             self.condition.notify_all()
         self.on_change()
-        if kind == "void":
+        if isinstance(message, Void):
             self._answer_if_void()
+
+    def _take(self, message: ToMember | Meet) -> None:
+        match message:
+            case Want(number=number):
+                self.want = max(self.want, number)
+            case Void(number=number):
+                self.want, self.void = max(self.want, number), max(self.void, number)
+            case Formed(record=record):
+                if self.record is None or record.number > self.record.number:
+                    self.record, self.patience = record, 0
+                    self.want = max(self.want, record.number)
+            case Checkpoint(path=path, cursor=cursor):
+                self.checkpoint, self.checkpoint_cursor = path, cursor
+            case Patience():
+                self.patience += 1
+            case Reply(id=number):
+                if number in self._replies:
+                    self._replies[number] = message
+            case Evicted(reason=reason):
+                self.gone = EvictedError(f"worker {self.member.slot} was dropped from the run: {reason}")
+            case Mismatch(message=text):
+                self.gone = ReplicaMismatchError(text)
+            case Fail(message=text, poison=poison):
+                self.failing = self.gone = RunFailedError(text, msgspec.structs.asdict(poison) if poison else None)
+            case Bye(heir=heir):
+                self.heir, self.finished, self.gone = heir, True, RunOver()
+            case End():
+                self.finished, self.gone = True, RunOver()
 
     def _answer_if_void(self) -> None:
         """Answer to a void, unless a commit is under way: then the committing thread comes here when it is done."""
@@ -311,11 +339,9 @@ class MemberAgent:
             self.answered = number
             self.condition.notify_all()
         self.on_change()
-        self._send(
-            type="answer", number=number, cursor=self.cursor, healed=self.healed, fresh=self.fresh, batch=self.batch()
-        )
+        self._send(Answer(number=number, cursor=self.cursor, healed=self.healed, fresh=self.fresh, batch=self.batch()))
 
-    def _send(self, **message: Any) -> bool:
+    def _send(self, message: Message) -> bool:
         connection = self._connection
         if connection is None:
             return False
@@ -343,6 +369,6 @@ class Impatience:
     def tell(self) -> None:
         """To be called while waiting, as often as one likes."""
         if time.monotonic() >= self._next:
-            self._agent.tell("waiting")
+            self._agent.tell(Waiting())
             self._pause = min(2 * self._pause, 30.0)
             self._next = time.monotonic() + self._pause

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raytrain_het.membership.merging import exact_sum
+from raytrain_het.membership.protocol import Raise
 
 MAX_EVALUATIONS = 16
 """So many of the last evaluations are remembered, for workers that ask late."""
@@ -22,10 +23,15 @@ class EvaluationBook:
         self._runs: dict[str, dict[str, Any]] = {}
 
     def next(
-        self, key: str, num_chunks: int, uid: str, result: list[Any] | None, error: dict[str, Any] | None = None
+        self,
+        key: str,
+        num_chunks: int,
+        uid: str,
+        result: tuple[int, dict[str, float]] | None,
+        error: Raise | None = None,
     ) -> dict[str, Any]:
-        """Take a finished chunk's result, or what it raised, and give the next: ``{"chunk": i}``, ``{"wait": True}``,
-        ``{"sums": ...}`` or ``{"error": ...}``."""
+        """Take a finished chunk's result, or what it raised, and give what is to be replied: ``chunk``, ``sums`` or
+        ``error``, or nothing yet."""
         if key not in self._runs:
             for old in list(self._runs)[: -MAX_EVALUATIONS + 1]:
                 del self._runs[old]
@@ -45,7 +51,7 @@ class EvaluationBook:
             if chunk not in run["results"] and chunk not in run["given"]:
                 run["given"][chunk] = uid
                 return {"chunk": chunk}
-        return {"wait": True}
+        return {}
 
     def forget(self, uid: str) -> None:
         """A worker is at nothing, or gone: its chunks are free again."""
@@ -53,7 +59,7 @@ class EvaluationBook:
             run["given"] = {c: u for c, u in run["given"].items() if u != uid}
 
 
-def _other_names(results: dict[int, dict[str, float]], chunk: int) -> dict[str, Any] | None:
+def _other_names(results: dict[int, dict[str, float]], chunk: int) -> Raise | None:
     """An error where a chunk has other metrics than those before it: a sum over some chunks is no sum."""
     first = next(iter(results))
     if results[first].keys() == results[chunk].keys():
@@ -62,4 +68,4 @@ def _other_names(results: dict[int, dict[str, float]], chunk: int) -> dict[str, 
         f"evaluate(): fn returned the metrics {sorted(results[chunk])} for chunk {chunk}, and {sorted(results[first])} "
         f"for chunk {first}. Return the same names for every batch, with 0.0 where there is nothing to add."
     )
-    return {"uid": None, "text": text, "pickled": None}
+    return Raise(uid=None, text=text)

@@ -16,6 +16,7 @@ from torch.distributed import Store
 
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.last_groups import LastGroups
+from raytrain_het.membership.protocol import Meet
 
 
 class Meeting(Store):
@@ -71,7 +72,7 @@ class MeetingPlace:
         self._agent = agent
         self._values: LastGroups[bytes] = LastGroups()
         self._own: LastGroups[bytes] = LastGroups()
-        agent.on_message["meet"] = self._received
+        agent.on_message[Meet] = self._received
         agent.on_reconnect.append(self._tell_again)
 
     def meeting(self, group: str) -> Meeting:
@@ -110,9 +111,9 @@ class MeetingPlace:
             self._agent.condition.notify_all()
 
     def _send(self, group: str, key: str, value: bytes) -> None:
-        self._agent.tell("meet", group=group, key=key, value=base64.b64encode(value).decode())
+        self._agent.tell(Meet(group=group, key=key, value=base64.b64encode(value).decode()))
 
-    def _received(self, message: dict[str, Any]) -> None:
+    def _received(self, message: Meet) -> None:
         with self._agent.condition:
-            self._values.keep(message["group"], message["key"], base64.b64decode(message["value"]))
+            self._values.keep(message.group, message.key, base64.b64decode(message.value))
         self.wake()

@@ -11,7 +11,8 @@ import sys
 from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any
+
+from raytrain_het.membership.protocol import Told
 
 Order = tuple[int, ...]
 
@@ -39,27 +40,27 @@ class Passing:
     def __init__(self) -> None:
         self._words: dict[int, deque[_Word]] = {}
 
-    def told(self, slot: int, told: dict[str, Any] | None) -> None:
-        """A worker's ``{"life", "began", "step", "reported", "complete"}``.
+    def told(self, slot: int, told: Told | None) -> None:
+        """A worker's word of itself.
 
         ``began`` is the first step whose reports it has to do with, ``step`` the last that its loop has committed,
         ``reported`` the key of its last report, and ``complete`` says that its loop over epochs has come to its end.
         """
         if not told:
             return
-        life, step = told["life"], told["step"]
-        before = (life, step, sys.maxsize) if told.get("complete") else (life, step, -1)
-        how = "has finished without it" if told.get("complete") else f"has gone on to step {step} without it"
+        life, step = told.life, told.step
+        before = (life, step, sys.maxsize) if told.complete else (life, step, -1)
+        how = "has finished without it" if told.complete else f"has gone on to step {step} without it"
         self._note(slot, told, before, how)
 
-    def called(self, slot: int, key: str, told: dict[str, Any] | None) -> None:
+    def called(self, slot: int, key: str, told: Told | None) -> None:
         """A part of a report has come, with what its worker could tell just before it made it."""
         if told:
             self._note(slot, told, order(key), f"has gone on to its report of step {order(key)[1]} without it")
 
-    def _note(self, slot: int, told: dict[str, Any], before: Order, how: str) -> None:
-        began = (told["life"], told["began"], -1)
-        after = max(began, order(told["reported"])) if told["reported"] else began
+    def _note(self, slot: int, told: Told, before: Order, how: str) -> None:
+        began = (told.life, told.began, -1)
+        after = max(began, order(told.reported)) if told.reported else began
         words = self._words.setdefault(slot, deque(maxlen=MAX_WORDS))
         # While a worker makes no reports its last word says all that those before it said.
         if words and words[-1].after == after and words[-1].before <= before:

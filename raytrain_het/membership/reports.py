@@ -11,6 +11,7 @@ from typing import Any
 from raytrain_het.membership.audit import difference
 from raytrain_het.membership.merging import add_up, mixed_up, reduce_metrics
 from raytrain_het.membership.passing import Order, Passing, order
+from raytrain_het.membership.protocol import Told
 
 MAX_REPORTS = 1000
 """So many of the last whole reports are remembered; whoever wants them asks every second or so."""
@@ -59,7 +60,7 @@ class ReportBook:
         self._last_order[slot] = order(key)
         return None
 
-    def told(self, slot: int, told: dict[str, Any] | None) -> None:
+    def told(self, slot: int, told: Told | None) -> None:
         """How far a worker's loop is, and which report it has made last: by this it is seen that it left one out."""
         self._passing.told(slot, told)
 

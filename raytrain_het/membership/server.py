@@ -19,19 +19,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raytrain_het.fleet.profile import Profile
-from raytrain_het.membership import audit
+import msgspec
+
+from raytrain_het.membership import audit, protocol
 from raytrain_het.membership.evaluation_book import EvaluationBook
 from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.peers import Peer
-from raytrain_het.membership.record import Member, Record
+from raytrain_het.membership.record import Member
 from raytrain_het.membership.reports import ReportBook
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import Membership
 from raytrain_het.membership.status import fraction_of_aggregate, status
 from raytrain_het.membership.table_keeper import TableKeeper
 from raytrain_het.membership.whereabouts import Place
-from raytrain_het.membership.wire import MAX_LINE_BYTES, encode, tune
+from raytrain_het.membership.wire import MAX_LINE_BYTES, decoded, encode, tune
 
 logger = logging.getLogger("raytrain_het")
 
@@ -73,7 +74,7 @@ class Hub:
         self._writers: dict[str, int] = {}
         self._leaving: dict[str, set[str]] = {}
         self._joined: set[str] = set()
-        self._meetings: LastGroups[dict[str, Any]] = LastGroups()
+        self._meetings: LastGroups[protocol.Meet] = LastGroups()
         """What members have said to each other while they make a process group."""
         self._stats: dict[int, dict[str, Any]] = {}
         self._connections: dict[str, asyncio.StreamWriter] = {}
@@ -188,18 +189,18 @@ class Hub:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         uid: str | None = None
         try:
-            hello = await asyncio.wait_for(_read_message(reader), timeout=10)
-            if hello is None or not hmac.compare_digest(str(hello.get("token", "")), self.token):
+            hello = decoded(await asyncio.wait_for(_read(reader), timeout=10), protocol.FromMember)
+            if not isinstance(hello, protocol.Hello) or not hmac.compare_digest(hello.token, self.token):
                 return
-            member = Member(**hello["member"])
+            member = hello.member
             uid = member.uid
             self._connections[uid] = writer
             tune(writer.get_extra_info("socket"))
-            self._decide(lambda: self._hello(member, hello), f" when worker {member.slot} said hello")
-            while (message := await _read_message(reader)) is not None:
+            self._decide(lambda: self._hello(hello), f" when worker {member.slot} said hello")
+            while (said := await _read(reader)) is not None:
                 with contextlib.suppress(Exception):  # As in _tick.
-                    about = f" when worker {member.slot} told it {message.get('type')!r}"
-                    self._decide(functools.partial(self._handle, member.uid, member.slot, message), about)
+                    about = f" when worker {member.slot} told it {said.get('type')!r}"
+                    self._decide(functools.partial(self._hear, member, said), about)
         except Exception:
             logger.debug("a connection has ended", exc_info=True)
         finally:
@@ -209,109 +210,107 @@ class Hub:
                 with contextlib.suppress(Exception):
                     self._decide(lambda: self._core.closed(member.uid, self._clock.now()))
 
-    def _hello(self, member: Member, hello: dict[str, Any]) -> None:
-        if hello["known"]:
-            self._tables.board.global_batch_size = hello["known"]["global_batch_size"]
-            self._tables.board.introduce(member.slot, Profile.from_json(hello["known"]["profile"]))
-            if self._tables.board.compression is not None and "codecs" in hello["known"]:
-                self._tables.board.compression.introduce(member.slot, hello["known"]["codecs"])
+    def _hear(self, member: Member, said: dict[str, Any]) -> None:
+        self._handle(member.uid, member.slot, decoded(said, protocol.FromMember))
+
+    def _hello(self, hello: protocol.Hello) -> None:
+        member, known, board = hello.member, hello.known, self._tables.board
+        if known is not None:
+            board.global_batch_size = known.global_batch_size
+            board.introduce(member.slot, known.profile)
+            if board.compression is not None and known.codecs is not None:
+                board.compression.introduce(member.slot, msgspec.structs.asdict(known.codecs))
         self._core.hello(
             member,
-            cursor=hello["cursor"],
-            healed=hello["healed"],
-            fresh=hello["fresh"],
+            cursor=hello.cursor,
+            healed=hello.healed,
+            fresh=hello.fresh,
             now=self._clock.now(),
-            record=Record.from_json(hello["record"]) if hello["record"] else None,
-            answered=hello["answered"],
-            fingerprint=hello["fingerprint"],
+            record=hello.record,
+            answered=hello.answered,
+            fingerprint=hello.fingerprint,
         )
-        if hello["checkpoint"]:
-            self._note_checkpoint(hello["checkpoint"], hello["checkpoint_cursor"])
+        if hello.checkpoint and hello.checkpoint_cursor is not None:
+            self._note_checkpoint(hello.checkpoint, hello.checkpoint_cursor)
         if self._core.checkpoint is not None:
             self._send(member.uid, self._newest_checkpoint())
         for _, _, said in self._meetings:
             self._send(member.uid, said)
 
-    def _handle(self, uid: str, slot: int, m: dict[str, Any]) -> None:
+    def _handle(self, uid: str, slot: int, message: protocol.Message) -> None:
         core, now = self._core, self._clock.now()
         if uid not in core.peers:
             return  # It was let go: what it still says belongs to a run that the others have left behind.
-        match m["type"]:
-            case "answer":
-                core.answer(
-                    uid,
-                    m["number"],
-                    cursor=m["cursor"],
-                    healed=m["healed"],
-                    fresh=m["fresh"],
-                    batch=m["batch"],
-                    now=now,
-                )
-            case "pong":
-                core.pong(uid, m["position"], now, Place.from_json(m.get("place")))
-                self._reports.told(slot, m.get("told"))
-            case "failed":
-                core.failed(uid, m["generation"], m["reason"], now)
-            case "suspect":
-                core.suspect(uid, m["generation"], m["step"], now)
-            case "waiting":
+        match message:
+            case protocol.Answer() as m:
+                core.answer(uid, m.number, cursor=m.cursor, healed=m.healed, fresh=m.fresh, batch=m.batch, now=now)
+            case protocol.Pong() as m:
+                core.pong(uid, m.position, now, m.place or Place())
+                self._reports.told(slot, m.told)
+            case protocol.Failed() as m:
+                core.failed(uid, m.generation, m.reason, now)
+            case protocol.Suspect() as m:
+                core.suspect(uid, m.generation, m.step, now)
+            case protocol.Waiting():
                 core.waiting(uid, now)
-            case "healed":
+            case protocol.Healed():
                 core.healed(uid, now)
-            case "verified":
+            case protocol.Verified():
                 core.verified(uid, now)
-            case "stats":
-                core.progress(uid, m["step"], now, m.get("left_out"), m.get("step_s", 0.0))
-                self._reports.told(slot, m.get("told"))
-                self._stats[slot] = m | {"uid": uid}
-            case "timing":
+            case protocol.Stats() as m:
+                core.progress(uid, m.step, now, m.left_out, m.step_s)
+                self._reports.told(slot, m.told)
+                self._stats[slot] = msgspec.structs.asdict(m) | {"uid": uid, "told": None}
+            case protocol.Timing() as m:
                 self._tables.heard_of_messages(slot, m)
-                self._tables.observe(slot, m["global_batch_size"], m["steps"], now)
-            case "meet":
+                self._tables.observe(slot, m.global_batch_size, m.steps, now)
+            case protocol.Meet() as m:
                 self._pass_on(uid, m)
-            case "event":
-                core.log.note({"slot": slot, **m["event"]})
-            case "leave":
+            case protocol.Event() as m:
+                core.log.note({"slot": slot, **m.event})
+            case protocol.Leave():
                 self._leaving.setdefault(uid, self._reports.waiting_for_storage(slot))
-            case "finish":
-                core.finish(uid, cursor=m["cursor"], confirmed=m["confirmed"], now=now)
-                self._reports.told(slot, m.get("told"))
-            case "returning":
+            case protocol.Finish() as m:
+                core.finish(uid, cursor=m.cursor, confirmed=m.confirmed, now=now)
+                self._reports.told(slot, m.told)
+            case protocol.Returning():
                 core.returning(uid, now)
-            case "raised":
-                core.raised(uid, m["error"], now)
-            case "report" | "stored" | "evaluate":
-                self._handle_report(uid, slot, m)
-            case "audit" | "claim":
-                self._compare(slot, m, now)
+            case protocol.Raised() as m:
+                core.raised(uid, m.error, now)
+            case _:
+                self._handle_report(uid, slot, message)
+                self._compare(slot, message, now)
 
-    def _handle_report(self, uid: str, slot: int, m: dict[str, Any]) -> None:
-        match m["type"]:
-            case "report":
-                known = self._reports.part(slot, m | {"uid": uid})
+    def _handle_report(self, uid: str, slot: int, message: protocol.Message) -> None:
+        match message:
+            case protocol.Report() as m:
+                part = {k: v for k, v in msgspec.structs.asdict(m).items() if v is not None} | {"uid": uid}
+                if m.audit is not None:
+                    part["audit"] = msgspec.structs.asdict(m.audit)
+                known = self._reports.part(slot, part)
                 if known is not None:
-                    self._send(uid, {"type": "acknowledged", "keys": [known]})
-            case "stored":
-                self._reports.checkpoint_stored(m["key"], m["path"], m["error"])
-                if m["path"] is not None:
-                    self._note_checkpoint(m["path"], m["cursor"])
-            case "evaluate":
-                reply = self._evaluations.next(
-                    f"{self._core.life}/{m['key']}", m["num_chunks"], uid, m["result"], m.get("error")
-                )
-                self._send(uid, {"type": "reply", "id": m["id"], **reply})
+                    self._send(uid, protocol.Acknowledged(keys=[known]))
+            case protocol.Stored() as m:
+                self._reports.checkpoint_stored(m.key, m.path, m.error)
+                if m.path is not None:
+                    self._note_checkpoint(m.path, m.cursor)
+            case protocol.Evaluate() as m:
+                key = f"{self._core.life}/{m.key}"
+                reply = self._evaluations.next(key, m.num_chunks, uid, m.result, m.error)
+                self._send(uid, protocol.Reply(id=m.id, **reply))
 
-    def _compare(self, slot: int, m: dict[str, Any], now: float) -> None:
+    def _compare(self, slot: int, message: protocol.Message, now: float) -> None:
         """What workers say of their replicas, and of their losses."""
         core = self._core
-        match m["type"]:
-            case "audit":
-                if core.record is not None and m["generation"] == core.record.number:
+        match message:
+            case protocol.Audit() as m:
+                if core.record is not None and m.generation == core.record.number:
                     slots = [p.member.slot for p in core.peers.values() if p.healed and not p.fresh]
-                    if (what := self._audits.add(slot, m, slots)) is not None:
-                        core.replicas_differ(audit.message(m["step"], what), now)
-            case "claim":
-                if (what := self._audits.claim(slot, f"{m['name']}, step {m['step'] + 1},", m["value"])) is not None:
+                    told = {"step": m.step, "part": m.part, "audit": msgspec.structs.asdict(m.audit)}
+                    if (what := self._audits.add(slot, told, slots)) is not None:
+                        core.replicas_differ(audit.message(m.step, what), now)
+            case protocol.Claim() as m:
+                if (what := self._audits.claim(slot, f"{m.name}, step {m.step + 1},", m.value)) is not None:
                     core.replicas_differ(audit.message_of_losses(what), now)
 
     def _flush(self) -> None:
@@ -340,7 +339,7 @@ class Hub:
         for key, slot in self._reports.writer_wanted(slots).items():
             if self._writers.get(key) not in slots:
                 self._writers[key] = slot
-                self._send(by_slot[slot], {"type": "write", "key": key, "uids": self._reports.uids(key)})
+                self._send(by_slot[slot], protocol.Write(key=key, uids=self._reports.uids(key)))
         for report in self._reports.settle(slots, ended=self._core.over):
             if "differs" in report:
                 self._core.replicas_differ(audit.message(report["step"], report["differs"]), self._clock.now())
@@ -373,9 +372,9 @@ class Hub:
             self._core.misused(text, self._clock.now())
             self._send_all()
 
-    def _pass_on(self, uid: str, message: dict[str, Any]) -> None:
+    def _pass_on(self, uid: str, message: protocol.Meet) -> None:
         """Something that a member says to all who meet in a group; the last two are kept for those that come back."""
-        if not self._meetings.keep(message["group"], message["key"], message):
+        if not self._meetings.keep(message.group, message.key, message):
             return
         for other in self._connections:
             if other != uid:
@@ -397,29 +396,29 @@ class Hub:
             for uid in self._core.peers:
                 self._send(uid, self._newest_checkpoint())
 
-    def _newest_checkpoint(self) -> dict[str, Any]:
-        return {"type": "checkpoint", "path": self._core.checkpoint, "cursor": self._core.checkpoint_cursor}
+    def _newest_checkpoint(self) -> protocol.Checkpoint:
+        return protocol.Checkpoint(path=self._core.checkpoint, cursor=self._core.checkpoint_cursor)
 
     def _acknowledge(self, keys: list[str]) -> None:
         self._reports.acknowledge(keys)
         for uid in self._core.peers if keys else ():
-            self._send(uid, {"type": "acknowledged", "keys": keys})
+            self._send(uid, protocol.Acknowledged(keys=keys))
 
     def _send_all(self) -> None:
         for uid, message in self._core.drain():
             self._send(uid, message)
 
-    def _send(self, uid: str, message: dict[str, Any]) -> None:
+    def _send(self, uid: str, message: protocol.Message) -> None:
         writer = self._connections.get(uid)
         if writer is not None and not writer.is_closing():
             writer.write(encode(message))
 
 
-async def _read_message(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next message; None at the end of a connection, which a torn line is too."""
+async def _read(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    """What comes next; None at the end of a connection, which a torn line is too."""
     try:
         line = await reader.readline()
-        message = json.loads(line) if line else None
+        said = json.loads(line) if line else None
     except (OSError, ValueError):
         return None
-    return message if isinstance(message, dict) else None
+    return said if isinstance(said, dict) else None

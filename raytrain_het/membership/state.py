@@ -21,6 +21,21 @@ from raytrain_het.fleet.scoreboard import Table
 from raytrain_het.membership.deaths import MAX_FRUITLESS_DEATHS, MAX_FRUITLESS_GENERATIONS, Deaths
 from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.peers import ZERO, Cursor, Peer, Phase, Succession, lag, succession
+from raytrain_het.membership.protocol import (
+    Address,
+    Bye,
+    End,
+    Evicted,
+    Fail,
+    Formed,
+    Mismatch,
+    Patience,
+    Ping,
+    Poison,
+    ToMember,
+    Void,
+    Want,
+)
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.standstill import (
@@ -80,7 +95,7 @@ class Membership:
         """By slot: how many processes have come."""
         self.checkpoint = settings.checkpoint
         self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or dict(ZERO)
-        self._outbox: list[tuple[str, dict[str, Any]]] = []
+        self._outbox: list[tuple[str, ToMember]] = []
         self._gone: dict[str, str] = {}
         self._deaths = Deaths()
         self._suspicion = Suspicion(settings)
@@ -98,7 +113,7 @@ class Membership:
 
     # ---------------------------------------------------------------- what the caller reads
 
-    def drain(self) -> list[tuple[str, dict[str, Any]]]:
+    def drain(self) -> list[tuple[str, ToMember]]:
         """Messages to send, as (uid, message), in order."""
         out, self._outbox = self._outbox, []
         return out
@@ -150,15 +165,15 @@ class Membership:
         """A worker has connected, for the first time or again after this actor was restarted."""
         uid = member.uid
         if uid in self._gone:
-            self._send(uid, type="evicted", reason=self._gone[uid])
+            self._send(uid, Evicted(reason=self._gone[uid]))
             return
         if self.failure is not None:
-            self._send(uid, type="fail", message=self.failure)
+            self._send(uid, Fail(message=self.failure))
             return
         for other in [p for p in self.peers.values() if p.member.slot == member.slot and p.member.uid != uid]:
             self._lose(other.member.uid, "its slot was taken by a new process", now, died=True)
         if self.over and record is None:
-            self._send(uid, type="end")
+            self._send(uid, End())
             return
         if self._refuse_other_model(member, fingerprint, now):
             return
@@ -355,7 +370,7 @@ class Membership:
             self.failure = message
             self._log("failed", now, message=message)
             for uid in self.peers:
-                self._send(uid, type="mismatch", message=message)
+                self._send(uid, Mismatch(message=message))
 
     def broken(self, error: str, now: float, about: str = "") -> None:
         """The caller has come upon an error in here, or around it: the run ends, as nobody knows what was half done."""
@@ -414,7 +429,7 @@ class Membership:
             if void and not self.voided:
                 # A want that somebody may never reach, now that the step has failed.
                 self.voided, self._forming_since = True, now
-                self._announce("void")
+                self._announce(Void(number=self.number))
             self._form_if_answered(now)
             return
         self.number = max(self.number + 1, number or 0)
@@ -430,7 +445,7 @@ class Membership:
             return
         self.disturbed |= void
         self._log("void" if void else "wanted", now, number=self.number, reason=reason)
-        self._announce("void" if void else "want")
+        self._announce(Void(number=self.number) if void else Want(number=self.number))
         self._form_if_answered(now)
 
     def _form_if_all_have_verified(self, now: float) -> None:
@@ -442,9 +457,9 @@ class Membership:
             slots = ", ".join(str(record.member(uid).slot) for uid in record.fresh)
             self._start_forming(void=False, reason=f"slot {slots} is as the others", now=now)
 
-    def _announce(self, kind: str) -> None:
+    def _announce(self, message: ToMember) -> None:
         for peer in self._required():
-            self._send(peer.member.uid, type=kind, number=self.number)
+            self._send(peer.member.uid, message)
 
     def _form_if_answered(self, now: float) -> None:
         if not self.forming or self.failure is not None:
@@ -552,7 +567,7 @@ class Membership:
                 # Whoever starts anew may report before its first step; whoever heals comes after that.
                 peer.reports_after = record.base - record.reset
             peer.answered = False
-            self._send(peer.member.uid, type="record", record=record.to_json())
+            self._send(peer.member.uid, Formed(record=record))
         self.voided = False
         self._suspicion.forget()
         self._release_the_finished(now)
@@ -602,8 +617,8 @@ class Membership:
         if how == "finished":
             self.finished_slots.add(peer.member.slot)
         self._log(how, now, slot=peer.member.slot, uid=uid, step=peer.cursor["step"])
-        whom = {"host": heir.host, "port": heir.state_port} if heir is not None else None
-        self._send(uid, type="bye", how=how, heir=whom)
+        whom = Address(host=heir.host, port=heir.state_port) if heir is not None else None
+        self._send(uid, Bye(how=how, heir=whom))
         self._end_if_nobody_trains()
 
     def _end_if_nobody_trains(self) -> bool:
@@ -612,7 +627,7 @@ class Membership:
         if not self.finished_slots or holding:
             return False
         for uid in list(self.peers):
-            self._send(uid, type="end")
+            self._send(uid, End())
             self.peers.pop(uid)
         return True
 
@@ -647,7 +662,7 @@ class Membership:
         gone_with_it = {"left_out": peer.left_out} if peer.left_out else {}
         self._log("lost" if died else "evicted", now, slot=slot, uid=uid, reason=reason, **expected, **gone_with_it)
         if not died:
-            self._send(uid, type="evicted", reason=reason)
+            self._send(uid, Evicted(reason=reason))
         if self.failure is not None:
             return
         if self._deaths.lose_slot(slot):
@@ -687,21 +702,21 @@ class Membership:
             f"Workers died {MAX_FRUITLESS_DEATHS} times in step {base + 1}{where}, the last in slots {slots}. "
             "Some sample of that step probably kills the process: train without it, or look at the workers' logs.",
             now,
-            poison={"step": base + 1, "slots": slots, "ranks": ranks, "shares": self.record.shares},
+            poison=Poison(step=base + 1, slots=slots, ranks=ranks, shares=self.record.shares),
         )
 
-    def _fail(self, message: str, now: float, **extra: Any) -> None:
+    def _fail(self, message: str, now: float, poison: Poison | None = None) -> None:
         self.failure = message
         self._log("failed", now, message=message)
         for uid in self.peers:
-            self._send(uid, type="fail", message=message, **extra)
+            self._send(uid, Fail(message=message, poison=poison))
 
     # ---------------------------------------------------------------- suspicion
 
     def _ping(self, now: float) -> None:
         self._asked_at = now
         for peer in self._required():
-            self._send(peer.member.uid, type="ping")
+            self._send(peer.member.uid, Ping())
 
     def _partners(self) -> list[Peer]:
         """Who takes part in steps and reports, or has done so to the end."""
@@ -712,7 +727,7 @@ class Membership:
         if suspecting is None or self._drop_who_hangs(bool(suspecting), now):
             return
         for uid in sorted(suspecting):
-            self._send(uid, type="patience")
+            self._send(uid, Patience())
 
     def _drop_who_hangs(self, in_a_step: bool, now: float) -> bool:
         """Somebody has waited for the hang limit: drop who holds it up, but nobody who waits for others itself."""
@@ -848,11 +863,11 @@ class Membership:
             f"{fingerprint} against {self._fingerprint[0]}. Build the same on every worker, "
             "whatever its device, rank or random seed."
         )
-        self._send(member.uid, type="mismatch", message=message)
+        self._send(member.uid, Mismatch(message=message))
         self._fail(message, now)
         return True
 
-    def _send(self, uid: str, **message: Any) -> None:
+    def _send(self, uid: str, message: ToMember) -> None:
         self._outbox.append((uid, message))
 
     def _log(self, kind: str, now: float, **values: Any) -> None:

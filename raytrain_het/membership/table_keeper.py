@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from raytrain_het.allocation.batch_shares import apportion
 from raytrain_het.fleet.compression import Compression
 from raytrain_het.fleet.scoreboard import Scoreboard, Table
+from raytrain_het.membership.protocol import Timing
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import Membership
@@ -33,12 +31,12 @@ class TableKeeper:
         self._follows = bool(settings.balance or settings.alpha or self.board.compression)
         core.table_for = self._table_for
 
-    def observe(self, slot: int, global_batch_size: int, steps: list[list[float]], now: float) -> None:
+    def observe(self, slot: int, global_batch_size: int, steps: list[tuple[int, float, float]], now: float) -> None:
         """What a worker took for its steps may make another table better than the one in force."""
         board, core = self.board, self._core
         board.global_batch_size = global_batch_size
         for samples, own_s, cycle_s in steps:
-            board.observe(slot, int(samples), own_s, cycle_s)
+            board.observe(slot, samples, own_s, cycle_s)
         record = core.record
         if record is None:
             return
@@ -58,12 +56,12 @@ class TableKeeper:
         if table is not None:
             core.follow(table, now)
 
-    def heard_of_messages(self, slot: int, told: Mapping[str, Any]) -> None:
+    def heard_of_messages(self, slot: int, told: Timing) -> None:
         """How long a worker's messages were on the way, and how much of them its codec has lost."""
-        if sent := told.get("paths"):
-            self.board.observe_paths(slot, {peer: (part, s) for peer, part, s in sent["to"]}, sent["gradient_bytes"])
+        if (sent := told.paths) is not None:
+            self.board.observe_paths(slot, {peer: (part, s) for peer, part, s in sent.to}, sent.gradient_bytes)
         if self.board.compression is not None:
-            for word, error in told.get("errors", ()):
+            for word, error in told.errors:
                 self.board.compression.observe_error(slot, word, error)
 
     def samples(self, record: Record | None) -> dict[int, int]:

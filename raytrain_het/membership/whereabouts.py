@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 STEP = "step"
 
@@ -20,15 +19,6 @@ class Place:
     """Whether its training function waits for somebody else."""
     kind: str = STEP
     """What it is in: "step", "report", "evaluate" or "returned"."""
-
-    def to_json(self) -> dict[str, Any]:
-        """For a message."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any] | None) -> Place:
-        """The inverse; of nothing, nothing is known."""
-        return cls(str(data["text"]), bool(data["waits"]), str(data["kind"])) if data else cls()
 
 
 class Doing:

@@ -13,6 +13,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
+from raytrain_het.membership.protocol import FromHub, Message
+
 MAX_LINE_BYTES = 16 * 1024 * 1024
 SEND_TIMEOUT_S = 10.0
 """Who does not take a message for so long is as good as gone: a sender may be the training thread."""
@@ -22,9 +26,22 @@ USER_TIMEOUT_MS = 20_000
 """The same where data is under way, when no probes are sent."""
 
 
-def encode(message: dict[str, Any]) -> bytes:
-    """One message as one line."""
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+def encode(message: Message) -> bytes:
+    """One message as one line. Numbers that are not finite are JSON's in Python's spelling."""
+    return json.dumps(msgspec.to_builtins(message), separators=(",", ":")).encode() + b"\n"
+
+
+def decoded(said: Any, kinds: Any) -> Any:
+    """A message of what its line says.
+
+    Args:
+        said: JSON's values.
+        kinds: the messages that may come, such as :data:`~raytrain_het.membership.protocol.FromHub`.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    return msgspec.convert(said, kinds)
 
 
 def tune(sock: socket.socket) -> None:
@@ -48,7 +65,7 @@ class Connection:
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._lock = threading.Lock()
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: Message) -> None:
         """Raises:
         OSError: the connection is lost, or its other end took nothing for too long; it is closed then, since a part
             of the message may have gone out.
@@ -61,14 +78,14 @@ class Connection:
                 self.close()
                 raise
 
-    def messages(self) -> Iterator[dict[str, Any]]:
+    def messages(self) -> Iterator[Any]:
         """Messages until the connection ends, in the middle of one too."""
         try:
             with self._sock.makefile("rb") as lines:
                 for line in lines:
                     if not line.endswith(b"\n"):
                         return
-                    yield json.loads(line)
+                    yield decoded(json.loads(line), FromHub)
         except OSError:
             return
 

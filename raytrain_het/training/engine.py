@@ -23,6 +23,7 @@ from raytrain_het.collectives.sums import Sums
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import LoopOrderError, NonFiniteGradientError, ReplicaMismatchError
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.protocol import Audit, Claim, Event, ReplicaAudit
 from raytrain_het.membership.record import Record
 from raytrain_het.training.body_watch import BodyWatch
 from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
@@ -486,11 +487,12 @@ class Engine:
         if sums is not None and sums.replicas_differ and self._looked is not None and due:
             look = self._looked
             self.agent.tell(
-                "audit",
-                step=opened.cursor.step,
-                part=look.part,
-                generation=opened.job.generation,
-                audit=self._check.audit(look),
+                Audit(
+                    step=opened.cursor.step,
+                    part=look.part,
+                    generation=opened.job.generation,
+                    audit=ReplicaAudit(**self._check.audit(look)),
+                )
             )
         if sums is not None:
             self.gradients.buffers.settle(self.gradients.outs, sums.applies, own=opened.contributed)
@@ -501,7 +503,7 @@ class Engine:
             self._rehearsal.compare_buffers(
                 opened.cursor.step, buffers, self.gradients.buffers_of_reference, opened.record
             )
-            self.agent.tell("event", event=event)
+            self.agent.tell(Event(event=event))
         self.gradients.publish(sums, scale=opened.loss_scale)
         now = time.monotonic()
         self.counters.compute_s += opened.submitted - opened.started
@@ -511,7 +513,7 @@ class Engine:
         """Workers' losses are means over other things. No update is made of that: the hub is told of each worker's, and
         ends the run with both; without a hub, this worker says its own."""
         name = "over how many numbers the loss is a mean (in all, and for each sample)"
-        self.agent.tell("claim", step=step, name=name, value=self._loss.terms)
+        self.agent.tell(Claim(step=step, name=name, value=self._loss.terms))
         self.agent.wait_for(lambda: False, timeout=HUB_S)
         raise ReplicaMismatchError(
             f"step {step + 1}: {name} is {self._loss.terms} here, and something else on another worker. Say what the "
@@ -630,7 +632,7 @@ class Engine:
             self._check.replicas_are_the_same()
         if job.outcome == "done" and first != self.agent.uid:
             drift = self.replica.unpack_parameters(job.data)
-            self.agent.tell("event", event={"kind": "drift", "step": step, "largest_difference": drift})
+            self.agent.tell(Event(event={"kind": "drift", "step": step, "largest_difference": drift}))
 
     def _wait_for_confirmation(self) -> None:
         """Until all have committed the epoch's last step: by the round, or by the next generation's base."""
@@ -706,7 +708,7 @@ class Engine:
             text = f"worker {slot}, parameters {names[:3]}{self._bad_samples(opened)}"
             logger.warning("step %d: gradient not finite on %s; the update is skipped", opened.job.step, text)
             event = {"kind": "skipped", "step": opened.job.step, "parameters": names[:10]}
-            self.agent.tell("event", event=event)
+            self.agent.tell(Event(event=event))
         limit = self.config.max_skipped_steps
         if limit and self._skipped_in_a_row >= limit:
             raise NonFiniteGradientError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from raytrain_het.errors import ConfigError, ForeignError
 from raytrain_het.membership.agent import Impatience, MemberAgent
+from raytrain_het.membership.protocol import Evaluate, Raise
 from raytrain_het.training.call_site import call_site
 from raytrain_het.training.last_words import packed, traceback_of, unpacked
 
@@ -47,25 +48,25 @@ class Evaluations:
         ordinal = self._made[base] = self._made.get(base, -1) + 1
         # What tells functions and data apart follows the user's name, in brackets.
         key, where = f"{base}/{ordinal}", f"evaluate({name.partition(' (')[0]!r}) at {site.where}, step {step}"
-        result: list[Any] | None = None
+        result: tuple[int, dict[str, float]] | None = None
         raised: Exception | None = None
         impatience = Impatience(agent)
         with agent.doing.call("evaluate", f"in {where}"):
             while True:
                 error = None if raised is None else _told(agent, raised)
-                answer = agent.request("evaluate", key=key, num_chunks=num_chunks, result=result, error=error)
+                answer = agent.request(Evaluate(key=key, num_chunks=num_chunks, result=result, error=error))
                 if answer is None:
                     continue  # The hub was restarted: offer the same result to the new one.
                 result = None
-                if "error" in answer:
-                    raise self._error(answer["error"], agent, raised, where)
-                if "sums" in answer:
-                    return answer["sums"]
-                if "chunk" in answer:
-                    chunk = answer["chunk"]
+                if answer.error is not None:
+                    raise self._error(answer.error, agent, raised, where)
+                if answer.sums is not None:
+                    return answer.sums
+                if answer.chunk is not None:
+                    chunk = answer.chunk
                     with agent.doing.call("evaluate", f"in {where}, computing chunk {chunk + 1} of {num_chunks}"):
                         try:
-                            result = [chunk, run_chunk(chunk)]
+                            result = (chunk, run_chunk(chunk))
                         except Exception as problem:
                             raised = problem
                     impatience = Impatience(agent)
@@ -74,28 +75,23 @@ class Evaluations:
                     agent.wait_for(lambda: False, timeout=0.005)
 
     @staticmethod
-    def _error(told: dict[str, Any], agent: MemberAgent, own: Exception | None, where: str) -> BaseException:
+    def _error(told: Raise, agent: MemberAgent, own: Exception | None, where: str) -> BaseException:
         """What all raise: the exception itself where it can be sent, so that one ``except`` does for all."""
-        if told["uid"] is None:
-            return ConfigError(told["text"])
-        mine = own is not None and told["uid"] == agent.uid
-        if mine and told["pickled"] is not None:
+        if told.uid is None:
+            return ConfigError(told.text)
+        mine = own is not None and told.uid == agent.uid
+        if mine and told.pickled is not None:
             assert own is not None
             return own
-        cause = ForeignError(f"{where} raised on worker {told['slot']}, and so it raises on all:\n{told['text']}")
-        error = unpacked(told["pickled"]) or cause
+        cause = ForeignError(f"{where} raised on worker {told.slot}, and so it raises on all:\n{told.text}")
+        error = unpacked(told.pickled) or cause
         if error is not cause or mine:
             error.__cause__ = own if mine else cause
         return error
 
 
-def _told(agent: MemberAgent, error: Exception) -> dict[str, Any]:
-    return {
-        "uid": agent.uid,
-        "slot": agent.member.slot,
-        "text": traceback_of(error),
-        "pickled": packed(error),
-    }
+def _told(agent: MemberAgent, error: Exception) -> Raise:
+    return Raise(uid=agent.uid, slot=agent.member.slot, text=traceback_of(error), pickled=packed(error))
 
 
 def describe(fn: Any) -> str:

@@ -11,6 +11,7 @@ from raytrain_het.collectives.codec_states import CodecStates
 from raytrain_het.compression import RESIDUAL, State
 from raytrain_het.errors import CheckpointError
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.protocol import Event
 from raytrain_het.training.state_server import StateServer, ask
 
 WAIT_S = 60.0
@@ -41,8 +42,8 @@ class HandingOn:
         mine = {"host": member.host, "port": member.state_port, "slot": member.slot}
         try:
             taken = ask(
-                heir["host"],
-                heir["port"],
+                heir.host,
+                heir.port,
                 self._token(),
                 _INHERIT,
                 give_up=lambda: time.monotonic() > until,
@@ -61,5 +62,5 @@ class HandingOn:
             if left_out is None or self._gone or agent.gone is not None:
                 return False
             norm = self._states.inherit(left_out)
-        agent.tell("event", event={"kind": "handed_on", "by": leaver["slot"], "norm": norm})
+        agent.tell(Event(event={"kind": "handed_on", "by": leaver["slot"], "norm": norm}))
         return True

@@ -20,6 +20,7 @@ from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.sums import Sums
 from raytrain_het.errors import EvictedError, ReplicaMismatchError
 from raytrain_het.membership.agent import Impatience, MemberAgent
+from raytrain_het.membership.protocol import Event, Healed, Verified
 from raytrain_het.membership.record import Record
 from raytrain_het.training.cursor import Cursor
 from raytrain_het.training.gradients import Gradients
@@ -138,7 +139,7 @@ class Healing:
             if not asked and (self._gap or not self._behind()):
                 if not self._hold(record, cursor=None, healed=True, fresh=True):
                     break
-                agent.tell("healed")
+                agent.tell(Healed())
                 asked = True
             agent.wait_for(lambda: not agent.is_current(record.number) or (self._behind() and not self._gap))
         return False
@@ -210,8 +211,8 @@ class Healing:
         how = "replay" if same else f"the peer's state, as {why}"
         held = self._hold(record, cursor=record.cursor, healed=True, fresh=False)
         if held:
-            self._agent.tell("verified")
-            self._agent.tell("event", event={"kind": "healed", "step": record.base, "by": how})
+            self._agent.tell(Verified())
+            self._agent.tell(Event(event={"kind": "healed", "step": record.base, "by": how}))
         return held
 
     def _hold(self, record: Record, *, cursor: dict[str, int] | None, healed: bool, fresh: bool) -> bool:

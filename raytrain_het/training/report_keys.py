@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from raytrain_het.membership.protocol import Told
 
 
 class Keys:
@@ -49,9 +49,9 @@ class Keys:
             self._began = (life, step)
         self._step = step
 
-    def told(self, *, complete: bool = False) -> dict[str, Any] | None:
+    def told(self, *, complete: bool = False) -> Told | None:
         """See :mod:`raytrain_het.membership.passing`. None before the loop begins."""
         began, step = self._began, self._step  # Before the last report, which another thread may be making now.
         if began is None:
             return None
-        return {"life": began[0], "began": began[1], "step": step, "reported": self._reported, "complete": complete}
+        return Told(life=began[0], began=began[1], step=step, reported=self._reported, complete=complete)

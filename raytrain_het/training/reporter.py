@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from raytrain_het.membership import protocol
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.record import Record
 from raytrain_het.training import checkpoint as files
@@ -32,11 +33,11 @@ class Report:
     key: str
     """See :meth:`Reporter.next_key`."""
     step: int
-    message: dict[str, Any]
+    message: protocol.Report
     meta: dict[str, Any]
     snapshot: dict[str, Any] | None
     record: Record
-    stored: dict[str, Any] | None = None
+    stored: protocol.Stored | None = None
     sent: bool = False
     writing: bool = False
 
@@ -53,8 +54,8 @@ class Reporter:
         self._confirmed = 0
         self._keys = Keys()
         self._returning = False
-        agent.on_message["acknowledged"] = self._acknowledged
-        agent.on_message["write"] = self._write_asked
+        agent.on_message[protocol.Acknowledged] = self._acknowledged
+        agent.on_message[protocol.Write] = self._write_asked
 
     def begins(self, life: int, step: int) -> None:
         """This worker's loop begins: reports of this step and those after it are its business too."""
@@ -64,7 +65,7 @@ class Reporter:
         """Its loop has committed a step."""
         self._keys.went_on(life, step)
 
-    def told(self, *, complete: bool = False) -> dict[str, Any] | None:
+    def told(self, *, complete: bool = False) -> protocol.Told | None:
         """What the hub sees from that this worker has left a report out; ``complete``: its loop is at its end."""
         return self._keys.told(complete=complete)
 
@@ -104,24 +105,24 @@ class Reporter:
         for report in list(self._open.values()):
             if not report.sent and (force or report.step <= self._confirmed):
                 report.sent = True
-                self._agent.tell("report", **report.message)
+                self._agent.tell(report.message)
 
     def resend(self) -> None:
         """The hub is a new one: tell it again what has not been acknowledged."""
         if self._returning and self._open:
-            self._agent.tell("returning")
+            self._agent.tell(protocol.Returning())
         for report in list(self._open.values()):
             if report.sent:
-                self._agent.tell("report", **report.message)
+                self._agent.tell(report.message)
                 if report.stored is not None:
-                    self._agent.tell("stored", **report.stored)
+                    self._agent.tell(report.stored)
 
     def flush(self) -> None:
         """The function has returned: send what is left, and wait until every report is acknowledged."""
         self.send_up_to(self._confirmed, force=True)
         self._returning = True
         if self._open:
-            self._agent.tell("returning")
+            self._agent.tell(protocol.Returning())
         self.wait()
 
     def wait(self) -> None:
@@ -130,20 +131,20 @@ class Reporter:
         with self._agent.doing.call("returned", f"after step {step}, waiting for its reports to be stored"):
             self._agent.wait_for_peers(lambda: not self._open)
 
-    def _acknowledged(self, message: dict[str, Any]) -> None:
+    def _acknowledged(self, message: protocol.Acknowledged) -> None:
         with self._agent.condition:
-            for key in message["keys"]:
+            for key in message.keys:
                 report = self._open.pop(key, None)
                 if report is not None:
                     self._writer.withdraw(key)
             self._agent.condition.notify_all()
 
-    def _write_asked(self, message: dict[str, Any]) -> None:
-        report = self._open.get(message["key"])
+    def _write_asked(self, message: protocol.Write) -> None:
+        report = self._open.get(message.key)
         if report is not None and report.snapshot is not None and not report.writing:
             report.writing = True
             threading.Thread(
-                target=self._write, args=(report, message["uids"]), name="het-checkpoint", daemon=True
+                target=self._write, args=(report, message.uids), name="het-checkpoint", daemon=True
             ).start()
 
     def _write(self, report: Report, uids: list[str]) -> None:
@@ -157,7 +158,8 @@ class Reporter:
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
             logger.warning("the checkpoint of step %d could not be stored, the run goes on: %s", report.step, error)
-            self._agent.tell("event", event={"kind": "checkpoint_failed", "step": report.step, "error": error})
+            event = {"kind": "checkpoint_failed", "step": report.step, "error": error}
+            self._agent.tell(protocol.Event(event=event))
         cursor = report.meta["cursor"]
-        report.stored = {"key": report.key, "path": path, "error": error, "cursor": cursor}
-        self._agent.tell("stored", **report.stored)
+        report.stored = protocol.Stored(key=report.key, path=path, error=error, cursor=cursor)
+        self._agent.tell(report.stored)

@@ -24,6 +24,8 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, LoopOrderError, RunFailedError
 from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.membership.agent import MemberAgent, RunOver
+from raytrain_het.membership.protocol import Codecs, Event, Finish, Leave, Raised, ReplicaAudit
+from raytrain_het.membership.protocol import Report as ReportPart
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.training import checkpoint as files
 from raytrain_het.training import stock
@@ -185,7 +187,7 @@ class Session:
         self.reporter.begins(record.life, self.engine.cursor.step + (not record.reset))
         if self.slot == 0:  # One of all who say the same; a worker's log is read by few.
             for text in self._warnings:
-                agent.tell("event", event={"kind": "warning", "text": text})
+                agent.tell(Event(event={"kind": "warning", "text": text}))
         return self.engine
 
     def _all_prepared(self) -> tuple[nn.Module, torch.optim.Optimizer, DataPlan]:
@@ -231,9 +233,8 @@ class Session:
         agent = MemberAgent(member, self._ask_hub, fingerprint=fingerprint)
         if self.config.follows_speeds:
             self._speed = KnownSpeed(self.device, step_key(model, plan.dataset_size, self._micro_batch_size))
-            agent.known = self._speed.told(plan.full_batch)
-            if self.config.compression_error is not None:
-                agent.known["codecs"] = self._codecs_told()
+            codecs = self._codecs_told() if self.config.compression_error is not None else None
+            agent.known = self._speed.told(plan.full_batch, codecs)
         return agent
 
     def _make_engine(
@@ -315,7 +316,7 @@ class Session:
         """One of all who say the same; a worker's own log is read by few."""
         logger.warning(text)
         if self.slot == 0 or not all_say_it:
-            self._agent().tell("event", event={"kind": "warning", "text": text})
+            self._agent().tell(Event(event={"kind": "warning", "text": text}))
 
     def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         if self.replica.model is not None and (outside := parameters_outside(self.replica.model, optimizer)):
@@ -372,7 +373,7 @@ class Session:
         self.reporter.resend()
         self.send_stats()
         if self._leaving:
-            self._agent().tell("leave")
+            self._agent().tell(Leave())
 
     def send_stats(self) -> None:
         """See :class:`raytrain_het.training.stats.Stats`."""
@@ -399,26 +400,27 @@ class Session:
         assert self.stats is not None
         self._warn_of_sums(reduce, engine.counters)
         since_last = self.stats.since_report()
-        message = {
-            "key": key,
-            "at": call_site().where,
-            "told": told,
-            "step": cursor.step,
-            "epoch": self._epoch,
-            "metrics": plain,
-            "reduce": reduce,
-            "samples": since_last["samples"],
-            "since_last": since_last,
-            "lr": self.replica.learning_rate(),
-            "checkpoint": checkpoint,
-            "holds_snapshot": holds,
-        }
-        buffers = engine.buffers_when_opened()
+        buffers, audit = engine.buffers_when_opened(), None
         if checkpoint and self._check is not None and self.config.replica_check_steps:
             light = self.replica.light()
             light["buffers"] |= buffers
             position = {"the position in the data": str(list(cursor.to_dict().values()))}
-            message["audit"] = self._check.whole_audit(light, position)
+            audit = ReplicaAudit(**self._check.whole_audit(light, position))
+        message = ReportPart(
+            key=key,
+            at=call_site().where,
+            told=told,
+            step=cursor.step,
+            epoch=self._epoch,
+            metrics=plain,
+            reduce=reduce,
+            samples=since_last["samples"],
+            since_last=since_last,
+            lr=self.replica.learning_rate(),
+            checkpoint=checkpoint,
+            holds_snapshot=holds,
+            audit=audit,
+        )
         states = communicator.codec_states
         own = {
             "codec": states.by_parameter() if checkpoint else {},
@@ -481,7 +483,7 @@ class Session:
     def leave(self) -> None:
         """Leave the run in good order after the step under way: the others go on without this worker."""
         self._leaving = True
-        self._agent().tell("leave")
+        self._agent().tell(Leave())
 
     def clip_gradients(self, scale: float) -> None:
         """Before an update, of this run or one that is replayed. Gradients are ``scale`` times what they are."""
@@ -506,17 +508,17 @@ class Session:
         record = self.agent.record if self.agent else None
         return len(record.members) - len(record.unhealed) if record else self.num_slots
 
-    def _codecs_told(self) -> dict[str, Any]:
+    def _codecs_told(self) -> Codecs:
         """What codecs cost here, and how much there is to encode: for who chooses one."""
         assert self.gradients is not None
         codecs = ((word, CODECS[word]) for word in self.config.possible_codecs)
         layout = self.gradients.layout
         costs = codec_costs(codecs, cores=cpu_limit().cores, shapes=layout.compressed_shapes)
-        return {
-            "costs": {word: list(astuple(cost)) for word, cost in costs.items()},
-            "num_elements": layout.num_compressed,
-            "byte_cpu_s": byte_cpu_s(cores=cpu_limit().cores),
-        }
+        return Codecs(
+            costs={word: list(astuple(cost)) for word, cost in costs.items()},
+            num_elements=layout.num_compressed,
+            byte_cpu_s=byte_cpu_s(cores=cpu_limit().cores),
+        )
 
     # ---------------------------------------------------------------- the end
 
@@ -541,12 +543,8 @@ class Session:
 
         def say() -> None:
             cursor = agent.cursor
-            agent.tell(
-                "finish",
-                cursor=cursor,
-                confirmed=engine.confirmed >= cursor["step"],
-                told=reporter.told(complete=complete),
-            )
+            confirmed = engine.confirmed >= cursor["step"]
+            agent.tell(Finish(cursor=cursor, confirmed=confirmed, told=reporter.told(complete=complete)))
 
         agent.on_reconnect.append(say)
         say()
@@ -567,7 +565,7 @@ class Session:
     def raised(self, error: BaseException) -> None:
         """Tell the hub before unwinding: no generation follows, nobody waits for this worker."""
         if self.agent is not None and self.agent.gone is None:
-            self.agent.tell("raised", error=traceback_of(error), last=text_of(error).splitlines()[0][:500])
+            self.agent.tell(Raised(error=traceback_of(error), last=text_of(error).splitlines()[0][:500]))
 
     def close(self) -> None:
         """Let go of threads and sockets, and take everything off torch that was put there."""

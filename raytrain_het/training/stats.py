@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from raytrain_het.collectives.communicator import Communicator
+from raytrain_het.membership import protocol
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.training.cursor import DataPlan, slice_of
 from raytrain_het.training.engine import Engine
@@ -31,7 +32,7 @@ class Stats:
         node_ip: str,
     ) -> None:
         self._agent, self._engine, self._communicator, self._plan = agent, engine, communicator, plan
-        self._where = {"device": device, "node_ip": node_ip, "pid": os.getpid()}
+        self._where: dict[str, Any] = {"device": device, "node_ip": node_ip, "pid": os.getpid()}
         self._sent_at = -math.inf
         self._left_out: tuple[float, float | None] = (-math.inf, None)
         """When it was looked at, and its norm."""
@@ -47,8 +48,7 @@ class Stats:
         """How far this worker is, and what it has done."""
         self._sent_at = time.monotonic()
         engine, communicator, counters = self._engine, self._communicator, self._engine.counters
-        self._agent.tell(
-            "stats",
+        stats = protocol.Stats(
             step=engine.cursor.step,
             epoch=engine.cursor.epoch,
             samples=counters.samples,
@@ -67,6 +67,7 @@ class Stats:
             told=self._agent.told(),
             **self._where,
         )
+        self._agent.tell(stats)
 
     def committed(self, started: float) -> None:
         """A step that began then is done: the first one is the beginning of training."""

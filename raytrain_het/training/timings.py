@@ -15,6 +15,7 @@ from raytrain_het.fleet.probes import hardware_key, known_or_probed
 from raytrain_het.fleet.profile_store import ProfileStore
 from raytrain_het.fleet.step_time import StepTimeModel
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.protocol import Codecs, Known, Timing
 
 INTERVAL_S = 0.05
 """Steps that are shorter are told of together."""
@@ -94,7 +95,7 @@ class Timings:
         now = time.monotonic()
         if now - self._last_sent >= INTERVAL_S:
             self._agent.tell(
-                "timing", global_batch_size=self._global_batch_size, steps=self._steps, **self._of_messages()
+                Timing(global_batch_size=self._global_batch_size, steps=self._steps, **self._of_messages())
             )
             self._steps, self._last_sent = [], now
 
@@ -121,10 +122,10 @@ class KnownSpeed:
         self._profile = known_or_probed(device, store=self._store)
         self._step = self._store.step(self._key, model)
 
-    def told(self, global_batch_size: int) -> dict[str, Any]:
+    def told(self, global_batch_size: int, codecs: Codecs | None = None) -> Known:
         """For the scoreboard."""
         profile = dataclasses.replace(self._profile, step=self._step)
-        return {"profile": profile.to_json(), "global_batch_size": global_batch_size}
+        return Known(profile=profile, global_batch_size=global_batch_size, codecs=codecs)
 
     def keep(self, timings: Timings) -> None:
         """For the next run of this model on such hardware."""

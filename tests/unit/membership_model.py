@@ -497,10 +497,10 @@ class World:
             if w.state in ("dead", "out") or not w.connected:
                 continue
             w = self._own(uid)
-            kind = message["type"]
+            kind = message.kind
             if kind == "record":
                 assert self.core.record is not None
-                w.inbox += (("record", message["record"]["number"], Sent.of(self.core.record)),)
+                w.inbox += (("record", message.record.number, Sent.of(self.core.record)),)
             elif (
                 kind == "end"
                 and w.holds
@@ -508,7 +508,7 @@ class World:
             ):
                 raise Violation(f"{uid} is sent away though it trains")
             elif kind != "patience":
-                w.inbox += ((kind, message.get("number", 0)),)
+                w.inbox += ((kind, getattr(message, "number", 0)),)
 
     def _say(self, w: Worker, *message: Any) -> None:
         if w.connected:

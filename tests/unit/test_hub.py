@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.membership.server import Hub
 from raytrain_het.membership.settings import HubSettings
-from raytrain_het.membership.wire import Connection
+from raytrain_het.membership.wire import Connection, encode
 from raytrain_het.ray_train import hub as controller
 
 ZERO = {"epoch": 0, "offset": 0, "step": 0}
@@ -24,9 +25,10 @@ class Client:
     def __init__(self, hub: Hub, slot: int, life: str = "a", **values: Any) -> None:
         self.uid, self.slot = f"{slot}-{life}", slot
         self.connection = Connection("127.0.0.1", hub.address()["port"])
-        self.messages = self.connection.messages()
+        self.messages = (json.loads(encode(message)) for message in self.connection.messages())
         member = {"uid": self.uid, "slot": slot, "host": "127.0.0.1", "state_port": 1, "device": "cpu"}
         hello = {
+            "type": "hello",
             "token": hub.token,
             "member": member,
             "cursor": ZERO,
@@ -39,10 +41,14 @@ class Client:
             "checkpoint_cursor": None,
             "known": None,
         }
-        self.connection.send(hello | values)
+        self.send(hello | values)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """As it stands on the wire, be it right or wrong."""
+        self.connection._sock.sendall(json.dumps(message).encode() + b"\n")
 
     def tell(self, kind: str, **values: Any) -> None:
-        self.connection.send({"type": kind, **values})
+        self.send({"type": kind, **values})
 
     def answer(self, number: int, *, step: int) -> None:
         cursor = ZERO | {"step": step}

@@ -14,8 +14,9 @@ from collectives_fakes import record_of
 from raytrain_het.errors import RunFailedError
 from raytrain_het.membership import agent as agents
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.protocol import Acknowledged, Evaluate, Hello, Message, Reply
 from raytrain_het.membership.record import Member
-from raytrain_het.membership.wire import Connection, encode
+from raytrain_het.membership.wire import Connection
 
 PATIENCE_S = 20.0
 
@@ -41,7 +42,7 @@ class ScriptedHub:
         return json.loads(self.lines.readline())
 
     def say(self, kind: str, **values: Any) -> None:
-        self.peer.sendall(encode({"type": kind, **values}))
+        self.peer.sendall(json.dumps({"type": kind, **values}).encode() + b"\n")
 
     def hang_up(self) -> None:
         self.lines.close()
@@ -69,13 +70,13 @@ def in_thread(fn: Callable[[], Any]) -> threading.Thread:
 
 
 def test_an_error_of_the_listening_thread_is_raised_where_a_worker_waits(hub: ScriptedHub, agent: MemberAgent) -> None:
-    def fail(message: dict[str, Any]) -> None:
+    def fail(message: Acknowledged) -> None:
         raise ZeroDivisionError("in a handler")
 
-    agent.on_message["odd"] = fail
+    agent.on_message[Acknowledged] = fail
     agent.join()
     hub.accept()
-    hub.say("odd")
+    hub.say("acknowledged", keys=[])
     with pytest.raises(RunFailedError, match="worker 0 .* ZeroDivisionError: in a handler") as caught:
         agent.wait_for(lambda: False, timeout=PATIENCE_S)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
@@ -89,9 +90,9 @@ def test_what_is_told_while_the_connection_is_made_is_not_lost(
     answering: list[threading.Thread] = []
 
     class Slow(Connection):
-        def send(self, message: dict[str, Any]) -> None:
+        def send(self, message: Message) -> None:
             super().send(message)
-            if "token" in message:
+            if isinstance(message, Hello):
                 answering.append(in_thread(lambda: agent.answer_want(7)))
                 answering[0].join(0.1)
 
@@ -118,18 +119,18 @@ def test_a_reply_that_nobody_waits_for_any_more_is_dropped(hub: ScriptedHub, age
     hub.accept()
     agent.wait_for(lambda: agent._connection is not None, PATIENCE_S)
     replies: list[Any] = []
-    first = in_thread(lambda: replies.append(agent.request("evaluate")))
+    first = in_thread(lambda: replies.append(agent.request(Evaluate(key="k", num_chunks=2))))
     lost = hub.read()["id"]
     hub.hang_up()
     first.join(PATIENCE_S)
     hub.accept()
     agent.wait_for(lambda: agent._connection is not None, PATIENCE_S)
-    second = in_thread(lambda: replies.append(agent.request("evaluate")))
+    second = in_thread(lambda: replies.append(agent.request(Evaluate(key="k", num_chunks=2))))
     number = hub.read()["id"]
     hub.say("reply", id=lost, chunk=0)
     hub.say("reply", id=number, chunk=1)
     second.join(PATIENCE_S)
-    assert replies == [None, {"type": "reply", "id": number, "chunk": 1}]
+    assert replies == [None, Reply(id=number, chunk=1)]
     assert agent._replies == {}
 
 

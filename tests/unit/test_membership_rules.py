@@ -9,6 +9,7 @@ import pytest
 
 from raytrain_het.fleet.scoreboard import Table
 from raytrain_het.membership import server
+from raytrain_het.membership.protocol import Address, Poison, ToMember
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import RECOVERY_GRACE_S, Membership
@@ -30,7 +31,7 @@ class Run:
 
     def __init__(self, settings: HubSettings = SETTINGS, *, incarnation: int = 1) -> None:
         self.core = Membership(settings, incarnation=incarnation)
-        self.said: list[tuple[str, dict[str, Any]]] = []
+        self.said: list[tuple[str, ToMember]] = []
 
     def hello(self, slot: int, life: str = "a", *, step: int = 0, now: float = 0.0, **values: Any) -> None:
         values = {"healed": False, **values}
@@ -44,7 +45,7 @@ class Run:
         """Kinds of what was said since the last call."""
         new = self.core.drain()
         self.said += new
-        return [m["type"] for to, m in new if uid in (None, to)]
+        return [m.kind for to, m in new if uid in (None, to)]
 
     @property
     def record(self) -> Record:
@@ -109,8 +110,8 @@ def test_another_model_is_refused_and_both_workers_are_named() -> None:
     run.hello(1, fingerprint="xyz")
     assert list(run.core.peers) == ["0-a"]
     (refusal,) = [m for uid, m in run.core.drain() if uid == "1-a"]
-    assert refusal["type"] == "mismatch"
-    assert "worker 1 built another model or dataset than worker 0" in refusal["message"]
+    assert refusal.kind == "mismatch"
+    assert "worker 1 built another model or dataset than worker 0" in refusal.message
 
 
 # ---------------------------------------------------------------- deaths
@@ -158,9 +159,9 @@ def test_a_step_that_costs_three_generations_a_member_fails_with_the_step_the_sa
     assert run.core.failure is not None
     for part in ("step 8", "epoch 2, positions 96 to 128", "slots [1]"):
         assert part in run.core.failure
-    failures = [m for _, m in run.core.drain() if m["type"] == "fail"]
-    poison = {"step": 8, "slots": [1], "ranks": [1], "shares": (1.0, 1.0, 1.0)}
-    assert [m["poison"] for m in failures] == [poison] * 2
+    failures = [m for _, m in run.core.drain() if m.kind == "fail"]
+    poison = Poison(step=8, slots=[1], ranks=[1], shares=(1.0, 1.0, 1.0))
+    assert [m.poison for m in failures] == [poison] * 2
 
 
 def test_a_step_that_kills_whoever_is_left_is_found_though_all_start_again_each_time() -> None:
@@ -690,25 +691,23 @@ def test_the_next_actors_lives_are_later_ones_even_if_nobody_was_left_to_tell_of
 # ---------------------------------------------------------------- leaving and ending
 
 
-@pytest.mark.parametrize(("stands_at", "heir"), [(7, {"host": "host", "port": 1}), (6, None)])
-def test_who_leaves_is_told_who_takes_over_what_it_has_left_to_send(
-    stands_at: int, heir: dict[str, Any] | None
-) -> None:
+@pytest.mark.parametrize(("stands_at", "heir"), [(7, Address(host="host", port=1)), (6, None)])
+def test_who_leaves_is_told_who_takes_over_what_it_has_left_to_send(stands_at: int, heir: Address | None) -> None:
     """Nobody, where it has not seen the last step through and does not know what of it was sent."""
     run = started(base=5)
     run.core.leave("2-a", 0.0)
     run.answer("0-a", "1-a", step=7)
     run.answer("2-a", step=stands_at)
-    (bye,) = [m for uid, m in run.core.drain() if (uid, m["type"]) == ("2-a", "bye")]
-    assert (bye["how"], bye["heir"]) == ("left", heir)
+    (bye,) = [m for uid, m in run.core.drain() if (uid, m.kind) == ("2-a", "bye")]
+    assert (bye.how, bye.heir) == ("left", heir)
 
 
 def test_who_takes_over_has_something_to_send_itself() -> None:
     run = started(replace(SETTINGS, shares=(0.0, 1.0, 1.0)), base=5)
     run.core.leave("2-a", 0.0)
     run.answer("0-a", "1-a", "2-a", step=7)
-    (bye,) = [m for uid, m in run.core.drain() if (uid, m["type"]) == ("2-a", "bye")]
-    assert bye["heir"]["port"] == 2, "that of slot 1"
+    (bye,) = [m for uid, m in run.core.drain() if (uid, m.kind) == ("2-a", "bye")]
+    assert bye.heir.port == 2, "that of slot 1"
 
 
 def test_the_norm_of_what_is_lost_with_a_worker_is_told() -> None:

@@ -18,14 +18,16 @@ from collectives_fakes import record_of
 
 from raytrain_het import errors
 from raytrain_het.config import HetConfig
+from raytrain_het.membership.protocol import Event, FromMember, Meet, Ping, Pong
 from raytrain_het.membership.record import Record
-from raytrain_het.membership.wire import Connection, encode, tune
+from raytrain_het.membership.wire import Connection, decoded, encode, tune
 
 # ---------------------------------------------------------------- wire and record
 
 
 def test_messages_arrive_whole_and_in_order_whatever_the_pieces() -> None:
-    sent = [{"type": "event", "text": "line\nbreak", "number": k, "pad": "ü" * 70_000} for k in range(3)]
+    texts = [{"text": "line\nbreak", "number": float("inf"), "pad": "ü" * 70_000}] * 3
+    sent = [Meet(group="g", key=str(k), value=json.dumps(text)) for k, text in enumerate(texts)]
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -43,7 +45,16 @@ def test_messages_arrive_whole_and_in_order_whatever_the_pieces() -> None:
         connection.close()
         connection.close()
         with pytest.raises(OSError, match=".*"):
-            connection.send({"type": "pong"})
+            connection.send(Pong(position=0))
+
+
+def test_numbers_that_are_not_finite_arrive_and_what_is_no_message_is_an_error() -> None:
+    event = Event(event={"worst": float("inf"), "none": float("nan")})
+    again = decoded(json.loads(encode(event)), FromMember)
+    assert again.event["worst"] == float("inf") and math.isnan(again.event["none"])
+    for wrong in ({"type": "odd"}, {"type": "pong"}, {"type": "pong", "position": "x"}, []):
+        with pytest.raises(ValueError, match=".+"):
+            decoded(wrong, FromMember)
 
 
 def test_a_hub_that_takes_nothing_costs_its_connection_and_not_the_senders_time() -> None:
@@ -51,9 +62,9 @@ def test_a_hub_that_takes_nothing_costs_its_connection_and_not_the_senders_time(
         connection = Connection("127.0.0.1", server.getsockname()[1], send_timeout_s=0.05)
         peer, _ = server.accept()
         with pytest.raises(OSError, match=".*"):
-            connection.send({"pad": "x" * 2**26})
+            connection.send(Event(event={"pad": "x" * 2**26}))
         with pytest.raises(OSError, match=".*"):
-            connection.send({"type": "pong"})
+            connection.send(Pong(position=0))
         assert list(connection.messages()) == [], "the reader's thread goes on to a new one"
         peer.close()
 
@@ -62,9 +73,9 @@ def test_a_message_that_breaks_off_is_the_end_of_the_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         connection = Connection("127.0.0.1", server.getsockname()[1])
         peer, _ = server.accept()
-        peer.sendall(encode({"type": "ping"}) + b'{"type": "wa')
+        peer.sendall(encode(Ping()) + b'{"type": "wa')
         peer.close()
-        assert list(connection.messages()) == [{"type": "ping"}]
+        assert list(connection.messages()) == [Ping()]
         connection.close()
 
 

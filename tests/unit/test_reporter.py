@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from collectives_fakes import record_of
 
+from raytrain_het.membership import protocol
+from raytrain_het.membership.protocol import Message
 from raytrain_het.membership.whereabouts import Doing
 from raytrain_het.training.reporter import Report, Reporter
 
@@ -22,13 +24,13 @@ class Agent:
 
     def __init__(self) -> None:
         self.record = record_of([1.0], life=1)
-        self.on_message: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self.on_message: dict[type[Message], Callable[[Any], None]] = {}
         self.condition = threading.Condition()
         self.doing = Doing()
         self.told: list[str] = []
 
-    def tell(self, kind: str, **values: Any) -> None:
-        self.told.append(values.get("key", kind))
+    def tell(self, message: Message) -> None:
+        self.told.append(getattr(message, "key", message.kind))
 
     def wait_for_peers(self, predicate: Callable[[], bool]) -> None:
         if not predicate():
@@ -57,12 +59,12 @@ class Worker:
 
     def report(self, step: int, *, snapshot: bool = True) -> str:
         key = self.reporter.next_key(step)
-        message, state = {"key": key}, {} if snapshot else None
+        message, state = protocol.Report(key=key, step=step, epoch=0, metrics={}), {} if snapshot else None
         self.reporter.add(Report(key, step, message, {}, state, self.agent.record), {})
         return key
 
     def acknowledge(self, *keys: str) -> None:
-        self.agent.on_message["acknowledged"]({"keys": list(keys)})
+        self.agent.on_message[protocol.Acknowledged](protocol.Acknowledged(keys=list(keys)))
 
 
 def test_a_key_is_of_a_life_a_step_and_a_call() -> None:

@@ -293,7 +293,7 @@ def test_each_chunk_is_given_to_one_worker_and_the_sums_are_the_same_for_all() -
     book = EvaluationBook()
     assert book.next("e", 2, "a", None) == {"chunk": 0}
     assert book.next("e", 2, "b", None) == {"chunk": 1}
-    assert book.next("e", 2, "b", [1, {"hits": 2.0}]) == {"wait": True}
+    assert book.next("e", 2, "b", [1, {"hits": 2.0}]) == {}
     assert book.next("e", 2, "a", [0, {"hits": 3.0}]) == {"sums": {"hits": 5.0}}
     assert book.next("e", 2, "b", None) == {"sums": {"hits": 5.0}}
 
@@ -301,7 +301,7 @@ def test_each_chunk_is_given_to_one_worker_and_the_sums_are_the_same_for_all() -
 def test_a_chunk_of_a_lost_worker_is_given_out_again() -> None:
     book = EvaluationBook()
     book.next("e", 1, "a", None)
-    assert book.next("e", 1, "b", None) == {"wait": True}
+    assert book.next("e", 1, "b", None) == {}
     book.forget("a")
     assert book.next("e", 1, "b", None) == {"chunk": 0}
 
@@ -311,7 +311,7 @@ def test_a_chunk_whose_answer_was_lost_is_given_out_again() -> None:
     assert book.next("e", 2, "a", None) == {"chunk": 0}
     assert book.next("e", 2, "a", None) == {"chunk": 0}, "it asks again, so it is at none"
     assert book.next("e", 2, "b", None) == {"chunk": 1}
-    assert book.next("e", 2, "b", [1, {"n": 1.0}]) == {"wait": True}
+    assert book.next("e", 2, "b", [1, {"n": 1.0}]) == {}
     assert book.next("e", 2, "a", [0, {"n": 2.0}]) == {"sums": {"n": 3.0}}
 
 

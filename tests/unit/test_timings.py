@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from raytrain_het.collectives.communicator import Communicator
 from raytrain_het.collectives.jobs import StepJob
 from raytrain_het.collectives.layout import Layout
 from raytrain_het.fleet.profile import Profile
+from raytrain_het.membership.protocol import Known, Timing
 from raytrain_het.training import timings
 from raytrain_het.training.timings import NUM_FIRST, NUM_WORTH_KEEPING, CpuSplit, KnownSpeed, Timings
 
@@ -163,9 +165,8 @@ class Agent:
     def __init__(self) -> None:
         self.told: list[dict[str, Any]] = []
 
-    def tell(self, kind: str, **values: Any) -> None:
-        assert kind == "timing"
-        self.told.append(values)
+    def tell(self, message: Timing) -> None:
+        self.told.append(msgspec.structs.asdict(message))
 
 
 def timings_of(agent: Agent) -> Timings:
@@ -228,13 +229,13 @@ def test_a_models_step_time_is_known_to_the_next_run_on_such_hardware_and_to_no_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(timings, "known_or_probed", lambda device, *, store: profile)
     known = KnownSpeed(torch.device("cpu"), "a model")
-    assert known.told(64) == {"profile": profile.to_json(), "global_batch_size": 64}
+    assert known.told(64) == Known(profile=profile, global_batch_size=64)
     told = timings_of(Agent())
     known.keep(told)
-    assert KnownSpeed(torch.device("cpu"), "a model").told(64)["profile"]["step"] is None, "too few steps"
+    assert KnownSpeed(torch.device("cpu"), "a model").told(64).profile.step is None, "too few steps"
     for _ in range(NUM_FIRST + NUM_WORTH_KEEPING):
         told.step_done(10, 0.1, 0.6)
     known.keep(told)
-    again = Profile.from_json(KnownSpeed(torch.device("cpu"), "a model").told(64)["profile"])
+    again = KnownSpeed(torch.device("cpu"), "a model").told(64).profile
     assert again.step == StepCost(0.0, pytest.approx(0.05))
-    assert KnownSpeed(torch.device("cpu"), "another").told(64)["profile"]["step"] is None
+    assert KnownSpeed(torch.device("cpu"), "another").told(64).profile.step is None

@@ -1,0 +1,442 @@
+"""Every message between members and the hub: who sends it, what is in it, and what it means.
+
+A message is one line of JSON with its kind under ``type``. This file is the protocol's definition: what is not here is
+not sent, and what does not fit is an error where it arrives.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from raytrain_het.fleet.profile import Profile
+from raytrain_het.membership.record import Member, Record
+from raytrain_het.membership.whereabouts import Place
+
+Cursor = dict[str, int]
+"""Position in the data: ``epoch``, ``offset``, ``step``."""
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=_snake):
+    """One message. Its kind is its class's name, in small letters."""
+
+    @property
+    def kind(self) -> str:
+        """As it stands on the wire."""
+        return str(self.__struct_config__.tag)
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Something inside of a message."""
+
+
+# -------------------------------------------------------------------- parts
+
+
+class Codecs(Part, frozen=True, kw_only=True):
+    """What codecs cost a worker, and how much there is to encode."""
+
+    costs: dict[str, list[float]]
+    num_elements: int
+    byte_cpu_s: float
+
+
+class Known(Part, frozen=True, kw_only=True):
+    """What a worker knows of its speed."""
+
+    profile: Profile
+    global_batch_size: int
+    codecs: Codecs | None = None
+
+
+class Told(Part, frozen=True, kw_only=True):
+    """How far a worker's loop is, and what it has reported: see :mod:`raytrain_het.membership.passing`."""
+
+    life: int
+    began: int
+    step: int
+    reported: str | None
+    complete: bool = False
+
+
+class Paths(Part, frozen=True, kw_only=True):
+    """How long a worker's messages to peers were on the way: ``[peer's slot, part of its gradient, seconds]``."""
+
+    to: list[tuple[int, float, float]]
+    gradient_bytes: int
+
+
+class ReplicaAudit(Part, frozen=True, kw_only=True):
+    """What a worker tells of its replica: see :mod:`raytrain_het.membership.audit`."""
+
+    kind: str
+    numbers: list[Any]
+    tensors: list[Any]
+    samples: dict[str, Any]
+
+
+class Address(Part, frozen=True, kw_only=True):
+    """Of a member's state server."""
+
+    host: str
+    port: int
+
+
+class Poison(Part, frozen=True, kw_only=True):
+    """A step that has killed whoever computed it."""
+
+    step: int
+    slots: list[int]
+    ranks: list[int]
+    shares: tuple[float, ...]
+
+
+class Raise(Part, frozen=True, kw_only=True):
+    """An exception in an evaluation: whose, its traceback, and itself where it can be sent."""
+
+    uid: str | None
+    text: str
+    pickled: str | None = None
+    slot: int | None = None
+
+
+# -------------------------------------------------------------------- from a member to the hub
+
+
+class ToHub(Message, frozen=True, kw_only=True):
+    """From a member."""
+
+
+class Hello(ToHub, frozen=True, kw_only=True):
+    """The first message of a connection, also of one that was lost and made again."""
+
+    token: str
+    member: Member
+    cursor: Cursor
+    healed: bool
+    fresh: bool
+    record: Record | None
+    """The newest that it has: a hub that was restarted goes on from the newest of all."""
+    answered: int
+    fingerprint: str
+    checkpoint: str | None
+    checkpoint_cursor: Cursor | None
+    known: Known | None = None
+
+
+class Answer(ToHub, frozen=True, kw_only=True):
+    """To :class:`Void`, or to what all have agreed on: nothing of an older generation is committed any more."""
+
+    number: int
+    cursor: Cursor
+    healed: bool
+    fresh: bool
+    batch: list[int] | None
+    """``[epoch, first sample, samples]`` of the step that is open."""
+
+
+class Pong(ToHub, frozen=True, kw_only=True):
+    """To :class:`Ping`, whatever the training thread does."""
+
+    position: int
+    place: Place | None = None
+    told: Told | None = None
+
+
+class Failed(ToHub, frozen=True, kw_only=True):
+    """A collective of that generation has failed."""
+
+    generation: int
+    reason: str
+
+
+class Suspect(ToHub, frozen=True, kw_only=True):
+    """A collective takes longer than it should."""
+
+    generation: int
+    step: int
+
+
+class Waiting(ToHub, frozen=True, kw_only=True):
+    """It waits outside of a collective: does everybody still answer?"""
+
+
+class Healed(ToHub, frozen=True, kw_only=True):
+    """It has the snapshot, and wants to be let in."""
+
+
+class Verified(ToHub, frozen=True, kw_only=True):
+    """What it has healed by replay is what its source has."""
+
+
+class Stats(ToHub, frozen=True, kw_only=True):
+    """How far it is and what it has done, for people; since it started: samples, bytes, seconds."""
+
+    step: int
+    epoch: int = 0
+    samples: int = 0
+    global_samples: int = 0
+    steps: int = 0
+    skipped: int = 0
+    redone: int = 0
+    clipped: int = 0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    batch_share: int = 0
+    step_s: float = 0.0
+    left_out: float | None = None
+    """Norm of what its codec has left out."""
+    told: Told | None = None
+    device: str = ""
+    node_ip: str = ""
+    pid: int = 0
+
+
+class Timing(ToHub, frozen=True, kw_only=True):
+    """What it took for its last steps: ``[samples, own seconds, seconds of the cycle]`` each, and for messages."""
+
+    global_batch_size: int
+    steps: list[tuple[int, float, float]]
+    paths: Paths | None = None
+    errors: list[tuple[str, float]] = []
+    """By codec: what was lost, relative."""
+
+
+class Event(ToHub, frozen=True, kw_only=True):
+    """For the run's log: an object with its ``kind``."""
+
+    event: dict[str, Any]
+
+
+class Leave(ToHub, frozen=True, kw_only=True):
+    """It is asked to go, and wants to, in good order."""
+
+
+class Finish(ToHub, frozen=True, kw_only=True):
+    """Its training function has returned, and its reports are stored."""
+
+    cursor: Cursor
+    confirmed: bool
+    told: Told | None = None
+
+
+class Returning(ToHub, frozen=True, kw_only=True):
+    """Its training function has returned; reports are still to be stored."""
+
+
+class Raised(ToHub, frozen=True, kw_only=True):
+    """Its training function has raised: the traceback, and its last line."""
+
+    error: str
+    last: str = ""
+
+
+class Report(ToHub, frozen=True, kw_only=True):
+    """Its part of a report."""
+
+    key: str
+    """``<life>.<step>.<ordinal>``, the same on all workers."""
+    step: int
+    epoch: int
+    metrics: dict[str, Any]
+    reduce: dict[str, Any] = {}
+    samples: float = 0
+    checkpoint: bool = True
+    holds_snapshot: bool = False
+    at: str = ""
+    told: Told | None = None
+    since_last: dict[str, float] | None = None
+    lr: Any = None
+    audit: ReplicaAudit | None = None
+
+
+class Stored(ToHub, frozen=True, kw_only=True):
+    """It has stored the checkpoint of a report, or failed to."""
+
+    key: str
+    path: str | None
+    error: str | None
+    cursor: Cursor
+
+
+class Audit(ToHub, frozen=True, kw_only=True):
+    """What it has looked at in a step in which digests differ."""
+
+    step: int
+    part: int
+    generation: int
+    audit: ReplicaAudit
+
+
+class Claim(ToHub, frozen=True, kw_only=True):
+    """What its loss is over, in a step in which workers' losses differ."""
+
+    step: int
+    name: str
+    value: Any
+
+
+class Evaluate(ToHub, frozen=True, kw_only=True):
+    """The result of a chunk of an evaluation, or what it raised; and a request for the next."""
+
+    id: int = 0
+    """Of the request, for its reply."""
+    key: str
+    num_chunks: int
+    result: tuple[int, dict[str, float]] | None = None
+    error: Raise | None = None
+
+
+# -------------------------------------------------------------------- from the hub to a member
+
+
+class ToMember(Message, frozen=True, kw_only=True):
+    """From the hub."""
+
+
+class Ping(ToMember, frozen=True, kw_only=True):
+    """Are you there, and where are you?"""
+
+
+class Want(ToMember, frozen=True, kw_only=True):
+    """A new generation is wanted; the present one goes on until all have agreed by a step's headers."""
+
+    number: int
+
+
+class Void(ToMember, frozen=True, kw_only=True):
+    """Generations before this number are over: answer, and commit nothing of them."""
+
+    number: int
+
+
+class Formed(ToMember, frozen=True, kw_only=True, tag="record"):
+    """The generation that is in force from now on."""
+
+    record: Record
+
+
+class Checkpoint(ToMember, frozen=True, kw_only=True):
+    """The newest checkpoint."""
+
+    path: str | None
+    cursor: Cursor
+
+
+class Patience(ToMember, frozen=True, kw_only=True):
+    """Whoever was suspected answers: wait on."""
+
+
+class Reply(ToMember, frozen=True, kw_only=True):
+    """To :class:`Evaluate`: a chunk to compute, the sums, an error for all, or nothing yet."""
+
+    id: int
+    chunk: int | None = None
+    sums: dict[str, float] | None = None
+    error: Raise | None = None
+
+
+class Evicted(ToMember, frozen=True, kw_only=True):
+    """It is no member any more."""
+
+    reason: str
+
+
+class Mismatch(ToMember, frozen=True, kw_only=True):
+    """Replicas, or programs, differ: the run ends."""
+
+    message: str
+
+
+class Fail(ToMember, frozen=True, kw_only=True):
+    """The run has failed."""
+
+    message: str
+    poison: Poison | None = None
+
+
+class Bye(ToMember, frozen=True, kw_only=True):
+    """It may go."""
+
+    how: str
+    heir: Address | None = None
+    """Of who takes over what it has left to send."""
+
+
+class End(ToMember, frozen=True, kw_only=True):
+    """The run is over."""
+
+
+class Acknowledged(ToMember, frozen=True, kw_only=True):
+    """These reports are registered, and may be forgotten."""
+
+    keys: list[str]
+
+
+class Write(ToMember, frozen=True, kw_only=True):
+    """Write the checkpoint of this report, with the parts of these members."""
+
+    key: str
+    uids: list[str]
+
+
+# -------------------------------------------------------------------- either way
+
+
+class Meet(Message, frozen=True, kw_only=True):
+    """Something that a member says to all who make a process group; the hub passes it on."""
+
+    group: str
+    key: str
+    value: str
+    """Base 64."""
+
+
+FromMember = (
+    Hello
+    | Answer
+    | Pong
+    | Failed
+    | Suspect
+    | Waiting
+    | Healed
+    | Verified
+    | Stats
+    | Timing
+    | Event
+    | Leave
+    | Finish
+    | Returning
+    | Raised
+    | Report
+    | Stored
+    | Audit
+    | Claim
+    | Evaluate
+    | Meet
+)
+FromHub = (
+    Ping
+    | Want
+    | Void
+    | Formed
+    | Checkpoint
+    | Patience
+    | Reply
+    | Evicted
+    | Mismatch
+    | Fail
+    | Bye
+    | End
+    | Acknowledged
+    | Write
+    | Meet
+)
