@@ -316,10 +316,10 @@ def test_a_trainer_without_a_display_logs_what_happens(tmp_path: Path, caplog: p
     assert caplog.messages == ["step 5  epoch 0  loss 1", lost, "step 6  epoch 0  loss 1"]
 
 
-def test_the_readmes_script_is_complete() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    names: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(block, "README.md", "exec"), names)  # imports resolve; training needs Ray
+def test_the_script_of_the_docs_is_complete() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "start.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "start"}
+    exec(compile(block, "start.md", "exec"), names)  # imports resolve; training needs Ray
     function = names["train_fn"].__code__
     assert {name for name in function.co_names if name in ("torch", "F", "het", "DataLoader", "TensorDataset")} <= set(
         names
