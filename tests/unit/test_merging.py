@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.membership.merging import exact_sum, mixed_up, reduce_metrics
+from raytrain_het.membership.protocol import Told
 from raytrain_het.membership.reports import ReportBook
 
 INF, NAN = math.inf, math.nan
@@ -90,13 +91,13 @@ class Hub:
         self.book = ReportBook()
 
     def told(self, slot: int, step: int, reported: str | None = None, **values: Any) -> str | None:
-        told = {"life": 1, "began": 0, "step": step, "reported": reported, "complete": False, **values}
+        told = Told(**{"life": 1, "began": 0, "step": step, "reported": reported, "complete": False, **values})
         self.book.told(slot, told)
         return self.book.left_out()
 
     def part(self, slot: int, key: str, before: str | None = None, **values: Any) -> str | None:
         step = int(key.split(".")[1])
-        told = {"life": 1, "began": 0, "step": step, "reported": before, "complete": False, **values}
+        told = Told(**{"life": 1, "began": 0, "step": step, "reported": before, "complete": False, **values})
         self.book.part(
             slot,
             {
