@@ -52,6 +52,10 @@ def test_numbers_that_are_not_finite_arrive_and_what_is_no_message_is_an_error()
     event = Event(event={"worst": float("inf"), "none": float("nan")})
     again = decoded(json.loads(encode(event)), FromMember)
     assert again.event["worst"] == float("inf") and math.isnan(again.event["none"])
+    own = decoded(
+        json.loads(encode(Event(event={"x": np.float64(1.5), "y": type("Text", (str,), {})("z")}))), FromMember
+    )
+    assert own.event == {"x": 1.5, "y": "z"}
     for wrong in ({"type": "odd"}, {"type": "pong"}, {"type": "pong", "position": "x"}, []):
         with pytest.raises(ValueError, match=".+"):
             decoded(wrong, FromMember)
