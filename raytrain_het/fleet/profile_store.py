@@ -105,6 +105,8 @@ def _is_sound(profile: Profile) -> bool:
         all(isinstance(text, str) for text in texts)
         and _is_number(profile.cores)
         and _is_number(profile.num_threads)
+        and isinstance(profile.num_threads, int)
+        and all(isinstance(m.repeats, int) for m in measured if m is not None)
         and all(_is_number(m.median) and _is_number(m.spread, or_zero=True) for m in measured if m is not None)
     )
 

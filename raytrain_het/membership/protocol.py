@@ -248,12 +248,12 @@ class Report(ToHub, frozen=True, kw_only=True):
     epoch: int
     metrics: dict[str, Any]
     reduce: dict[str, Any] = {}
-    samples: float = 0
+    samples: int | float = 0
     checkpoint: bool = True
     holds_snapshot: bool = False
     at: str = ""
     told: Told | None = None
-    since_last: dict[str, float] | None = None
+    since_last: dict[str, int | float] | None = None
     lr: Any = None
     audit: ReplicaAudit | None = None
 

@@ -189,9 +189,11 @@ class Hub:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         uid: str | None = None
         try:
-            hello = decoded(await asyncio.wait_for(_read(reader), timeout=10), protocol.FromMember)
-            if not isinstance(hello, protocol.Hello) or not hmac.compare_digest(hello.token, self.token):
+            greeting = await asyncio.wait_for(_read(reader), timeout=10)
+            if greeting is None or not hmac.compare_digest(str(greeting.get("token", "")), self.token):
                 return
+            # One that does not fit would come again and again: the run fails, and says by what.
+            hello: protocol.Hello = self._decide(lambda: decoded(greeting, protocol.Hello), " when a worker said hello")
             member = hello.member
             uid = member.uid
             self._connections[uid] = writer

@@ -9,8 +9,9 @@ amounts that do not depend on each other::
 Advantages that are normalised by the batch, weights by its classes, and whatever else puts samples together break it.
 The body is run once, as ever. Each of its calls of torch is repeated on three *shadows* of what it was given: the batch
 with every second sample replaced by another one of the same batch, with the others replaced, and with both. Shadows
-have no graph, draw the same random numbers, and are gone with the tensors that they belong to. A call that can't be
-repeated leaves its result without shadows: a constant, of which nothing is claimed.
+have no graph, draw the same random numbers, and are gone with the tensors that they belong to; they take a tenth of the
+memory that is spare at most. A call that can't be repeated leaves its result without shadows: a constant, of which
+nothing is claimed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import contextlib
 import importlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -48,6 +50,7 @@ class BodyWatch(TorchFunctionMode):
         """By tensor."""
         self._weights = (1.0,) * (SHADOWS + 1)
         self._samples = 0
+        self._held_bytes = self._most_bytes = 0
         self._follows = False
         self._handles: list[Any] = []
 
@@ -58,9 +61,8 @@ class BodyWatch(TorchFunctionMode):
 
         Args:
             batch: of any class; tensors in containers and dataclasses are followed.
-            samples: in it. Where tensors have several dimensions of this size it is the first, if that is what others
-                show; else nothing is followed. Nor is it in programs with compiled parts, which would be compiled
-                twice.
+            samples: in it. Where tensors have several dimensions of this size nothing is followed; nor is it in
+                programs with compiled parts, which would be compiled twice.
             weight: what the loss is a mean over, of a batch.
         """
         self.end()
@@ -72,6 +74,9 @@ class BodyWatch(TorchFunctionMode):
             if weight is not None:
                 others = [with_tensors(batch, lambda t, k=k: nth(shadows, t, k)) for k in range(SHADOWS)]  # type: ignore[misc]
                 weights = [float(weight(one)) for one in (*others, batch)]
+                if len(set(weights)) == 1:
+                    return  # It may have been counted before, and what was exchanged counts otherwise.
+            self._held_bytes, self._most_bytes = 0, _spare_bytes(batch) // 10
         except Exception:
             logger.debug("a loop's body is not followed", exc_info=True)
             return
@@ -85,6 +90,10 @@ class BodyWatch(TorchFunctionMode):
         known = [(root, grad, self._shadows.get(root)) for root, grad in roots if isinstance(root, torch.Tensor)]
         if not self._follows or not any(shadow for _, _, shadow in known):
             return None
+        with torch._C.DisableTorchFunction():
+            return self._met(known)
+
+    def _met(self, known: list[tuple[torch.Tensor, torch.Tensor | None, Shadow | None]]) -> str | None:
         totals = [0.0] * (SHADOWS + 1)
         for root, grad, shadow in known:
             for k, value in enumerate((*(shadow.values if shadow else (root,) * SHADOWS), root)):
@@ -93,7 +102,10 @@ class BodyWatch(TorchFunctionMode):
         first, second, both, now = (total * w for total, w in zip(totals, self._weights, strict=True))
         cross = abs(both - first - second + now)
         changes, size = max(abs(first - now), abs(second - now)), max(map(abs, (first, second, both, now)))
-        if not math.isfinite(cross) or cross <= OF_CHANGES * changes or cross <= OF_LOSS * size:
+        rounding = 8 * max(torch.finfo(root.dtype).eps for root, _, _ in known)
+        if not math.isfinite(cross) or cross <= max(OF_CHANGES, rounding) * changes:
+            return None
+        if cross <= max(OF_LOSS, rounding) * size:
             return None
         return next((shadow.met for _, _, shadow in known if shadow and shadow.met), "the loss")
 
@@ -161,11 +173,15 @@ class BodyWatch(TorchFunctionMode):
         known = {t: shadow for t in call.tensors if (shadow := self._shadows.get(t)) is not None}
         if not known:
             return None
-        if call.leaves_torch(known):
+        # What a dispatch mode of the program's notes of each call, it would note of those that are repeated.
+        if call.leaves_torch(known) or torch._C._len_torch_dispatch_stack() or self._held_bytes > self._most_bytes:
             self._stop()
             return None
         target = call.written_to
         if target is not None and target not in known:
+            if target._base is not None:
+                self._stop()  # What it is a view of may have shadows that are none of it.
+                return None
             copy = target.detach()
             known[target] = Shadow(tuple(copy.clone() for _ in range(SHADOWS)))
         call.look_before(self._samples)
@@ -203,6 +219,7 @@ class BodyWatch(TorchFunctionMode):
                 self._shadows.pop(t, None)
             elif values[0][place] is not t:
                 others = tuple(v[place].detach() for v in values)
+                self._held_bytes += sum(other.numel() * other.element_size() for other in others)
                 self._shadows[t] = Shadow(others, before or (call.place() if come_together(t, others) else ""))
 
 
@@ -222,3 +239,13 @@ def _something_is_compiled() -> bool:
     """Whether torch.compile has been called in this process."""
     backends = importlib.import_module("torch._dynamo.eval_frame").cached_backends
     return any(backend is not None for backend in dict(backends).values())
+
+
+def _spare_bytes(batch: Any) -> int:
+    """Of memory, where a batch is."""
+    devices: list[torch.device] = []
+    with_tensors(batch, lambda t: devices.append(t.device) or t)  # type: ignore[func-returns-value]
+    cuda = next((device for device in devices if device.type == "cuda"), None)
+    if cuda is not None:
+        return int(torch.cuda.mem_get_info(cuda)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -149,7 +149,10 @@ class HetDataLoader:
                 batch = to_device(pinned(batch) if self._pins else batch, device)
                 weight = checked_weight(self._weight(batch)) if self._weight else float(len(part))
                 engine.arm(index, weight, batch, self._weight)
-                yield batch
+                try:
+                    yield batch
+                finally:
+                    engine.body_over()
                 engine.body_done()
 
     def _samples(self, epoch: int, *parts: range) -> tuple[list[int], list[int] | None]:

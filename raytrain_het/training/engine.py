@@ -432,9 +432,12 @@ class Engine:
     def _is_alone(opened: Opened) -> bool:
         return len(opened.record.members) == 1 and len(opened.micro) == 1
 
+    def body_over(self) -> None:
+        """The loop's body is over, or was left: nothing of it is followed any more."""
+        self._body.end()
+
     def body_done(self) -> None:
         """The user's loop body has come to its end and asks for the next batch."""
-        self._body.end()
         opened = self._current()
         ran = self.gradients.backward_ran
         self.gradients.disarm()

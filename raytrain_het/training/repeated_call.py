@@ -18,7 +18,9 @@ from raytrain_het.training.shadows import SHADOWS, Shadow
 
 _LEAVE_TORCH = words("item tolist numpy __float__ __int__ __index__ __array__")
 """What a program does with these values is not seen."""
-_REORDER = words("flip roll index_select getitem")
+_REORDER = words("flip roll index_select getitem gather take_along_dim")
+_CALLS_BACK = words("apply map map2")
+"""They call functions of the program's."""
 _NOT_THE_PROGRAM = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -46,6 +48,8 @@ class RepeatedCall:
         put in place of other memory."""
         if self.name == "set":
             return any(isinstance(value, torch.Tensor) for value in self.args[1:])
+        if self.name in _CALLS_BACK or isinstance(self.func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            return True  # An operator of the program's own may do more than compute.
         is_logged = self._full in ("item", "__float__") and any(t.requires_grad for t in known)
         return self._full in _LEAVE_TORCH and not is_logged
 
@@ -57,6 +61,7 @@ class RepeatedCall:
             self.is_of_a_mean = any(r.kind != "sum" for graph in graphs for r in graph.reductions)
         self._versions = [t._version for t in self.tensors]
         generators = [torch.default_generator]
+        generators += [g for g in tree_leaves((self.args, self.kwargs)) if isinstance(g, torch.Generator)]
         for device in {t.device for t in self.tensors if t.is_cuda}:
             generators.append(torch.cuda.default_generators[device.index or 0])
         self._random = [(generator, generator.get_state()) for generator in generators]
@@ -75,6 +80,8 @@ class RepeatedCall:
             dims = self.args[-1] if len(self.args) > 1 else self.kwargs.get("dims", 0)
             shape = self.args[0].shape
             return any(shape[d] == samples for d in (dims if isinstance(dims, list | tuple) else [dims]))
+        if self.name in ("gather", "take_along_dim"):
+            return any(not t.is_floating_point() and t not in known and samples in t.shape for t in self.tensors[1:])
         index = self.args[-1] if isinstance(self.args[-1], tuple) else (self.args[-1],)
         return any(
             isinstance(i, list | np.ndarray)
@@ -94,6 +101,11 @@ class RepeatedCall:
                 if draws:
                     self._set_random([state for _, state in self._random])
                 results.append(self._with(k, known))
+                if draws and not all(
+                    torch.equal(generator.get_state(), state)
+                    for (generator, _), state in zip(self._random, after, strict=True)
+                ):
+                    raise RuntimeError("how many numbers are drawn depends on values")
         except Exception:
             results = []
         if draws:

@@ -569,6 +569,8 @@ class Session:
 
     def close(self) -> None:
         """Let go of threads and sockets, and take everything off torch that was put there."""
+        if self.engine is not None:
+            self.engine.body_over()
         for guard in self._guards:
             guard.remove()
         if self._watched_steps is not None:

@@ -31,7 +31,7 @@ def shadows_of(batch: Any, samples: int) -> Any:
     tensors: list[torch.Tensor] = []
     with_tensors(batch, lambda t: tensors.append(t) or t)  # type: ignore[func-returns-value]
     dims = [[d for d, size in enumerate(t.shape) if size == samples] for t in tensors]
-    if any(len(d) > 1 for d in dims) and {d[0] for d in dims if len(d) == 1} != {0}:
+    if any(len(d) > 1 for d in dims):
         raise ValueError(f"tensors have several dimensions of {samples}: {[list(t.shape) for t in tensors]}")
     whole = all(dims)
     shadows: Any = WeakTensorKeyDictionary()
@@ -72,6 +72,7 @@ def come_together(t: torch.Tensor, others: tuple[torch.Tensor, ...]) -> bool:
     """Whether some of a tensor's elements are not additive in samples."""
     if not t.is_floating_point() or not t.numel():
         return False
+    rounding = max(OF_CHANGES, 8 * torch.finfo(t.dtype).eps)
     now, first, second, both = (x.detach().double() for x in (t, *others))
     changes = max(float((first - now).abs().max()), float((second - now).abs().max()))
-    return float((both - first - second + now).abs().max()) > OF_CHANGES * changes > 0
+    return float((both - first - second + now).abs().max()) > rounding * changes > 0

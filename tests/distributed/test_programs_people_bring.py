@@ -312,6 +312,9 @@ class ManyPasses(Program):
 
 
 class StepAlongTheGradientOfAMean(Program):
+    def loader_options(self) -> dict[str, Any]:
+        return {"micro_batch_size": 5}
+
     def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(F.mse_loss(model(x), y), x)
@@ -465,6 +468,9 @@ class ContrastOfSamples(Program):
 
 
 class TargetsNormalisedByTheBatch(Program):
+    def loader_options(self) -> dict[str, Any]:
+        return {"micro_batch_size": 5}  # Another number than that of features.
+
     def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.mse_loss(model(x), (y - y.mean()) / (y.std() + 1e-8))
 
@@ -481,6 +487,9 @@ class TargetsNormalisedFromTheSecondEpochOn(TargetsNormalisedByTheBatch):
 
 class RootInAFunctionOfItsOwn(Program):
     """A mean over the pass inside of a function of its own, which the graph does not show."""
+
+    def loader_options(self) -> dict[str, Any]:
+        return {"micro_batch_size": 5}
 
     class Root(torch.autograd.Function):
         @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from raytrain_het.training.body_watch import BodyWatch
 
@@ -296,6 +297,37 @@ def function_of_its_own(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
+def drawn_by_its_own_generator(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return mean(model, x + torch.empty_like(x).normal_(generator=generator), y)
+
+
+def drawn_by_rejection(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return mean(model, torch.poisson(x.abs() * 30) / 30, y)
+
+
+def written_through_a_view(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    whole = torch.zeros(N, 4)
+    view = whole[:, 1:]
+    whole[:, 0] = x[:, 0]
+    view.copy_(x[:, 1:])
+    return mean(model, whole, y)
+
+
+def pairs_that_are_drawn(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    order = torch.randperm(N)[:, None].expand(N, 4)
+    return mean(model, 0.7 * x + 0.3 * x.gather(0, order), y)
+
+
+def in_bfloat16(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return mean(model.bfloat16(), x.bfloat16(), y)
+
+
+def kept_by_a_policy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    context = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    return F.cross_entropy(checkpoint(model, x, use_reentrant=False, context_fn=context), y)
+
+
 def branch_by_the_largest(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     assert x.max() < 100
     return mean(model, x / 255 if x.max() > 50 else x, y)
@@ -324,6 +356,12 @@ ALONE = [
     one_after_the_other,
     batch_norm,
     checkpointed,
+    drawn_by_its_own_generator,
+    drawn_by_rejection,
+    written_through_a_view,
+    pairs_that_are_drawn,
+    in_bfloat16,
+    kept_by_a_policy,
     loss_in_a_checkpoint,
     function_of_its_own,
     branch_by_the_largest,
@@ -347,6 +385,37 @@ def test_of_a_mean_over_weights_the_sum_is_looked_at() -> None:
 @dataclass(slots=True)
 class Sample:
     x: Tensor
+
+
+@pytest.mark.parametrize("body", ALONE, ids=lambda body: body.__name__)
+def test_gradients_and_random_numbers_are_the_same_with_and_without_the_watch(body: Body) -> None:
+    seen = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, 3))
+        watch, (x, y) = BodyWatch(), batch()
+        if watched:
+            watch.begin((x, y), N)
+        body(model, x, y).backward()
+        watch.end()
+        seen.append([*(p.grad for p in model.parameters()), torch.rand(3)])
+    for without, with_it in zip(*seen, strict=True):
+        assert without is None and with_it is None or torch.equal(without, with_it)
+
+
+def test_a_weight_that_was_counted_before_claims_nothing() -> None:
+    count = float((batch()[1] != 2).sum())
+    assert found(mean_over_a_mask, weight=lambda _: count) is None
+
+
+def test_an_error_in_a_watched_body_leaves_no_mode() -> None:
+    watch = BodyWatch()
+    x, y = batch()
+    watch.begin((x, y), N)
+    with pytest.raises(ZeroDivisionError):
+        x.mean() / (1 // 0)
+    watch.end()
+    assert not _get_current_function_mode_stack()
 
 
 def test_a_batch_of_any_class_is_followed() -> None:
