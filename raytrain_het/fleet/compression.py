@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytrain_het.allocation.codec_choice import CodecCost, Fleet, choose, choose_by_machine, choose_way, predict
+from raytrain_het.allocation.codec_choice import (
+    CodecCost,
+    Fleet,
+    Prediction,
+    choose,
+    choose_by_machine,
+    choose_way,
+    predict,
+)
 from raytrain_het.codec_options import AUTO_CODECS
 
 ROUNDS = 2
@@ -126,11 +134,7 @@ class Compression:
         self._promised_s = after.step_s
         if (chosen, will) == (tuple(now.values()), by_machine):
             return None
-        reason = (
-            f"compression: a step of {1000 * before.step_s:.4g} ms becomes one of {1000 * after.step_s:.4g} ms, "
-            f"its {_mib(before.num_bytes)} MiB of messages {_mib(after.num_bytes)} MiB"
-            f"{', added up on each machine first' if will else ''}"
-        )
+        reason = _words(before, after) + ", added up on each machine first" * will
         codecs = dict(zip(slots, chosen, strict=True))
         links_s = {s: self._byte_s[s] * self._num_elements * self._costs[s][codecs[s]].num_bytes for s in slots}
         return Choice(codecs, after.step_s, links_s, reason, will)
@@ -151,6 +155,13 @@ class Compression:
         if self._slow_rounds == 3 * ROUNDS:
             self._promised_s, self._chosen_for = None, frozenset()
             self._byte_s.clear()  # They are what they are by now.
+
+
+def _words(before: Prediction, after: Prediction) -> str:
+    return (
+        f"compression: a step of {1000 * before.step_s:.4g} ms becomes one of {1000 * after.step_s:.4g} ms, "
+        f"its {_mib(before.num_bytes)} MiB of messages {_mib(after.num_bytes)} MiB"
+    )
 
 
 def _mib(num_bytes: Sequence[float]) -> str:

@@ -73,9 +73,7 @@ def run_sweep(
     (:attr:`~raytrain_het.sweeps.Results.is_finished`).
     """
     if sweep.config.simulate is not None and at_start is None:
-        raise ConfigError(
-            "simulate: that is for the command line: write run_sweep(..., at_start=...) for what slows down"
-        )
+        raise ConfigError("simulate: it is the command line's. Write run_sweep(..., at_start=...) for what slows down.")
     folder = check_before_ray(sweep, name=name, resume=resume, address=address)
     say = _teller(to_stderr)
     notes = list(dict.fromkeys(note for job in sweep.jobs_by_data() for note in check_data(job)))

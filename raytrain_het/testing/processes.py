@@ -134,6 +134,9 @@ class ProcessLab:
         )
         self._payload = cloudpickle.dumps(payload)
         self._cores = tuple(cores or ())
+        self._begin()
+
+    def _begin(self) -> None:
         self.quotas: list[CpuQuota] = []
         self.processes: dict[int, BaseProcess] = {}
         self.restarts = 0
