@@ -279,7 +279,8 @@ def test_processes_see_what_was_changed_before_an_epoch_and_drop_what_they_fetch
         assert after[:3] == (1, 2.0 * (number > 0), 3.0 * (number > 1))
         assert after[3] == first[3], "the process itself goes on"
     fetcher.close()
-    assert list(Path(tmp_path).iterdir()) == []
+    # multiprocessing has a folder of its own there, if this test is the first to start a process.
+    assert [path for path in Path(tmp_path).iterdir() if not path.name.startswith("pymp-")] == []
 
 
 def test_persistent_processes_keep_their_first_copy_as_torchs_do(fetcher_of):
