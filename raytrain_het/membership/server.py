@@ -308,7 +308,7 @@ class Hub:
             case protocol.Audit() as m:
                 if core.record is not None and m.generation == core.record.number:
                     slots = [p.member.slot for p in core.peers.values() if p.healed and not p.fresh]
-                    told = {"step": m.step, "part": m.part, "audit": msgspec.structs.asdict(m.audit)}
+                    told = msgspec.structs.asdict(m) | {"audit": msgspec.structs.asdict(m.audit)}
                     if (what := self._audits.add(slot, told, slots)) is not None:
                         core.replicas_differ(audit.message(m.step, what), now)
             case protocol.Claim() as m:

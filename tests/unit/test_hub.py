@@ -316,3 +316,12 @@ def test_the_controller_remembers_the_last_acknowledged_reports_only(monkeypatch
         hub.acknowledge([f"1.{step}.0"])
     assert list(hub._acknowledged) == ["1.5.0", "1.6.0", "1.7.0"]
     assert hub.handle.acknowledge.remote.call_count == 8
+
+
+def test_members_that_tell_unlike_audits_are_told_what_differs(make_hub: Any) -> None:
+    hub = make_hub()
+    members, record = started(hub)
+    for member, digest in zip(members, "ab", strict=True):
+        audit = {"kind": "k", "numbers": [], "tensors": [["w", digest]], "samples": {"w": [[1.0], None]}}
+        member.tell("audit", step=4, part=0, generation=record["number"], audit=audit)
+    assert all("after step 4 w is another one" in member.until("mismatch")["message"] for member in members)
