@@ -43,12 +43,14 @@ def test_an_example_of_an_extension_runs_as_it_stands(
     module = types.ModuleType(f"example_{place + 1}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(python_blocks("extending.md")[place], f"extending.md, block {place + 1}", "exec"), vars(module))
+    defined = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__ and callable(v)]
+    assert [v.__name__ for v in defined if hasattr(v, "__name__")], "it defines something of its own"
 
 
 @pytest.mark.parametrize("page", ["start.md", "training.md"])
 def test_scripts_of_the_docs_are_python(page: str) -> None:
-    for place, block in enumerate(python_blocks(page)):
-        compile(block, f"{page}, block {place + 1}", "exec")
+    blocks = python_blocks(page)
+    assert blocks and all(compile(block, f"{page}, block {k + 1}", "exec").co_code for k, block in enumerate(blocks))
 
 
 def test_every_page_has_its_place_in_the_site() -> None:
