@@ -274,9 +274,9 @@ class _Version(argparse.Action):
 
 
 def _simulate(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from raytrain_het.fleet.cores import cpu_limit
     from raytrain_het.jobs import simulation
     from raytrain_het.jobs.table import load_job, read_job
+    from raytrain_het.probing.cores import cpu_limit
 
     speeds = simulation.parse_speeds(arguments.simulate)
     cores = simulation.fitting_cores(speeds, cpu_limit().cores)
@@ -341,8 +341,8 @@ def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
         overrides = [*overrides, f"simulate={json.dumps(simulation.parse_speeds(arguments.simulate))}"]
     sweep = load_sweep(arguments.sweep, overrides)
 
-    from raytrain_het.fleet.cores import cpu_limit
     from raytrain_het.jobs.lines import write
+    from raytrain_het.probing.cores import cpu_limit
     from raytrain_het.sweeps.command import sweep_command
     from raytrain_het.testing.throttle import slow_workers
 

@@ -70,7 +70,7 @@ class HetConfig:
     score_policy: Literal["train_step", "flops", "memory_bandwidth"] | Callable[[Any], float] = "train_step"
     """How a worker's measurements become its score. ``train_step``: samples per second of the real
     model, learnt from the run's own steps, which start from kept step times or the hardware. With
-    another one, or a function from a ``raytrain_het.fleet.profile.Profile`` to a number above 0,
+    another one, or a function from a ``raytrain_het.balance.profile.Profile`` to a number above 0,
     scores come from the hardware alone, and ``shares="auto"`` is in proportion to them; given
     shares stay, and scores are shown beside them."""
 

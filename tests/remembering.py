@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.compression import Codec, Stamp, State
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.codecs import Codec, Stamp, State
 
 
 class Counting(Codec):

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks import common
-from raytrain_het.collectives import points
+from raytrain_het.allreduce import points
 from raytrain_het.testing.processes import ProcessLab
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 VICTIM = 2
 STEPS_PER_LIFE = 2

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from experiments.benchmarks import common
-from raytrain_het.collectives.factors import Factors
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.compression import CODECS, KINDS, LowRank, Stamp
+from raytrain_het.allreduce.codecs import CODECS, KINDS, LowRank, Stamp
+from raytrain_het.allreduce.layout import Layout
+from raytrain_het.allreduce.reducers.low_rank import Factors
 
 WORDS = [
     *KINDS,

@@ -5,7 +5,7 @@ One process, one thread, the model with 1.3 million parameters. Three copies of 
 - *plain*: no hooks; the gradients stay where autograd leaves them;
 - *ddp*: ``DistributedDataParallel`` (world size 1, gloo) with a comm hook that returns a finished future of the bucket
   as it is;
-- *ours*: :class:`raytrain_het.training.gradients.Gradients`, its buckets handed to a function that does nothing; the
+- *ours*: :class:`raytrain_het.worker.step.gradients.Gradients`, its buckets handed to a function that does nothing; the
   weighting, the check for finiteness and ``p.grad`` at its end included.
 
 Measured are forward and backward together with ``zero_grad`` (DDP prepares its reducer in the forward pass), by the
@@ -27,9 +27,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.benchmarks import common
-from raytrain_het.collectives.jobs import StepJob
-from raytrain_het.collectives.sums import Sums
-from raytrain_het.training.gradients import Gradients
+from raytrain_het.allreduce.jobs import StepJob
+from raytrain_het.allreduce.sums import Sums
+from raytrain_het.worker.step.gradients import Gradients
 
 
 def plain() -> Callable[[torch.Tensor, torch.Tensor], None]:

@@ -38,9 +38,9 @@ from torch.utils.data import TensorDataset
 
 import raytrain_het as het
 from experiments.benchmarks import common
-from raytrain_het.allocation.batch_shares import apportion
+from raytrain_het.balance.batch_shares import apportion
 from raytrain_het.testing.processes import ProcessLab
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 SAMPLES = 16384
 ORACLE_WINDOW = 5

@@ -72,7 +72,7 @@ def train_stock(config: dict[str, Any]) -> None:
 
 def train_het(config: dict[str, Any]) -> None:
     """*solo* and *het* in turns, under a HetTrainer."""
-    from raytrain_het.training.session import current
+    from raytrain_het.worker.session import current
 
     torch.set_num_threads(1)
     session, size = current(), config["size"]

@@ -39,11 +39,11 @@ from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from experiments.benchmarks import common
-from raytrain_het.collectives.messages import Messages
-from raytrain_het.collectives.patience import Patience
-from raytrain_het.collectives.tcp import TcpGroup
+from raytrain_het.allreduce.patience import Patience
+from raytrain_het.allreduce.reducers.owner_shards import Messages
+from raytrain_het.allreduce.transport.tcp import TcpGroup
 from raytrain_het.testing.processes import ProcessLab
-from raytrain_het.training import gradients as gradients_module
+from raytrain_het.worker.step import gradients as gradients_module
 
 WORKERS = 4
 

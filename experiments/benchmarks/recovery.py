@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from experiments.benchmarks import common
-from raytrain_het.collectives import points
+from raytrain_het.allreduce import points
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.processes import ProcessLab
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 WORKERS = 4
 STOPPED_FOR_S = 2.5

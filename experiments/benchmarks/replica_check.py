@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from experiments.benchmarks import common
-from raytrain_het.training.replica import Replica
-from raytrain_het.training.replica_check import EAGER_STEPS, ReplicaCheck
+from raytrain_het.worker.state.replica import Replica
+from raytrain_het.worker.state.replica_check import EAGER_STEPS, ReplicaCheck
 
 STEP_MS = 100.0
 """What is called a step in the share told."""

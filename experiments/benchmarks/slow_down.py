@@ -24,8 +24,8 @@ import raytrain_het as het
 from experiments.benchmarks import common
 from experiments.benchmarks.mixed_fleet import make_data, make_net
 from raytrain_het.testing.processes import ProcessLab
-from raytrain_het.training.session import current
-from raytrain_het.training.step_record import StepRecord
+from raytrain_het.worker.session import current
+from raytrain_het.worker.step.step_record import StepRecord
 
 WITHIN = 0.1
 IN_A_ROW = 3

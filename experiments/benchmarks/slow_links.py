@@ -36,11 +36,11 @@ from torch.utils.data import TensorDataset
 
 import raytrain_het as het
 from experiments.benchmarks import common
+from raytrain_het.balance.scoreboard import Table
 from raytrain_het.codec_options import AUTO_CODECS
-from raytrain_het.fleet.scoreboard import Table
 from raytrain_het.testing.networks import sent
 from raytrain_het.testing.processes import ProcessLab
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 WIDTH, LAYERS, CLASSES, SAMPLES = 1024, 4, 10, 4096
 WANTED = "wanted.json"

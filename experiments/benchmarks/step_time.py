@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import raytrain_het as het
 from experiments.benchmarks import common
 from raytrain_het.testing.processes import ProcessLab
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 SAMPLES = 32768
 

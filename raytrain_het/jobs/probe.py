@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
-from raytrain_het.allocation.codec_choice import CodecCost, Fleet
+from raytrain_het.balance.codec_choice import CodecCost, Fleet
+from raytrain_het.balance.profile import Profile
 from raytrain_het.codec_options import AUTO, AUTO_CODECS
 from raytrain_het.errors import ConfigError
-from raytrain_het.fleet.codec_advice import CodecAdvice, codec_advice
-from raytrain_het.fleet.links import Link, probe_links, slowest_link
-from raytrain_het.fleet.prediction import Advice, Machine, advice
-from raytrain_het.fleet.profile import Profile
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.probe_checks import check_before_torch
 from raytrain_het.jobs.probe_places import Handle, Say, call_all, counted, local_workers, ray_workers, this_node
 from raytrain_het.jobs.probe_worker import ProbeWorker
 from raytrain_het.jobs.table import check_data, with_fitting_batch
+from raytrain_het.probing.codec_advice import CodecAdvice, codec_advice
+from raytrain_het.probing.links import Link, probe_links, slowest_link
+from raytrain_het.probing.prediction import Advice, Machine, advice
 
 SECONDS_EACH = 0.1
 STEP_SECONDS = 2.0

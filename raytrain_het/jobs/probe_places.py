@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from raytrain_het.errors import ConfigError, HetError, ResourceError
-from raytrain_het.fleet.cores import cpu_limit
-from raytrain_het.fleet.links import Address, Link
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.probe_worker import ProbeWorker
+from raytrain_het.probing.cores import cpu_limit
+from raytrain_het.probing.links import Address, Link
 
 PLACING_S = 60.0
 """A worker that the cluster has no room for within this time is given up."""
@@ -49,13 +49,13 @@ class Handle(abc.ABC):
         """Wait for it; raises what it raised."""
 
     def listen(self) -> Address:
-        """See :class:`raytrain_het.fleet.links.Member`."""
+        """See :class:`raytrain_het.probing.links.Member`."""
         self.start("listen")
         address: Address = self.result()
         return address
 
     def link_to(self, address: Address) -> Link | None:
-        """See :class:`raytrain_het.fleet.links.Member`."""
+        """See :class:`raytrain_het.probing.links.Member`."""
         self.start("link_to", address)
         link: Link | None = self.result()
         return link

@@ -12,13 +12,13 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from raytrain_het.fleet.codec_advice import CodecAdvice
-from raytrain_het.fleet.links import Link
-from raytrain_het.fleet.profile import Measurement, Profile
-from raytrain_het.fleet.scores import scores
+from raytrain_het.balance.profile import Measurement, Profile
+from raytrain_het.balance.scores import scores
 from raytrain_het.jobs import lines
 from raytrain_het.jobs.probe import BATCH_BOUND, ModelResult, ProbeResult
 from raytrain_het.jobs.summary import jsonable
+from raytrain_het.probing.codec_advice import CodecAdvice
+from raytrain_het.probing.links import Link
 
 HARDWARE_POLICIES = ("flops", "memory_bandwidth")
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from raytrain_het.allocation.codec_choice import CodecCost
+from raytrain_het.allreduce.codecs import CODECS, byte_cpu_s, codec_costs
+from raytrain_het.balance.codec_choice import CodecCost
+from raytrain_het.balance.profile import Profile
 from raytrain_het.codec_options import AUTO_CODECS
-from raytrain_het.compression import CODECS, byte_cpu_s, codec_costs
 from raytrain_het.config import HetConfig
-from raytrain_het.fleet.cores import cpu_limit
-from raytrain_het.fleet.links import Address, Link, LinkServer, probe_link
-from raytrain_het.fleet.probes import BLOCKS, hardware_key, hardware_name, one_at_a_time, probe_hardware, probe_step
-from raytrain_het.fleet.profile import Profile
-from raytrain_het.fleet.profile_store import ProfileStore
 from raytrain_het.jobs.table import make_step
 from raytrain_het.jobs.training_step import TrainingStep
+from raytrain_het.probing.cores import cpu_limit
+from raytrain_het.probing.links import Address, Link, LinkServer, probe_link
+from raytrain_het.probing.probes import BLOCKS, hardware_key, hardware_name, one_at_a_time, probe_hardware, probe_step
+from raytrain_het.probing.profile_store import ProfileStore
 
 
 class ProbeWorker:
@@ -81,12 +81,12 @@ class ProbeWorker:
         return codec_costs(codecs, cores=cores, shapes=shapes), sum(map(math.prod, shapes)), byte_cpu_s(cores=cores)
 
     def listen(self) -> Address:
-        """See :class:`raytrain_het.fleet.links.Member`."""
+        """See :class:`raytrain_het.probing.links.Member`."""
         self._server = self._server or LinkServer(self.host)
         return self._server.address
 
     def link_to(self, address: Address) -> Link | None:
-        """See :class:`raytrain_het.fleet.links.Member`."""
+        """See :class:`raytrain_het.probing.links.Member`."""
         with contextlib.suppress(OSError):
             return probe_link(address)
         return None

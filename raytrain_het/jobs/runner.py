@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from raytrain_het.errors import CheckpointError, ConfigError
-from raytrain_het.fleet.cores import cpu_limit
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.display import Display
 from raytrain_het.jobs.interrupted import Interrupted, interruptible
@@ -22,6 +21,7 @@ from raytrain_het.jobs.table import KINDS, check_data, glance_at_data, with_abso
 from raytrain_het.jobs.trainer import AtStart, make_trainer, num_cpus, write_job
 from raytrain_het.jobs.validation import plural, shown
 from raytrain_het.jobs.yaml_file import read_yaml
+from raytrain_het.probing.cores import cpu_limit
 from raytrain_het.ray_train.disk import write_some
 
 if TYPE_CHECKING:

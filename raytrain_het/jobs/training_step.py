@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.compression import CODECS, LowRank
-from raytrain_het.training.batches import to_device
-from raytrain_het.training.cursor import micro_batches
-from raytrain_het.training.fetch import SampleFetcher
-from raytrain_het.training.step_key import step_key
+from raytrain_het.allreduce.codecs import CODECS, LowRank
+from raytrain_het.allreduce.layout import Layout
+from raytrain_het.worker.data.batches import to_device
+from raytrain_het.worker.data.cursor import micro_batches
+from raytrain_het.worker.state.fetch import SampleFetcher
+from raytrain_het.worker.step.step_key import step_key
 
 
 class TrainingStep:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from raytrain_het.fleet.profile import Profile
+from raytrain_het.balance.profile import Profile
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.whereabouts import Place
 

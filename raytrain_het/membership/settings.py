@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raytrain_het.fleet.scores import Policy
+from raytrain_het.balance.scores import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

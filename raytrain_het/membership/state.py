@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from raytrain_het.balance.scoreboard import Table
 from raytrain_het.errors import ConfigError
-from raytrain_het.fleet.scoreboard import Table
 from raytrain_het.membership.deaths import MAX_FRUITLESS_DEATHS, MAX_FRUITLESS_GENERATIONS, Deaths
 from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.peers import ZERO, Cursor, Peer, Phase, Succession, lag, succession

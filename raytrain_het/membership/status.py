@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytrain_het.allocation.learning_rate import effective_batch_size
+from raytrain_het.balance.gradient_weights import effective_batch_size
 from raytrain_het.membership.peers import Peer
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.state import Membership

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from raytrain_het.allocation.batch_shares import apportion
-from raytrain_het.fleet.compression import Compression
-from raytrain_het.fleet.scoreboard import Scoreboard, Table
+from raytrain_het.balance.auto_compression import Compression
+from raytrain_het.balance.batch_shares import apportion
+from raytrain_het.balance.scoreboard import Scoreboard, Table
 from raytrain_het.membership.protocol import Timing
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.settings import HubSettings

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from raytrain_het.allocation.owner_shards import owner_parts
-from raytrain_het.fleet.scoreboard import Table
+from raytrain_het.balance.owner_shards import owner_parts
+from raytrain_het.balance.scoreboard import Table
 from raytrain_het.membership.peers import Peer
 from raytrain_het.membership.record import Record
 

@@ -45,7 +45,7 @@ class Parts:
 def _run_worker(*args: Any, **keywords: Any) -> Any:
     """``training.session.run_worker``, which is loaded where it runs: the driver and the controller only name it, and
     torch takes seconds."""
-    from raytrain_het.training.session import run_worker
+    from raytrain_het.worker.session import run_worker
 
     return run_worker(*args, **keywords)
 

@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.storage import StorageContext, _pyarrow_fs
 
 from raytrain_het.errors import CheckpointError, ConfigError
 from raytrain_het.ray_train.disk import write_some
-from raytrain_het.training.storage import StagedStorage, Wanted
+from raytrain_het.worker.state.storage import StagedStorage, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class RayStorage(StagedStorage):
             ) from missing
 
     def stage(self, name: str, life: int = 0) -> str:
-        """See :class:`~raytrain_het.training.storage.Storage`.
+        """See :class:`~raytrain_het.worker.state.storage.Storage`.
 
         Raises:
             CheckpointError: The storage cannot be written.
@@ -82,7 +82,7 @@ class RayStorage(StagedStorage):
             raise self._not_written(name, error) from error
 
     def sees(self, staged: str) -> bool:
-        """See :class:`~raytrain_het.training.storage.Storage`. An object store has no directories to be seen."""
+        """See :class:`~raytrain_het.worker.state.storage.Storage`. An object store has no directories to be seen."""
         return not self.renames or self._fs.get_file_info(staged).type == FileType.Directory
 
     def persist(self, local_dir: str, name: str, staged: str | None = None) -> str:

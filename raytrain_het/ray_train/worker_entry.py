@@ -13,8 +13,8 @@ from ray.train.v2._internal.util import construct_train_func
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.ray_train.hub import Parts
-from raytrain_het.training.last_words import portable
-from raytrain_het.training.unsupported import refuse
+from raytrain_het.worker.checks.unsupported import refuse
+from raytrain_het.worker.state.last_words import portable
 
 logger = logging.getLogger("raytrain_het")
 

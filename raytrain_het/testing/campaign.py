@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytrain_het.collectives.points import POINTS
+from raytrain_het.allreduce.points import POINTS
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.ledger import LedgerError, check_exactly_once, read_ledgers

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from raytrain_het.collectives import points
+from raytrain_het.allreduce import points
 
 Kind = Literal["kill", "stop", "leave", "raise", "slow"]
 

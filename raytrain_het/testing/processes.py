@@ -37,9 +37,9 @@ from raytrain_het.testing import faults as fault_kit
 from raytrain_het.testing.cgroups import CpuQuota
 from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
 from raytrain_het.testing.networks import PREFIX, Network, enter, remove_leftovers
-from raytrain_het.training import session as sessions
-from raytrain_het.training.checkpoint import LocalStorage, Storage
-from raytrain_het.training.step_record import StepRecord
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.state.checkpoint import LocalStorage, Storage
+from raytrain_het.worker.step.step_record import StepRecord
 
 MAX_STILLBORN = 3
 """So many processes of a slot may end before they have run a line of their own."""

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.config import HetConfig
-from raytrain_het.training import session as sessions
-from raytrain_het.training.cursor import Cursor, DataPlan
-from raytrain_het.training.step_record import StepRecord
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.data.cursor import Cursor, DataPlan
+from raytrain_het.worker.step.step_record import StepRecord
 
 SMALL_BUCKETS = HetConfig(bucket_mib=0.0002, shares=None)
 """Several buckets even for a model of this size, so that there is a place between two of them."""

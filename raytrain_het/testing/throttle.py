@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raytrain_het.fleet.profile_store import keep_nothing
+from raytrain_het.probing.profile_store import keep_nothing
 from raytrain_het.testing import stop_and_go
 from raytrain_het.testing.cgroups import CpuQuota, LabError, check_cores, join, quotas
 

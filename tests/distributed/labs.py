@@ -19,8 +19,8 @@ from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.ledger import LedgerReport, check_exactly_once, read_ledgers
 from raytrain_het.testing.processes import ProcessLab
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas, relative_error
-from raytrain_het.training import session as sessions
-from raytrain_het.training.checkpoint import LocalStorage
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.state.checkpoint import LocalStorage
 
 TIMEOUT_S = 60.0
 

@@ -20,9 +20,9 @@ from raytrain_het.errors import CheckpointError
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import Regression, relative_error
-from raytrain_het.training import session as sessions
-from raytrain_het.training.checkpoint import LocalStorage, read_meta, read_state
-from raytrain_het.training.extras import Extra
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.state.checkpoint import LocalStorage, read_meta, read_state
+from raytrain_het.worker.state.extras import Extra
 
 TASK = Regression(scheduled=True)
 STEPS = TASK.plan.steps_per_epoch

@@ -10,8 +10,8 @@ from labs import run
 import raytrain_het as het
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import Regression
-from raytrain_het.training import session as sessions
-from raytrain_het.training.step_record import StepRecord
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.step.step_record import StepRecord
 
 KILLS = range(5, 113, 14)
 POINTS = ("slice", "backward", "between_buckets", "decoded", "updated")

@@ -11,16 +11,16 @@ import torch
 from labs import run
 from remembering import Counting
 
-from raytrain_het.collectives import layout
-from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.compression import CODECS, RESIDUAL
+from raytrain_het.allreduce import layout
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.codecs import CODECS, RESIDUAL
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import Regression, go_on
-from raytrain_het.training import session as sessions
-from raytrain_het.training.checkpoint import read_meta
-from raytrain_het.training.handing_on import HandingOn
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.state.checkpoint import read_meta
+from raytrain_het.worker.state.handing_on import HandingOn
 
 SETTINGS = {"codecs": ("counting",)}
 

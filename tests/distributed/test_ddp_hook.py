@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raytrain_het.collectives.ddp_hook import CompressedState, compressed_hook
+from raytrain_het.allreduce.ddp_hook import CompressedState, compressed_hook
 
 SIZE, STEPS = 3, 12
 FED = "(error_feedback=true)"

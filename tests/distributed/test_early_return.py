@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from raytrain_het.testing.regression import Regression, flat
-from raytrain_het.training import session as sessions
+from raytrain_het.worker import session as sessions
 
 RETURNS_AT = 13
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raytrain_het as het
 from raytrain_het.testing.campaign import Waker
 from raytrain_het.testing.regression import Regression, flat
-from raytrain_het.training import session as sessions
+from raytrain_het.worker import session as sessions
 
 TASK = Regression()
 

@@ -16,7 +16,7 @@ from raytrain_het.errors import RunFailedError
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.processes import ProcessLab, WorkersFailedError
 from raytrain_het.testing.regression import Regression
-from raytrain_het.training import session as sessions
+from raytrain_het.worker import session as sessions
 
 TASK = Regression()
 
@@ -117,7 +117,7 @@ def test_an_error_in_the_communication_thread_is_not_taken_for_a_broken_link(tmp
                 model(x).mean().backward()
                 optimizer.step()
 
-    monkeypatch.setattr("raytrain_het.collectives.communicator.Communicator._step", fail)
+    monkeypatch.setattr("raytrain_het.allreduce.communicator.Communicator._step", fail)
     with pytest.raises(RunFailedError, match="communication thread of worker 0 has failed: MemoryError: no room"):
         alone(train, tmp_path)
 

@@ -23,7 +23,7 @@ from torch.utils.data import (
 import raytrain_het as het
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError, LoopOrderError
-from raytrain_het.training.held_out import HeldOut, evaluation_mode
+from raytrain_het.worker.data.held_out import HeldOut, evaluation_mode
 
 X = torch.arange(1.0, 104.0)
 NUMBERS = TensorDataset(X[:, None])

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from labs import run
 
-from raytrain_het.collectives import layout
+from raytrain_het.allreduce import layout
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression
 

@@ -14,7 +14,7 @@ from raytrain_het.jobs import char_lm, tabular
 from raytrain_het.jobs.probe_worker import ProbeWorker
 from raytrain_het.jobs.table import load_job
 from raytrain_het.testing.processes import ProcessLab
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 JOBS = Path(__file__).parents[2] / "experiments" / "jobs"
 

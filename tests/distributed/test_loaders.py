@@ -18,10 +18,10 @@ from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError, No
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.ledger import check_exactly_once, read_ledgers
 from raytrain_het.testing.regression import Regression, differing_replicas, flat, relative_error, trace_steps
-from raytrain_het.training.checkpoint import read_meta
-from raytrain_het.training.cursor import Cursor
-from raytrain_het.training.data_loader import plan_of
-from raytrain_het.training.session import current
+from raytrain_het.worker.data.cursor import Cursor
+from raytrain_het.worker.data.data_loader import plan_of
+from raytrain_het.worker.session import current
+from raytrain_het.worker.state.checkpoint import read_meta
 
 TASK = Regression(num_samples=60)
 EPOCHS = 3

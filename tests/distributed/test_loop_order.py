@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 DATA = TensorDataset(torch.randn(8, 3))
 

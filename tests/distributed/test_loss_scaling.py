@@ -16,8 +16,8 @@ import raytrain_het as het
 from raytrain_het.errors import ConfigError, LoopOrderError
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, flat, relative_error
-from raytrain_het.training import session as sessions
-from raytrain_het.training.optimizer import _check_scaler
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.step.optimizer import _check_scaler
 
 
 @dataclass(frozen=True, kw_only=True)

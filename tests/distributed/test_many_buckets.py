@@ -12,9 +12,9 @@ import torch
 from labs import run
 from torch import nn
 
+from raytrain_het.allreduce import layout
+from raytrain_het.allreduce.codecs import KINDS
 from raytrain_het.codec_options import used_together
-from raytrain_het.collectives import layout
-from raytrain_het.compression import KINDS
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.regression import Regression
 

@@ -4,10 +4,10 @@ import dataclasses
 
 from labs import run
 
-from raytrain_het.collectives import points
+from raytrain_het.allreduce import points
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression
-from raytrain_het.training.memory import MemoryLimit
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
+from raytrain_het.worker.step.memory import MemoryLimit
 
 TASK = Regression(num_samples=240, global_batch_size=48, epochs=4, report=False)
 

@@ -23,7 +23,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.processes import WorkersFailedError
 from raytrain_het.testing.regression import relative_error
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 CONFIG = HetConfig(shares=(3, 1), bucket_mib=0.0002, silence_s=10)
 EPOCHS, BATCH = 3, 8

@@ -12,8 +12,8 @@ from labs import run
 from raytrain_het.optim import schedule_of
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, flat
-from raytrain_het.training.checkpoint import read_meta
-from raytrain_het.training.cursor import Cursor
+from raytrain_het.worker.data.cursor import Cursor
+from raytrain_het.worker.state.checkpoint import read_meta
 
 NORM = 0.4
 

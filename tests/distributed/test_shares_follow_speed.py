@@ -13,12 +13,12 @@ from labs import alone, run
 from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
-from raytrain_het.collectives import points
+from raytrain_het.allreduce import points
 from raytrain_het.testing.cgroups import CpuQuota, available
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, flat, relative_error
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 TASK = Regression(num_samples=960, global_batch_size=96, epochs=3, report=False)
 AUTO = dataclasses.replace(SMALL_BUCKETS, shares="auto")

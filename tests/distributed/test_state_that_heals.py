@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import raytrain_het as het
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas
-from raytrain_het.training import healing
-from raytrain_het.training import session as sessions
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.state import healing
 
 FAULTS = [
     Fault(slot=0, step=6, point="decoded"),

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.errors import LoopOrderError
-from raytrain_het.training import session as sessions
-from raytrain_het.training.unsupported import TABLE
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.checks.unsupported import TABLE
 
 DATA = TensorDataset(torch.randn(8, 3))
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from labs import run, wait_until
 
-from raytrain_het.collectives import points
-from raytrain_het.collectives.points import POINTS
+from raytrain_het.allreduce import points
+from raytrain_het.allreduce.points import POINTS
 from raytrain_het.testing.campaign import Waker
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 TASK = Regression(patience_s=0.05)
 STEPS = TASK.plan.steps_per_epoch

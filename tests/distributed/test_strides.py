@@ -11,8 +11,8 @@ import raytrain_het as het
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import Regression, flat, relative_error
-from raytrain_het.training import session as sessions
-from raytrain_het.training.checkpoint import read_meta
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.state.checkpoint import read_meta
 
 ORDER = Regression(num_samples=24, global_batch_size=12).plan
 CONFIG = HetConfig(shares=(3, 1), silence_s=5)

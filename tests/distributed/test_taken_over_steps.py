@@ -8,11 +8,11 @@ import torch
 from labs import run, wait_until
 from remembering import Counting
 
-from raytrain_het.collectives.exchange import Exchange
-from raytrain_het.compression import CODECS
+from raytrain_het.allreduce.codecs import CODECS
+from raytrain_het.allreduce.reducers.exchange import Exchange
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import Regression
-from raytrain_het.training import session as sessions
+from raytrain_het.worker import session as sessions
 
 STEP = 13
 

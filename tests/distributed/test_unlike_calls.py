@@ -13,7 +13,7 @@ import raytrain_het as het
 from raytrain_het.errors import ConfigError, ForeignError
 from raytrain_het.testing.processes import WorkersFailedError
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, flat
-from raytrain_het.training import session as sessions
+from raytrain_het.worker import session as sessions
 
 TASK = Regression(epochs=3)
 CONFIG = dataclasses.replace(SMALL_BUCKETS, silence_s=5.0)

@@ -16,7 +16,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.testing.networks import sent
 from raytrain_het.testing.processes import ProcessLab
 from raytrain_het.testing.regression import differing_replicas, trace_steps
-from raytrain_het.training.session import current
+from raytrain_het.worker.session import current
 
 pytestmark = pytest.mark.lab
 WIDTH, STEPS = 256, 60

@@ -14,7 +14,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import CheckpointError, ConfigError, ResourceError, RunFailedError
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
 from raytrain_het.ray_train.trainer import HetTrainer
-from raytrain_het.training.unsupported import TABLE
+from raytrain_het.worker.checks.unsupported import TABLE
 
 
 def nothing() -> None:

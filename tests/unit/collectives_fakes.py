@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.exchange import Exchange, Exchanges
-from raytrain_het.collectives.group import Parts
-from raytrain_het.collectives.header import Header
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.collectives.sums import Sums
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.header import Header
+from raytrain_het.allreduce.layout import Layout
+from raytrain_het.allreduce.reducers.exchange import Exchange, Exchanges
+from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.transport.group import Parts
 from raytrain_het.membership.record import Member, Record
 
 

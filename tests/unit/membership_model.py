@@ -1,7 +1,7 @@
 """A model of the members around the real :class:`Membership`, small enough to enumerate what can happen to them.
 
 The hub is the real state machine. Members are modelled by the rules of ``membership/agent.py``,
-``collectives/communicator.py`` and ``training/healing.py``, a rule a method:
+``allreduce/communicator.py`` and ``worker/state/healing.py``, a rule a method:
 
 - a void is answered when it is read; a want travels in the headers of a step, so all who finish the step learn
   the highest;

@@ -9,13 +9,13 @@ import pytest
 import torch
 from collectives_fakes import record_of
 
-from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.exchange import Exchange
-from raytrain_het.collectives.header import Header
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.collectives.poller import Poller
-from raytrain_het.collectives.sums import Sums
-from raytrain_het.collectives.tcp import TcpGroup
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.header import Header
+from raytrain_het.allreduce.layout import Layout
+from raytrain_het.allreduce.reducers.exchange import Exchange
+from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.transport.poller import Poller
+from raytrain_het.allreduce.transport.tcp import TcpGroup
 
 LAYOUT = Layout([("a", torch.zeros(1500, 1000))], [], 1 << 30)
 (BUCKET,) = LAYOUT.buckets

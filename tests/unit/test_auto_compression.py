@@ -2,12 +2,12 @@
 
 import pytest
 
+from raytrain_het.allreduce.codecs import CODECS, byte_cpu_s, codec_costs
+from raytrain_het.balance.auto_compression import ROUNDS, Compression
+from raytrain_het.balance.paths import NUM_LOOKS
+from raytrain_het.balance.profile import Measurement, Profile
+from raytrain_het.balance.scoreboard import Scoreboard
 from raytrain_het.codec_options import AUTO_CODECS, used_together
-from raytrain_het.compression import CODECS, byte_cpu_s, codec_costs
-from raytrain_het.fleet.compression import ROUNDS, Compression
-from raytrain_het.fleet.paths import NUM_LOOKS
-from raytrain_het.fleet.profile import Measurement, Profile
-from raytrain_het.fleet.scoreboard import Scoreboard
 
 WORDS = ("none", "int8", "topk")
 COSTS = {"none": [4.0, 0.0, 0.0, 0.0], "int8": [1.0, 1e-10, 1e-10, 0.006], "topk": [0.03, 3e-10, 1e-10, 0.95]}
@@ -109,7 +109,7 @@ def test_a_scoreboard_issues_the_choice_with_shares_and_scores_as_they_are():
 
 
 def test_paths_tell_seconds_of_a_byte_whatever_a_gradient_takes():
-    from raytrain_het.fleet.paths import Paths
+    from raytrain_het.balance.paths import Paths
 
     paths = Paths()
     for _ in range(NUM_LOOKS):

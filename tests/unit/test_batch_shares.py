@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_het.allocation.batch_shares import StepCost, apportion, balanced_shares, proportional_shares
+from raytrain_het.balance.batch_shares import StepCost, apportion, balanced_shares, proportional_shares
 
 weight = st.one_of(st.just(0.0), st.floats(0, 1e300), st.integers(0, 100))
 weight_lists = st.lists(weight, min_size=1, max_size=12).filter(any)

@@ -13,8 +13,8 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.training.batches import to_device
-from raytrain_het.training.whole_numbers import whole_number
+from raytrain_het.worker.data.batches import to_device
+from raytrain_het.worker.data.whole_numbers import whole_number
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 Pair = namedtuple("Pair", "x y")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from raytrain_het.training.body_watch import BodyWatch
+from raytrain_het.worker.checks.body_watch import BodyWatch
 
 N = 5
 Body = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -10,7 +10,7 @@ from torch import nn
 
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
-from raytrain_het.training.clipping import Clipping
+from raytrain_het.worker.step.clipping import Clipping
 
 
 def model_with_gradients() -> nn.Module:

@@ -6,10 +6,10 @@ import io
 import pytest
 from rich.console import Console
 
-from raytrain_het.allocation.codec_choice import CodecCost, Fleet, predict
+from raytrain_het.balance.codec_choice import CodecCost, Fleet, predict
 from raytrain_het.cli import main
-from raytrain_het.fleet.codec_advice import codec_advice
 from raytrain_het.jobs.probe_report import _codec_sentences, _codec_table
+from raytrain_het.probing.codec_advice import codec_advice
 
 COSTS = {
     "none": CodecCost(4, 0, 0, 0),

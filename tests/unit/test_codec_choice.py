@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_het.allocation.codec_choice import (
+from raytrain_het.balance.codec_choice import (
     ALIKE,
     INSIDE_BYTE_S,
     MIN_GAIN,

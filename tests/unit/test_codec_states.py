@@ -9,9 +9,9 @@ import torch
 from collectives_fakes import Reduction, record_of
 from remembering import Counting
 
-from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.compression import CODECS
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.codecs import CODECS
+from raytrain_het.allreduce.layout import Layout
 
 LAYOUT = Layout([("a", torch.zeros(3, 5)), ("b", torch.zeros(40))], [("mean", torch.zeros(4))], 100)
 NUMEL = sum(bucket.numel for bucket in LAYOUT.buckets)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from raytrain_het.allreduce.layout import Layout
 from raytrain_het.codec_options import AUTO_CODECS
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.training.codec_warnings import warnings_of_epochs, warnings_of_model, warnings_of_optimizer
+from raytrain_het.worker.checks.codec_warnings import warnings_of_epochs, warnings_of_model, warnings_of_optimizer
 
 
 def layout_of(*modules: nn.Module) -> Layout:

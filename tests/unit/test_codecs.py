@@ -13,9 +13,9 @@ import re
 import pytest
 import torch
 
+from raytrain_het.allreduce.codecs import CODECS, KINDS, Codec, Stamp, State, compiled, mix
+from raytrain_het.allreduce.codecs.base import RESIDUAL, PackedCodec
 from raytrain_het.codec_options import OPTIONS, one_word, used_together
-from raytrain_het.compression import CODECS, KINDS, Codec, Stamp, State, compiled, mix
-from raytrain_het.compression.base import RESIDUAL, PackedCodec
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError, ProtocolError
 

@@ -16,9 +16,9 @@ from collectives_fakes import Reduction, record_of
 from sklearn.datasets import load_digits
 from torch import nn
 
-from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.compression import RESIDUAL
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.codecs import RESIDUAL
+from raytrain_het.allreduce.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

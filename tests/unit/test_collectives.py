@@ -8,10 +8,10 @@ from collectives_fakes import Reduction, record_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_het.collectives.header import Header, header_bytes, read_header, write_header
-from raytrain_het.collectives.layout import ALIGN_BYTES, Layout, aligned, shard_bounds
-from raytrain_het.collectives.one_to_all import one_to_all
-from raytrain_het.compression import CODECS, Stamp
+from raytrain_het.allreduce.codecs import CODECS, Stamp
+from raytrain_het.allreduce.header import Header, header_bytes, read_header, write_header
+from raytrain_het.allreduce.layout import ALIGN_BYTES, Layout, aligned, shard_bounds
+from raytrain_het.allreduce.transport.one_to_all import one_to_all
 from raytrain_het.errors import ProtocolError
 
 SHAPES = [("a", (3, 5)), ("b", (7,)), ("c", (40, 4)), ("d", (1,))]

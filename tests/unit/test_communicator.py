@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain_het.collectives import patience
-from raytrain_het.collectives.communicator import Communicator
-from raytrain_het.collectives.jobs import StepJob
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.collectives.patience import Patience
+from raytrain_het.allreduce import patience
+from raytrain_het.allreduce.communicator import Communicator
+from raytrain_het.allreduce.jobs import StepJob
+from raytrain_het.allreduce.layout import Layout
+from raytrain_het.allreduce.patience import Patience
 
 
 def new_agent() -> Any:

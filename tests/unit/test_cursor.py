@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.training.cursor import Cursor, DataPlan, micro_batches, slice_of
+from raytrain_het.worker.data.cursor import Cursor, DataPlan, micro_batches, slice_of
 
 
 @st.composite

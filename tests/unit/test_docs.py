@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raytrain_het.allreduce.codecs import CODECS, KINDS
 from raytrain_het.codec_options import OPTIONS
-from raytrain_het.compression import CODECS, KINDS
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]

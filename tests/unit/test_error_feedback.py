@@ -9,11 +9,11 @@ import pytest
 import torch
 from collectives_fakes import Reduction, record_of
 
-from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.header import header_bytes
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.compression import CODECS
-from raytrain_het.compression.base import RESIDUAL
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.codecs import CODECS
+from raytrain_het.allreduce.codecs.base import RESIDUAL
+from raytrain_het.allreduce.header import header_bytes
+from raytrain_het.allreduce.layout import Layout
 from raytrain_het.errors import ProtocolError
 
 LAYOUT = Layout([("a", torch.zeros(30, 50)), ("b", torch.zeros(700)), ("c", torch.zeros(9))], [], 4000)

@@ -18,9 +18,9 @@ from ray import cloudpickle
 from torch.utils.data import DataLoader, Subset, TensorDataset, get_worker_info
 
 from raytrain_het.errors import ConfigError, DataProcessError
-from raytrain_het.training.fetch import SampleFetcher
-from raytrain_het.training.packed_samples import pack
-from raytrain_het.training.sample_source import sample_seeds
+from raytrain_het.worker.data.packed_samples import pack
+from raytrain_het.worker.data.sample_source import sample_seeds
+from raytrain_het.worker.state.fetch import SampleFetcher
 
 # As a user's script: its classes reach a worker by value, in no module that another process could import.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -467,7 +467,7 @@ def test_data_processes_end_with_a_worker_that_is_killed(tmp_path):
     script.write_text(
         textwrap.dedent("""
         import time
-        from raytrain_het.training.fetch import SampleFetcher
+        from raytrain_het.worker.state.fetch import SampleFetcher
         if __name__ == "__main__":
             SampleFetcher(list(range(10)), num_workers=2).fetch(0, range(10))
             print("ready", flush=True)

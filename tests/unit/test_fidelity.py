@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from raytrain_het.collectives.fidelity import EVERY_STEPS, Fidelity
-from raytrain_het.compression import CODECS, RESIDUAL, Stamp
+from raytrain_het.allreduce.codecs import CODECS, RESIDUAL, Stamp
+from raytrain_het.allreduce.fidelity import EVERY_STEPS, Fidelity
 
 
 def test_one_shard_is_looked_at_in_every_twentieth_step_of_another_bucket_each_time():

@@ -10,13 +10,13 @@ from collectives_fakes import Reduction, record_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_het.collectives import replay
-from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.header import Header
-from raytrain_het.collectives.hierarchy import Hierarchy
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.collectives.sums import Sums
-from raytrain_het.compression import RESIDUAL
+from raytrain_het.allreduce import replay
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.codecs import RESIDUAL
+from raytrain_het.allreduce.header import Header
+from raytrain_het.allreduce.layout import Layout
+from raytrain_het.allreduce.reducers.by_machine import Hierarchy
+from raytrain_het.allreduce.sums import Sums
 
 LAYOUT = Layout(
     [("a", torch.zeros(30, 50)), ("b", torch.zeros(700)), ("c", torch.zeros(9))], [("m", torch.zeros(3))], 4000

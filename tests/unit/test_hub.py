@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from raytrain_het.fleet.profile import Measurement, Profile
+from raytrain_het.balance.profile import Measurement, Profile
 from raytrain_het.membership.server import Hub
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.wire import Connection, encode

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from raytrain_het.errors import ForeignError
-from raytrain_het.training.last_words import MAX_TEXT, packed, portable, text_of, traceback_of, unpacked
+from raytrain_het.worker.state.last_words import MAX_TEXT, packed, portable, text_of, traceback_of, unpacked
 
 
 class TwoArguments(Exception):

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from raytrain_het.fleet.links import ROUND_TRIPS, Address, Link, LinkServer, probe_link, probe_links, slowest_link
-from raytrain_het.fleet.profile import Measurement
+from raytrain_het.balance.profile import Measurement
+from raytrain_het.probing.links import ROUND_TRIPS, Address, Link, LinkServer, probe_link, probe_links, slowest_link
 
 
 def link(latency_s: float, send: float, receive: float) -> Link:

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raytrain_het.errors import ConfigError, NotSupportedError
-from raytrain_het.training import losses
-from raytrain_het.training.loss_graph import LossGraph
-from raytrain_het.training.losses import checked_loss
+from raytrain_het.worker.checks import losses
+from raytrain_het.worker.checks.loss_graph import LossGraph
+from raytrain_het.worker.checks.losses import checked_loss
 
 
 class LossCheck(losses.LossCheck):

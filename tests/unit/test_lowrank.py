@@ -9,14 +9,14 @@ import pytest
 import torch
 from collectives_fakes import Reduction, record_of
 
+from raytrain_het.allreduce import replay
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.codecs import CODECS, RESIDUAL, LowRank, compiled
+from raytrain_het.allreduce.codecs.lowrank import leave, multiply, orthonormalise
+from raytrain_het.allreduce.header import Header
+from raytrain_het.allreduce.layout import Layout
+from raytrain_het.allreduce.sums import Sums
 from raytrain_het.codec_options import AUTO_CODECS, used_together
-from raytrain_het.collectives import replay
-from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.header import Header
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.collectives.sums import Sums
-from raytrain_het.compression import CODECS, RESIDUAL, LowRank, compiled
-from raytrain_het.compression.lowrank import leave, multiply, orthonormalise
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 

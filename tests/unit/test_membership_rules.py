@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raytrain_het.fleet.scoreboard import Table
+from raytrain_het.balance.scoreboard import Table
 from raytrain_het.membership import server
 from raytrain_het.membership.protocol import Address, Poison, ToMember
 from raytrain_het.membership.record import Member, Record

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raytrain_het.training.cursor import micro_batches
-from raytrain_het.training.memory import MemoryLimit
+from raytrain_het.worker.data.cursor import micro_batches
+from raytrain_het.worker.step.memory import MemoryLimit
 
 
 class Meter:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.training.metrics import check_metrics, check_reduce, check_sums
+from raytrain_het.worker.state.metrics import check_metrics, check_reduce, check_sums
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from raytrain_het.allocation.owner_shards import LINK_SLACK, busiest_link_s, link_parts, owner_parts
+from raytrain_het.balance.owner_shards import LINK_SLACK, busiest_link_s, link_parts, owner_parts
 
 
 @pytest.mark.parametrize(

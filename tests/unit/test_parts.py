@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from raytrain_het.errors import CheckpointError
-from raytrain_het.training import parts
+from raytrain_het.worker.state import parts
 
 
 class Mode(enum.Enum):

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from raytrain_het.fleet.paths import LEAST_S, NUM_LOOKS, WINDOW, Paths
-from raytrain_het.fleet.scoreboard import LINK_ROUNDS, Scoreboard, Table
+from raytrain_het.balance.paths import LEAST_S, NUM_LOOKS, WINDOW, Paths
+from raytrain_het.balance.scoreboard import LINK_ROUNDS, Scoreboard, Table
 
 SLOTS = range(4)
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_het.allocation.batch_shares import StepCost
-from raytrain_het.fleet.prediction import ENOUGH, Machine, advice, chance, communication_s, messages_s, predict
+from raytrain_het.balance.batch_shares import StepCost
+from raytrain_het.probing.prediction import ENOUGH, Machine, advice, chance, communication_s, messages_s, predict
 
 MACHINES = st.lists(
     st.builds(

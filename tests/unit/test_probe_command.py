@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from raytrain_het.allocation.batch_shares import StepCost
+from raytrain_het.balance.batch_shares import StepCost
+from raytrain_het.balance.profile import Measurement, Profile
 from raytrain_het.cli import main
 from raytrain_het.codec_options import AUTO_CODECS
 from raytrain_het.errors import HetError
-from raytrain_het.fleet.links import Link
-from raytrain_het.fleet.prediction import Machine, advice
-from raytrain_het.fleet.profile import Measurement, Profile
 from raytrain_het.jobs import probe
 from raytrain_het.jobs.probe_places import LocalProcess
 from raytrain_het.jobs.probe_report import show
 from raytrain_het.jobs.table import load_job
+from raytrain_het.probing.links import Link
+from raytrain_het.probing.prediction import Machine, advice
 
 JOBS = Path(__file__).parents[2] / "experiments" / "jobs"
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_het.fleet import probes
-from raytrain_het.fleet.cores import CpuLimit, cpu_limit
-from raytrain_het.fleet.probes import fit_step_cost, known_or_probed, one_at_a_time, probe_hardware, probe_step
-from raytrain_het.fleet.profile import Measurement, Profile
-from raytrain_het.fleet.profile_store import ProfileStore
+from raytrain_het.balance.profile import Measurement, Profile
+from raytrain_het.probing import probes
+from raytrain_het.probing.cores import CpuLimit, cpu_limit
+from raytrain_het.probing.probes import fit_step_cost, known_or_probed, one_at_a_time, probe_hardware, probe_step
+from raytrain_het.probing.profile_store import ProfileStore
 
 
 @pytest.fixture

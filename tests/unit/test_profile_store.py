@@ -10,10 +10,10 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from raytrain_het.allocation.batch_shares import StepCost
-from raytrain_het.fleet import profile_store
-from raytrain_het.fleet.profile import Measurement, Profile
-from raytrain_het.fleet.profile_store import ProfileStore
+from raytrain_het.balance.batch_shares import StepCost
+from raytrain_het.balance.profile import Measurement, Profile
+from raytrain_het.probing import profile_store
+from raytrain_het.probing.profile_store import ProfileStore
 from raytrain_het.testing import throttle
 
 PROFILE = Profile(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
-from raytrain_het.training.replica import ROW, Replica
+from raytrain_het.worker.state.replica import ROW, Replica
 
 
 def replica_of(seed: int = 0, *, dtype: torch.dtype = torch.float32, register: bool = True) -> Replica:

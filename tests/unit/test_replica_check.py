@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from raytrain_het.training import replica_check
-from raytrain_het.training.replica import Replica
-from raytrain_het.training.replica_check import ReplicaCheck
+from raytrain_het.worker.state import replica_check
+from raytrain_het.worker.state.replica import Replica
+from raytrain_het.worker.state.replica_check import ReplicaCheck
 
 
 def replica(seed=0, width=40):

@@ -12,7 +12,7 @@ from collectives_fakes import record_of
 from raytrain_het.membership import protocol
 from raytrain_het.membership.protocol import Message
 from raytrain_het.membership.whereabouts import Doing
-from raytrain_het.training.reporter import Report, Reporter
+from raytrain_het.worker.state.reporter import Report, Reporter
 
 
 class WouldWait(Exception):

@@ -11,8 +11,8 @@ import torch
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.optim import SCHEDULES, schedule_of
-from raytrain_het.training.cursor import Cursor, DataPlan
-from raytrain_het.training.rates import Rates, give_back
+from raytrain_het.worker.data.cursor import Cursor, DataPlan
+from raytrain_het.worker.step.rates import Rates, give_back
 
 E = 12.0
 CLOSED_FORMS = {

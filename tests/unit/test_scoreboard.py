@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from raytrain_het.allocation.batch_shares import StepCost, balanced_shares, slowest_s
-from raytrain_het.allocation.learning_rate import effective_batch_size, lr_scales, normalised_scores
+from raytrain_het.balance.batch_shares import StepCost, balanced_shares, slowest_s
+from raytrain_het.balance.gradient_weights import effective_batch_size, lr_scales, normalised_scores
+from raytrain_het.balance.profile import Measurement, Profile
+from raytrain_het.balance.scoreboard import Scoreboard
+from raytrain_het.balance.speeds import Speeds
+from raytrain_het.balance.step_time import StepTimeModel
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
-from raytrain_het.fleet.profile import Measurement, Profile
-from raytrain_het.fleet.scoreboard import Scoreboard
-from raytrain_het.fleet.speeds import Speeds
-from raytrain_het.fleet.step_time import StepTimeModel
 
 
 class Fleet:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from raytrain_het.allocation.batch_shares import StepCost
+from raytrain_het.balance.batch_shares import StepCost
+from raytrain_het.balance.profile import Measurement, Profile
+from raytrain_het.balance.scores import scores
 from raytrain_het.errors import ConfigError
-from raytrain_het.fleet.profile import Measurement, Profile
-from raytrain_het.fleet.scores import scores
 
 
 def profile(flops: float = 1e9, bandwidth: float = 1e9, step: StepCost | None = None) -> Profile:

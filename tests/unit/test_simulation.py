@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import raytrain_het as het
 from raytrain_het.cli import main
 from raytrain_het.errors import ConfigError
-from raytrain_het.fleet.cores import CpuLimit
 from raytrain_het.jobs import runner
 from raytrain_het.jobs.simulation import LEFT_CORES, fitting_cores, parse_speeds, verdict
 from raytrain_het.jobs.table import default_job
+from raytrain_het.probing.cores import CpuLimit
 from raytrain_het.testing.cgroups import PREFIX, ROOT
 from raytrain_het.testing.throttle import SlowWorkers
 
@@ -135,7 +135,7 @@ def test_what_a_quota_leaves_of_the_machine_is_what_is_shared_out(
     stub: type[StubTrainer], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A container's cores are fewer than it sees."""
-    monkeypatch.setattr("raytrain_het.fleet.cores.cpu_limit", lambda: CpuLimit(1.4, 0.1))
+    monkeypatch.setattr("raytrain_het.probing.cores.cpu_limit", lambda: CpuLimit(1.4, 0.1))
     monkeypatch.setattr(runner, "cpu_limit", lambda: CpuLimit(1.4, 0.1))
     assert main(["train", "--simulate", "1,1"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()

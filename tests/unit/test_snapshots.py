@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from raytrain_het.errors import CheckpointError
-from raytrain_het.training.replica import Replica
+from raytrain_het.worker.state.replica import Replica
 
 
 def replica_of(

@@ -17,8 +17,9 @@ import torch
 
 from raytrain_het.errors import CheckpointError, EvictedError
 from raytrain_het.membership.agent import RunOver
-from raytrain_het.training import state_server, strides
-from raytrain_het.training.state_server import StateServer, ask
+from raytrain_het.worker.data import strides
+from raytrain_het.worker.state import state_server
+from raytrain_het.worker.state.state_server import StateServer, ask
 
 
 @pytest.fixture

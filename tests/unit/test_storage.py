@@ -13,7 +13,7 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from raytrain_het.errors import CheckpointError, ConfigError
 from raytrain_het.ray_train import storage as module
 from raytrain_het.ray_train.storage import RayStorage, write_atomically
-from raytrain_het.training.storage import LocalStorage, StagedStorage
+from raytrain_het.worker.state.storage import LocalStorage, StagedStorage
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from raytrain_het.jobs import table_file, tabular, tabular_data
 from raytrain_het.jobs.runner import resolve
 from raytrain_het.jobs.table import KINDS, check_data, load_job, with_fitting_batch
 from raytrain_het.jobs.tabular_data import Source, open_table
-from raytrain_het.training.fetch import SampleFetcher
+from raytrain_het.worker.state.fetch import SampleFetcher
 
 GENERATED = Source(data=None, rows=1000, columns=3, target=None, features=None, task="regression", seed=0)
 

@@ -15,16 +15,16 @@ import pytest
 import torch
 from collectives_fakes import record_of
 
-from raytrain_het.collectives import tcp
-from raytrain_het.collectives.building import GroupBuilder, connect
-from raytrain_het.collectives.codec_states import CodecStates
-from raytrain_het.collectives.exchange import Exchange
-from raytrain_het.collectives.group import GroupError, Parts
-from raytrain_het.collectives.header import Header
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.collectives.poller import Poller
-from raytrain_het.collectives.sums import Sums
-from raytrain_het.collectives.tcp import TcpGroup
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.header import Header
+from raytrain_het.allreduce.layout import Layout
+from raytrain_het.allreduce.reducers.exchange import Exchange
+from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.transport import tcp
+from raytrain_het.allreduce.transport.building import GroupBuilder, connect
+from raytrain_het.allreduce.transport.group import GroupError, Parts
+from raytrain_het.allreduce.transport.poller import Poller
+from raytrain_het.allreduce.transport.tcp import TcpGroup
 
 LONG = 6_000_000
 """More than two sockets hold."""

@@ -12,15 +12,15 @@ import msgspec
 import pytest
 import torch
 
-from raytrain_het.allocation.batch_shares import StepCost
-from raytrain_het.collectives import communicator, patience
-from raytrain_het.collectives.communicator import Communicator
-from raytrain_het.collectives.jobs import StepJob
-from raytrain_het.collectives.layout import Layout
-from raytrain_het.fleet.profile import Profile
+from raytrain_het.allreduce import communicator, patience
+from raytrain_het.allreduce.communicator import Communicator
+from raytrain_het.allreduce.jobs import StepJob
+from raytrain_het.allreduce.layout import Layout
+from raytrain_het.balance.batch_shares import StepCost
+from raytrain_het.balance.profile import Profile
 from raytrain_het.membership.protocol import Known, Timing
-from raytrain_het.training import timings
-from raytrain_het.training.timings import NUM_FIRST, NUM_WORTH_KEEPING, CpuSplit, KnownSpeed, Timings
+from raytrain_het.worker.step import timings
+from raytrain_het.worker.step.timings import NUM_FIRST, NUM_WORTH_KEEPING, CpuSplit, KnownSpeed, Timings
 
 TWO_BUCKETS = Layout([("a", torch.zeros(4)), ("b", torch.zeros(4))], [], 16)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raytrain_het.errors import ConfigError, LoopOrderError
-from raytrain_het.training.unsupported import TABLE, refuse
+from raytrain_het.worker.checks.unsupported import TABLE, refuse
 
 ROOT = Path(__file__).parents[2]
 

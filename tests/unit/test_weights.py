@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.training.weights import checked_weight
+from raytrain_het.worker.checks.weights import checked_weight
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 3, 2.5, True, np.float32(2.5), torch.tensor(7), torch.tensor([1.5])])

@@ -36,7 +36,7 @@ from raytrain_het.jobs.table import load_job
 from raytrain_het.jobs.trainer import make_trainer
 
 cloudpickle.dumps(make_trainer(load_job()))
-print("sklearn" in sys.modules, "raytrain_het.training.session" in sys.modules)
+print("sklearn" in sys.modules, "raytrain_het.worker.session" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"], done.stderr

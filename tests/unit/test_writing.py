@@ -15,10 +15,10 @@ from collectives_fakes import record_of
 from raytrain_het.errors import CheckpointError
 from raytrain_het.membership.agent import RunOver
 from raytrain_het.membership.record import Member
-from raytrain_het.training import checkpoint as files
-from raytrain_het.training.state_server import StateServer
-from raytrain_het.training.storage import LocalStorage
-from raytrain_het.training.writing import Writer
+from raytrain_het.worker.state import checkpoint as files
+from raytrain_het.worker.state.state_server import StateServer
+from raytrain_het.worker.state.storage import LocalStorage
+from raytrain_het.worker.state.writing import Writer
 
 KEY = "3.7.0"
 NAME = "checkpoint_000000007_0"

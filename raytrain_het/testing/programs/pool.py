@@ -27,7 +27,7 @@ from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.settings import config_of, faults_of, used_in
 from raytrain_het.testing.programs.text import text_of
 from raytrain_het.testing.programs.traces import Outcome, StepNote, read_notes
-from raytrain_het.training.checkpoint import read_meta
+from raytrain_het.worker.state.checkpoint import read_meta
 
 DEADLINE_S = 60.0
 """A program that takes longer hangs: an ordinary one takes half a second. Three times as long with data processes, each

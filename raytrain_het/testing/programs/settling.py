@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raytrain_het.allocation.batch_shares import apportion
+from raytrain_het.balance.batch_shares import apportion
 from raytrain_het.testing.programs.program import AVERAGED, EXTREMES, Program
 from raytrain_het.testing.programs.text_data import fetches_pairs
 from raytrain_het.testing.programs.text_loss import tasks_of

@@ -20,7 +20,7 @@ import torch
 import torch._dynamo  # Imported by every optimizer's first step: once in the fork server.
 
 import raytrain_het
-from raytrain_het.collectives import points
+from raytrain_het.allreduce import points
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, ProtocolError
 from raytrain_het.testing import faults as fault_kit
@@ -28,9 +28,9 @@ from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
 from raytrain_het.testing.programs.plain import Used, run_plain
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.traces import NoteWriter, Outcome, StepNote, bits_of, state_of
-from raytrain_het.training import session as sessions
-from raytrain_het.training.checkpoint import LocalStorage
-from raytrain_het.training.step_record import StepRecord
+from raytrain_het.worker import session as sessions
+from raytrain_het.worker.state.checkpoint import LocalStorage
+from raytrain_het.worker.step.step_record import StepRecord
 
 
 @dataclass(frozen=True, kw_only=True)

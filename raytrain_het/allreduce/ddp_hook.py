@@ -1,0 +1,347 @@
+"""The codecs as a communication hook of torch's plain ``DistributedDataParallel`` (and so of what builds on it).
+
+A hook's future is completed by one thread of the state's own, which launches all collectives in the order of the
+buckets, on a process group of its own, and never waits inside of a callback: so nothing hangs, however many buckets.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import queue
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.codecs import CODECS, State
+from raytrain_het.allreduce.header import Header
+from raytrain_het.allreduce.layout import Layout, is_finite
+from raytrain_het.allreduce.reducers.exchange import Exchange, Exchanges
+from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.transport.group import Parts
+from raytrain_het.codec_options import one_word
+from raytrain_het.membership.record import Member, Record
+
+_WHOLE = 2**62
+
+
+class CompressedState:
+    """What :func:`compressed_hook` keeps from step to step; one for each model, made by all processes alike.
+
+    ::
+
+        ddp = DistributedDataParallel(model)
+        ddp.register_comm_hook(CompressedState(model, {"topk": {"density": 0.01}}), compressed_hook)
+
+    Args:
+        model: the module that is wrapped, for the names of its parameters.
+        compression: one codec, as ``HetConfig.compression``.
+        process_group: a group of the same processes as the ``DistributedDataParallel``'s that is used for nothing
+            else. Left out, one of all processes is made, which all have to come for: at once, or in the first
+            ``backward()`` where torch's default group is made later, as frameworks do.
+
+    Raises:
+        ConfigError: ``compression`` is not valid.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compression: str | Mapping[str, Any] = "int8",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.codec = one_word(compression)
+        self.weight = 1.0
+        """This process's weight ``w_i`` in ``g = sum w_i g_i / sum w_i``, such as the samples of its batch. To be set
+        before ``backward()`` where batches differ."""
+        self.loss_scale = 1.0
+        """What the loss was multiplied by (``scaler.get_scale()``): error feedback is kept without it."""
+        self.epoch = 0
+        """For codecs that warm up: to be set by all processes before each epoch's first ``backward()``."""
+        CODECS[self.codec].prepare()
+        self._given = process_group
+        self._peers: _Peers | None = None
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._buckets: dict[tuple[str, ...], _Bucket] = {}
+        self._loaded: dict[str, State] = {}
+        self._num_dealt = 0
+        if process_group is not None or dist.is_initialized():
+            self._meet()
+
+    def _meet(self) -> _Peers:
+        """The other processes: those that there are when this is first asked for."""
+        if self._peers is None:
+            self._peers = _Peers(self._given or dist.new_group(backend=dist.get_backend()), self.codec)
+            weakref.finalize(self, self._peers.worker.stop)
+        return self._peers
+
+    @property
+    def bytes_sent(self) -> int:
+        """To other processes so far, headers included."""
+        return self._peers.worker.bytes_sent if self._peers is not None else 0
+
+    def state_dict(self) -> dict[str, State]:
+        """What this process's codec remembers, by parameter: for a checkpoint of each process."""
+        found = dict(self._loaded)
+        for bucket in self._buckets.values():
+            found |= bucket.states.by_parameter()
+        return found
+
+    def load_state_dict(self, state: Mapping[str, State]) -> None:
+        """The inverse; for buckets that come to be later too."""
+        self._loaded = dict(state)
+        for names, bucket in self._buckets.items():
+            bucket.states.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
+
+    def reduce(
+        self, index: int, parameters: Sequence[torch.Tensor], flat: torch.Tensor, gradients: Sequence[torch.Tensor]
+    ) -> torch.futures.Future[torch.Tensor]:
+        """The future of a bucket's mean, which takes the place of ``flat``.
+
+        Raises:
+            ValueError: ``weight`` or ``loss_scale`` is not valid.
+        """
+        if not (0 <= self.weight < math.inf and 0 < self.loss_scale < math.inf):
+            raise ValueError(
+                f"CompressedState.weight={self.weight!r}, loss_scale={self.loss_scale!r}: allowed is a finite weight "
+                "from 0, such as the samples of this process's batch, and a finite scale above 0."
+            )
+        names = tuple(self._names[id(p)] for p in parameters)
+        if names not in self._buckets:
+            self._deal(names, parameters)
+        future: Any = torch.futures.Future(devices=[flat.device] if flat.is_cuda else None)
+        if flat.is_cuda:
+            torch.cuda.current_stream(flat.device).synchronize()
+        bucket = self._buckets[names]
+        work = _Work(bucket, index, flat, gradients, self.weight, self.loss_scale, self.epoch, future)
+        self._meet().worker.do(work)
+        return future
+
+    def _deal(self, names: tuple[str, ...], parameters: Sequence[torch.Tensor]) -> None:
+        """``DistributedDataParallel`` deals the parameters out once more after the first step."""
+        for other in [other for other in self._buckets if set(other) & set(names)]:
+            self._loaded |= self._buckets.pop(other).states.by_parameter()
+        peers = self._meet()
+        bucket = _Bucket(
+            list(zip(names, parameters, strict=True)),
+            peers.record,
+            peers.group,
+            first_step=self._num_dealt << 40,
+            small_apart=CODECS[self.codec].spares_small,
+        )
+        self._num_dealt += 1
+        bucket.states.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
+        self._buckets[names] = bucket
+
+
+def compressed_hook(state: CompressedState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Communication hook: the weighted mean of all processes' gradients, encoded by ``state``'s codec.
+
+    Args:
+        state: what is kept between steps.
+        bucket: what ``DistributedDataParallel`` has filled.
+
+    Returns:
+        A future of the bucket's (n,) tensor. Where any process's gradient is not finite it holds NaN, the same on all,
+        for ``GradScaler`` to find, and error feedback stays as it was. Where all are zero, it stays so too.
+    """
+    return state.reduce(bucket.index(), bucket.parameters(), bucket.buffer(), bucket.gradients())
+
+
+# DistributedDataParallel compares them with these very objects, and not with their names.
+compressed_hook.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
+
+
+@dataclass
+class _Work:
+    bucket: _Bucket
+    index: int
+    flat: torch.Tensor
+    gradients: Sequence[torch.Tensor]
+    weight: float
+    loss_scale: float
+    epoch: int
+    future: Any
+
+
+class _Peers:
+    """A process group, the record that its exchanges go by, and the thread that speaks in it."""
+
+    def __init__(self, group: Any, codec: str) -> None:
+        self.group = _TorchGroup(group)
+        self.record = _record(self.group.size, codec)
+        self.worker = _Worker(self.group)
+
+
+class _Worker:
+    """The thread. Knows nothing of the state that gives it work, so that this can go when nobody needs it."""
+
+    def __init__(self, group: _TorchGroup) -> None:
+        self.bytes_sent = 0
+        self._group = group
+        self._waiting: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._total_weight = 0.0
+        self._failed: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="het-ddp-hook", daemon=True)
+        self._thread.start()
+
+    def do(self, work: _Work) -> None:
+        """After what was given before."""
+        self._waiting.put(work)
+
+    def stop(self) -> None:
+        """After all that was given. At the end of the process too, which torch aborts where a thread is left."""
+        self._waiting.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(10)
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)  # As the communication thread's: a pool of its own would fight the training's.
+        while (work := self._waiting.get()) is not None:
+            try:
+                if self._failed is not None:  # Nothing more: peers would take it for something else.
+                    raise self._failed
+                if work.index == 0:
+                    total = torch.tensor([work.weight], dtype=torch.float64, device=self._group.device)
+                    dist.all_reduce(total, group=self._group.group)
+                    self._total_weight = float(total)
+                self.bytes_sent += work.bucket.all_reduce(work, self._total_weight)
+                if work.flat.is_cuda:
+                    torch.cuda.current_stream(work.flat.device).synchronize()
+                work.future.set_result(work.flat)
+            except Exception as error:
+                self._failed = error
+                work.future.set_exception(error)
+            del work  # Else the last bucket's gradients would live until the next one comes.
+
+
+class _Bucket:
+    """One of ``DistributedDataParallel``'s buckets, with its messages and its state."""
+
+    def __init__(
+        self,
+        named: list[tuple[str, torch.Tensor]],
+        record: Record,
+        group: _TorchGroup,
+        *,
+        first_step: int,
+        small_apart: bool,
+    ) -> None:
+        self.layout = Layout(named, [], _WHOLE, small_apart=small_apart)
+        self.states = CodecStates(self.layout)
+        make = functools.partial(Exchange, record, group.rank, self.layout, group, self.states, None)
+        self._exchanges = Exchanges(record, make)
+        self._place = {name: k for k, (name, _) in enumerate(named)}
+        self._step = first_step  # Of its own for each bucket: random numbers follow from it.
+
+    def all_reduce(self, work: _Work, total_weight: float) -> int:
+        """In place; returns the bytes sent."""
+        exchange, gradients, sums = self._exchanges.open(work.epoch), work.gradients, Sums(step=self._step)
+        before = exchange.traffic.sent
+        exchange.expect()
+        finite = all(is_finite(g) for g in gradients)
+        outs = []
+        for bucket in self.layout.buckets:
+            parts = [gradients[self._place[s.name]] for s in bucket.segments]
+            local = torch.cat([part.reshape(-1).to(bucket.dtype) for part in parts])
+            header = Header(
+                step=self._step,
+                generation=0,
+                bucket=bucket.index,
+                want=0,
+                weight=work.weight,
+                finite=finite,
+                contributes=work.weight > 0,
+                digest=0,
+                used=sum(bool(part.any()) << k for k, part in enumerate(parts)),
+            )
+            outs.append(torch.empty_like(local))
+            local.mul_(work.weight / work.loss_scale)
+            for operation in exchange.all_reduce(bucket, header, local, outs[-1], sums, expected_weight=total_weight):
+                operation.result()
+        for bucket, out in zip(self.layout.buckets, outs, strict=True):
+            for k, segment in enumerate(bucket.segments):
+                gradient = gradients[self._place[segment.name]]
+                if not sums.finite:
+                    gradient.fill_(torch.nan)
+                elif sums.applies and sums.used[bucket.index] >> k & 1:
+                    values = out[segment.offset : segment.stop].view(segment.shape)
+                    gradient.copy_(values.mul_(work.loss_scale))
+                else:
+                    gradient.zero_()  # Nobody used it, or all weights are 0.
+        if sums.applies:
+            self.states.commit(self._step, sums.total_weight, sums.used)
+        self._step += 1
+        return exchange.traffic.sent - before
+
+
+class _Over:
+    """An operation that has been waited for."""
+
+    done = True
+
+    def result(self) -> None:
+        """Nothing to raise: what failed raised at once."""
+
+
+class _TorchGroup:
+    """A process group of torch as a ``Group`` (``transport/group.py``); it waits for each operation."""
+
+    poll_s: float | None = None
+
+    def __init__(self, group: Any) -> None:
+        self.key, self.group = "ddp", group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        on_gpu = dist.get_backend(group) == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    def join(self, poller: Any) -> None:
+        """Nobody else waits."""
+
+    def leave(self) -> None:
+        """It is torch's."""
+
+    def expect(self, out: Parts) -> None:
+        """Nothing comes in before both sides have launched."""
+
+    def sent(self) -> dict[int, tuple[int, float]]:
+        """Not known."""
+        return {}
+
+    def all_to_all(self, out: Parts, inp: Parts, expected: Any = None, *, flush: bool = True) -> _Over:
+        """See :class:`raytrain_het.allreduce.transport.group.Group`."""
+        dist.all_to_all_single(out.buffer, inp.in_a_row(), out.lengths, inp.lengths, group=self.group)
+        return _Over()
+
+
+def _record(size: int, codec: str) -> Record:
+    members = tuple(Member(uid=str(k), slot=k, host="", state_port=0, device="") for k in range(size))
+    ones = (1.0,) * size
+    return Record(
+        number=0,
+        incarnation=0,
+        group="ddp",
+        members=members,
+        shares=ones,
+        lr_scales=ones,
+        normalised=True,
+        table=0,
+        owners=ones,
+        codecs=(codec,) * size,
+        cursor={"epoch": 0, "offset": 0, "step": 0},
+        source=None,
+        behind=(),
+        unhealed=(),
+        fresh=(),
+        reset=False,
+        checkpoint=None,
+        backend="torch",
+        reason="DistributedDataParallel",
+    )

@@ -1,0 +1,77 @@
+"""How long the communication thread waits, and what ends a wait before its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from raytrain_het.allreduce.jobs import StepJob
+from raytrain_het.allreduce.transport.group import Operation
+from raytrain_het.allreduce.transport.poller import Poller
+from raytrain_het.membership.agent import MemberAgent
+
+FIRST_DEADLINE_S = 2.0
+DEADLINE_MARGIN_S = 0.15
+
+
+class Interrupted(Exception):
+    """The generation is void: what is under way is abandoned."""
+
+
+class Patience:
+    """All waits of one communication thread."""
+
+    def __init__(self, agent: MemberAgent, poller: Poller, *, hang_limit_s: float) -> None:
+        self.step_s = 0.0
+        """Typical duration of a step, from which the deadline follows; 0 while none has been done."""
+        self.position = 0
+        """Grows as this member comes along in its collectives: by it the hub sees who is behind."""
+        self.poll_s: float | None = None
+        """How often to look, where operations end without a word."""
+        self.closed = False
+        self._agent, self._poller, self._hang_limit_s = agent, poller, hang_limit_s
+
+    def step_took(self, duration_s: float) -> None:
+        """One more step has been done."""
+        self.step_s = duration_s if self.step_s == 0 else 0.8 * self.step_s + 0.2 * duration_s
+
+    def until(self, condition: Callable[[], bool], generation: int, step: int, *, peers: bool) -> None:
+        """Wait; a deadline that passes while peers are waited for is told as a suspicion, and then doubled.
+
+        Raises:
+            Interrupted: the generation is void.
+        """
+        deadline = FIRST_DEADLINE_S if self.step_s == 0 else DEADLINE_MARGIN_S + self.step_s
+        suspect_at = time.monotonic() + deadline
+        while not condition():
+            if self.interrupted(generation):
+                raise Interrupted
+            now = time.monotonic()
+            if peers and now >= suspect_at:
+                self._agent.suspect(generation, step)
+                deadline = min(2 * deadline, self._hang_limit_s / 4)
+                suspect_at = now + deadline
+            self._poller.wait(self.poll_s or (min(max(suspect_at - now, 0.001), 1.0) if peers else 1.0))
+
+    def finish(self, operation: Operation, generation: int, step: int) -> None:
+        """Wait for an operation with the peers; its error is raised."""
+        self.until(lambda: operation.done, generation, step, peers=True)
+        operation.result()
+
+    def finish_of_step(self, operation: Operation, job: StepJob, num_buckets: int) -> None:
+        """The same for one of a step's, whose job counts the seconds in which only peers were waited for."""
+        began = time.monotonic()
+        self.finish(operation, job.generation, job.step)
+        if job.ready == num_buckets:  # Until then the training thread was at work.
+            job.waited_s += max(0.0, time.monotonic() - max(began, job.ready_at))
+
+    def interrupted(self, generation: int) -> bool:
+        """Whether nothing more is to be done in this generation."""
+        agent, record = self._agent, self._agent.record
+        return (
+            self.closed
+            or agent.gone is not None
+            or agent.void > generation
+            or agent.answered > generation
+            or (record is not None and record.number > generation)
+        )

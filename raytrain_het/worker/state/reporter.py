@@ -1,0 +1,165 @@
+"""Reports: metrics and a snapshot, handed over keyed by step, repeated until acknowledged.
+
+Never holds training on a barrier.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from raytrain_het.membership import protocol
+from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.record import Record
+from raytrain_het.worker.state import checkpoint as files
+from raytrain_het.worker.state.report_keys import Keys
+from raytrain_het.worker.state.state_server import StateServer
+from raytrain_het.worker.state.writing import Writer
+
+logger = logging.getLogger("raytrain_het")
+
+NUM_HOLDERS = 2
+"""So many members keep a snapshot until it is stored, so that a dying writer takes no checkpoint with it."""
+MAX_UNACKNOWLEDGED = 2
+
+
+@dataclass
+class Report:
+    """A report on its way."""
+
+    key: str
+    """See :meth:`Reporter.next_key`."""
+    step: int
+    message: protocol.Report
+    meta: dict[str, Any]
+    snapshot: dict[str, Any] | None
+    record: Record
+    stored: protocol.Stored | None = None
+    sent: bool = False
+    writing: bool = False
+
+
+class Reporter:
+    """Holds this worker's part of each report until the hub has acknowledged it."""
+
+    def __init__(
+        self, agent: MemberAgent, server: StateServer, storage: files.Storage, token: Callable[[], str]
+    ) -> None:
+        self._agent = agent
+        self._writer = Writer(agent, server, storage, token)
+        self._open: dict[str, Report] = {}
+        self._confirmed = 0
+        self._keys = Keys()
+        self._returning = False
+        agent.on_message[protocol.Acknowledged] = self._acknowledged
+        agent.on_message[protocol.Write] = self._write_asked
+
+    def begins(self, life: int, step: int) -> None:
+        """This worker's loop begins: reports of this step and those after it are its business too."""
+        self._keys.begins(life, step)
+
+    def went_on(self, life: int, step: int) -> None:
+        """Its loop has committed a step."""
+        self._keys.went_on(life, step)
+
+    def told(self, *, complete: bool = False) -> protocol.Told | None:
+        """What the hub sees from that this worker has left a report out; ``complete``: its loop is at its end."""
+        return self._keys.told(complete=complete)
+
+    def next_key(self, step: int, body: object = None) -> str:
+        """The key of the next report made at this step: ``<life>.<step>.<ordinal>``, the same on all workers.
+
+        Where all began again from a checkpoint, the same step is reported once more, in another life. ``body`` is the
+        step that is open, if one is: where it is done again its reports are the same as before.
+        """
+        record = self._agent.record
+        assert record is not None
+        return self._keys.next(record.life, step, body)
+
+    def has(self, key: str) -> bool:
+        """Whether this report is on its way already: it was made when its step was done before."""
+        return key in self._open
+
+    def add(self, report: Report, own_state: dict[str, Any]) -> None:
+        """Take a report; it is sent once its step is confirmed.
+
+        Waits while too many snapshots are being stored. Those that are not sent yet do not count: they go with the next
+        step, which would not come.
+        """
+        doing = f"in report() at step {report.step}, waiting for the checkpoints of earlier reports to be stored"
+        with self._agent.doing.call("report", doing):
+            self._agent.wait_for_peers(lambda: report.snapshot is None or self._num_stored_now() < MAX_UNACKNOWLEDGED)
+        self._open[report.key] = report
+        self._writer.offer(report.key, own_state)
+        self.send_up_to(self._confirmed)
+
+    def _num_stored_now(self) -> int:
+        return sum(report.sent and report.snapshot is not None for report in list(self._open.values()))
+
+    def send_up_to(self, step: int, *, force: bool = False) -> None:
+        """All reports up to this step may go: their step is committed everywhere."""
+        self._confirmed = max(self._confirmed, step)
+        for report in list(self._open.values()):
+            if not report.sent and (force or report.step <= self._confirmed):
+                report.sent = True
+                self._agent.tell(report.message)
+
+    def resend(self) -> None:
+        """The hub is a new one: tell it again what has not been acknowledged."""
+        if self._returning and self._open:
+            self._agent.tell(protocol.Returning())
+        for report in list(self._open.values()):
+            if report.sent:
+                self._agent.tell(report.message)
+                if report.stored is not None:
+                    self._agent.tell(report.stored)
+
+    def flush(self) -> None:
+        """The function has returned: send what is left, and wait until every report is acknowledged."""
+        self.send_up_to(self._confirmed, force=True)
+        self._returning = True
+        if self._open:
+            self._agent.tell(protocol.Returning())
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until every report is acknowledged."""
+        step = self._agent.cursor["step"]
+        with self._agent.doing.call("returned", f"after step {step}, waiting for its reports to be stored"):
+            self._agent.wait_for_peers(lambda: not self._open)
+
+    def _acknowledged(self, message: protocol.Acknowledged) -> None:
+        with self._agent.condition:
+            for key in message.keys:
+                report = self._open.pop(key, None)
+                if report is not None:
+                    self._writer.withdraw(key)
+            self._agent.condition.notify_all()
+
+    def _write_asked(self, message: protocol.Write) -> None:
+        report = self._open.get(message.key)
+        if report is not None and report.snapshot is not None and not report.writing:
+            report.writing = True
+            threading.Thread(
+                target=self._write, args=(report, message.uids), name="het-checkpoint", daemon=True
+            ).start()
+
+    def _write(self, report: Report, uids: list[str]) -> None:
+        """Write and store the checkpoint. A failure costs this checkpoint, never an older one, and never the run."""
+        name = "checkpoint_{:09d}_{}".format(*map(int, report.key.split(".")[1:]))
+        path, error = None, None
+        try:
+            assert report.snapshot is not None
+            members = [m for m in report.record.members if m.uid in uids]
+            path = self._writer.write(name, report.meta, report.snapshot, members)
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {problem}"
+            logger.warning("the checkpoint of step %d could not be stored, the run goes on: %s", report.step, error)
+            event = {"kind": "checkpoint_failed", "step": report.step, "error": error}
+            self._agent.tell(protocol.Event(event=event))
+        cursor = report.meta["cursor"]
+        report.stored = protocol.Stored(key=report.key, path=path, error=error, cursor=cursor)
+        self._agent.tell(report.stored)

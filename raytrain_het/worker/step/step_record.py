@@ -1,0 +1,50 @@
+"""What is told of each committed step to whoever listens; the ledger is written from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raytrain_het.allreduce.sums import Sums
+from raytrain_het.worker.data.cursor import DataPlan, slice_of
+from raytrain_het.worker.step.engine import Opened
+
+
+@dataclass
+class StepRecord:
+    """One committed step, as one worker saw it."""
+
+    step: int
+    """Steps committed before this one."""
+    generation: int
+    epoch: int
+    offset: int
+    batch_size: int
+    slices: dict[str, list[int]]
+    """By uid: [start, stop) in the epoch's permutation; empty with a share of 0."""
+    uid: str
+    own_samples: list[int]
+    applied: bool
+    digest: Callable[[], int]
+
+    @classmethod
+    def of(cls, opened: Opened, sums: Sums, plan: DataPlan, uid: str, digest: Callable[[], int]) -> StepRecord:
+        """The record of a step that this worker has just committed."""
+        record, order = opened.record, plan.permutation(opened.cursor.epoch)
+        slices = {
+            m.uid: [s.start, s.stop]
+            for rank, m in enumerate(record.members)
+            for s in (slice_of(opened.batch, record.shares, rank),)
+        }
+        return cls(
+            step=opened.cursor.step,
+            generation=record.number,
+            epoch=opened.cursor.epoch,
+            offset=opened.batch.start,
+            batch_size=len(opened.batch),
+            slices=slices,
+            uid=uid,
+            own_samples=[int(order[k]) for k in opened.own],
+            applied=sums.applies,
+            digest=digest,
+        )
