@@ -34,12 +34,11 @@ from raytrain_het.allreduce.transport.one_to_all import one_to_all
 from raytrain_het.allreduce.transport.poller import Poller
 from raytrain_het.errors import ProtocolError, RunFailedError
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.meeting import MeetingPlace
 from raytrain_het.membership.record import Record
 
 logger = logging.getLogger("raytrain_het")
-
-Cursor = dict[str, int]
 
 
 class Communicator:
@@ -240,7 +239,7 @@ class Communicator:
             # What was followed so far does not lead here: healing starts again from a new snapshot.
             with self.agent.condition:
                 self.followed.clear()
-                self.followed_to = dict(record.cursor)
+                self.followed_to = record.cursor
                 self.follow_starts += 1
         with self.agent.condition:
             self.entered, self.replayed = record, replayed
@@ -316,8 +315,8 @@ class Communicator:
     def _follow(self, record: Record) -> None:
         """Take part in the next step with a header only, and keep its sums for the replay."""
         assert self.followed_to is not None
-        number, step = record.number, self.followed_to["step"] + 1
-        epoch = self.followed_to["epoch"]
+        number, step = record.number, self.followed_to.step + 1
+        epoch = self.followed_to.epoch
         job = StepJob(number, step, outs=self._outs, ready=len(self.layout.buckets), epoch=epoch)
         if not self._guard(lambda: self._step(job), number):
             return

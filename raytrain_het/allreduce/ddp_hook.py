@@ -27,6 +27,7 @@ from raytrain_het.allreduce.reducers.exchange import Exchange, Exchanges
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.allreduce.transport.group import Parts
 from raytrain_het.codec_options import one_word
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Member, Record
 
 _WHOLE = 2**62
@@ -335,7 +336,7 @@ def _record(size: int, codec: str) -> Record:
         table=0,
         owners=ones,
         codecs=(codec,) * size,
-        cursor={"epoch": 0, "offset": 0, "step": 0},
+        cursor=Cursor(),
         source=None,
         behind=(),
         unhealed=(),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raytrain_het.allreduce.codecs import CODECS, LowRank
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.worker.data.batches import to_device
-from raytrain_het.worker.data.cursor import micro_batches
+from raytrain_het.worker.data.data_plan import micro_batches
 from raytrain_het.worker.state.fetch import SampleFetcher
 from raytrain_het.worker.step.step_key import step_key
 

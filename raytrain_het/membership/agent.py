@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from raytrain_het.errors import EvictedError, HetError, ReplicaMismatchError, RunFailedError
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.protocol import (
     Address,
     Answer,
@@ -69,7 +70,7 @@ class MemberAgent:
         self.condition = threading.Condition()
         self.commit_lock = threading.Lock()
         self.record: Record | None = None
-        self.cursor: dict[str, int] = {"epoch": 0, "offset": 0, "step": 0}
+        self.cursor = Cursor()
         self.healed = False
         self.fresh = False
         self.want = 0
@@ -93,7 +94,7 @@ class MemberAgent:
         self.patience = 0
         self.checkpoint: str | None = None
         """The newest that the hub knows of. Every member does, so that a new hub learns of it from any of them."""
-        self.checkpoint_cursor: dict[str, int] | None = None
+        self.checkpoint_cursor: Cursor | None = None
         self.known: Known | None = None
         """This worker's profile, and the global batch size it is meant for; None where speeds do not matter."""
         self.on_reconnect: list[Callable[[], None]] = []
@@ -157,9 +158,9 @@ class MemberAgent:
         while not self.wait_for(predicate, timeout=FIRST_INQUIRY_S):
             impatience.tell()
 
-    def advance(self, cursor: dict[str, int], *, healed: bool | None = None, fresh: bool | None = None) -> None:
+    def advance(self, cursor: Cursor, *, healed: bool | None = None, fresh: bool | None = None) -> None:
         """Record a commit (or a load). The caller holds ``commit_lock``."""
-        self.cursor = dict(cursor)
+        self.cursor = cursor
         self.healed = self.healed if healed is None else healed
         self.fresh = self.fresh if fresh is None else fresh
 

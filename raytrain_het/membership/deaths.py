@@ -50,7 +50,7 @@ class Deaths:
 
     def last_step(self) -> int:
         """The highest that those who were lost are known to have committed."""
-        return max((max(p.reached, p.cursor["step"]) for p in self.lost), default=0)
+        return max((max(p.reached, p.cursor.step) for p in self.lost), default=0)
 
     def form_generation(self, base: int) -> list[Peer]:
         """Count those lost since the last generation, in the step after ``base``: to be called once for each that is

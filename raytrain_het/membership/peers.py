@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.whereabouts import Place
-
-Cursor = dict[str, int]
-ZERO: Cursor = {"epoch": 0, "offset": 0, "step": 0}
 
 
 class Phase(enum.Enum):
@@ -81,8 +79,8 @@ def succession(answered: Sequence[Peer], *, joining: bool) -> Succession:
     healed = [p for p in answered if p.healed and not p.fresh]
     if not healed:
         return Succession(None, None, [p for p in answered if p.phase is not Phase.IN])
-    base = max(healed, key=lambda p: p.cursor["step"]).cursor
-    holders = [p for p in healed if p.cursor["step"] == base["step"]]
+    base = max(healed, key=lambda p: p.cursor.step).cursor
+    holders = [p for p in healed if p.cursor.step == base.step]
     lasting = [p for p in holders if p.phase is Phase.IN]
     # Who alone holds the base step stays one generation longer, so that the others can take it over.
     source = min(lasting or holders, key=lambda p: p.member.slot)
@@ -112,7 +110,7 @@ def lag(peers: Sequence[Peer], base: Cursor) -> Lag:
     """
     behind, unhealed, fresh = [], [], []
     for peer in peers:
-        missed = base["step"] - peer.cursor["step"]
+        missed = base.step - peer.cursor.step
         if not peer.healed or missed > 1 or (peer.fresh and missed):
             peer.healed = False
             unhealed.append(peer.member.uid)

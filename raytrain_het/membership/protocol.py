@@ -12,11 +12,9 @@ from typing import Any
 import msgspec
 
 from raytrain_het.balance.profile import Profile
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.whereabouts import Place
-
-Cursor = dict[str, int]
-"""Position in the data: ``epoch``, ``offset``, ``step``."""
 
 
 def _snake(name: str) -> str:

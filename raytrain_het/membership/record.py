@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from raytrain_het.membership.cursor import Cursor
+
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
@@ -57,8 +59,8 @@ class Record:
     """Codec by which each rank encodes what it sends."""
     hierarchy: bool = False
     """Whether gradients of members on one host are added up there first."""
-    cursor: dict[str, int]
-    """Position (epoch, offset, step) after the base step, from which all go on."""
+    cursor: Cursor
+    """Position after the base step, from which all go on."""
     source: str | None
     """Uid of the member that holds the base step: it serves snapshots and kept sums."""
     behind: tuple[str, ...]
@@ -79,7 +81,7 @@ class Record:
     @property
     def base(self) -> int:
         """The last step that counts as committed when this generation starts."""
-        return self.cursor["step"]
+        return self.cursor.step
 
     @property
     def is_unlike(self) -> bool:
@@ -123,4 +125,5 @@ class Record:
         """The inverse of :meth:`to_json`."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         values["members"] = tuple(Member(**m) for m in data["members"])
+        values["cursor"] = Cursor.from_dict(data["cursor"])
         return cls(**values)

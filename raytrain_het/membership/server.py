@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from raytrain_het.membership import audit, protocol
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.evaluation_book import EvaluationBook
 from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.peers import Peer
@@ -391,9 +392,9 @@ class Hub:
         if free:
             self._flush()
 
-    def _note_checkpoint(self, path: str, cursor: dict[str, int]) -> None:
+    def _note_checkpoint(self, path: str, cursor: Cursor) -> None:
         """The newest counts, in whatever order word of them comes."""
-        if self._core.checkpoint is None or cursor["step"] >= self._core.checkpoint_cursor["step"]:
+        if self._core.checkpoint is None or cursor.step >= self._core.checkpoint_cursor.step:
             self._core.checkpoint, self._core.checkpoint_cursor = path, cursor
             for uid in self._core.peers:
                 self._send(uid, self._newest_checkpoint())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raytrain_het.balance.scores import Policy
+from raytrain_het.membership.cursor import Cursor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,5 +39,5 @@ class HubSettings:
     start_timeout_s: float = 120.0
     checkpoint: str | None = None
     """Checkpoint from which the run resumes."""
-    checkpoint_cursor: dict[str, int] | None = None
-    """Position (epoch, offset, step) stored in that checkpoint."""
+    checkpoint_cursor: Cursor | None = None
+    """Position stored in that checkpoint."""

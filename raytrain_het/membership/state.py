@@ -18,9 +18,10 @@ from typing import Any
 
 from raytrain_het.balance.scoreboard import Table
 from raytrain_het.errors import ConfigError
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.deaths import MAX_FRUITLESS_DEATHS, MAX_FRUITLESS_GENERATIONS, Deaths
 from raytrain_het.membership.event_log import EventLog
-from raytrain_het.membership.peers import ZERO, Cursor, Peer, Phase, Succession, lag, succession
+from raytrain_het.membership.peers import Peer, Phase, Succession, lag, succession
 from raytrain_het.membership.protocol import (
     Address,
     Bye,
@@ -94,7 +95,7 @@ class Membership:
         self.num_joined: Counter[int] = Counter()
         """By slot: how many processes have come."""
         self.checkpoint = settings.checkpoint
-        self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or dict(ZERO)
+        self.checkpoint_cursor: Cursor = settings.checkpoint_cursor or Cursor()
         self._outbox: list[tuple[str, ToMember]] = []
         self._gone: dict[str, str] = {}
         self._deaths = Deaths()
@@ -180,7 +181,7 @@ class Membership:
         self.vacant.discard(member.slot)
         if self._first_hello is None:
             self._first_hello = now
-        peer = Peer(member=member, phase=Phase.JOINING, cursor=dict(cursor), healed=healed, fresh=fresh, heard=now)
+        peer = Peer(member=member, phase=Phase.JOINING, cursor=cursor, healed=healed, fresh=fresh, heard=now)
         self.peers[uid] = peer
         self.num_joined[member.slot] += 1
         if record is not None:
@@ -236,7 +237,7 @@ class Membership:
         if number > self.number:
             # Peers of a restarted actor may know of a number that it never announced.
             self._start_forming(void=False, reason="a member asks for it", now=now, number=number)
-        peer.cursor, peer.healed, peer.fresh, peer.batch = dict(cursor), healed, fresh, batch
+        peer.cursor, peer.healed, peer.fresh, peer.batch = cursor, healed, fresh, batch
         peer.answered = True
         self._form_if_answered(now)
 
@@ -345,7 +346,7 @@ class Membership:
         if peer.phase is Phase.JOINING:
             self._release(uid, "left", now)
             return
-        peer.phase, peer.cursor, peer.confirmed = Phase.FINISHED, dict(cursor), confirmed
+        peer.phase, peer.cursor, peer.confirmed = Phase.FINISHED, cursor, confirmed
         self._release_the_finished(now)
 
     def returning(self, uid: str, now: float) -> None:
@@ -500,12 +501,12 @@ class Membership:
             return
         base, source = after.base, after.source
         # Where all start again, nobody is left to say in which step the last ones died.
-        died_after = self._deaths.last_step() if base is None else base["step"]
+        died_after = self._deaths.last_step() if base is None else base.step
         if reset := base is None:
-            base = dict(self.checkpoint_cursor) if self.checkpoint else dict(ZERO)
+            base = self.checkpoint_cursor if self.checkpoint else Cursor()
             source = peers[0]
             for peer in peers:
-                peer.healed, peer.fresh, peer.cursor = True, False, dict(base)
+                peer.healed, peer.fresh, peer.cursor = True, False, base
         assert base is not None and source is not None
         behind, unhealed, fresh = lag(peers, base)
         self.disturbed |= bool(unhealed)
@@ -516,7 +517,7 @@ class Membership:
         members = tuple(p.member for p in peers)
         same = previous is not None and not self.voided and not reset and previous.members == members
         group = previous.group if same and previous is not None else f"{self.incarnation}.{self.number}"
-        if previous is not None and base["step"] > previous.base:
+        if previous is not None and base.step > previous.base:
             self._deaths.links_hold()
         speeds = speeds_of(self.table, peers)
         self.record = Record(
@@ -616,7 +617,7 @@ class Membership:
         self._forget(uid, f"it had {how}")
         if how == "finished":
             self.finished_slots.add(peer.member.slot)
-        self._log(how, now, slot=peer.member.slot, uid=uid, step=peer.cursor["step"])
+        self._log(how, now, slot=peer.member.slot, uid=uid, step=peer.cursor.step)
         whom = Address(host=heir.host, port=heir.state_port) if heir is not None else None
         self._send(uid, Bye(how=how, heir=whom))
         self._end_if_nobody_trains()
@@ -635,15 +636,15 @@ class Membership:
         if self._recovering is not None:
             return  # Who else is there, and needs them, is not known yet.
         finished, record = [p for p in self.peers.values() if p.phase is Phase.FINISHED], self.record
-        if record is not None and any(p.cursor["step"] > record.base for p in finished):
+        if record is not None and any(p.cursor.step > record.base for p in finished):
             # A step takes all members: whoever had to load or compare first has done so, though its word is under way.
             for uid, peer in self.peers.items():
                 if record.rank_of(uid) is not None and uid not in record.unhealed:
                     peer.healed, peer.fresh = True, False
         active = [p for p in self.peers.values() if p.phase in (Phase.IN, Phase.LEAVING) and p.healed and not p.fresh]
         for peer in finished:
-            step = peer.cursor["step"]
-            held_by_others = all(p.cursor["step"] >= step for p in finished) and not active
+            step = peer.cursor.step
+            held_by_others = all(p.cursor.step >= step for p in finished) and not active
             # Who goes by the record's base does not know of those who have yet to take it over: who are behind, or load
             # what all begin with.
             needed = record is not None and bool(record.behind or record.reset) and step == record.base
@@ -825,7 +826,7 @@ class Membership:
         if record.reset:  # As when it was issued: who was loading then tells nobody that it has done so.
             loading = members.difference(record.unhealed)
             for peer in [p for p in self._required() if p.member.uid in loading and not p.healed]:
-                peer.healed, peer.fresh, peer.cursor = True, False, dict(record.cursor)
+                peer.healed, peer.fresh, peer.cursor = True, False, record.cursor
         if self._recovery_needs_void or members - self.peers.keys():
             reason = "the membership actor was restarted"
             self._start_forming(void=True, reason=reason, now=now, number=highest + 1)

@@ -16,6 +16,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupContext
 
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import CheckpointError
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.ray_train.cleaner_callback import PlacementCleanerCallback
 from raytrain_het.ray_train.hub import Hub, Parts
 from raytrain_het.ray_train.storage import snapshot_writer
@@ -87,7 +88,7 @@ class HetController(TrainController):
         self._worker_group = group
         group.start()
 
-    def _latest_checkpoint(self) -> tuple[str | None, dict[str, int] | None]:
+    def _latest_checkpoint(self) -> tuple[str | None, Cursor | None]:
         """Where the run goes on: the path of its last registered checkpoint, and the cursor in it."""
         latest = self._checkpoint_manager.latest_checkpoint_result
         if latest is None:
@@ -95,7 +96,7 @@ class HetController(TrainController):
         path = latest.checkpoint.path
         try:
             with latest.checkpoint.filesystem.open_input_stream(f"{path}/{META_FILE}") as stream:
-                return path, {name: int(value) for name, value in json.loads(stream.read())["cursor"].items()}
+                return path, Cursor.from_dict(json.loads(stream.read())["cursor"])
         except Exception as error:
             raise CheckpointError(
                 f"The run {self._run_config.name!r} has a checkpoint that raytrain_het cannot go on from: {path}/"

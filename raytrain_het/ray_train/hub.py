@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import RunFailedError
+from raytrain_het.membership.cursor import Cursor
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Hub:
         attempt: int,
         num_slots: int,
         checkpoint: str | None,
-        checkpoint_cursor: dict[str, int] | None,
+        checkpoint_cursor: Cursor | None,
     ) -> None:
         context = ray.get_runtime_context()
         settings = parts.settings(

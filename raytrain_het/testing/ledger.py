@@ -1,7 +1,7 @@
 """The ledger: who used which samples in which step, and a check that every sample was used exactly once.
 
 Each member writes a line per committed step into a file of its own; the files of all members, dead ones included, are
-read together. Offsets are positions in the epoch's permutation (see `raytrain_het.worker.data.cursor`).
+read together. Offsets are positions in the epoch's permutation (see `raytrain_het.worker.data.data_plan`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from raytrain_het.worker.data.cursor import Cursor, DataPlan
+from raytrain_het.membership.cursor import Cursor
+from raytrain_het.worker.data.data_plan import DataPlan
 
 
 @dataclass(frozen=True, kw_only=True)

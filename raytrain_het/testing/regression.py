@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.config import HetConfig
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.worker import session as sessions
-from raytrain_het.worker.data.cursor import Cursor, DataPlan
+from raytrain_het.worker.data.data_plan import DataPlan
 from raytrain_het.worker.step.step_record import StepRecord
 
 SMALL_BUCKETS = HetConfig(bucket_mib=0.0002, shares=None)

@@ -23,6 +23,7 @@ from raytrain_het.allreduce.sums import Sums
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, LoopOrderError, RunFailedError
 from raytrain_het.membership.agent import MemberAgent, RunOver
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.protocol import Codecs, Event, Finish, Leave, Raised, ReplicaAudit
 from raytrain_het.membership.protocol import Report as ReportPart
 from raytrain_het.membership.record import Member, Record
@@ -33,7 +34,7 @@ from raytrain_het.worker.checks.codec_warnings import warnings_of_epochs, warnin
 from raytrain_het.worker.checks.losses import LossCheck
 from raytrain_het.worker.checks.rehearsal import Rehearsal
 from raytrain_het.worker.checks.unsupported import refuse
-from raytrain_het.worker.data.cursor import Cursor, DataPlan, slice_of
+from raytrain_het.worker.data.data_plan import DataPlan, slice_of
 from raytrain_het.worker.state import checkpoint as files
 from raytrain_het.worker.state.evaluations import Evaluations
 from raytrain_het.worker.state.extras import Extra, Extras
@@ -543,12 +544,12 @@ class Session:
 
         def say() -> None:
             cursor = agent.cursor
-            confirmed = engine.confirmed >= cursor["step"]
+            confirmed = engine.confirmed >= cursor.step
             agent.tell(Finish(cursor=cursor, confirmed=confirmed, told=reporter.told(complete=complete)))
 
         agent.on_reconnect.append(say)
         say()
-        step = agent.cursor["step"]
+        step = agent.cursor.step
         with agent.doing.call("returned", f"returned after step {step}"), contextlib.suppress(RunOver):
             agent.wait_for_peers(lambda: agent.finished)
 

@@ -10,7 +10,7 @@ from typing import Any
 from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.membership import protocol
 from raytrain_het.membership.agent import MemberAgent
-from raytrain_het.worker.data.cursor import DataPlan, slice_of
+from raytrain_het.worker.data.data_plan import DataPlan, slice_of
 from raytrain_het.worker.step.engine import Engine
 
 INTERVAL_S = 0.5

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raytrain_het as het
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import CheckpointError
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import Regression, relative_error
@@ -30,7 +31,7 @@ STEPS = TASK.plan.steps_per_epoch
 
 def resume_from(path):
     meta = read_meta(path)
-    return {"checkpoint": str(path), "checkpoint_cursor": meta["cursor"]}
+    return {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(meta["cursor"])}
 
 
 @pytest.mark.parametrize(("first", "second"), [(3, 3), (3, 1), (2, 4)])

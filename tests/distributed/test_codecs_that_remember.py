@@ -15,6 +15,7 @@ from raytrain_het.allreduce import layout
 from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import CODECS, RESIDUAL
 from raytrain_het.config import HetConfig
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import Regression, go_on
@@ -65,7 +66,10 @@ def test_a_step_counts_once_though_it_was_done_again_or_taken_over(tmp_path, poi
 def test_a_resumed_run_goes_on_with_what_each_worker_remembered(tmp_path):
     run(dataclasses.replace(TASK, epochs=2), tmp_path / "first", settings=SETTINGS)
     path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
-    settings = SETTINGS | {"checkpoint": str(path), "checkpoint_cursor": read_meta(str(path))["cursor"]}
+    settings = SETTINGS | {
+        "checkpoint": str(path),
+        "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"]),
+    }
     done = run(TASK, tmp_path / "second", num_slots=4, settings=settings)
     half = TASK.num_steps / 2
     assert [done.results[slot]["counts"] for slot in range(4)] == [[2 * half]] * 3 + [[half]], "the fourth is new"
@@ -95,7 +99,7 @@ def test_a_smaller_fleet_takes_over_what_those_that_are_gone_had_left_out(tmp_pa
     config = HetConfig(compression={"topk": {"density": 0.1}}, shares=None)
     first = run(LeavingOut(epochs=2), tmp_path / "first", num_slots=4, config=config)
     path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
-    settings = {"checkpoint": str(path), "checkpoint_cursor": read_meta(str(path))["cursor"]}
+    settings = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
     done = run(LeavingOut(), tmp_path / "second", num_slots=3, config=config, settings=settings)
     left = {slot: result["left"] for slot, result in first.results.items()}
     for name in left[0]:

@@ -15,10 +15,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 import raytrain_het as het
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError, NonFiniteGradientError
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.ledger import check_exactly_once, read_ledgers
 from raytrain_het.testing.regression import Regression, differing_replicas, flat, relative_error, trace_steps
-from raytrain_het.worker.data.cursor import Cursor
 from raytrain_het.worker.data.data_loader import plan_of
 from raytrain_het.worker.session import current
 from raytrain_het.worker.state.checkpoint import read_meta
@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_its_sampler_and_with_no_other(tmp_path):
     weights = [1.0] * 10 + [3.0] * 10
     first = go(weights, "first")
     path = str(tmp_path / "first" / "storage" / "checkpoint_000000001_0")
-    checkpoint = {"checkpoint": path, "checkpoint_cursor": read_meta(path)["cursor"]}
+    checkpoint = {"checkpoint": path, "checkpoint_cursor": Cursor.from_dict(read_meta(path)["cursor"])}
     again = go(weights, "second", **checkpoint)
     assert again == {0: first[0][1:], 1: first[1]}
     with pytest.raises(CheckpointError, match=r"sampler='WeightedRandomSampler \w+'.*Give the DataLoader the sampler"):

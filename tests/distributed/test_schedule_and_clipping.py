@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from labs import run
 
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.optim import schedule_of
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, flat
-from raytrain_het.worker.data.cursor import Cursor
 from raytrain_het.worker.state.checkpoint import read_meta
 
 NORM = 0.4
@@ -88,7 +88,7 @@ def test_a_resumed_run_goes_on_where_its_schedule_stood(tmp_path):
     config = config_of(task)
     run(dataclasses.replace(task, epochs=2), tmp_path / "first", config=config)
     path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
-    settings = {"checkpoint": str(path), "checkpoint_cursor": read_meta(str(path))["cursor"]}
+    settings = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
     done = run(task, tmp_path / "second", config=config, settings=settings)
     for result in done.results.values():
         task.check_rates(result["rates"])
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_without_its_schedule_has_its_own_rate_again(tmp_path
     task = Decaying(schedule=_Hashable({"linear": {}}), epochs=2)
     run(task, tmp_path / "first", config=config_of(task))
     path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
-    settings = {"checkpoint": str(path), "checkpoint_cursor": read_meta(str(path))["cursor"]}
+    settings = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
     longer = dataclasses.replace(task, epochs=3)
     config = dataclasses.replace(config_of(task), schedule=None)
     done = run(longer, tmp_path / "second", config=config, settings=settings)

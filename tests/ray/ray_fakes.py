@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.settings import HubSettings
 
 current: FakeSession | None = None
@@ -81,7 +82,7 @@ class FakeMembership:
     def join(self, member: dict[str, Any]) -> dict[str, Any]:
         self.joins.append(member)
         self.members[member["slot"]] = member
-        return {"checkpoint": self.settings.checkpoint, "step": (self.settings.checkpoint_cursor or {}).get("step", 0)}
+        return {"checkpoint": self.settings.checkpoint, "step": (self.settings.checkpoint_cursor or Cursor()).step}
 
     def done(self, slot: int) -> None:
         if slot in self.members:
@@ -128,7 +129,7 @@ class FakeSession:
         path = None
         if directory:
             with open(os.path.join(directory, "het.json"), "w") as file:
-                json.dump({"cursor": {"step": step}}, file)
+                json.dump({"cursor": Cursor(step=step).to_dict()}, file)
             path = self.storage.persist(directory, f"checkpoint_step_{step:08d}")
         ray.get(self.hub.add_report.remote(step, metrics, path))
 

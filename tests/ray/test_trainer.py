@@ -133,7 +133,7 @@ def test_a_checkpoint_of_another_library_is_refused(start: Any, tmp_path: Path) 
     run = start(train_fn=report_once, workers=[WorkerSpec()])
     run.join()
     checkpoint = tmp_path / "run" / "checkpoint_step_00000001"
-    assert json.loads((checkpoint / "het.json").read_text()) == {"cursor": {"step": 1}}
+    assert json.loads((checkpoint / "het.json").read_text()) == {"cursor": {"epoch": 0, "offset": 0, "step": 1}}
     (checkpoint / "het.json").unlink()
     again = start(train_fn=report_once, workers=[WorkerSpec()])
     with pytest.raises(CheckpointError, match="het.json does not exist.*another RunConfig"):

@@ -14,6 +14,7 @@ from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers.exchange import Exchange, Exchanges
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.allreduce.transport.group import Parts
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Member, Record
 
 
@@ -38,7 +39,7 @@ def record_of(
             "table": 0,
             "owners": tuple(owners or [1.0] * len(shares)),
             "codecs": (codec,) * len(shares),
-            "cursor": {"epoch": 0, "offset": 0, "step": 4},
+            "cursor": Cursor(step=4),
             "source": "0-a",
             "behind": (),
             "unhealed": (),

@@ -25,6 +25,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.peers import Peer, Phase
 from raytrain_het.membership.record import Member, Record
@@ -277,7 +278,7 @@ class World:
             (
                 u,
                 p.phase,
-                p.cursor["step"],
+                p.cursor.step,
                 p.healed,
                 p.answered,
                 p.fresh,
@@ -854,5 +855,5 @@ def _member(w: Worker) -> Member:
     return Member(uid=w.uid, slot=w.slot, host="host", state_port=1, device="cpu")
 
 
-def _cursor(step: int) -> dict[str, int]:
-    return {"epoch": 0, "offset": 0, "step": step}
+def _cursor(step: int) -> Cursor:
+    return Cursor(step=step)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.worker.data.cursor import Cursor, DataPlan, micro_batches, slice_of
+from raytrain_het.membership.cursor import Cursor
+from raytrain_het.worker.data.data_plan import DataPlan, micro_batches, slice_of
 
 
 @st.composite

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.testing.ledger import LedgerEntry, LedgerError, LedgerWriter, check_exactly_once, read_ledgers
-from raytrain_het.worker.data.cursor import Cursor, DataPlan, slice_of
+from raytrain_het.worker.data.data_plan import DataPlan, slice_of
 
 
 def plan_of(size=23, batch=5, drop_last=False):

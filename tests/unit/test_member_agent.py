@@ -14,6 +14,7 @@ from collectives_fakes import record_of
 from raytrain_het.errors import RunFailedError
 from raytrain_het.membership import agent as agents
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.protocol import Acknowledged, Evaluate, Hello, Message, Reply
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.wire import Connection
@@ -139,13 +140,13 @@ def test_a_commit_wakes_those_who_wait_for_its_step(agent: MemberAgent) -> None:
 
     def committed() -> bool:
         looked.set()
-        return agent.cursor["step"] == 5
+        return agent.cursor.step == 5
 
     agent.record = record_of([1.0], number=3)
     waiting = in_thread(lambda: agent.wait_for(committed))
     assert looked.wait(PATIENCE_S)
     with agent.committing(3) as allowed:
         assert allowed
-        agent.advance({"epoch": 0, "offset": 0, "step": 5})
+        agent.advance(Cursor(step=5))
     waiting.join(PATIENCE_S)
     assert not waiting.is_alive()

@@ -9,6 +9,7 @@ import pytest
 
 from raytrain_het.balance.scoreboard import Table
 from raytrain_het.membership import server
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.protocol import Address, Poison, ToMember
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.settings import HubSettings
@@ -22,8 +23,8 @@ def member(slot: int, life: str = "a") -> Member:
     return Member(uid=f"{slot}-{life}", slot=slot, host="host", state_port=1 + slot, device="cpu")
 
 
-def cursor(step: int) -> dict[str, int]:
-    return {"epoch": 0, "offset": 0, "step": step}
+def cursor(step: int) -> Cursor:
+    return Cursor(step=step)
 
 
 class Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raytrain_het.worker.data.cursor import micro_batches
+from raytrain_het.worker.data.data_plan import micro_batches
 from raytrain_het.worker.step.memory import MemoryLimit
 
 

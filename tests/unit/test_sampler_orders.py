@@ -22,9 +22,10 @@ from torch.utils.data import (
 )
 
 from raytrain_het.errors import ConfigError, LoopOrderError
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.testing.ledger import LedgerEntry, LedgerError, check_exactly_once
-from raytrain_het.worker.data.cursor import Cursor, DataPlan, slice_of
 from raytrain_het.worker.data.data_loader import plan_of
+from raytrain_het.worker.data.data_plan import DataPlan, slice_of
 from raytrain_het.worker.data.sampler_orders import check_epoch
 
 DATA = list(range(40))

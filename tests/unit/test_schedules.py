@@ -10,8 +10,9 @@ import torch
 
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.optim import SCHEDULES, schedule_of
-from raytrain_het.worker.data.cursor import Cursor, DataPlan
+from raytrain_het.worker.data.data_plan import DataPlan
 from raytrain_het.worker.step.rates import Rates, give_back
 
 E = 12.0

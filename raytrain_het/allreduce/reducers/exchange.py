@@ -56,7 +56,7 @@ class Exchange:
     ) -> None:
         self.record, self.rank, self.layout, self.group, self.states = record, rank, layout, group, states
         self._fidelity = fidelity or Fidelity()
-        self.codecs = codecs_at(record, record.cursor["epoch"] if epoch is None else epoch)
+        self.codecs = codecs_at(record, record.cursor.epoch if epoch is None else epoch)
         self._factors = factors_of(record, self.codecs[0], layout, group.device)
         hierarchical = record.is_hierarchical
         # Who only passes its gradients on to its machine's leader leaves nothing out.
@@ -182,7 +182,7 @@ class Exchanges:
     def __init__(self, record: Record, make: Callable[[int], Exchange]) -> None:
         self.record = record
         self._make = make
-        self.current = make(record.cursor["epoch"])
+        self.current = make(record.cursor.epoch)
         """That of the last step."""
         self._next: Exchange | None = None
 

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, defau
 
 from raytrain_het.balance.batch_shares import apportion
 from raytrain_het.config import HetConfig
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.testing.programs.passes import Passes
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.traces import Outcome, StepNote, bits_of, state_of
-from raytrain_het.worker.data.cursor import Cursor, DataPlan, micro_batches
+from raytrain_het.worker.data.data_plan import DataPlan, micro_batches
 from raytrain_het.worker.data.sample_source import SampleSource
 from raytrain_het.worker.step.clipping import Clipping
 from raytrain_het.worker.step.rates import Rates

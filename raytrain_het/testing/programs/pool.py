@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_het.files import write_whole
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.server import Hub
 from raytrain_het.testing import processes
 from raytrain_het.testing.ledger import LedgerEntry, read_ledgers
@@ -234,7 +235,7 @@ class _Run:
         self._shut_down_hub()
         stored = sorted((self._directory / "storage").glob("checkpoint_*"))
         if stored:
-            cursor = read_meta(str(stored[-1]))["cursor"]
+            cursor = Cursor.from_dict(read_meta(str(stored[-1]))["cursor"])
             self._settings = dataclasses.replace(self._settings, checkpoint=str(stored[-1]), checkpoint_cursor=cursor)
         self._hub = self._new_hub()
         for job in self._jobs:

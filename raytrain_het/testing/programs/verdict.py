@@ -16,7 +16,7 @@ from raytrain_het.testing.programs.pool import Ran
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.text_loss import UNDECLARED
 from raytrain_het.testing.programs.traces import Outcome
-from raytrain_het.worker.data.cursor import DataPlan
+from raytrain_het.worker.data.data_plan import DataPlan
 
 GOOD = ("equal", "refused")
 KINDS = (*GOOD, "late", "wrong", "hang", "internal", "misnamed")

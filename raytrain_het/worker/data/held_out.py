@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.worker.data.batches import pinned, to_device
-from raytrain_het.worker.data.cursor import Cursor, DataPlan
 from raytrain_het.worker.data.data_loader import HetDataLoader, dataset_size, plan_of
+from raytrain_het.worker.data.data_plan import DataPlan
 from raytrain_het.worker.data.forked_generators import seeded
 from raytrain_het.worker.data.sample_source import SampleSource
 from raytrain_het.worker.data.sampler_orders import check_epoch

@@ -28,7 +28,7 @@ from torch.utils.data import (
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.worker.checks.unsupported import refuse
-from raytrain_het.worker.data.cursor import DataPlan
+from raytrain_het.worker.data.data_plan import DataPlan
 from raytrain_het.worker.data.epoch_order import EpochOrder
 from raytrain_het.worker.data.forked_generators import seed_of, seeded
 

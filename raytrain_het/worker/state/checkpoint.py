@@ -4,9 +4,9 @@ Format 2, one directory per report, named ``checkpoint_<step>_<ordinal>``. Each 
 ``torch.load(..., weights_only=True)``; what in it needs code is in a ``.pkl`` beside it, see
 :mod:`raytrain_het.worker.state.parts`.
 
-- ``het.json``: format, identity (see ``storage.py``), cursor (epoch, offset, step), generation (the number of the one in
-  force), version of its table of shares (0: none), layout fingerprint, parameter names and shapes, world size, the data
-  plan that the cursor belongs to, the slots of the workers whose own files are there, and the names of extras;
+- ``het.json``: format, identity (see ``storage.py``), cursor (epoch, offset, step), generation (the number of the one
+  in force), version of its table of shares (0: none), layout fingerprint, parameter names and shapes, world size, the
+  data plan that the cursor belongs to, the slots of the workers whose own files are there, and the names of extras;
 - ``model.pt``: the model's state dictionary;
 - ``training.pt``: ``optimizer`` (its state dictionary), ``optimizer_class``, ``groups`` (names of each group's
   parameters), ``buffers`` (those that the model's state dictionary leaves out) and ``registered``;

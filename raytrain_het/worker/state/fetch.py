@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from raytrain_het.errors import ConfigError, DataProcessError
-from raytrain_het.worker.data.cursor import micro_batches
+from raytrain_het.worker.data.data_plan import micro_batches
 from raytrain_het.worker.data.dataset_copies import digest_of
 from raytrain_het.worker.data.forked_generators import seed_of
 from raytrain_het.worker.data.packed_samples import PackedSamples

@@ -20,9 +20,9 @@ from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.errors import EvictedError, ReplicaMismatchError
 from raytrain_het.membership.agent import Impatience, MemberAgent
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.protocol import Event, Healed, Verified
 from raytrain_het.membership.record import Record
-from raytrain_het.worker.data.cursor import Cursor
 from raytrain_het.worker.state.randomness import Randomness
 from raytrain_het.worker.state.replica import Hyperparameters, Replica
 from raytrain_het.worker.state.state_server import StateServer, ask
@@ -48,7 +48,7 @@ class Healing:
         token: Callable[[], str],
         update: Callable[[], Any],
         randomness: Randomness,
-        load_checkpoint: Callable[[str, dict[str, int]], dict[str, int]],
+        load_checkpoint: Callable[[str, Cursor], Cursor],
     ) -> None:
         self._agent, self._comm, self._replica, self._gradients = agent, communicator, replica, gradients
         self._server, self._token, self._update, self._randomness = server, token, update, randomness
@@ -146,7 +146,7 @@ class Healing:
 
     def _behind(self) -> bool:
         """Whether steps that the snapshot does not hold wait for their replay."""
-        return any(after["step"] > self._snapshot_step for _, _, after in self._comm.followed)
+        return any(after.step > self._snapshot_step for _, _, after in self._comm.followed)
 
     def _replay(self, record: Record, until: int | None) -> bool:
         """Replay the followed steps on the snapshot, each with the settings the peer used for it."""
@@ -179,15 +179,15 @@ class Healing:
     def _next_followed(self) -> int | None:
         """The first step that was followed and is not in the snapshot."""
         with self._agent.condition, contextlib.suppress(IndexError):  # The deque may be cleared at any time.
-            while self._comm.followed[0][2]["step"] <= self._snapshot_step:
+            while self._comm.followed[0][2].step <= self._snapshot_step:
                 self._comm.followed.popleft()
-            return self._comm.followed[0][2]["step"]
+            return self._comm.followed[0][2].step
         return None
 
-    def _take_followed(self, step: int) -> tuple[Sums, list[torch.Tensor], dict[str, int]] | None:
+    def _take_followed(self, step: int) -> tuple[Sums, list[torch.Tensor], Cursor] | None:
         """The sums of this step, unless they were dropped meanwhile."""
         with self._agent.condition, contextlib.suppress(IndexError):
-            if self._comm.followed[0][2]["step"] == step:
+            if self._comm.followed[0][2].step == step:
                 return self._comm.followed.popleft()
         return None
 
@@ -215,7 +215,7 @@ class Healing:
             self._agent.tell(Event(event={"kind": "healed", "step": record.base, "by": how}))
         return held
 
-    def _hold(self, record: Record, *, cursor: dict[str, int] | None, healed: bool, fresh: bool) -> bool:
+    def _hold(self, record: Record, *, cursor: Cursor | None, healed: bool, fresh: bool) -> bool:
         """Say what this worker holds from now on, unless the record is superseded. ``cursor`` None leaves it."""
         with self._agent.committing(record.number) as allowed:
             if allowed:
@@ -283,7 +283,7 @@ class Healing:
 
     def _serve_log(self, request: dict[str, Any]) -> list[tuple[int, Hyperparameters | None]]:
         agent = self._agent
-        agent.wait_for(lambda: agent.cursor["step"] >= request["at_least"] or not self._logging, timeout=10.0)
+        agent.wait_for(lambda: agent.cursor.step >= request["at_least"] or not self._logging, timeout=10.0)
         return [(step, values) for step, values in list(self._log) if step > request["after"]]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from raytrain_het.membership import protocol
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Record
 from raytrain_het.worker.state import checkpoint as files
 from raytrain_het.worker.state.report_keys import Keys
@@ -127,7 +128,7 @@ class Reporter:
 
     def wait(self) -> None:
         """Wait until every report is acknowledged."""
-        step = self._agent.cursor["step"]
+        step = self._agent.cursor.step
         with self._agent.doing.call("returned", f"after step {step}, waiting for its reports to be stored"):
             self._agent.wait_for_peers(lambda: not self._open)
 
@@ -160,6 +161,6 @@ class Reporter:
             logger.warning("the checkpoint of step %d could not be stored, the run goes on: %s", report.step, error)
             event = {"kind": "checkpoint_failed", "step": report.step, "error": error}
             self._agent.tell(protocol.Event(event=event))
-        cursor = report.meta["cursor"]
+        cursor = Cursor.from_dict(report.meta["cursor"])
         report.stored = protocol.Stored(key=report.key, path=path, error=error, cursor=cursor)
         self._agent.tell(report.stored)

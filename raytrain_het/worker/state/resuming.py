@@ -8,7 +8,8 @@ from typing import Any
 
 from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.errors import CheckpointError
-from raytrain_het.worker.data.cursor import Cursor, DataPlan
+from raytrain_het.membership.cursor import Cursor
+from raytrain_het.worker.data.data_plan import DataPlan
 from raytrain_het.worker.state import checkpoint as files
 from raytrain_het.worker.state.extras import Extras
 from raytrain_het.worker.state.replica import Replica
@@ -38,7 +39,7 @@ class Resuming:
     resumed: bool = False
     """Whether this worker has gone on from a checkpoint before: only the first differs from what the program says."""
 
-    def load(self, path: str, cursor: dict[str, int]) -> dict[str, int]:
+    def load(self, path: str, cursor: Cursor) -> Cursor:
         """Load a checkpoint; returns where its cursor stands under this run's batch size, the same on all workers.
 
         Raises:
@@ -54,7 +55,7 @@ class Resuming:
                 raise CheckpointError(f"checkpoint {path}: {error}") from error.__cause__
             except (RuntimeError, ValueError, KeyError) as error:
                 raise CheckpointError(f"checkpoint {path} does not fit this optimizer or model: {error}") from error
-        return self.plan.resumed(Cursor.from_dict(cursor)).to_dict()
+        return self.plan.resumed(cursor)
 
     def _load(self, directory: str) -> None:
         state, own = files.read_state(directory), files.read_worker(directory, self.slot) or {}

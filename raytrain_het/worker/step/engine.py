@@ -23,6 +23,7 @@ from raytrain_het.allreduce.sums import Sums
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import LoopOrderError, NonFiniteGradientError, ReplicaMismatchError
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.protocol import Audit, Claim, Event, ReplicaAudit
 from raytrain_het.membership.record import Record
 from raytrain_het.worker.checks.body_watch import BodyWatch
@@ -30,7 +31,7 @@ from raytrain_het.worker.checks.hand_edits import HandEdits
 from raytrain_het.worker.checks.losses import LossCheck, Root
 from raytrain_het.worker.checks.rehearsal import Rehearsal
 from raytrain_het.worker.checks.unsupported import refuse
-from raytrain_het.worker.data.cursor import Cursor, DataPlan, micro_batches, slice_of
+from raytrain_het.worker.data.data_plan import DataPlan, micro_batches, slice_of
 from raytrain_het.worker.state.healing import Healing
 from raytrain_het.worker.state.randomness import Randomness
 from raytrain_het.worker.state.replica import Replica
@@ -149,7 +150,7 @@ class Engine:
     @property
     def cursor(self) -> Cursor:
         """Position after the last committed step."""
-        return Cursor.from_dict(self.agent.cursor)
+        return self.agent.cursor
 
     @property
     def open_body(self) -> Opened | None:
@@ -158,7 +159,7 @@ class Engine:
 
     def doing(self, waits: bool) -> str:
         """Where the training thread is, in words."""
-        opened, step = self.opened, self.agent.cursor["step"]
+        opened, step = self.opened, self.agent.cursor.step
         if opened is None:
             return "waiting for the others before its first step" if waits else "before its first step"
         if opened.closed:
@@ -594,7 +595,7 @@ class Engine:
         else:
             self.healing.log(opened.job.step, lambda: None)
         points.reach("updated", opened.job.step)
-        after, _ = advance(self.plan, opened.cursor.to_dict())
+        after, _ = advance(self.plan, opened.cursor)
         self.agent.advance(after, healed=True)
         return result
 
@@ -737,10 +738,10 @@ def resync_due(every: int, record: Record, step: int) -> bool:
     return every > 0 and step % every == 0 and record.is_unlike
 
 
-def advance(plan: DataPlan, cursor: dict[str, int]) -> tuple[dict[str, int], bool]:
+def advance(plan: DataPlan, cursor: Cursor) -> tuple[Cursor, bool]:
     """The cursor after one more committed step, rolled over into the next epoch at an epoch's end, and whether it
     did."""
-    after = plan.advance(Cursor.from_dict(cursor))
+    after = plan.advance(cursor)
     if plan.is_epoch_end(after):
-        return plan.next_epoch(after).to_dict(), True
-    return after.to_dict(), False
+        return plan.next_epoch(after), True
+    return after, False

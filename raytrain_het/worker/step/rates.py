@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.optim import Schedule
-from raytrain_het.worker.data.cursor import Cursor, DataPlan
+from raytrain_het.worker.data.data_plan import DataPlan
 
 OWN = "lr_before_schedule"
 """A group's own rate, which is kept in checkpoints with it. Not torch's ``initial_lr``, which its schedulers write."""

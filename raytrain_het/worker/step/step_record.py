@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from raytrain_het.allreduce.sums import Sums
-from raytrain_het.worker.data.cursor import DataPlan, slice_of
+from raytrain_het.worker.data.data_plan import DataPlan, slice_of
 from raytrain_het.worker.step.engine import Opened
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,34 +16,8 @@ import numpy as np
 
 from raytrain_het.balance.batch_shares import apportion
 from raytrain_het.errors import ConfigError
+from raytrain_het.membership.cursor import Cursor
 from raytrain_het.worker.data.epoch_order import EpochOrder, Orders
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cursor:
-    """Where a run stands. It moves only when a step commits; it heals and is checkpointed with the model."""
-
-    epoch: int = 0
-    """The epoch under way, from 0."""
-
-    offset: int = 0
-    """How many entries of the epoch's permutation are used up: where the next global batch begins."""
-
-    step: int = 0
-    """Steps committed since the run began, over all epochs: the number of the next step."""
-
-    def to_dict(self) -> dict[str, int]:
-        """The fields as plain whole numbers, for a checkpoint or a message."""
-        return {"epoch": self.epoch, "offset": self.offset, "step": self.step}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, int]) -> Cursor:
-        """The cursor that `to_dict` described.
-
-        Raises:
-            KeyError: a field is missing.
-        """
-        return cls(epoch=int(fields["epoch"]), offset=int(fields["offset"]), step=int(fields["step"]))
 
 
 @dataclass(frozen=True, kw_only=True)
