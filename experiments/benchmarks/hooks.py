@@ -71,14 +71,14 @@ def ours() -> Callable[[torch.Tensor, torch.Tensor], None]:
         nonlocal step
         step += 1
 
-        job = StepJob(1, step, contributes=True)
+        used: list[int] = []
         gradients.begin(
-            job,
-            on_ready=lambda count: None,
-            on_backward_done=lambda last: gradients.publish(Sums(step=step, total_weight=1.0, used=job.used)),
+            StepJob(1, step),
+            on_full=lambda buckets: used.extend(bucket.used for bucket in buckets),
+            on_backward_done=lambda last: gradients.publish(Sums(step=step, total_weight=1.0, used=used)),
         )
         clear(model)
-        gradients.arm(float(len(x)), of_buffers=float(len(x)), last=True)
+        gradients.arm(float(len(x)), of_buffers=float(len(x)), contributes=True, last=True)
         F.cross_entropy(model(x), y).backward()
         gradients.disarm()
 

@@ -112,6 +112,18 @@ class Record:
         """The group rank of a member, or None."""
         return next((rank for rank, m in enumerate(self.members) if m.uid == uid), None)
 
+    @property
+    def source_rank(self) -> int:
+        """The rank of the member that serves the others.
+
+        Raises:
+            ValueError: nobody does.
+        """
+        rank = self.rank_of(self.source) if self.source is not None else None
+        if rank is None:
+            raise ValueError(f"generation {self.number} has no source among its members: source={self.source!r}")
+        return rank
+
     def member(self, uid: str) -> Member:
         """The member with this uid."""
         return next(m for m in self.members if m.uid == uid)

@@ -59,10 +59,10 @@ class Stats:
             clipped=counters.clipped,
             compute_s=counters.compute_s,
             wait_s=counters.wait_s,
-            bytes_sent=communicator.traffic.sent,
-            bytes_received=communicator.traffic.received,
+            bytes_sent=communicator.moved.sent,
+            bytes_received=communicator.moved.received,
             batch_share=self.batch_share(),
-            step_s=communicator.patience.step_s,
+            step_s=engine.step_s,
             left_out=self._norm_left_out(),
             told=self._agent.told(),
             **self._where,
@@ -83,7 +83,7 @@ class Stats:
             "steps": counters.steps,
             "clipped_steps": counters.clipped,
             "samples": counters.samples,
-            "bytes_sent": self._communicator.traffic.sent,
+            "bytes_sent": self._communicator.moved.sent,
         }
         before, self._reported = {"seconds": now["seconds"]} | self._reported, now
         return {name: value - before.get(name, 0) for name, value in now.items()}

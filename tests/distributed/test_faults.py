@@ -219,7 +219,7 @@ class Densities(Compressed):
         session, seen = current(), {}
 
         def look(note):
-            codec = session._communicator._rounds.exchange.codecs[0]
+            codec = session._communicator._collectives.reducer.codecs[0]
             epoch = note.step // STEPS
             if codec.density not in seen.setdefault(epoch, []):
                 seen[epoch].append(codec.density)

@@ -8,6 +8,7 @@ from labs import run
 from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
+from raytrain_het.allreduce import followed
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas
 from raytrain_het.worker import session as sessions
@@ -179,11 +180,11 @@ class Overtaken(Regression):
             session = sessions.current()
             if name.startswith("snapshot.") and session.agent.uid in session.agent.record.unhealed:
                 comm, last = session._communicator, session.agent.record.base + 6
-                session.agent.wait_for(lambda: comm.followed_to["step"] >= last or give_up())
+                session.agent.wait_for(lambda: comm.followed.cursor.step >= last or give_up())
                 assert len(comm.followed) <= 2
             return answer
 
-        healing.ask, healing.FOLLOWED_BYTES = ask_slowly, 1
+        healing.ask, followed.KEPT_BYTES = ask_slowly, 1
         return super().__call__(directory)
 
 

@@ -24,7 +24,7 @@ class ClipsAndWaits(Regression):
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
         session = sessions.current()
         if session.slot == 0 and session.engine.opened.job.step == STEP and len(session.agent.record.members) == 3:
-            wait_until(lambda: session._communicator.replayed is not None)
+            wait_until(lambda: session._communicator.entered.replayed is not None)
         optimizer.step()
 
 
@@ -60,7 +60,7 @@ class TakenOverAndPassedOn:
                     last = bucket is exchange.layout.buckets[-1] and k == 1
                     if last and (header.step, header.generation) == (STEP, 1):
                         # What worker 3 had yet to send has reached worker 0 only.
-                        session._communicator.patience.until(lambda: False, 1, STEP, peers=True)
+                        session._communicator._waiter.until(lambda: False, 1, STEP, peers=True)
                     yield operation
 
             Exchange.all_reduce = stuck

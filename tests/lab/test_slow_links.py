@@ -43,7 +43,7 @@ def train(directory):
             loss.backward()
             optimizer.step()
             codecs = session.engine.opened.record.codecs
-            steps.append(Step(codecs, time.monotonic(), *sent(), session._communicator.traffic.sent))
+            steps.append(Step(codecs, time.monotonic(), *sent(), session._communicator.moved.sent))
     return steps
 
 

@@ -10,7 +10,7 @@ from collectives_fakes import Reduction, record_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_het.allreduce import replay
+from raytrain_het.allreduce import kept_step
 from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import RESIDUAL
 from raytrain_het.allreduce.header import Header
@@ -111,7 +111,7 @@ def test_the_kept_step_can_be_packed_by_any_member() -> None:
     outs, sums = reduction.run([torch.randn(NUMEL)] * 3, [1.0] * 3)
     for exchange, seen in zip(reduction.exchanges, sums, strict=True):
         again = [torch.empty(b.numel, dtype=b.dtype) for b in LAYOUT.buckets]
-        replay.unpack(replay.pack(seen, exchange, LAYOUT), LAYOUT, 5, again)
+        kept_step.unpack(kept_step.pack(seen, exchange, LAYOUT), LAYOUT, 5, again)
         assert torch.equal(torch.cat(again), torch.cat(outs[0]))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from collectives_fakes import Reduction, record_of
 
-from raytrain_het.allreduce import replay
+from raytrain_het.allreduce import kept_step
 from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import CODECS, RESIDUAL, LowRank, compiled
 from raytrain_het.allreduce.codecs.lowrank import leave, multiply, orthonormalise
@@ -170,7 +170,7 @@ def test_kept_sums_reach_whoever_is_one_step_behind() -> None:
     reduction = Reduction(record_of([1.0, 1.0], codec="lowrank"), LAYOUT)
     outs, sums = reduction.run([of_rank(9, 0), of_rank(9, 1)], [1.0, 1.0])
     got = [torch.empty(b.numel) for b in LAYOUT.buckets]
-    there = replay.unpack(replay.pack(sums[1], reduction.exchanges[1], LAYOUT), LAYOUT, 5, got)
+    there = kept_step.unpack(kept_step.pack(sums[1], reduction.exchanges[1], LAYOUT), LAYOUT, 5, got)
     assert all(torch.equal(x, y) for x, y in zip(got, outs[0], strict=True)) and there.used == sums[0].used
 
 

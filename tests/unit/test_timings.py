@@ -12,9 +12,9 @@ import msgspec
 import pytest
 import torch
 
-from raytrain_het.allreduce import communicator, patience
+from raytrain_het.allreduce import jobs, waiting
 from raytrain_het.allreduce.communicator import Communicator
-from raytrain_het.allreduce.jobs import StepJob
+from raytrain_het.allreduce.jobs import Contribution, LocalBucket, StepJob
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.balance.batch_shares import StepCost
 from raytrain_het.balance.profile import Profile
@@ -58,8 +58,8 @@ class Scripted:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(communicator, "time", clock)
-    monkeypatch.setattr(patience, "time", clock)
+    monkeypatch.setattr(jobs, "time", clock)
+    monkeypatch.setattr(waiting, "time", clock)
     return clock
 
 
@@ -82,22 +82,23 @@ def comm(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
     comm.close()
 
 
+def waited(comm: Communicator, clock: Clock, job: StepJob, events: list[tuple[float, Any]]) -> float:
+    return comm._waiter.finish_of_step(Scripted(clock, comm._poller.wake, events), job)
+
+
 def test_waiting_is_counted_from_when_the_last_bucket_was_ready(comm: Communicator, clock: Clock) -> None:
     """A wait for an early bucket that began during the backward pass is no wait until that pass is over."""
     job = StepJob(0, 1)
-    comm.bucket_ready(job, 1)
-    ends = [(103.0, lambda: comm.bucket_ready(job, 2)), (104.0, lambda: None)]
-    comm.patience.finish_of_step(Scripted(clock, comm._poller.wake, ends), job, 2)  # type: ignore[arg-type]
-    assert job.waited_s == pytest.approx(1.0)
-    comm.patience.finish_of_step(Scripted(clock, comm._poller.wake, [(104.5, lambda: None)]), job, 2)  # type: ignore[arg-type]
-    assert job.waited_s == pytest.approx(1.5)
+    comm.hand_over(job, Contribution(), [LocalBucket()])
+    ends = [(103.0, lambda: comm.hand_over(job, Contribution(), [LocalBucket()])), (104.0, lambda: None)]
+    assert waited(comm, clock, job, ends) == pytest.approx(1.0)
+    assert waited(comm, clock, job, [(104.5, lambda: None)]) == pytest.approx(0.5)
 
 
 def test_a_wait_that_is_over_before_the_last_bucket_is_ready_is_none(comm: Communicator, clock: Clock) -> None:
     job = StepJob(0, 1)
-    comm.bucket_ready(job, 1)
-    comm.patience.finish_of_step(Scripted(clock, comm._poller.wake, [(103.0, lambda: None)]), job, 2)  # type: ignore[arg-type]
-    assert job.waited_s == 0.0
+    comm.hand_over(job, Contribution(), [LocalBucket()])
+    assert waited(comm, clock, job, [(103.0, lambda: None)]) == 0.0
 
 
 # ---------------------------------------------------------------- the part of the waiting that is own work

@@ -184,21 +184,15 @@ class Exchanges:
         self._make = make
         self.current = make(record.cursor.epoch)
         """That of the last step."""
-        self._next: Exchange | None = None
 
-    def at(self, epoch: int) -> Exchange:
-        """The one for this epoch or, at its beginning, the one for the next: the same as long as sizes stay."""
-        codecs = codecs_at(self.record, epoch)
-        if codecs == self.current.codecs:
-            return self.current
-        if self._next is None or self._next.codecs != codecs:
-            self._next = self._make(epoch)
-        return self._next
+    def are_the_same_in(self, epoch: int) -> bool:
+        """Whether messages have the same sizes in this epoch as in the last step."""
+        return codecs_at(self.record, epoch) == self.current.codecs
 
     def open(self, epoch: int) -> Exchange:
         """A step of this epoch begins."""
-        following = self.at(epoch)
-        if following is not self.current:
+        if not self.are_the_same_in(epoch):
+            following = self._make(epoch)
             following.traffic.take(self.current.traffic)
-            self.current, self._next = following, None
-        return following
+            self.current = following
+        return self.current

@@ -9,15 +9,12 @@ takes so long that more steps go by than may be kept: another one would take as 
 
 from __future__ import annotations
 
-import collections
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from raytrain_het.allreduce.communicator import Communicator
-from raytrain_het.allreduce.sums import Sums
 from raytrain_het.errors import EvictedError, ReplicaMismatchError
 from raytrain_het.membership.agent import Impatience, MemberAgent
 from raytrain_het.membership.cursor import Cursor
@@ -27,11 +24,6 @@ from raytrain_het.worker.state.randomness import Randomness
 from raytrain_het.worker.state.replica import Hyperparameters, Replica
 from raytrain_het.worker.state.state_server import StateServer, ask
 from raytrain_het.worker.step.gradients import Gradients
-
-FOLLOWED_BYTES = 2**30
-"""So much of the steps that have gone by is kept for the replay, the oldest dropped first; two steps in any case."""
-_BYTES_BESIDES = 4096
-"""About what keeping a step costs besides its sums."""
 
 
 class Healing:
@@ -65,8 +57,6 @@ class Healing:
         self._held = False
         self._gap = False
         """Whether steps that the snapshot does not hold were dropped before their replay."""
-        kept = sum(b.numel * b.dtype.itemsize for b in gradients.layout.buckets) + _BYTES_BESIDES
-        communicator.followed = collections.deque(maxlen=max(2, FOLLOWED_BYTES // kept))
         self._first: dict[str, Any] | None = None
         """What this worker was built with, while it heals: the run may have to begin again from it."""
 
@@ -120,7 +110,7 @@ class Healing:
     def _heal(self, record: Record) -> bool:
         """Snapshot, then replay; comes back when another record is there."""
         comm, agent = self._comm, self._agent
-        if self._follow_start != comm.follow_starts or self._snapshot_source != record.source or self._gap:
+        if self._follow_start != comm.followed.num_starts or self._snapshot_source != record.source or self._gap:
             if not self._hold(record, cursor=None, healed=False, fresh=False):
                 return False
             snapshot = self._ask(record, f"snapshot.{record.number}")
@@ -131,7 +121,7 @@ class Healing:
             self._replica.load(snapshot)
             self._comm.codec_states.reset()
             self._snapshot_step, self._snapshot_source = record.base, record.source or ""
-            self._follow_start, self._gap = comm.follow_starts, False
+            self._follow_start, self._gap = comm.followed.num_starts, False
         asked = False
         while agent.is_current(record.number):
             if not self._gap:
@@ -146,12 +136,13 @@ class Healing:
 
     def _behind(self) -> bool:
         """Whether steps that the snapshot does not hold wait for their replay."""
-        return any(after.step > self._snapshot_step for _, _, after in self._comm.followed)
+        return self._comm.followed.reach_beyond(self._snapshot_step)
 
     def _replay(self, record: Record, until: int | None) -> bool:
         """Replay the followed steps on the snapshot, each with the settings the peer used for it."""
         settings: dict[int, Hyperparameters | None] = {}
-        while (step := self._next_followed()) is not None and (until is None or step <= until):
+        followed = self._comm.followed
+        while (step := followed.first_after(self._snapshot_step)) is not None and (until is None or step <= until):
             if step > self._snapshot_step + 1:
                 self._gap = True
                 return False
@@ -162,34 +153,18 @@ class Healing:
                 settings = dict(log)
                 if step not in settings:
                     return False
-            taken = self._take_followed(step)
+            taken, chosen = followed.take(step), settings[step]
             if taken is None:
                 continue
-            (sums, outs, _), chosen = taken, settings[step]
-            if sums.applies and chosen is not None:
-                self._gradients.adopt(outs)
-                self._gradients.buffers.settle(self._gradients.outs, True, own=False)
-                self._gradients.publish(sums)
+            if taken.sums.applies and chosen is not None:
+                self._gradients.adopt(taken.means)
+                self._gradients.buffers.settle(self._gradients.means, True, own=False)
+                self._gradients.publish(taken.sums)
                 self._replica.set_hyperparameters(chosen)
                 self._update()
                 self._gradients.clear()
             self._snapshot_step = step
         return True
-
-    def _next_followed(self) -> int | None:
-        """The first step that was followed and is not in the snapshot."""
-        with self._agent.condition, contextlib.suppress(IndexError):  # The deque may be cleared at any time.
-            while self._comm.followed[0][2].step <= self._snapshot_step:
-                self._comm.followed.popleft()
-            return self._comm.followed[0][2].step
-        return None
-
-    def _take_followed(self, step: int) -> tuple[Sums, list[torch.Tensor], Cursor] | None:
-        """The sums of this step, unless they were dropped meanwhile."""
-        with self._agent.condition, contextlib.suppress(IndexError):
-            if self._comm.followed[0][2].step == step:
-                return self._comm.followed.popleft()
-        return None
 
     def _verify(self, record: Record) -> bool:
         """Replay to the base, and compare with the peer before the first step that counts."""

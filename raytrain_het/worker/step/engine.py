@@ -18,7 +18,17 @@ import torch
 
 from raytrain_het.allreduce import points
 from raytrain_het.allreduce.communicator import Communicator
-from raytrain_het.allreduce.jobs import ConfirmJob, ResyncJob, StepJob
+from raytrain_het.allreduce.jobs import (
+    ConfirmJob,
+    ConfirmResult,
+    Contribution,
+    LocalBucket,
+    Result,
+    ResyncJob,
+    SendBuffers,
+    StepJob,
+    StepResult,
+)
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import LoopOrderError, NonFiniteGradientError, ReplicaMismatchError
@@ -69,8 +79,10 @@ class Opened:
     """Whether the first pass is of the whole batch, to compare with."""
     watched: bool = False
     """Whether it is looked at whether samples of the first pass see each other."""
-    contributed: bool = False
+    contributes: bool = False
     """Whether this worker's passes are part of the sums."""
+    weight: float = 0.0
+    """That of all of them together."""
     sums: Sums | None = None
     settled: bool = False
     """Whether the backward pass is over and it is known what became of the step."""
@@ -82,6 +94,8 @@ class Opened:
     """When the loop over its epoch was left after it."""
     away_s: float = 0.0
     """How long the loop was left: for the epoch's confirmation, evaluation, reports."""
+    waited_s: float = 0.0
+    """How long only peers were waited for."""
 
 
 @dataclass
@@ -126,7 +140,7 @@ class Engine:
         self.agent, self.comm, self.replica, self.gradients = agent, communicator, replica, gradients
         self.plan, self.config, self.healing = plan, config, healing
         self.counters = Counters()
-        self.timings = Timings(agent, plan.full_batch, communicator.of_messages)
+        self.timings = Timings(agent, plan.full_batch)
         self.opened: Opened | None = None
         self.confirmed = 0
         """Steps up to this one are committed on every member."""
@@ -145,6 +159,9 @@ class Engine:
         self._confirm: ConfirmJob | None = None
         self._skipped_in_a_row = 0
         self._record: Record | None = None
+        self._send_buffers: SendBuffers | None = None
+        self.step_s = 0.0
+        """How long a step usually takes; 0 before the first one."""
         agent.batch = self._open_batch
 
     @property
@@ -226,7 +243,7 @@ class Engine:
             and not before.rehearses
             and not before.watched
         ):
-            cycle_s, waited_s = opened.started - before.started - before.away_s, before.job.waited_s
+            cycle_s, waited_s = opened.started - before.started - before.away_s, before.waited_s
             waited_s -= before.cpu.own_part_s(waited_s, cycle_s)
             self.timings.step_done(sum(map(len, before.micro)), waited_s, cycle_s, stand_in=not before.own)
         self.opened = opened
@@ -269,10 +286,9 @@ class Engine:
         job = StepJob(
             record.number,
             step,
-            contributes=len(own) > 0,
+            cursor=cursor,
             num_samples=len(batch),
-            epoch=cursor.epoch,
-            resync_due=resync_due(self.config.replica_check_steps, record, step),
+            step_s=self.step_s,
         )
         assert self._light is not None
         self._looked = self._check.look(step, self._light, self._numbers_besides(cursor))
@@ -289,6 +305,7 @@ class Engine:
             time.monotonic(),
             self.replica.loss_scale,
             rehearses=rehearses,
+            contributes=len(own) > 0,
         )
         # A program may begin something else at an epoch; so in the first step of epochs 0, 1, 2, 4, 8 ...
         at_beginning = self.counters.steps == 0 or cursor.offset == 0 and cursor.epoch & (cursor.epoch - 1) == 0
@@ -297,8 +314,9 @@ class Engine:
         self._loss.begin_step()
         self.gradients.begin(
             job,
-            wires=self.comm.wires(record, cursor.epoch),
-            on_ready=lambda count: self._ready(opened, count),
+            # What an earlier codec has left out is added to a bucket of its own.
+            send_buffers=None if self.comm.codec_states.flushes else self._send_buffers,
+            on_full=lambda buckets: self._hand_over(opened, buckets),
             on_backward_done=lambda last: self._backward_done(opened, last),
         )
         return opened
@@ -338,14 +356,15 @@ class Engine:
         agent, comm = self.agent, self.comm
         while True:
             # Who is only on its way in is in no collective either: the one member that it waits for may have stopped.
-            agent.wait_for_peers(lambda: comm.entered is not None and agent.is_current(comm.entered.number))
-            record = comm.entered
-            assert record is not None
+            agent.wait_for_peers(lambda: comm.entered is not None and agent.is_current(comm.entered.record.number))
+            entered = comm.entered
+            assert entered is not None
+            record = entered.record
             if record is self._record:
                 return record
             if not self.healing.take_over(record):
                 continue  # The generation was superseded while this worker was healing.
-            self._record = record
+            self._record, self._send_buffers = record, entered.send_buffers
             self._check.restart()
             if record.reset or self.agent.uid in record.fresh:
                 self._redo = False  # What a step to be done again would go back to is no longer its beginning.
@@ -354,7 +373,7 @@ class Engine:
                 settings = {name: light[name] for name in ("registered", "hyperparameters")}
                 self.healing.arrived = settings | {"random": self._randomness.state()}
             if record.reset:
-                self.comm.patience.step_s = 0.0
+                self.step_s = 0.0
             self._confirm_up_to(record.base)
             return record
 
@@ -380,7 +399,7 @@ class Engine:
             self.replica.restore_light(self._light, buffers=False)
             self._edits.take_back()
         rehearsal = opened.rehearses and index == 0
-        counts = opened.job.contributes and not rehearsal
+        counts = opened.contributes and not rehearsal
         opened.weights.append(self._scaled(opened, index, weight) if counts else 0.0)
         opened.inputs = inputs
         if rehearsal:
@@ -389,14 +408,19 @@ class Engine:
             return
         last = index == len(opened.micro) - 1
         if last:
-            opened.job.weight = float(sum(opened.weights))
-            opened.contributed = opened.job.contributes = opened.job.weight > 0
+            opened.weight = float(sum(opened.weights))
+            opened.contributes = opened.weight > 0
         of_gradient = opened.weights[-1]
-        if self._loss.is_sum and opened.job.contributes:
+        if self._loss.is_sum and opened.contributes:
             of_gradient = self._lr_scale(opened)
         self._pass_weight = weight
         # What travels is not scaled: it is in fp32, and other workers may have another scale, or none.
-        self.gradients.arm(of_gradient / opened.loss_scale, of_buffers=opened.weights[-1], last=last)
+        self.gradients.arm(
+            of_gradient / opened.loss_scale,
+            of_buffers=opened.weights[-1],
+            contributes=opened.contributes,
+            last=last,
+        )
 
     def _scaled(self, opened: Opened, index: int, weight: float) -> float:
         """``w_i = b_i r_i``, or this micro-batch's part of it; of ``r_i`` where sums are literal.
@@ -458,17 +482,25 @@ class Engine:
     @property
     def stale(self) -> bool:
         """Whether the open step is over already, so that its remaining micro-batches need not run."""
-        return self.opened is not None and self.opened.job.over and self.opened.job.outcome == "aborted"
+        return self.opened is not None and self.opened.job.aborted
 
-    def _ready(self, opened: Opened, count: int) -> None:
-        if not opened.job.ready and self._looked is not None:
-            # Not before: a GPU may have been at it.
-            opened.job.digest, opened.job.numbers = self._looked.digest(), self._looked.numbers
-        if not opened.job.ready:
-            opened.job.loss = self._loss.mark
-        if count == len(self.gradients.layout.buckets):
+    def _hand_over(self, opened: Opened, buckets: Sequence[LocalBucket]) -> None:
+        """Buckets are full: from here on the communication thread has them."""
+        contribution = opened.job.contribution or self._contribution(opened)
+        self.comm.hand_over(opened.job, contribution, buckets)
+        if len(opened.job.buckets) == len(self.gradients.layout.buckets):
             opened.submitted = time.monotonic()
-        self.comm.bucket_ready(opened.job, count)
+
+    def _contribution(self, opened: Opened) -> Contribution:
+        looked = self._looked
+        return Contribution(
+            means=self.gradients.means,
+            weight=opened.weight,
+            contributes=opened.contributes,
+            digest=looked.digest() if looked is not None else 0,  # Not before: a GPU may have been at it.
+            numbers=looked.numbers if looked is not None else 0,
+            loss=self._loss.mark,
+        )
 
     def _backward_done(self, opened: Opened, last: bool) -> None:
         """Comes out of the user's ``backward()``, and so does what is raised here."""
@@ -499,9 +531,9 @@ class Engine:
                 )
             )
         if sums is not None:
-            self.gradients.buffers.settle(self.gradients.outs, sums.applies, own=opened.contributed)
+            self.gradients.buffers.settle(self.gradients.means, sums.applies, own=opened.contributes)
         if opened.rehearses and sums is not None and sums.applies and self._rehearsal is not None:
-            means = self.gradients.means(scale=opened.loss_scale)
+            means = self.gradients.mean_gradients(scale=opened.loss_scale)
             event = self._rehearsal.compare(opened.cursor.step, means, self.gradients.reference, opened.record)
             buffers = self.gradients.buffers.values()
             self._rehearsal.compare_buffers(
@@ -527,10 +559,13 @@ class Engine:
     def _await_sums(self, opened: Opened) -> None:
         """Wait until the step has its sums (perhaps from a peer that had them), or is to be done again."""
         self.agent.wait_for(lambda: opened.job.over)
-        if opened.job.error is not None:
-            raise opened.job.error
-        opened.sums = opened.job.sums if opened.job.outcome == "done" else None
-        if opened.sums is None:
+        result = opened.job.result
+        if result is not None and result.error is not None:
+            raise result.error
+        if isinstance(result, StepResult):
+            opened.sums, opened.waited_s, self._send_buffers = result.sums, result.waited_s, result.send_buffers
+            self.timings.saw(result.paths, result.errors)
+        else:
             self._resolve(opened)
 
     def _resolve(self, opened: Opened) -> None:
@@ -538,17 +573,19 @@ class Engine:
         number, comm = opened.job.generation, self.comm
         self.agent.wait_for(
             lambda: (
-                comm.entered is not None and comm.entered.number > number and self.agent.is_current(comm.entered.number)
+                comm.entered is not None
+                and comm.entered.record.number > number
+                and self.agent.is_current(comm.entered.record.number)
             )
         )
-        record = comm.entered
-        assert record is not None
+        entered = comm.entered
+        assert entered is not None
         had, opened.sums = opened.sums, None
-        if record.base == opened.job.step and comm.replayed is not None and comm.replayed[0].step == opened.job.step:
-            opened.sums, outs = comm.replayed
-            opened.job = StepJob(record.number, opened.job.step, outcome="done")
+        if entered.replayed is not None and entered.record.base == entered.replayed[0].step == opened.job.step:
+            opened.sums, means = entered.replayed
+            opened.job = StepJob(entered.record.number, opened.job.step, Result(), cursor=opened.cursor)
             if had is None:
-                self.gradients.adopt(outs)
+                self.gradients.adopt(means)
             # Else they are the same to the bit, and what the user did to them since (clipping) stays.
 
     # ---------------------------------------------------------------- closing
@@ -607,14 +644,15 @@ class Engine:
         counters.steps += 1
         counters.samples += len(opened.own)
         counters.uncounted += (not opened.own) + opened.rehearses
-        self.comm.patience.step_took(time.monotonic() - opened.started)
+        step_s = time.monotonic() - opened.started
+        self.step_s = step_s if self.step_s == 0 else 0.8 * self.step_s + 0.2 * step_s
         for listener in self.on_commit:
             listener(opened, sums)
         self._note_skips(opened, sums)
         if sums.want > number:
             self.agent.answer_want(sums.want)
         elif opened.record.number == number:
-            if opened.job.resync_due and sums.replicas_differ:
+            if resync_due(self.config.replica_check_steps, opened.record, step) and sums.replicas_differ:
                 self._resync(number, step)
             if self.cursor.epoch != opened.cursor.epoch:
                 self._confirm = ConfirmJob(number, step)
@@ -632,9 +670,9 @@ class Engine:
             job.data = torch.zeros(self.replica.parameter_bytes(), dtype=torch.uint8)
         self.comm.submit(job)
         self.agent.wait_for(lambda: job.over)
-        if job.outcome == "done":
+        if not job.aborted:
             self._check.replicas_are_the_same()
-        if job.outcome == "done" and first != self.agent.uid:
+        if not job.aborted and first != self.agent.uid:
             drift = self.replica.unpack_parameters(job.data)
             self.agent.tell(Event(event={"kind": "drift", "step": step, "largest_difference": drift}))
 
@@ -644,12 +682,12 @@ class Engine:
         if confirm is None:
             return
         self.agent.wait_for(lambda: confirm.over)
-        if confirm.error is not None:
-            raise confirm.error
-        if confirm.outcome == "done":
+        if confirm.result is not None and confirm.result.error is not None:
+            raise confirm.result.error
+        if isinstance(confirm.result, ConfirmResult):
             self._confirm_up_to(confirm.step)
-            if confirm.want > confirm.generation:
-                self.agent.answer_want(confirm.want)
+            if confirm.result.want > confirm.generation:
+                self.agent.answer_want(confirm.result.want)
         self._confirm = None
 
     def _confirm_up_to(self, step: int) -> None:
@@ -667,7 +705,7 @@ class Engine:
             return
         if self.gradients.backward_failed:
             raise refuse("skipped batch", f"at step {opened.job.step}")
-        if opened.job.over and opened.job.outcome == "aborted" and not opened.settled:
+        if opened.job.aborted and not opened.settled:
             opened.closed = self._redo = True  # Given up in the middle of its micro-batches.
         elif opened.settled and opened.sums is not None and not opened.sums.applies:
             self.close(lambda: None)  # A loss scaler skips step() itself when gradients overflow.

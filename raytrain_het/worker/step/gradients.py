@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from raytrain_het.allreduce import points
-from raytrain_het.allreduce.jobs import StepJob
+from raytrain_het.allreduce.jobs import ABORTED, LocalBucket, SendBuffers, StepJob
 from raytrain_het.allreduce.layout import Layout, is_finite
 from raytrain_het.allreduce.reducers.owner_shards import Wire
 from raytrain_het.allreduce.sums import Sums
@@ -60,8 +60,8 @@ class Gradients:
         self.buffers.bind(self.layout)
         by_name = dict(named)
         self.locals: list[torch.Tensor] = []
-        self.outs: list[torch.Tensor] = []
-        """Where a step's means go, by bucket (n,). The user gets them as gradients, so each step has new ones."""
+        self.means: list[torch.Tensor] = []
+        """By bucket: where the step's mean goes (n,). The user gets them as gradients, so each step has new ones."""
         self._params: list[nn.Parameter] = []
         self._slots: list[tuple[int, int]] = []
         self._gradient_buckets = [b for b in self.layout.buckets if not b.is_state]
@@ -80,11 +80,11 @@ class Gradients:
         """By bucket: the places in which it is gathered."""
         self._targets: list[list[Wire]] = []
         """By parameter: the same, cut to the parameter; one place of its shape, or several flat ones."""
-        self._wires: list[list[Wire] | None] | None = None
-        self._aim(None)
+        self._send_buffers: SendBuffers | None = None
+        self._gather_in(None)
         self._nothing_yet()
-        self._job = StepJob(0, 0, outcome="aborted")
-        self._on_ready: Callable[[int], None] = lambda count: None
+        self._job = StepJob(0, 0, ABORTED)
+        self._on_full: Callable[[Sequence[LocalBucket]], None] = lambda buckets: None
         self._on_backward_done: Callable[[bool], None] = lambda last: None
         self.inspect: Callable[[Sequence[Root]], Exception | None] = lambda roots: None
         """Looks at the roots of each pass, before it; what it returns is raised if the pass is one of the step's."""
@@ -109,7 +109,11 @@ class Gradients:
         self._touched = [False] * len(self._params)
         self._fired: set[int] = set()
         self._missing: list[int] = []
-        self._ready = 0
+        """By bucket: tensors of which the last pass has yet to bring the gradient."""
+        self._used = [0] * len(self.layout.buckets)
+        """By bucket: bit ``k`` is set if tensor ``k`` has a gradient."""
+        self._num_full = self._num_handed_over = 0
+        self._contributes = False
         self._armed = self._in_backward = self._nested = self._creates_graph = False
         self.reference: dict[str, torch.Tensor] = {}
         """By parameter: the gradient of the whole batch, after a rehearsal."""
@@ -143,31 +147,32 @@ class Gradients:
         self,
         job: StepJob,
         *,
-        on_ready: Callable[[int], None],
+        on_full: Callable[[Sequence[LocalBucket]], None],
         on_backward_done: Callable[[bool], None],
-        wires: list[list[Wire] | None] | None = None,
+        send_buffers: SendBuffers | None = None,
     ) -> None:
         """A step is opened: nothing is gathered yet.
 
-        What is gathered goes into the job, or into its message (``wires``).
+        Args:
+            job: once it is over nothing is gathered any more.
+            on_full: called with buckets that are full, in layout order.
+            on_backward_done: called when a pass is over, with whether it was the step's last.
+            send_buffers: where gradients are gathered, as far as they can be; else in buckets of their own.
         """
         self._job = job
-        if wires is not self._wires:
-            self._aim(wires)
-        self._on_ready, self._on_backward_done = on_ready, on_backward_done
+        if send_buffers is not self._send_buffers:
+            self._gather_in(send_buffers)
+        self._on_full, self._on_backward_done = on_full, on_backward_done
         self._touched = [False] * len(self._params)
-        gathered = zip(self.locals, self._parts, strict=True)
-        job.locals = [local if parts[0][2] is local else None for local, parts in gathered]
-        job.finite = [True] * len(self.layout.buckets)
-        job.used = [0] * len(self.layout.buckets)
-        self._ready = self._num_passes = self._num_counted = 0
+        self._used = [0] * len(self.layout.buckets)
+        self._num_full = self._num_handed_over = self._num_passes = self._num_counted = 0
         self.buffers.begin()
 
-    def _aim(self, wires: list[list[Wire] | None] | None) -> None:
-        self._wires = wires
+    def _gather_in(self, send_buffers: SendBuffers | None) -> None:
+        self._send_buffers = send_buffers
         self._parts, self._targets = [], []
         for bucket, local in zip(self.layout.buckets, self.locals, strict=True):
-            there = wires[bucket.index] if wires is not None and local.device.type == "cpu" else None
+            there = send_buffers[bucket.index] if send_buffers is not None and local.device.type == "cpu" else None
             self._parts.append(there or [(0, bucket.numel, local)])
         for index, place in self._slots:
             segment = self.layout.buckets[index].segments[place]
@@ -183,18 +188,20 @@ class Gradients:
     def rehearse(self) -> None:
         """The next backward pass is of the whole batch: its gradients are kept as :attr:`reference`, and count for
         nothing."""
-        self.arm(0.0, of_buffers=0.0, last=False)
+        self.arm(0.0, of_buffers=0.0, contributes=False, last=False)
         self._rehearses, self.reference = True, {}
 
-    def arm(self, weight: float, *, of_buffers: float, last: bool) -> None:
+    def arm(self, weight: float, *, of_buffers: float, contributes: bool, last: bool) -> None:
         """The next backward pass is that of a micro-batch of this weight.
 
         Args:
             weight: by which its gradients are multiplied.
             of_buffers: by which changes of buffers are.
+            contributes: whether any of the step's passes so far counts.
             last: whether it is the step's last.
         """
         self._weight, self._weight_of_buffers, self._last, self._armed = weight, of_buffers, last, True
+        self._contributes = contributes
         self._fired = set()
         self._nested = self._again = self._ended = False
         self._rehearses = False
@@ -238,12 +245,12 @@ class Gradients:
         for p in self._params:
             p.grad = None
         if self._last and not self._job.over:
-            self._job.outs = self.outs = self._places_for_means()
+            self.means = self._places_for_means()
 
     def _places_for_means(self) -> list[torch.Tensor]:
         """Those of the step before where nobody holds a part of them any more, since new memory has to be faulted in;
         else new ones."""
-        before: Sequence[torch.Tensor | None] = self.outs or [None] * len(self.locals)
+        before: Sequence[torch.Tensor | None] = self.means or [None] * len(self.locals)
         return [
             old if old is not None and _is_ours_alone(old) else torch.empty_like(local)
             for old, local in zip(before, self.locals, strict=True)
@@ -278,14 +285,14 @@ class Gradients:
             if grad is not None and grad.is_sparse:
                 raise refuse("sparse gradient", f"that of {self._name(index)!r} is")
             # It has none if requires_grad was taken off between the forward and the backward pass.
-            if grad is not None and job.contributes and self._weight:
+            if grad is not None and self._contributes and self._weight:
                 self._gather(index, grad)
             elif self._last and not self._touched[index]:
                 self._zero(index)
             if self._last:
-                job.used[bucket] |= (1 << place) if self._touched[index] else 0
+                self._used[bucket] |= (1 << place) if self._touched[index] else 0
                 if self._overlaps and not self._nested:
-                    self._pass_on()
+                    self._hand_over_full()
 
         return gathered
 
@@ -316,7 +323,7 @@ class Gradients:
 
     def _comes_again(self, index: int) -> None:
         """The parameter's gradient comes in parts."""
-        if self._last and self._slots[index][0] < self._ready:
+        if self._last and self._slots[index][0] < self._num_full:
             raise refuse("gradient in parts", f"that of {self._name(index)!r} has come again")
         self._again = True
 
@@ -338,15 +345,24 @@ class Gradients:
         for _, _, view in self._targets[index]:
             view.zero_()
 
-    def _pass_on(self) -> None:
+    def _hand_over_full(self) -> None:
         """Hand over all full buckets that come next in the launch order."""
-        before = self._ready
-        while self._ready < len(self._gradient_buckets) and self._missing[self._ready] == 0:
-            if self._job.contributes:
-                self._job.finite[self._ready] = all(is_finite(values) for _, _, values in self._parts[self._ready])
-            self._ready += 1
-        if self._ready > before:
-            self._on_ready(self._ready)
+        while self._num_full < len(self._gradient_buckets) and self._missing[self._num_full] == 0:
+            self._num_full += 1
+        if self._num_full > self._num_handed_over:
+            self._hand_over(self._num_full)
+
+    def _hand_over(self, count: int) -> None:
+        """Hand over the first ``count`` buckets, as far as they are not."""
+        full = range(self._num_handed_over, count)
+        self._num_handed_over = count
+        self._on_full([self._bucket(k) for k in full])
+
+    def _bucket(self, k: int) -> LocalBucket:
+        parts, local = self._parts[k], self.locals[k]
+        looked_at = self._contributes and k < len(self._gradient_buckets)
+        finite = not looked_at or all(is_finite(values) for _, _, values in parts)
+        return LocalBucket(local if parts[0][2] is local else None, finite, self._used[k])
 
     def _ends(self) -> None:
         """The outermost pass is over: what had no gradient counts as zero; then the sums are waited for."""
@@ -379,10 +395,10 @@ class Gradients:
                 if not self._touched[index]:
                     self._zero(index)
                 else:
-                    job.used[bucket] |= 1 << place
+                    self._used[bucket] |= 1 << place
                 self._missing[bucket] -= 1
-            self._pass_on()
-            self._on_ready(len(self.layout.buckets))
+            self._hand_over_full()
+            self._hand_over(len(self.layout.buckets))
         self._on_backward_done(self._last)
 
     # ---------------------------------------------------------------- its result
@@ -395,7 +411,7 @@ class Gradients:
         as something finite, and every loss scaler has to see it.
         """
         means = [
-            out.split([s.numel for s in b.segments]) for b, out in zip(self._gradient_buckets, self.outs, strict=False)
+            out.split([s.numel for s in b.segments]) for b, out in zip(self._gradient_buckets, self.means, strict=False)
         ]
         hooked: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, (bucket, place) in enumerate(self._slots):
@@ -428,14 +444,14 @@ class Gradients:
             finally:
                 self._publishes = False
 
-    def means(self, *, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    def mean_gradients(self, *, scale: float = 1.0) -> dict[str, torch.Tensor]:
         """By parameter: the mean of all workers' gradients in this step, times the loss's scale."""
-        gradients = [(b, out) for b, out in zip(self.layout.buckets, self.outs, strict=True) if not b.is_state]
+        gradients = [(b, out) for b, out in zip(self.layout.buckets, self.means, strict=True) if not b.is_state]
         return {s.name: out[s.offset : s.stop].view(s.shape) * scale for b, out in gradients for s in b.segments}
 
-    def adopt(self, outs: list[torch.Tensor]) -> None:
-        """The sums of a step came from a peer, by bucket: these are its means."""
-        self.outs = [out.to(local.device) for out, local in zip(outs, self.locals, strict=True)]
+    def adopt(self, means: Sequence[torch.Tensor]) -> None:
+        """The means of a step came from a peer, by bucket."""
+        self.means = [mean.to(local.device) for mean, local in zip(means, self.locals, strict=True)]
 
     def clear(self) -> None:
         """Forget all gradients, and the step that was open."""

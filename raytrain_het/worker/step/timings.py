@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from raytrain_het.balance.batch_shares import StepCost
 from raytrain_het.balance.step_time import StepTimeModel
 from raytrain_het.membership.agent import MemberAgent
-from raytrain_het.membership.protocol import Codecs, Known, Timing
+from raytrain_het.membership.protocol import Codecs, Known, Paths, Timing
 from raytrain_het.probing.probes import hardware_key, known_or_probed
 from raytrain_het.probing.profile_store import ProfileStore
 
@@ -71,9 +70,10 @@ class Timings:
         self,
         agent: MemberAgent,
         global_batch_size: int,
-        of_messages: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        self._agent, self._global_batch_size, self._of_messages = agent, global_batch_size, of_messages
+        self._agent, self._global_batch_size = agent, global_batch_size
+        self._paths: Paths | None = None
+        self._errors: list[tuple[str, float]] = []
         self._latest: deque[tuple[int, float]] = deque(maxlen=NUM_LATEST)
         self._steps: list[tuple[int, float, float]] = []
         self._num_seen = 0
@@ -95,9 +95,20 @@ class Timings:
         now = time.monotonic()
         if now - self._last_sent >= INTERVAL_S:
             self._agent.tell(
-                Timing(global_batch_size=self._global_batch_size, steps=self._steps, **self._of_messages())
+                Timing(
+                    global_batch_size=self._global_batch_size,
+                    steps=self._steps,
+                    paths=self._paths,
+                    errors=self._errors,
+                )
             )
-            self._steps, self._last_sent = [], now
+            self._steps, self._paths, self._errors, self._last_sent = [], None, [], now
+
+    def saw(self, paths: Paths | None, errors: Sequence[tuple[str, float]]) -> None:
+        """What the communication thread has seen: how long messages were on the way, and what codecs lose of them.
+        It is told with the next steps."""
+        self._paths = paths or self._paths
+        self._errors += errors
 
     def learnt(self, start: StepCost | None) -> StepCost | None:
         """This worker's step time, as its last steps say; None after too few of them."""

@@ -18,12 +18,18 @@ class Interrupted(Exception):
     """The generation is void: what is under way is abandoned."""
 
 
-class Patience:
-    """All waits of one communication thread."""
+class Waiter:
+    """All waits of one communication thread.
+
+    Args:
+        agent: says when a generation is void, and passes a suspicion on to the hub.
+        poller: where the thread waits.
+        hang_limit_s: after so long the hub gives up a member; no deadline is longer than a quarter of it.
+    """
 
     def __init__(self, agent: MemberAgent, poller: Poller, *, hang_limit_s: float) -> None:
         self.step_s = 0.0
-        """Typical duration of a step, from which the deadline follows; 0 while none has been done."""
+        """How long a step usually takes, as the last job said; deadlines follow from it. 0 while none has been done."""
         self.position = 0
         """Grows as this member comes along in its collectives: by it the hub sees who is behind."""
         self.poll_s: float | None = None
@@ -31,12 +37,9 @@ class Patience:
         self.closed = False
         self._agent, self._poller, self._hang_limit_s = agent, poller, hang_limit_s
 
-    def step_took(self, duration_s: float) -> None:
-        """One more step has been done."""
-        self.step_s = duration_s if self.step_s == 0 else 0.8 * self.step_s + 0.2 * duration_s
-
     def until(self, condition: Callable[[], bool], generation: int, step: int, *, peers: bool) -> None:
-        """Wait; a deadline that passes while peers are waited for is told as a suspicion, and then doubled.
+        """Wait for a condition. While peers are waited for, the hub hears of each deadline that passes; the next one is
+        twice as long.
 
         Raises:
             Interrupted: the generation is void.
@@ -58,12 +61,12 @@ class Patience:
         self.until(lambda: operation.done, generation, step, peers=True)
         operation.result()
 
-    def finish_of_step(self, operation: Operation, job: StepJob, num_buckets: int) -> None:
-        """The same for one of a step's, whose job counts the seconds in which only peers were waited for."""
+    def finish_of_step(self, operation: Operation, job: StepJob) -> float:
+        """Wait for an operation of a step's. Returns the seconds in which only peers were waited for: those after the
+        training thread had filled the last bucket."""
         began = time.monotonic()
         self.finish(operation, job.generation, job.step)
-        if job.ready == num_buckets:  # Until then the training thread was at work.
-            job.waited_s += max(0.0, time.monotonic() - max(began, job.ready_at))
+        return max(0.0, time.monotonic() - max(began, job.all_full_at)) if job.all_full_at else 0.0
 
     def interrupted(self, generation: int) -> bool:
         """Whether nothing more is to be done in this generation."""
