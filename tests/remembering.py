@@ -6,6 +6,7 @@ import torch
 
 from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import Codec, Stamp, State
+from raytrain_het.codec_options import CODECS, CodecEntry
 
 
 class Counting(Codec):
@@ -23,6 +24,11 @@ class Counting(Codec):
         payload.copy_(x.contiguous().view(torch.uint8))
         if state:
             torch.add(state["count"], 1, out=new_state["count"])
+
+    @classmethod
+    def register(cls) -> None:
+        """Put it into this process's table of codecs."""
+        CODECS[cls.name] = CodecEntry(f"{cls.__module__}:{cls.__name__}")
 
     @staticmethod
     def counts(states: CodecStates) -> list[float]:

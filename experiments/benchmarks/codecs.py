@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from experiments.benchmarks import common
-from raytrain_het.allreduce.codecs import CODECS, KINDS, LowRank, Stamp
+from raytrain_het.allreduce.codecs import Stamp, codec_of
+from raytrain_het.allreduce.codecs.lowrank import LowRank
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers.low_rank import Factors
+from raytrain_het.codec_options import CODECS
 
 WORDS = [
-    *KINDS,
+    *CODECS,
     "int8(error_feedback=true)",
     "int4(error_feedback=true)",
     "topk(density=0.001)",
@@ -34,7 +36,7 @@ WORDS = [
 
 def pieces(word: str, x: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None], int]:
     """Encoding, decoding, and the payload's bytes."""
-    codec = CODECS[word]
+    codec = codec_of(word)
     if isinstance(codec, LowRank):
         return pieces_of_factors(codec, x)
     payload = torch.empty(codec.capacity_bytes(x.numel(), x.dtype), dtype=torch.uint8, device=x.device)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS, State
+from raytrain_het.allreduce.codecs import State, codec_of
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout, is_finite
 from raytrain_het.allreduce.reducers.exchange import Exchange, Exchanges
@@ -66,7 +66,7 @@ class CompressedState:
         """What the loss was multiplied by (``scaler.get_scale()``): error feedback is kept without it."""
         self.epoch = 0
         """For codecs that warm up: to be set by all processes before each epoch's first ``backward()``."""
-        CODECS[self.codec].prepare()
+        codec_of(self.codec).prepare()
         self._given = process_group
         self._peers: _Peers | None = None
         self._names = {id(p): name for name, p in model.named_parameters()}
@@ -135,7 +135,7 @@ class CompressedState:
             peers.record,
             peers.group,
             first_step=self._num_dealt << 40,
-            small_apart=CODECS[self.codec].spares_small,
+            small_apart=codec_of(self.codec).spares_small,
         )
         self._num_dealt += 1
         bucket.states.load({name: self._loaded.pop(name) for name in names if name in self._loaded})

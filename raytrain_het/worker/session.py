@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from raytrain_het.allreduce import points
-from raytrain_het.allreduce.codecs import CODECS, byte_cpu_s, codec_costs
+from raytrain_het.allreduce.codecs import byte_cpu_s, codec_costs, codec_of
 from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.config import HetConfig
@@ -89,7 +89,7 @@ class Session:
         node_ip: str,
     ) -> None:
         self.config, self.slot, self.num_slots = config, slot, num_slots
-        self._codecs = [CODECS[word] for word in config.possible_codecs]
+        self._codecs = [codec_of(word) for word in config.possible_codecs]
         """All workers': what others send is decoded here."""
         self.storage, self.device, self.node_ip = storage, device, node_ip
         self._locate, self._token_value, self._run_id = locate, "", ""
@@ -512,7 +512,7 @@ class Session:
     def _codecs_told(self) -> Codecs:
         """What codecs cost here, and how much there is to encode: for who chooses one."""
         assert self.gradients is not None
-        codecs = ((word, CODECS[word]) for word in self.config.possible_codecs)
+        codecs = ((word, codec_of(word)) for word in self.config.possible_codecs)
         layout = self.gradients.layout
         costs = codec_costs(codecs, cores=cpu_limit().cores, shapes=layout.compressed_shapes)
         return Codecs(

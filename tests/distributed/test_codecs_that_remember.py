@@ -13,7 +13,7 @@ from remembering import Counting
 
 from raytrain_het.allreduce import layout
 from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS, RESIDUAL
+from raytrain_het.allreduce.codecs import RESIDUAL
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.testing.faults import Fault
@@ -31,7 +31,7 @@ class Remembering(Regression):
     """Also returns who the worker is, and its codec's state."""
 
     def __call__(self, directory: str) -> dict[str, Any]:
-        CODECS["counting"] = Counting()
+        Counting.register()
         result = super().__call__(directory)
         session = sessions.current()
         return result | {"uid": session.agent.uid, "counts": Counting.counts(session._communicator.codec_states)}

@@ -10,8 +10,9 @@ from collectives_fakes import Reduction, record_of
 from remembering import Counting
 
 from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS
+from raytrain_het.allreduce.codecs import codec_of
 from raytrain_het.allreduce.layout import Layout
+from raytrain_het.codec_options import CODECS
 
 LAYOUT = Layout([("a", torch.zeros(3, 5)), ("b", torch.zeros(40))], [("mean", torch.zeros(4))], 100)
 NUMEL = sum(bucket.numel for bucket in LAYOUT.buckets)
@@ -19,7 +20,7 @@ NUMEL = sum(bucket.numel for bucket in LAYOUT.buckets)
 
 @pytest.fixture(autouse=True)
 def counting() -> Iterator[None]:
-    CODECS["counting"] = Counting()
+    Counting.register()
     yield
     del CODECS["counting"]
 
@@ -106,12 +107,12 @@ def test_another_codec_begins_anew_and_the_same_one_goes_on() -> None:
     step(of, 5)
     states = of.exchanges[0].states
     commit(states, 5)
-    states.use(CODECS["counting"], torch.device("cpu"))
+    states.use(codec_of("counting"), torch.device("cpu"))
     states.begin()
     assert counts(of, 0) == {1.0}
-    states.use(CODECS["none"], torch.device("cpu"))
+    states.use(codec_of("none"), torch.device("cpu"))
     states.begin()
     assert states.by_parameter() == {}
-    states.use(CODECS["counting"], torch.device("cpu"))
+    states.use(codec_of("counting"), torch.device("cpu"))
     states.begin()
     assert counts(of, 0) == {0.0}

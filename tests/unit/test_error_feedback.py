@@ -10,7 +10,7 @@ import torch
 from collectives_fakes import Reduction, record_of
 
 from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS
+from raytrain_het.allreduce.codecs import codec_of
 from raytrain_het.allreduce.codecs.base import RESIDUAL
 from raytrain_het.allreduce.header import header_bytes
 from raytrain_het.allreduce.layout import Layout
@@ -188,7 +188,7 @@ def test_all_gather_takes_as_many_messages_as_peers_and_encodes_no_mean() -> Non
     reduction = Reduction(record_of([1] * size, codec=word), LAYOUT)
     outs, _ = reduction.run([g.clone() for g in gradients], [1.0] * size)
     assert torch.equal(torch.cat(outs[0]), sum(gradients) / size)
-    payloads = sum(CODECS[word].capacity_bytes(b.numel, b.dtype) for b in LAYOUT.buckets)
+    payloads = sum(codec_of(word).capacity_bytes(b.numel, b.dtype) for b in LAYOUT.buckets)
     heads = sum(header_bytes(len(b.segments)) + 16 for b in LAYOUT.buckets)
     assert 2 * payloads <= reduction.exchanges[0].traffic.sent <= 2 * (payloads + heads)
     again = torch.empty(LAYOUT.buckets[0].numel)

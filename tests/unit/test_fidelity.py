@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raytrain_het.allreduce.codecs import CODECS, RESIDUAL, Stamp
+from raytrain_het.allreduce.codecs import RESIDUAL, Stamp, codec_of
 from raytrain_het.allreduce.fidelity import EVERY_STEPS, Fidelity
 
 
@@ -15,7 +15,7 @@ def test_one_shard_is_looked_at_in_every_twentieth_step_of_another_bucket_each_t
 
 @pytest.mark.parametrize("word", ["int8", "topk(density=0.1)"])
 def test_the_error_is_that_of_what_was_to_be_sent_with_what_was_left_out_before(word):
-    codec, fidelity, weight = CODECS[word], Fidelity(), 3.0
+    codec, fidelity, weight = codec_of(word), Fidelity(), 3.0
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     state, following = (codec.init(5000, x.dtype, x.device) for _ in range(2))
     if RESIDUAL in state:

@@ -11,12 +11,12 @@ from collectives_fakes import Reduction, record_of
 
 from raytrain_het.allreduce import kept_step
 from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS, RESIDUAL, LowRank, compiled
-from raytrain_het.allreduce.codecs.lowrank import leave, multiply, orthonormalise
+from raytrain_het.allreduce.codecs import RESIDUAL, codec_of, compiled
+from raytrain_het.allreduce.codecs.lowrank import LowRank, multiply, orthonormalise, subtract_product
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.sums import Sums
-from raytrain_het.codec_options import AUTO_CODECS, used_together
+from raytrain_het.codec_options import AUTO_CODECS, LowRankOptions, used_together
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 
@@ -91,7 +91,7 @@ def test_both_paths_make_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.M
         own, out, left = p.clone(), torch.empty(123, 457, dtype=dtype), y.clone()
         orthonormalise(own)
         multiply(own, q, out)
-        leave(own, q, 0.5, left)
+        subtract_product(own, q, 0.5, left)
         found.append((own, out, left))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     torch.testing.assert_close(found[0][1], (found[0][0].double().t() @ q.double()).to(dtype), atol=1e-4, rtol=1e-4)
@@ -155,10 +155,12 @@ def test_the_iteration_comes_nearer_to_the_best_rank_with_every_step() -> None:
 
 
 def test_bytes_are_those_of_the_factors() -> None:
-    codec = LowRank(4)
+    codec = LowRank(LowRankOptions())
     assert codec.matrix((40, 60)) == (40, 60) and codec.matrix((32, 16, 3, 3)) == (32, 144)
     assert codec.matrix((3, 5)) is None and codec.matrix((9,)) is None
-    assert LowRank(24).matrix((40, 60)) is None, "two factors of that rank are no smaller than the matrix"
+    assert LowRank(LowRankOptions(rank=24)).matrix((40, 60)) is None, (
+        "two factors of that rank are no smaller than the matrix"
+    )
     reduction = Reduction(record_of([1.0, 1.0], [1.0, 0.0], codec="lowrank"), LAYOUT)
     expected = 4 * sum(codec.num_travelling(s.shape) for b in LAYOUT.buckets for s in b.segments)
     assert reduction.exchanges[0].messages.gradient_bytes == expected == 4 * (4 * 100 + 4 * 176 + 15 + 9)
@@ -205,7 +207,7 @@ def test_all_use_it_or_none() -> None:
     assert HetConfig(compression=("lowrank", "lowrank")).codecs == ("lowrank", "lowrank")
     with pytest.raises(ConfigError, match=r"allowed for 'rank' is a whole number from 1"):
         HetConfig(compression={"lowrank": {"rank": 0}})
-    assert isinstance(CODECS["lowrank(rank=2)"], LowRank)
+    assert isinstance(codec_of("lowrank(rank=2)"), LowRank)
 
 
 def test_who_takes_a_step_over_when_all_it_sends_has_gone_holds_what_it_has_not_sent() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS, Codec
+from raytrain_het.allreduce.codecs import Codec, codec_of
 from raytrain_het.allreduce.fidelity import Fidelity
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Bucket
@@ -55,7 +55,7 @@ class Hierarchy:
         self._leads = self.leader == rank
         self._under_way: dict[int, tuple[Header, float]] = {}
         self._as_they_are = [dataclasses.replace(bucket, is_dense=True) for bucket in buckets]
-        dense = [CODECS["none"]] * len(record.members)
+        dense = [codec_of("none")] * len(record.members)
         self._inside = Messages(record, rank, dense, self._as_they_are, group, states, fidelity, leader_of)
         self._across: Messages | None = None
         self._states, self._idle = states, False

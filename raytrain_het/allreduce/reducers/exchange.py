@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS, RESIDUAL, Codec
+from raytrain_het.allreduce.codecs import RESIDUAL, Codec, codec_of
 from raytrain_het.allreduce.fidelity import Fidelity
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Bucket, Layout
@@ -28,7 +28,7 @@ from raytrain_het.membership.record import Record
 
 def codecs_at(record: Record, epoch: int) -> tuple[Codec, ...]:
     """By rank."""
-    return tuple(CODECS[word].at_epoch(epoch) for word in record.codecs)
+    return tuple(codec_of(word).at_epoch(epoch) for word in record.codecs)
 
 
 class Exchange:
@@ -61,7 +61,7 @@ class Exchange:
         hierarchical = record.is_hierarchical
         # Who only passes its gradients on to its machine's leader leaves nothing out.
         passes_on = hierarchical and record.leaders[rank] != rank and not self._factors
-        self._codec = CODECS["none"] if passes_on else self.codecs[rank]
+        self._codec = codec_of("none") if passes_on else self.codecs[rank]
         states.use(self._codec, group.device)
         travelling = [self._factors[b.index].first if b.index in self._factors else b for b in layout.buckets]
         travelling += [f.second for f in self._factors.values() if f.second is not None]

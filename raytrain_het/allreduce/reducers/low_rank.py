@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from raytrain_het.allreduce.codecs import Codec
-from raytrain_het.allreduce.codecs.lowrank import LowRank, leave, multiply, orthonormalise
+from raytrain_het.allreduce.codecs.lowrank import LowRank, multiply, orthonormalise, subtract_product
 from raytrain_het.allreduce.layout import Bucket, Layout, Segment
 from raytrain_het.membership.record import Record
 
@@ -75,7 +75,7 @@ class Factors:
         """``y = (y - P^T Q_i) / W``, in place: what this member has not sent."""
         for m in self._matrices:
             p, q = self._of(self.p, m.first), self._of(self._own_q, m.second)
-            leave(p, q, 1 / weight, y[m.whole].view(m.shape))
+            subtract_product(p, q, 1 / weight, y[m.whole].view(m.shape))
         for whole, _ in self._kept:
             y[whole].zero_()
 

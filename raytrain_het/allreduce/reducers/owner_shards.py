@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS, RESIDUAL, Codec, Stamp, State, mix
+from raytrain_het.allreduce.codecs import RESIDUAL, Codec, Stamp, State, codec_of, mix
 from raytrain_het.allreduce.fidelity import Fidelity
 from raytrain_het.allreduce.header import Header, HeaderPlace, header_bytes, header_place, read_header, write_header
 from raytrain_het.allreduce.layout import Bucket
@@ -88,7 +88,7 @@ class Messages:
         self._buckets = list(buckets)
         self._sends = [share > 0 for share in record.shares]
         self._codecs = list(codecs)
-        self._dense = CODECS["none"]
+        self._dense = codec_of("none")
         self._collectors = collectors
         self._plans = [
             plan_of(bucket, record, rank, [self._codec(k, bucket) for k in range(size)], collectors)
