@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import Codec, Stamp, State
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.codec_options import CODECS, CodecEntry
 
 
@@ -31,7 +31,7 @@ class Counting(Codec):
         CODECS[cls.name] = CodecEntry(f"{cls.__module__}:{cls.__name__}")
 
     @staticmethod
-    def counts(states: CodecStates) -> list[float]:
+    def counts(states: ErrorFeedback) -> list[float]:
         """The different counts of all elements: one, if all goes well."""
         return torch.cat([state["count"] for state in states.by_parameter().values()]).unique().tolist()
 

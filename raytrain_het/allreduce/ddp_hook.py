@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import State, codec_of
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout, is_finite
-from raytrain_het.allreduce.reducers.exchange import Exchange, Exchanges
+from raytrain_het.allreduce.reducers import ReducerByEpoch, reducer_for
 from raytrain_het.allreduce.sums import Sums
-from raytrain_het.allreduce.transport.group import Parts
+from raytrain_het.allreduce.transport.group import PeerBuffers
 from raytrain_het.codec_options import one_word
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Member, Record
@@ -92,14 +92,14 @@ class CompressedState:
         """What this process's codec remembers, by parameter: for a checkpoint of each process."""
         found = dict(self._loaded)
         for bucket in self._buckets.values():
-            found |= bucket.states.by_parameter()
+            found |= bucket.feedback.by_parameter()
         return found
 
     def load_state_dict(self, state: Mapping[str, State]) -> None:
         """The inverse; for buckets that come to be later too."""
         self._loaded = dict(state)
         for names, bucket in self._buckets.items():
-            bucket.states.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
+            bucket.feedback.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
 
     def reduce(
         self, index: int, parameters: Sequence[torch.Tensor], flat: torch.Tensor, gradients: Sequence[torch.Tensor]
@@ -128,7 +128,7 @@ class CompressedState:
     def _deal(self, names: tuple[str, ...], parameters: Sequence[torch.Tensor]) -> None:
         """``DistributedDataParallel`` deals the parameters out once more after the first step."""
         for other in [other for other in self._buckets if set(other) & set(names)]:
-            self._loaded |= self._buckets.pop(other).states.by_parameter()
+            self._loaded |= self._buckets.pop(other).feedback.by_parameter()
         peers = self._meet()
         bucket = _Bucket(
             list(zip(names, parameters, strict=True)),
@@ -138,7 +138,7 @@ class CompressedState:
             small_apart=codec_of(self.codec).spares_small,
         )
         self._num_dealt += 1
-        bucket.states.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
+        bucket.feedback.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
         self._buckets[names] = bucket
 
 
@@ -236,17 +236,17 @@ class _Bucket:
         small_apart: bool,
     ) -> None:
         self.layout = Layout(named, [], _WHOLE, small_apart=small_apart)
-        self.states = CodecStates(self.layout)
-        make = functools.partial(Exchange, record, group.rank, self.layout, group, self.states, None)
-        self._exchanges = Exchanges(record, make)
+        self.feedback = ErrorFeedback(self.layout)
+        make = functools.partial(reducer_for, record, group.rank, self.layout, group, self.feedback, None)
+        self._reducers = ReducerByEpoch(record, make)
         self._place = {name: k for k, (name, _) in enumerate(named)}
         self._step = first_step  # Of its own for each bucket: random numbers follow from it.
 
     def all_reduce(self, work: _Work, total_weight: float) -> int:
         """In place; returns the bytes sent."""
-        exchange, gradients, sums = self._exchanges.open(work.epoch), work.gradients, Sums(step=self._step)
-        before = exchange.traffic.sent
-        exchange.expect()
+        reducer, gradients, sums = self._reducers.open(work.epoch), work.gradients, Sums(step=self._step)
+        before = reducer.traffic.sent
+        reducer.expect_step()
         finite = all(is_finite(g) for g in gradients)
         outs = []
         for bucket in self.layout.buckets:
@@ -265,7 +265,7 @@ class _Bucket:
             )
             outs.append(torch.empty_like(local))
             local.mul_(work.weight / work.loss_scale)
-            for operation in exchange.all_reduce(bucket, header, local, outs[-1], sums, expected_weight=total_weight):
+            for operation in reducer.all_reduce(bucket, header, local, outs[-1], sums, expected_weight=total_weight):
                 operation.result()
         for bucket, out in zip(self.layout.buckets, outs, strict=True):
             for k, segment in enumerate(bucket.segments):
@@ -278,9 +278,9 @@ class _Bucket:
                 else:
                     gradient.zero_()  # Nobody used it, or all weights are 0.
         if sums.applies:
-            self.states.commit(self._step, sums.total_weight, sums.used)
+            self.feedback.commit(self._step, sums.total_weight, sums.used)
         self._step += 1
-        return exchange.traffic.sent - before
+        return reducer.traffic.sent - before
 
 
 class _Over:
@@ -309,14 +309,14 @@ class _TorchGroup:
     def leave(self) -> None:
         """It is torch's."""
 
-    def expect(self, out: Parts) -> None:
+    def expect(self, out: PeerBuffers) -> None:
         """Nothing comes in before both sides have launched."""
 
     def sent(self) -> dict[int, tuple[int, float]]:
         """Not known."""
         return {}
 
-    def all_to_all(self, out: Parts, inp: Parts, expected: Any = None, *, flush: bool = True) -> _Over:
+    def all_to_all(self, out: PeerBuffers, inp: PeerBuffers, expected: Any = None, *, flush: bool = True) -> _Over:
         """See :class:`raytrain_het.allreduce.transport.group.Group`."""
         dist.all_to_all_single(out.buffer, inp.in_a_row(), out.lengths, inp.lengths, group=self.group)
         return _Over()

@@ -284,8 +284,8 @@ def test_bytes_are_those_of_the_formula_for_equal_owners(size: int, codec: str) 
     reduction.run([torch.ones(n)] * size, [1.0] * size)
     encoded = codec_of(codec).capacity_bytes(n, torch.float32)
     expected = 2 * (size - 1) * encoded // size + (size - 1) * header_bytes(1)
-    for exchange in reduction.exchanges:
-        assert (exchange.traffic.sent, exchange.traffic.received) == (expected, expected)
+    for reducer in reduction.reducers:
+        assert (reducer.traffic.sent, reducer.traffic.received) == (expected, expected)
 
 
 def test_who_owns_nothing_receives_each_sum_once_and_sends_its_gradient_once() -> None:
@@ -293,7 +293,7 @@ def test_who_owns_nothing_receives_each_sum_once_and_sends_its_gradient_once() -
     layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
     reduction = Reduction(record_of([1.0, 1.0], [1.0, 0.0]), layout)
     reduction.run([torch.ones(n)] * 2, [1.0, 1.0])
-    owner, other = (e.traffic for e in reduction.exchanges)
+    owner, other = (e.traffic for e in reduction.reducers)
     assert (other.sent, other.received) == (4 * n + header_bytes(1), 4 * n + header_bytes(1))
     assert (owner.sent, owner.received) == (other.received, other.sent)
 
@@ -303,8 +303,8 @@ def test_a_member_without_a_share_sends_headers_only() -> None:
     layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
     reduction = Reduction(record_of([1.0, 0.0], [1.0, 0.0]), layout)
     reduction.run([torch.ones(n), None], [1.0, 0.0])
-    assert reduction.exchanges[1].traffic.sent == header_bytes(1)
-    assert reduction.exchanges[1].traffic.received == header_bytes(1) + 4 * n
+    assert reduction.reducers[1].traffic.sent == header_bytes(1)
+    assert reduction.reducers[1].traffic.received == header_bytes(1) + 4 * n
 
 
 def test_kept_sums_decode_again_until_the_next_step() -> None:
@@ -314,7 +314,7 @@ def test_kept_sums_decode_again_until_the_next_step() -> None:
     outs, _ = reduction.run([gradient, gradient], [1.0, 1.0])
     for bucket, before in zip(layout.buckets, outs[0], strict=True):
         again = torch.empty(bucket.numel)
-        reduction.exchanges[0].decode(bucket, again)
+        reduction.reducers[0].decode(bucket, again)
         assert torch.equal(again, before)
 
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import RESIDUAL, State
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.errors import CheckpointError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.protocol import Event
@@ -22,7 +22,9 @@ _LEFT_OUT, _INHERIT = "left_out", "inherit"
 class HandingOn:
     """Both sides of it, between two state servers: the one that leaves asks its heir to come for it."""
 
-    def __init__(self, agent: MemberAgent, server: StateServer, token: Callable[[], str], states: CodecStates) -> None:
+    def __init__(
+        self, agent: MemberAgent, server: StateServer, token: Callable[[], str], states: ErrorFeedback
+    ) -> None:
         self._agent, self._server, self._token, self._states = agent, server, token, states
         self._lock, self._gone = threading.Lock(), False
         server.offer(_INHERIT, self._inherit)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.errors import CheckpointError
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.worker.data.data_plan import DataPlan
@@ -30,7 +30,7 @@ class Resuming:
     data: dict[str, Any]
     """What a checkpoint's cursor belongs to."""
     replica: Replica
-    codec_states: CodecStates
+    codec_states: ErrorFeedback
     extras: Extras = field(default_factory=Extras)
     scheduled: bool = False
     """Whether the run sets the learning rate."""

@@ -315,7 +315,7 @@ class Engine:
         self.gradients.begin(
             job,
             # What an earlier codec has left out is added to a bucket of its own.
-            send_buffers=None if self.comm.codec_states.flushes else self._send_buffers,
+            send_buffers=None if self.comm.codec_states.has_earlier_residual else self._send_buffers,
             on_full=lambda buckets: self._hand_over(opened, buckets),
             on_backward_done=lambda last: self._backward_done(opened, last),
         )
