@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from raytrain_het.allreduce.patience import Patience
+from raytrain_het.allreduce.waiting import Waiter
 from torch.utils.data import DataLoader
 
 import raytrain_het as het
@@ -91,17 +91,17 @@ class PeersStopwatch(Stopwatch):
     def __init__(self) -> None:
         super().__init__((selectors.DefaultSelector, "select"))
         self.counts = False
-        wait = Patience.until
+        wait = Waiter.until
 
-        def told_apart(patience: Patience, *args: Any, peers: bool) -> None:
+        def told_apart(waiter: Waiter, *args: Any, peers: bool) -> None:
             self.counts = peers
             try:
-                wait(patience, *args, peers=peers)
+                wait(waiter, *args, peers=peers)
             finally:
                 self.counts = False
 
-        self._bare.append((Patience, "until", wait))
-        self._timed.append((Patience, "until", told_apart))
+        self._bare.append((Waiter, "until", wait))
+        self._timed.append((Waiter, "until", told_apart))
 
 
 def thread_cpu_s() -> dict[str, float]:
