@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from raytrain_het.allreduce.waiting import Waiter
 from torch.utils.data import DataLoader
 
 import raytrain_het as het
@@ -43,6 +42,7 @@ from experiments.benchmarks import common
 from raytrain_het.allreduce.reducers.owner_shards import OwnerShardsReducer
 from raytrain_het.allreduce.reducers.to_owners import ShardsToOwners
 from raytrain_het.allreduce.transport.tcp import TcpGroup
+from raytrain_het.allreduce.waiting import Waiter
 from raytrain_het.testing.processes import ProcessLab
 from raytrain_het.worker.step import gradients as gradients_module
 
