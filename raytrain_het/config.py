@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from raytrain_het.codec_options import AUTO, AUTO_CODECS, one_word, parsed, used_together
+from raytrain_het.codec_options import AUTO_CODECS, AutoOptions, one_word, options_of, used_together
 from raytrain_het.errors import ConfigError
 from raytrain_het.optim import Schedule, schedule_of
 from raytrain_het.plain import is_number, nearest, plain
@@ -192,8 +192,8 @@ class HetConfig:
     @property
     def compression_error(self) -> float | None:
         """How much ``auto`` may lose of a message; None where codecs are given."""
-        name, options = parsed(self.codecs[0])
-        return float(options.get("error", AUTO["error"].default)) if name == "auto" else None
+        options = options_of(self.codecs[0])
+        return float(options.error) if isinstance(options, AutoOptions) else None
 
     @property
     def decay(self) -> Schedule | None:

@@ -13,7 +13,7 @@ import torch
 
 from raytrain_het.balance.codec_choice import CodecCost, Fleet
 from raytrain_het.balance.profile import Profile
-from raytrain_het.codec_options import AUTO, AUTO_CODECS
+from raytrain_het.codec_options import AUTO_CODECS, AutoOptions
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.probe_checks import check_before_torch
@@ -223,7 +223,7 @@ def _codecs(
         compute_s=advised.prediction.compute_s + advised.prediction.chance_s,
     )
     error = job.het.compression_error
-    return codec_advice(fleet, AUTO_CODECS, error if error is not None else AUTO["error"].default)
+    return codec_advice(fleet, AUTO_CODECS, error if error is not None else AutoOptions().error)
 
 
 def _global_batch_size(job: JobConfig) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from raytrain_het.allreduce.codecs import CODECS, byte_cpu_s, codec_costs
+from raytrain_het.allreduce.codecs import byte_cpu_s, codec_costs, codec_of
 from raytrain_het.balance.codec_choice import CodecCost
 from raytrain_het.balance.profile import Profile
 from raytrain_het.codec_options import AUTO_CODECS
@@ -76,7 +76,7 @@ class ProbeWorker:
         """What ``auto``'s codecs cost here, how many elements of the prepared job's gradient they save bytes of, and
         what a byte costs, see :func:`byte_cpu_s`."""
         assert self._step is not None
-        codecs, shapes = ((word, CODECS[word]) for word in AUTO_CODECS), self._step.compressed_shapes
+        codecs, shapes = ((word, codec_of(word)) for word in AUTO_CODECS), self._step.compressed_shapes
         cores = cpu_limit().cores
         return codec_costs(codecs, cores=cores, shapes=shapes), sum(map(math.prod, shapes)), byte_cpu_s(cores=cores)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raytrain_het.allreduce.codecs import CODECS, LowRank
+from raytrain_het.allreduce.codecs import codec_of
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.worker.data.batches import to_device
 from raytrain_het.worker.data.data_plan import micro_batches
@@ -69,10 +69,8 @@ class TrainingStep:
 
     def gradient_bytes(self, codec: str) -> int:
         """What a whole gradient takes on the wire."""
-        chosen, found = CODECS[codec], 0
-        for bucket in self._layout(small_apart=chosen.spares_small).buckets:
-            if isinstance(chosen, LowRank) and not bucket.is_dense:
-                found += sum(chosen.num_travelling(s.shape) for s in bucket.segments) * bucket.dtype.itemsize
-            else:
-                found += CODECS["none" if bucket.is_dense else codec].capacity_bytes(bucket.numel, bucket.dtype)
+        found = 0
+        for bucket in self._layout(small_apart=codec_of(codec).spares_small).buckets:
+            chosen, shapes = codec_of("none" if bucket.is_dense else codec), [s.shape for s in bucket.segments]
+            found += chosen.gradient_bytes(shapes, bucket.dtype)
         return found

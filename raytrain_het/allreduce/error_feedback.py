@@ -1,20 +1,21 @@
-"""What a worker's codec remembers from step to step (error feedback and the like), and what of it a step that comes to
-nothing takes back.
+"""What a worker's codec remembers from step to step: the residual of error feedback, and other state by element.
 
-For every bucket there are two states: the *kept* one, which encoding reads, and the *next* one, which it writes. A
-commit makes the next one the kept one. A step that is done again starts from the kept one again, and so does the step
-after one whose update was skipped: what was sent then was used by nobody.
+Each bucket has two states: encoding reads the *kept* one and writes the *next* one. A commit makes the next state the
+kept one. A step that is done again starts from the kept state again, and so does the step after one whose update was
+skipped: nobody used what was sent then.
 
-One state serves both halves of the all-reduce: of the elements that a worker does not own it remembers what it left out
-of what it sent, of those that it owns what it left out of their mean. So whoever owns an element next takes nothing
-over: what the last owner still has of it goes the way of all gradients.
+One state serves both halves of an all-reduce. For elements that a worker does not own it holds what the worker left out
+of its gradient; for those that it owns, what it left out of their mean. So a new owner takes nothing over: the residual
+of the last owner is added to that worker's next gradient.
 
-What a worker that leaves has left out is added to the kept state of another one, between two steps.
+The residual of a worker that leaves is added to the kept state of another one, between two steps. If a codec keeps no
+residual, that of the codec before it, the *earlier residual*, is added to the first gradients.
 
-A codec that remembers nothing sends what the one before it has left out along with its first gradients.
+State belongs to a worker and its gradients. It leaves this class by parameter name. A worker that heals begins with
+none.
 
-State belongs to a worker and its gradients: it is cut by parameter name where it leaves this class. A worker that heals
-begins with none.
+*Threads.* The communication thread calls what belongs to a step's all-reduce; the training thread calls the rest,
+between steps. Any thread may call :meth:`ErrorFeedback.inherit`.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ from raytrain_het.allreduce.codecs import RESIDUAL, Codec, State
 from raytrain_het.allreduce.layout import Bucket, Layout
 
 _RISE = 0.02
-"""So much more weight a sample is expected at most from one step to the next."""
+"""The expected weight of a sample grows by at most this part from one step to the next."""
 _ROUNDING = 1e-9
+"""Two weights that differ by no more than this part are equal."""
 _NOTHING = 1e-6
-"""So small a part of what was to be sent along is nothing."""
+"""An earlier residual is spent once no more than this part of it is left."""
 
 
-class CodecStates:
-    """Of one worker.
+class ErrorFeedback:
+    """One worker's state. It also keeps the weight of a sample, by which residuals are scaled before a step's weights
+    are known.
 
     Args:
         layout: the buckets. Dense ones have no state.
@@ -50,27 +53,25 @@ class CodecStates:
         self._kept: list[State] = [{} for _ in layout.buckets]
         self._next: list[State] = [{} for _ in layout.buckets]
         self._written: int | None = None
-        """The step whose payloads the next state belongs to."""
-        self._left: dict[int, torch.Tensor] = {}
-        """By bucket: what an earlier codec has left out, and this one, which remembers nothing, sends along."""
-        self._flushed: set[int] = set()
-        """Buckets with which it was sent in the step that is under way."""
+        """The step that the next state belongs to."""
+        self._earlier: dict[int, torch.Tensor] = {}
+        """By bucket: the earlier residual, where the codec keeps none of its own."""
+        self._sent_earlier: set[int] = set()
+        """Buckets to which it was added in the step that is under way."""
+        self._largest_earlier: dict[int, float] = {}
+        """By bucket: its largest element at first."""
         self._inherited: collections.deque[Mapping[str, State]] = collections.deque()
-        """What others had left out, from the next step on this worker's."""
-        self._much: dict[int, float] = {}
-        """By bucket: the largest of what there was to send along."""
+        """State of other workers, which is added to this worker's when the next step begins."""
         self.weight_per_sample: float | None = None
-        """Of the last steps the least, about; None before the first one."""
+        """About the least of the last steps; None before the first one."""
         self._expected: list[float | None] = [None] * len(layout.buckets)
-        """By bucket: the sum of weights that what was sent was made for; None where sums are not divided."""
+        """By bucket: the sum of weights for which it was encoded; None where sums are not divided."""
         self._owned: list[tuple[int, int]] = [(0, 0)] * len(layout.buckets)
-        """By bucket: the elements of which means are remembered, and not what was sent."""
+        """By bucket: the elements whose state is that of their mean, and not of this worker's gradient."""
 
-    def use(self, codec: Codec, device: torch.device) -> None:
-        """From the next step on gradients are encoded by this codec, on this device: the last one may yet be committed.
-
-        What another one before has left out, this one sends.
-        """
+    def use_codec(self, codec: Codec, device: torch.device) -> None:
+        """From the next step on gradients are encoded by this codec, on this device: the last step may yet be
+        committed."""
         self._wanted = codec, device
         if self._codec is None:
             self._change()
@@ -83,45 +84,50 @@ class CodecStates:
         self._load(before)
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Forget everything."""
         self._inherited.clear()
         self._reset()
 
     def _reset(self) -> None:
         self._kept, self._next = self._initial(), self._initial()
-        self._written, self._left, self._flushed, self._much = None, {}, set(), {}
+        self._written, self._earlier, self._sent_earlier, self._largest_earlier = None, {}, set(), {}
 
-    def begin(self) -> None:
+    def begin_step(self) -> None:
         """A step is tried, perhaps again: nothing of it is written yet."""
         self._change()
-        self._written, self._flushed = None, set()
+        self._written, self._sent_earlier = None, set()
         while self._inherited:
             self.adopt(self._inherited.popleft())
 
     def inherit(self, by_parameter: Mapping[str, State]) -> float:
-        """As :meth:`adopt`, from any thread: when the next step begins. Returns the norm of what is left out there."""
+        """:meth:`adopt` this state when the next step begins. From any thread.
+
+        Returns:
+            The norm of its residual.
+        """
         self._inherited.append(by_parameter)
         return _norm(state[RESIDUAL] for state in by_parameter.values() if RESIDUAL in state)
 
     def norm(self) -> float | None:
-        """About ``|r|`` of all that is left out, while steps go on; None for a codec that leaves nothing."""
+        """The norm of the whole residual, about, while steps go on; None for a codec that keeps none."""
         held = [state[RESIDUAL] for state in self._kept if RESIDUAL in state]
-        return _norm([*held, *self._left.values()]) if held or self._left else None
+        return _norm([*held, *self._earlier.values()]) if held or self._earlier else None
 
     @property
-    def flushes(self) -> bool:
-        """Whether something is to be sent along by :meth:`flush`."""
-        return bool(self._left)
+    def has_earlier_residual(self) -> bool:
+        """Whether :meth:`add_earlier_residual` has something to add."""
+        return bool(self._earlier)
 
-    def flush(self, bucket: Bucket, local: torch.Tensor, weight: float) -> None:
+    def add_earlier_residual(self, bucket: Bucket, local: torch.Tensor, weight: float) -> None:
         """Add to a gradient (n,), which is about to be sent, what an earlier codec has left out of it."""
-        left = self._left.get(bucket.index)
-        if left is not None:
-            local.add_(left.to(local), alpha=weight)
-            self._flushed.add(bucket.index)
+        earlier = self._earlier.get(bucket.index)
+        if earlier is not None:
+            local.add_(earlier.to(local), alpha=weight)
+            self._sent_earlier.add(bucket.index)
 
     def of_shard(self, bucket: Bucket, start: int, stop: int, step: int) -> tuple[State, State]:
-        """The states that encoding elements ``start`` to ``stop`` of a bucket in this step reads and writes."""
+        """The state that encoding elements ``start`` to ``stop`` of a bucket in this step reads, and the one that it
+        writes."""
         self._written = step
         kept, following = (
             {name: values[start:stop] for name, values in states[bucket.index].items()}
@@ -129,43 +135,49 @@ class CodecStates:
         )
         return kept, following
 
-    def carry(self, bucket: Bucket, start: int, stop: int, step: int) -> None:
-        """Nothing is encoded of these elements in this step: what is remembered of them stays."""
+    def carry_over(self, bucket: Bucket, start: int, stop: int, step: int) -> None:
+        """These elements are not encoded in this step: their state stays."""
         for kept, following in zip(*(s.values() for s in self.of_shard(bucket, start, stop, step)), strict=True):
             following.copy_(kept)
 
     def expected_weight(self, num_samples: int) -> float:
-        """The sum of weights of a step of so many samples: that of the last steps, rather too small than too large.
+        """The sum of weights ``E`` of a step of so many samples, by the last steps; rather too small than too large.
 
-        ``E > 2 W`` would send so much of a residual that more than it is left, with the other sign.
+        With ``E > 2 W``, ``W`` the real sum, so much of a residual would be sent that more than all of it is left, with
+        the other sign.
         """
         return (self.weight_per_sample or 1.0) * num_samples
 
-    def saw_weight(self, total_weight: float, num_samples: int) -> None:
-        """What it was in fact."""
+    def observe_weight(self, total_weight: float, num_samples: int) -> None:
+        """The sum of weights that a step of so many samples had."""
         if total_weight > 0 and num_samples > 0:
             seen = total_weight / num_samples
             self.weight_per_sample = min(seen, (1 + _RISE) * (self.weight_per_sample or seen))
 
-    def encodes(self, bucket: Bucket, owned: tuple[int, int], expected_weight: float | None) -> None:
-        """A bucket is about to be encoded, for this weight; None where sums are not divided. Of the elements ``owned``
-        the mean is."""
+    def begin_bucket(self, bucket: Bucket, owned: tuple[int, int], expected_weight: float | None) -> None:
+        """A bucket is about to be encoded.
+
+        Args:
+            bucket: which one.
+            owned: (start, stop) of the elements whose mean this worker encodes.
+            expected_weight: the sum of weights for which it is encoded; None where sums are not divided.
+        """
         self._expected[bucket.index], self._owned[bucket.index] = expected_weight, owned
 
     def commit(self, step: int, total_weight: float, used: Sequence[int]) -> None:
         """The step is committed, with an update. Nothing happens if this worker has encoded nothing for it.
 
-        What was sent was made for an expected weight ``E``, and divided by another, ``W``: of a residual ``r`` the part
-        ``E/W r`` has gone into the mean then, and what was left out of that is ``E/W r'``. So ``E/W r' + (1 - E/W) r``
-        is kept. Of a parameter that nobody used nothing was applied, and everything is kept.
+        A gradient is encoded for an expected weight ``E``, and the sum is divided by another one, ``W``. So of a
+        residual ``r`` the part ``E/W r`` has gone into the mean, and ``E/W r'`` was left out of that:
+        ``E/W r' + (1 - E/W) r`` is kept. A parameter that nobody used was not updated, and keeps its state.
 
         Args:
             step: which one.
             total_weight: the sum of weights ``W``.
             used: by bucket: bit ``k`` is set if anybody used its tensor ``k``.
         """
-        if self._flushed:
-            self._commit_flushed(total_weight, used)
+        if self._sent_earlier:
+            self._commit_earlier(total_weight, used)
         if self._written != step:
             return
         for bucket, kept, following in zip(self._layout.buckets, self._kept, self._next, strict=True):
@@ -181,16 +193,16 @@ class CodecStates:
                     after[segment.offset : segment.stop].copy_(before[segment.offset : segment.stop])
         self._kept, self._next, self._written = self._next, self._kept, None
 
-    def _commit_flushed(self, total_weight: float, used: Sequence[int]) -> None:
-        for index in self._flushed:
+    def _commit_earlier(self, total_weight: float, used: Sequence[int]) -> None:
+        for index in self._sent_earlier:
             expected = self._expected[index]
             factor = 1 - expected / total_weight if expected is not None else 0.0
             for k, segment in enumerate(self._layout.buckets[index].segments):
                 if used[index] >> k & 1:
-                    self._left[index][segment.offset : segment.stop].mul_(factor)
-            if float(self._left[index].abs().max()) <= _NOTHING * self._much[index]:
-                del self._left[index], self._much[index]
-        self._flushed = set()
+                    self._earlier[index][segment.offset : segment.stop].mul_(factor)
+            if float(self._earlier[index].abs().max()) <= _NOTHING * self._largest_earlier[index]:
+                del self._earlier[index], self._largest_earlier[index]
+        self._sent_earlier = set()
 
     def by_parameter(self) -> dict[str, State]:
         """Copies on the CPU, for a checkpoint: a parameter's elements (numel, ...) flat, by name."""
@@ -204,7 +216,7 @@ class CodecStates:
     def _by_parameter(self) -> dict[str, State]:
         found: dict[str, State] = {}
         for bucket, kept in zip(self._layout.buckets, self._kept, strict=True):
-            state = kept | ({RESIDUAL: self._left[bucket.index]} if bucket.index in self._left else {})
+            state = kept | ({RESIDUAL: self._earlier[bucket.index]} if bucket.index in self._earlier else {})
             for segment in bucket.segments if state else ():
                 found[segment.name] = {
                     name: values[segment.offset : segment.stop].to("cpu", copy=True) for name, values in state.items()
@@ -212,8 +224,8 @@ class CodecStates:
         return found
 
     def load(self, by_parameter: Mapping[str, State]) -> None:
-        """The inverse of :meth:`by_parameter`. What is not there, as after a change of the codec, begins anew; what
-        was left out is sent by any."""
+        """The inverse of :meth:`by_parameter`. State that is missing, as after a change of the codec, begins anew. A
+        residual is kept whatever the codec."""
         self._inherited.clear()
         self._load(by_parameter)
 
@@ -227,17 +239,17 @@ class CodecStates:
         self.adopt(by_parameter)
 
     def adopt(self, by_parameter: Mapping[str, State]) -> None:
-        """What a worker has left out that is not there any more: this one sends it, too."""
+        """Add the residual of a worker that has gone to this worker's."""
         for bucket, state in zip(self._layout.buckets, self._kept, strict=True):
             for segment in bucket.segments if not bucket.is_dense else ():
-                left_out = by_parameter.get(segment.name, {}).get(RESIDUAL)
-                if left_out is None or len(left_out) != segment.numel or not left_out.any():
+                residual = by_parameter.get(segment.name, {}).get(RESIDUAL)
+                if residual is None or len(residual) != segment.numel or not residual.any():
                     continue
-                if RESIDUAL not in state and bucket.index not in self._left:
-                    self._left[bucket.index] = torch.zeros(bucket.numel, dtype=bucket.dtype, device=self._device)
-                held = state[RESIDUAL] if RESIDUAL in state else self._left[bucket.index]
-                held[segment.offset : segment.stop].add_(left_out.to(self._device))
-        self._much = {index: float(left.abs().max()) for index, left in self._left.items()}
+                if RESIDUAL not in state and bucket.index not in self._earlier:
+                    self._earlier[bucket.index] = torch.zeros(bucket.numel, dtype=bucket.dtype, device=self._device)
+                held = state[RESIDUAL] if RESIDUAL in state else self._earlier[bucket.index]
+                held[segment.offset : segment.stop].add_(residual.to(self._device))
+        self._largest_earlier = {index: float(earlier.abs().max()) for index, earlier in self._earlier.items()}
 
     def _initial(self) -> list[State]:
         codec = self._codec
