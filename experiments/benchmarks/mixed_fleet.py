@@ -185,8 +185,7 @@ def train(directory: str, *, size: int, total: int, rounds: int, steps: int, set
         oracle.learn(figures["static_solo"])
 
     def solo_block() -> None:
-        assert session.stats is not None
-        share = session.stats.batch_share()
+        share = session.joined().stats.batch_share()
         figures["shares"] = [int(b) for b in gathered(share, size)]
         steps_s: list[list[float]] = [[]] * size
         dist.all_gather_object(steps_s, solo_steps(solo, share, solo_s))
@@ -214,7 +213,7 @@ def train(directory: str, *, size: int, total: int, rounds: int, steps: int, set
     for i in range(rounds):
         for k in range(len(blocks)):
             blocks[(i + k) % len(blocks)]()
-        results.append({**figures, "table": session._agent().record.table})
+        results.append({**figures, "table": session.joined().connections.record().table})
     return results
 
 

@@ -85,14 +85,13 @@ def train_het(config: dict[str, Any]) -> None:
         ours.step()
     rounds = []
     for _ in range(config["rounds"]):
-        assert session.stats is not None
-        share = session.stats.batch_share()
+        share = session.joined().stats.batch_share()
         rounds.append(
             {
                 "shares": [int(b) for b in gathered(share, size)],
                 "solo_het": gathered(solo_speed(solo, share, config["solo_s"]), size),
                 "het_s": timed(config["steps"], ours.step),
-                "table": session._agent().record.table,
+                "table": session.joined().connections.record().table,
             }
         )
     if session.slot == 0:

@@ -45,8 +45,7 @@ def train(directory: str, *, epochs: int, steps_per_epoch: int, batch: int) -> N
 
     def note(point: str, step: int) -> None:
         if point in points.MARKS:
-            assert session.agent is not None and session.agent.record is not None
-            log.write(json.dumps([point, step, session.agent.record.number, time.time()]) + "\n")
+            log.write(json.dumps([point, step, session.joined().connections.record().number, time.time()]) + "\n")
 
     points.listeners.append(note)
     data = common.make_data(steps_per_epoch * batch)

@@ -41,6 +41,7 @@ from raytrain_het.codec_options import AUTO_CODECS
 from raytrain_het.testing.networks import sent
 from raytrain_het.testing.processes import ProcessLab
 from raytrain_het.worker.session import current
+from raytrain_het.worker.step.open_step import OpenStep
 
 WIDTH, LAYERS, CLASSES, SAMPLES = 1024, 4, 10, 4096
 WANTED = "wanted.json"
@@ -112,15 +113,18 @@ def train(
     data = make_data()
     own = common.het_steps(make_net(), data, batch * size)
 
+    def last_step() -> OpenStep:
+        step = session.joined().engine.opened
+        assert step is not None
+        return step
+
     def in_force() -> tuple[list[str], bool]:
         """Codecs of the last step, the same on all workers, and whether there was a hierarchy."""
-        assert session.engine is not None and session.engine.opened is not None
-        record = session.engine.opened.record
+        record = last_step().record
         return list(record.codecs), record.hierarchy
 
     def table() -> int:
-        assert session.engine is not None and session.engine.opened is not None
-        return session.engine.opened.record.table
+        return last_step().record.table
 
     began, settling = time.perf_counter(), 0
     next(own)

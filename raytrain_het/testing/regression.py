@@ -119,7 +119,7 @@ class Regression:
 
     @staticmethod
     def _step(session: sessions.Session) -> int | None:
-        return session.engine.cursor.step if session.engine is not None else None
+        return session.worker.engine.cursor.step if session.worker is not None else None
 
     def plain(self) -> torch.Tensor:
         """The parameters (flat) after the same training with torch alone, each global batch in one piece."""
@@ -140,7 +140,7 @@ class Regression:
         return flat(model.parameters())
 
     def _wait_for_the_lab(self, session: sessions.Session, directory: str) -> None:
-        if session.engine is not None and (step := session.engine.cursor.step) in self.waits_at:
+        if session.worker is not None and (step := session.worker.engine.cursor.step) in self.waits_at:
             while not _mark(directory, step).exists():
                 time.sleep(0.002)
 
@@ -177,8 +177,7 @@ def trace_steps(session: sessions.Session, directory: str) -> None:
     file = open(path, "ab", buffering=0)  # noqa: SIM115 - it stays open as long as the process lives
 
     def note_step(note: StepRecord) -> None:
-        model = session.replica.model
-        assert model is not None
+        model = session.joined().replica.model
         bits = [float(b.double().sum()).hex() for b in model.buffers()]
         line = [note.step, note.generation, note.uid, [note.digest(), *bits], time.time()]
         file.write(json.dumps(line).encode() + b"\n")

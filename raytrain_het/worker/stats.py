@@ -7,10 +7,11 @@ import os
 import time
 from typing import Any
 
-from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.membership import protocol
-from raytrain_het.membership.agent import MemberAgent
-from raytrain_het.worker.data.data_plan import DataPlan, slice_of
+from raytrain_het.worker.connections import Connections
+from raytrain_het.worker.context import WorkerContext
+from raytrain_het.worker.data.data_plan import slice_of
+from raytrain_het.worker.draft import Prepared
 from raytrain_het.worker.step.engine import Engine
 
 INTERVAL_S = 0.5
@@ -19,20 +20,19 @@ LEFT_OUT_INTERVAL_S = 5.0
 
 
 class Stats:
-    """Of one worker."""
+    """Of one worker.
 
-    def __init__(
-        self,
-        agent: MemberAgent,
-        engine: Engine,
-        communicator: Communicator,
-        plan: DataPlan,
-        *,
-        device: str,
-        node_ip: str,
-    ) -> None:
-        self._agent, self._engine, self._communicator, self._plan = agent, engine, communicator, plan
-        self._where: dict[str, Any] = {"device": device, "node_ip": node_ip, "pid": os.getpid()}
+    Args:
+        context: where it is.
+        prepared: says how large a full batch is, and how often gradients were clipped.
+        connections: to the hub.
+        engine: counts.
+    """
+
+    def __init__(self, context: WorkerContext, prepared: Prepared, connections: Connections, engine: Engine) -> None:
+        self._agent, self._communicator, self._engine = connections.agent, connections.communicator, engine
+        self._plan, self._update = prepared.data.plan, prepared.update
+        self._where: dict[str, Any] = {"device": str(context.device), "node_ip": context.node_ip, "pid": os.getpid()}
         self._sent_at = -math.inf
         self._left_out: tuple[float, float | None] = (-math.inf, None)
         """When it was looked at, and its norm."""
@@ -56,13 +56,13 @@ class Stats:
             steps=counters.steps,
             skipped=counters.skipped,
             redone=counters.redone,
-            clipped=counters.clipped,
+            clipped=self._update.num_clipped,
             compute_s=counters.compute_s,
             wait_s=counters.wait_s,
             bytes_sent=communicator.moved.sent,
             bytes_received=communicator.moved.received,
             batch_share=self.batch_share(),
-            step_s=engine.step_s,
+            step_s=engine.committing.step_s,
             left_out=self._norm_left_out(),
             told=self._agent.told(),
             **self._where,
@@ -81,7 +81,7 @@ class Stats:
         now: dict[str, float] = {
             "seconds": time.monotonic(),
             "steps": counters.steps,
-            "clipped_steps": counters.clipped,
+            "clipped_steps": self._update.num_clipped,
             "samples": counters.samples,
             "bytes_sent": self._communicator.moved.sent,
         }

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from raytrain_het.errors import LoopOrderError
 from raytrain_het.worker.data.data_loader import HetDataLoader
 from raytrain_het.worker.data.forked_generators import seed_of, seeded
 from raytrain_het.worker.data.held_out import HeldOut, evaluation_mode
@@ -35,7 +34,7 @@ def prepare_model(model: M) -> M:
     """
     session = current()
     model = model.to(session.device)
-    session.set_model(model)
+    session.draft.set_model(model)
     return model
 
 
@@ -49,7 +48,7 @@ def prepare_optimizer(optimizer: O) -> O:
         LoopOrderError: a scheduler was attached before, or called twice, or outside of a training function.
     """
     session = current()
-    session.set_optimizer(optimizer, make_het(optimizer, session))
+    session.draft.set_optimizer(optimizer, make_het(optimizer, session))
     return optimizer
 
 
@@ -130,7 +129,8 @@ def report(metrics: dict[str, Any], *, reduce: dict[str, str] | None = None, che
         ConfigError: a metric of another kind.
         LoopOrderError: called before ``loader.epochs()``.
     """
-    current().report(metrics, reduce=reduce, checkpoint=checkpoint)
+    worker = current().joined("report()", "there is no step to report on yet.")
+    worker.report(metrics, reduce=reduce, checkpoint=checkpoint)
 
 
 def evaluate(
@@ -166,26 +166,24 @@ def evaluate(
         Exception: what ``fn`` or the dataset raised, on whichever worker: all that take part raise it.
     """
     session = current()
-    engine, model, seed = session.engine, session.replica.model, session.config.seed
-    if engine is None or model is None:
-        raise LoopOrderError("evaluate() was called before loader.epochs(): join the run first.")
-    step = engine.cursor.step
+    worker, seed = session.joined("evaluate()", "join the run first."), session.config.seed
+    cursor = worker.engine.cursor
     held_out = HeldOut(
         data,
         batch_size=batch_size,
         collate_fn=collate_fn,
-        default_collate_fn=session.collate_fn,
+        default_collate_fn=worker.prepared.data.collate_fn,
         seed=seed,
-        epoch=engine.cursor.epoch,
+        epoch=cursor.epoch,
     )
 
     def run_chunk(chunk: int) -> dict[str, float]:
-        with seeded(seed_of("evaluate", seed, step, name, chunk), session.device):
+        with seeded(seed_of("evaluate", seed, cursor.step, name, chunk), session.device):
             return check_sums(fn(held_out.batch(chunk, session.device)))
 
     try:
-        with evaluation_mode(model):
-            sums = session.evaluate(held_out.num_chunks, run_chunk, f"{name} ({describe(fn)}, {held_out.key})")
+        with evaluation_mode(worker.prepared.model):
+            sums = worker.evaluate(held_out.num_chunks, run_chunk, f"{name} ({describe(fn)}, {held_out.key})")
     finally:
         held_out.close()
     return {name: value / held_out.num_samples for name, value in sums.items()}

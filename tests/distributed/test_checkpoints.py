@@ -101,7 +101,7 @@ def train_as_before():
     loader = het.prepare_data_loader(DataLoader(TensorDataset(x, x.sin()), shuffle=True), global_batch_size=8)
     begun = None
     for _ in loader.epochs(2):
-        states = sessions.current()._communicator.codec_states.by_parameter()
+        states = sessions.current().worker.communicator.codec_states.by_parameter()
         begun = begun or {
             "model": {name: t.clone() for name, t in model.state_dict().items()},
             "optimizer": copy.deepcopy(optimizer.state_dict()),

@@ -34,7 +34,10 @@ class Remembering(Regression):
         CODECS["counting"] = Counting()
         result = super().__call__(directory)
         session = sessions.current()
-        return result | {"uid": session.agent.uid, "counts": Counting.counts(session._communicator.codec_states)}
+        return result | {
+            "uid": session.worker.agent.uid,
+            "counts": Counting.counts(session.worker.communicator.codec_states),
+        }
 
 
 TASK = Remembering()
@@ -88,7 +91,10 @@ class LeavingOut(Regression):
 
         CodecStates.adopt = adopting
         result = super().__call__(directory)
-        return result | {"begun": begun, "left": residuals(sessions.current()._communicator.codec_states)}
+        return result | {
+            "begun": begun,
+            "left": residuals(sessions.current().worker.communicator.codec_states),
+        }
 
 
 def residuals(states):
@@ -118,7 +124,10 @@ class HandingOver(LeavingOut):
         hand_on, inherit = HandingOn.hand_on, CodecStates.inherit
 
         def noting(handing_on):
-            torch.save(residuals(session._communicator.codec_states), Path(directory) / f"left_out_{session.slot}.pt")
+            torch.save(
+                residuals(session.worker.communicator.codec_states),
+                Path(directory) / f"left_out_{session.slot}.pt",
+            )
             return hand_on(handing_on)
 
         def inheriting(states, by_parameter):

@@ -26,10 +26,10 @@ def returns_early(directory, *, report=False):
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(x), y).backward()
             optimizer.step()
-            if report and session.engine.cursor.step == RETURNS_AT:
+            if report and session.worker.engine.cursor.step == RETURNS_AT:
                 het.report({"step": RETURNS_AT})
                 report = False  # The body runs again with this step behind it.
-            if session.slot == 1 and session.engine.cursor.step == RETURNS_AT:
+            if session.slot == 1 and session.worker.engine.cursor.step == RETURNS_AT:
                 return None
     return {"parameters": flat(model.parameters())}
 

@@ -50,10 +50,10 @@ class UntilRefilled:
 
         def hold(point, step):
             if point == "opened" and session.slot == self.slot and not first.exists():
-                first.write_text(session.agent.uid)
+                first.write_text(session.worker.agent.uid)
             elif point == "opened" and happened(directory):  # What a healing worker needs has been offered here.
                 uid = first.read_text()
-                session.agent.wait_for(lambda: self.is_needed(session.agent, uid))
+                session.worker.agent.wait_for(lambda: self.is_needed(session.worker.agent, uid))
 
         points.listeners.append(hold)
         return self.task(directory)
@@ -148,7 +148,7 @@ class OnceSomebodyHeals:
         session, reached = current(), points.listeners[:]
 
         def hold(point, step):
-            record = session.agent.record
+            record = session.worker.agent.record
             num_happened = len(happened(directory))
             if (num_happened == 0) or (num_happened == 1 and record is not None and record.unhealed):
                 for listener in reached:
@@ -219,7 +219,7 @@ class Densities(Compressed):
         session, seen = current(), {}
 
         def look(note):
-            codec = session._communicator._collectives.reducer.codecs[0]
+            codec = session.worker.communicator._collectives.reducer.codecs[0]
             epoch = note.step // STEPS
             if codec.density not in seen.setdefault(epoch, []):
                 seen[epoch].append(codec.density)

@@ -35,7 +35,7 @@ class Job:
         module = importlib.import_module(f"raytrain_het.jobs.{self.module}")
         getattr(module, f"train_{self.module}")(self.config)
         session = current()
-        return session.replica.model.state_dict(), session._speed._step
+        return session.worker.replica.model.state_dict(), session.worker._speed._step
 
 
 def run(tmp_path, kind, *overrides):

@@ -219,7 +219,7 @@ def test_the_loop_in_the_right_order_works_here_too(tmp_path):
     def steps():
         model, optimizer, loader = prepare()
         good(model, optimizer, loader)
-        return current().engine.cursor.step, len(loader)
+        return current().worker.engine.cursor.step, len(loader)
 
     done, wanted = alone(steps, tmp_path)
     assert done == wanted > 0

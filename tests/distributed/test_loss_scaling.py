@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,8 @@ from raytrain_het.errors import ConfigError, LoopOrderError
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, flat, relative_error
 from raytrain_het.worker import session as sessions
+from raytrain_het.worker.state.registered import RegisteredState
+from raytrain_het.worker.state.replica import Replica
 from raytrain_het.worker.step.optimizer import _check_scaler
 
 
@@ -48,7 +49,7 @@ class Scaled(Regression):
                 time.sleep(self.patience_s if het.num_participants() < session.num_slots else 0.0)
                 loss = F.mse_loss(model(x), y)
                 optimizer.zero_grad()
-                step = session.engine.cursor.step
+                step = session.worker.engine.cursor.step
                 scaled = scaler.scale(loss)
                 (scaled * torch.inf if session.slot == 0 and step == self.overflow_step else scaled).backward()
                 scaler.unscale_(optimizer)
@@ -116,7 +117,7 @@ def train_unregistered(*, enabled, scheduled=False):
     if scheduled:
         het.register_state("scheduler", torch.optim.lr_scheduler.StepLR(optimizer, 1))
     train_one_epoch(model, optimizer, loader, torch.amp.GradScaler("cpu", enabled=enabled))
-    return sessions.current().engine.cursor.step
+    return sessions.current().worker.engine.cursor.step
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
@@ -132,11 +133,12 @@ def test_one_that_is_switched_off_needs_no_registration(tmp_path):
 def test_parameters_in_half_precision_are_refused_with_a_scaler():
     """Torch refuses them itself, but for fused optimizers, whose step() it calls whatever overflowed."""
     scaler, model = torch.amp.GradScaler("cpu"), torch.nn.Linear(2, 1).half()
-    session = SimpleNamespace(replica=SimpleNamespace(scaler=scaler, model=model))
+    registered = RegisteredState()
+    registered.add("scaler", scaler)
     with pytest.raises(LoopOrderError, match=r"float16 \('weight'.*use torch.autocast"):
-        _check_scaler(scaler, session)
-    session.replica.model = model.float()
-    assert _check_scaler(scaler, session) is None
+        _check_scaler(scaler, Replica(model, torch.optim.SGD(model.parameters()), registered))
+    model.float()
+    assert _check_scaler(scaler, Replica(model, torch.optim.SGD(model.parameters()), registered)) is None
 
 
 def test_a_scale_that_is_no_power_of_two_is_refused(tmp_path):

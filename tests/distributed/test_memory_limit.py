@@ -19,7 +19,7 @@ class Meter:
         return 0
 
     def peak_bytes(self):
-        opened = current().engine.opened
+        opened = current().worker.engine.opened
         return max(map(len, opened.micro[: len(opened.weights)]))
 
     def total_bytes(self):
@@ -34,14 +34,14 @@ class Small:
         begin = session.begin
 
         def begin_small(num_epochs):
-            engine = begin(num_epochs)
+            worker = begin(num_epochs)
             if session.slot == 1:
-                engine._memory = MemoryLimit(Meter())
-            return engine
+                worker.engine.passes.memory = MemoryLimit(Meter())
+            return worker
 
         def note(point, step):
             if point == "backward":
-                sizes[step] = [len(part) for part in session.engine.opened.micro]
+                sizes[step] = [len(part) for part in session.worker.engine.opened.micro]
 
         session.begin = begin_small
         points.listeners.append(note)

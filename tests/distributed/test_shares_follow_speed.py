@@ -42,8 +42,8 @@ class Uneven:
             nonlocal scripted
             if point != "backward":
                 return
-            if scripted is not session.engine.timings:
-                scripted = session.engine.timings
+            if scripted is not session.worker.engine.timings:
+                scripted = session.worker.engine.timings
                 tell = scripted.step_done
                 scripted.step_done = lambda samples, _, cycle_s, **more: tell(
                     samples, cycle_s - self.own_s(samples), cycle_s, **more
@@ -122,7 +122,9 @@ def told_of(directory, *, num_samples, global_batch_size):
         data = DataLoader(TensorDataset(torch.randn(num_samples, 3)))
         loader = het.prepare_data_loader(data, global_batch_size=global_batch_size)
         for _ in loader.epochs(6):
-            current().engine.timings.step_done = lambda samples, _, cycle_s, **more: told.append((samples, cycle_s))
+            current().worker.engine.timings.step_done = lambda samples, _, cycle_s, **more: told.append(
+                (samples, cycle_s)
+            )
             for (x,) in loader:
                 optimizer.zero_grad()
                 model(x).sum().backward()
@@ -155,7 +157,7 @@ class SlowOnceRefilled(Uneven):
         session = current()
 
         def note(point, step):
-            record = session.agent.record
+            record = session.worker.agent.record
             back = record is not None and any(m.slot == 1 and m.uid not in record.unhealed for m in record.members)
             if point == "opened" and back and happened(directory) and self.at_step > step + 12:
                 self.at_step = step + 12

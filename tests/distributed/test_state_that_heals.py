@@ -12,7 +12,7 @@ from raytrain_het.allreduce import followed
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas
 from raytrain_het.worker import session as sessions
-from raytrain_het.worker.state import healing
+from raytrain_het.worker.state.state_server import StateServer
 
 FAULTS = [
     Fault(slot=0, step=6, point="decoded"),
@@ -173,18 +173,18 @@ class Overtaken(Regression):
     """A joiner's snapshot takes as long as six steps, and the sums of two may be kept."""
 
     def __call__(self, directory):
-        ask = healing.ask
+        ask = StateServer.ask
 
-        def ask_slowly(host, port, token, name, *, give_up, **values):
-            answer = ask(host, port, token, name, give_up=give_up, **values)
+        def ask_slowly(server, host, port, name, *, give_up, **values):
+            answer = ask(server, host, port, name, give_up=give_up, **values)
             session = sessions.current()
-            if name.startswith("snapshot.") and session.agent.uid in session.agent.record.unhealed:
-                comm, last = session._communicator, session.agent.record.base + 6
-                session.agent.wait_for(lambda: comm.followed.cursor.step >= last or give_up())
+            if name.startswith("snapshot.") and session.worker.agent.uid in session.worker.agent.record.unhealed:
+                comm, last = session.worker.communicator, session.worker.agent.record.base + 6
+                session.worker.agent.wait_for(lambda: comm.followed.cursor.step >= last or give_up())
                 assert len(comm.followed) <= 2
             return answer
 
-        healing.ask, followed.KEPT_BYTES = ask_slowly, 1
+        StateServer.ask, followed.KEPT_BYTES = ask_slowly, 1
         return super().__call__(directory)
 
 

@@ -123,7 +123,7 @@ def test_who_comes_when_the_run_is_over_or_only_evaluates_is_no_such_function(tm
 
     def ends_its_process():
         train(*prepare())
-        assert sessions.current().engine.cursor.step == 4
+        assert sessions.current().worker.engine.cursor.step == 4
         sys.exit(0)
 
     assert alone(ends_its_process, tmp_path) is None

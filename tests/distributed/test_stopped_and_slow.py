@@ -93,7 +93,7 @@ class OnceOneIsHealed:
         session, reached = current(), points.listeners[:]
 
         def hold(point, step):
-            record, num_happened = session.agent.record, len(happened(directory))
+            record, num_happened = session.worker.agent.record, len(happened(directory))
             if num_happened == 0 or (num_happened == 1 and record is not None and record.fresh):
                 for listener in reached:
                     listener(point, step)

@@ -47,7 +47,7 @@ class Conv:
         loader = het.prepare_data_loader(DataLoader(TensorDataset(x, y), shuffle=True), global_batch_size=12)
         for _ in loader.epochs(self.epochs):
             for x, y in loader:
-                wait_for_the_next(session.agent)
+                wait_for_the_next(session.worker.agent)
                 optimizer.zero_grad()
                 F.mse_loss(model(x.to(memory_format=torch.channels_last)), y).backward()
                 optimizer.step()

@@ -23,8 +23,12 @@ class ClipsAndWaits(Regression):
     def _update(self, model, optimizer, scheduler):
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
         session = sessions.current()
-        if session.slot == 0 and session.engine.opened.job.step == STEP and len(session.agent.record.members) == 3:
-            wait_until(lambda: session._communicator.entered.replayed is not None)
+        if (
+            session.slot == 0
+            and session.worker.engine.opened.job.step == STEP
+            and len(session.worker.agent.record.members) == 3
+        ):
+            wait_until(lambda: session.worker.communicator.entered.replayed is not None)
         optimizer.step()
 
 
@@ -42,11 +46,11 @@ class TakenOverAndPassedOn:
 
         class Task(Regression):
             def _update(self, model, optimizer, scheduler):
-                first = session.engine.opened.job.step == STEP and not taken_over.exists()
+                first = session.worker.engine.opened.job.step == STEP and not taken_over.exists()
                 if session.slot == 2 and first:  # Slow between backward() and step().
-                    wait_until(lambda: session.agent.void > 2 or session.agent.record.number > 2)
+                    wait_until(lambda: session.worker.agent.void > 2 or session.worker.agent.record.number > 2)
                 optimizer.step()
-                if session.slot == 1 and session.engine.cursor.step == STEP:
+                if session.slot == 1 and session.worker.engine.cursor.step == STEP:
                     taken_over.touch()
                 if session.slot == 0 and first:
                     wait_until(taken_over.exists)
@@ -60,12 +64,12 @@ class TakenOverAndPassedOn:
                     last = bucket is exchange.layout.buckets[-1] and k == 1
                     if last and (header.step, header.generation) == (STEP, 1):
                         # What worker 3 had yet to send has reached worker 0 only.
-                        session._communicator._waiter.until(lambda: False, 1, STEP, peers=True)
+                        session.worker.communicator._waiter.until(lambda: False, 1, STEP, peers=True)
                     yield operation
 
             Exchange.all_reduce = stuck
         CODECS["counting"] = Counting()
-        return Task(report=False)(directory) | {"counts": Counting.counts(session._communicator.codec_states)}
+        return Task(report=False)(directory) | {"counts": Counting.counts(session.worker.communicator.codec_states)}
 
 
 def test_who_has_taken_a_step_over_passes_it_on_when_its_source_dies(tmp_path):

@@ -39,12 +39,16 @@ class Program:
                 if self.returns("before step"):
                     return self.result(model)
                 optimizer.step()
-                self.after_step(session.engine.cursor.step)
+                self.after_step(session.worker.engine.cursor.step)
             self.after_epoch(epoch)
         return self.result(model)
 
     def result(self, model):
-        return {"parameters": flat(model.parameters()), "seen": self.seen, "step": self.session.engine.cursor.step}
+        return {
+            "parameters": flat(model.parameters()),
+            "seen": self.seen,
+            "step": self.session.worker.engine.cursor.step,
+        }
 
     def returns(self, where):
         return False
@@ -179,7 +183,7 @@ class Returns(Program):
         self.where, self.who, self.at = where, who, at
 
     def returns(self, where):
-        return where == self.where and self.rank in self.who and self.session.engine.cursor.step == self.at
+        return where == self.where and self.rank in self.who and self.session.worker.engine.cursor.step == self.at
 
     def after_epoch(self, epoch):
         het.report({"epoch": epoch})

@@ -42,8 +42,8 @@ def train(directory):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            codecs = session.engine.opened.record.codecs
-            steps.append(Step(codecs, time.monotonic(), *sent(), session._communicator.moved.sent))
+            codecs = session.worker.engine.opened.record.codecs
+            steps.append(Step(codecs, time.monotonic(), *sent(), session.worker.communicator.moved.sent))
     return steps
 
 

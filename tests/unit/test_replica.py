@@ -10,29 +10,27 @@ import torch
 from torch import nn
 
 from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
+from raytrain_het.worker.state.registered import RegisteredState
 from raytrain_het.worker.state.replica import ROW, Replica
 
 
 def replica_of(seed: int = 0, *, dtype: torch.dtype = torch.float32, register: bool = True) -> Replica:
     torch.manual_seed(seed)
-    replica = Replica()
-    replica.model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).to(dtype)
-    replica.optimizer = torch.optim.Adam(replica.model.parameters(), lr=0.1)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).to(dtype)
+    replica = Replica(model, torch.optim.Adam(model.parameters(), lr=0.1))
     if register:
-        replica.register("schedule", torch.optim.lr_scheduler.StepLR(replica.optimizer, 1, gamma=0.5))
+        replica.registered.add("schedule", torch.optim.lr_scheduler.StepLR(replica.optimizer, 1, gamma=0.5))
     return replica
 
 
 def train(replica: Replica, steps: int = 2, seed: int = 0) -> None:
-    assert replica.model is not None
-    assert replica.optimizer is not None
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         x = torch.randn(8, 4, generator=generator).to(next(replica.model.parameters()).dtype)
         replica.optimizer.zero_grad()
         replica.model(x).square().mean().backward()
         replica.optimizer.step()
-        for schedule in replica.registered.values():
+        for schedule in replica.registered.objects.values():
             schedule.step()
 
 
@@ -41,7 +39,7 @@ def test_a_snapshot_makes_another_replica_equal_and_it_trains_on_alike() -> None
     train(one)
     other.load(one.snapshot())
     assert other.digest(optimizer=True) == one.digest(optimizer=True)
-    assert other.registered["schedule"].state_dict() == one.registered["schedule"].state_dict()
+    assert other.registered.objects["schedule"].state_dict() == one.registered.objects["schedule"].state_dict()
     for replica in (one, other):
         train(replica, 3, seed=5)
     assert other.digest(optimizer=True) == one.digest(optimizer=True)
@@ -76,7 +74,7 @@ def test_a_snapshot_holds_all_tensors_of_registered_objects_on_the_cpu() -> None
             pass
 
     replica = replica_of()
-    replica.register("average", Average())
+    replica.registered.add("average", Average())
     shadow = replica.snapshot()["registered"]["average"]["shadow"]
     assert type(shadow) is OrderedDict
     assert type(shadow["a"]) is torch.Tensor
@@ -100,7 +98,7 @@ def test_registered_tensors_are_copied_as_what_they_are() -> None:
             self.state = state
 
     replica, kinds = replica_of(), Kinds()
-    replica.register("kinds", kinds)
+    replica.registered.add("kinds", kinds)
     live = kinds.state
     flat = [live["plain"], *live["parameters"], *live["leaf"]]
     light, snapshot = replica.light(), replica.snapshot()
@@ -117,7 +115,6 @@ def test_registered_tensors_are_copied_as_what_they_are() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_digest_knows_every_bit_of_every_parameter(dtype: torch.dtype) -> None:
     replica = replica_of(dtype=dtype)
-    assert replica.model is not None
     digest = replica.digest()
     for parameter in replica.model.parameters():
         bits = (
@@ -131,9 +128,8 @@ def test_the_digest_knows_every_bit_of_every_parameter(dtype: torch.dtype) -> No
 
 
 def test_the_digest_knows_which_parameter_holds_what() -> None:
-    replica = Replica()
-    replica.model = nn.ParameterList([torch.zeros(3), torch.ones(3)])
-    replica.optimizer = torch.optim.SGD(replica.model.parameters())
+    model = nn.ParameterList([torch.zeros(3), torch.ones(3)])
+    replica = Replica(model, torch.optim.SGD(model.parameters()))
     digest = replica.digest()
     replica.model[0].data, replica.model[1].data = replica.model[1].data, replica.model[0].data
     assert replica.digest() != digest
@@ -141,17 +137,14 @@ def test_the_digest_knows_which_parameter_holds_what() -> None:
 
 def wide(dtype: torch.dtype = torch.float32) -> Replica:
     torch.manual_seed(0)
-    replica = Replica()
-    replica.model = nn.Linear(50, 20).to(dtype)
-    replica.optimizer = torch.optim.SGD(replica.model.parameters())
-    return replica
+    model = nn.Linear(50, 20).to(dtype)
+    return Replica(model, torch.optim.SGD(model.parameters()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_digest_knows_any_set_of_last_bits_that_differ(dtype: torch.dtype) -> None:
     """Roundings that differ here and there, up and down: their plain sum is often 0."""
     replica = wide(dtype)
-    assert replica.model is not None
     size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     bits = replica.model.weight.detach().view(-1).view(size)
     before, generator, seen = bits.clone(), torch.Generator().manual_seed(0), {replica.digest()}
@@ -164,7 +157,6 @@ def test_the_digest_knows_any_set_of_last_bits_that_differ(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_digest_knows_places_and_signs(dtype: torch.dtype) -> None:
     replica = wide(dtype)
-    assert replica.model is not None
     weight = replica.model.weight.detach()
     before, seen, changes = weight.clone(), {replica.digest()}, 1
     for i in range(20):
@@ -180,10 +172,9 @@ def test_the_digest_knows_places_and_signs(dtype: torch.dtype) -> None:
 
 
 def test_the_digest_knows_rows_beyond_the_first_and_their_order() -> None:
-    replica = Replica()
     values = torch.randn(2 * ROW * 3 + 5, generator=torch.Generator().manual_seed(0))
-    replica.model = nn.ParameterList([values])
-    replica.optimizer = torch.optim.SGD(replica.model.parameters())
+    model = nn.ParameterList([values])
+    replica = Replica(model, torch.optim.SGD(model.parameters()))
     weight, seen = replica.model[0].detach(), {replica.digest()}
     for place in (2 * ROW - 1, 2 * ROW, 5 * ROW, len(values) - 1):
         weight[place] *= 1 + 2**-20
@@ -195,8 +186,6 @@ def test_the_digest_knows_rows_beyond_the_first_and_their_order() -> None:
 
 def test_the_digest_depends_on_values_alone_not_on_where_they_lie_in_memory() -> None:
     plain, strided = wide(), wide()
-    assert plain.model is not None
-    assert strided.model is not None
     weight = plain.model.weight.detach()
     strided.model.weight.data = weight.t().contiguous().t()
     strided.model.bias.data = torch.cat([torch.zeros(1), plain.model.bias.detach()])[1:]
@@ -205,7 +194,6 @@ def test_the_digest_depends_on_values_alone_not_on_where_they_lie_in_memory() ->
 
 def test_buffers_are_no_part_of_the_digest() -> None:
     replica = replica_of()
-    assert replica.model is not None
     digest = replica.digest(optimizer=True)
     replica.model[1].running_mean += 1
     assert replica.digest(optimizer=True) == digest
@@ -214,7 +202,6 @@ def test_buffers_are_no_part_of_the_digest() -> None:
 def test_the_digest_knows_the_optimizers_state_if_asked() -> None:
     replica = replica_of()
     train(replica)
-    assert replica.optimizer is not None
     plain, full = replica.digest(), replica.digest(optimizer=True)
     next(iter(replica.optimizer.state.values()))["exp_avg"].view(-1)[0] += 1
     assert replica.digest() == plain
@@ -223,8 +210,6 @@ def test_the_digest_knows_the_optimizers_state_if_asked() -> None:
 
 def test_the_light_part_takes_back_buffers_schedules_and_settings_but_no_parameters() -> None:
     replica = replica_of()
-    assert replica.model is not None
-    assert replica.optimizer is not None
     train(replica)
     light = replica.light()
     rate, mean = replica.optimizer.param_groups[0]["lr"], replica.model[1].running_mean.clone()
@@ -234,15 +219,14 @@ def test_the_light_part_takes_back_buffers_schedules_and_settings_but_no_paramet
         replica.restore_light(light)
         assert replica.optimizer.param_groups[0]["lr"] == rate
         assert torch.equal(replica.model[1].running_mean, mean)
-        assert replica.registered["schedule"].last_epoch == 2
+        assert replica.registered.objects["schedule"].last_epoch == 2
         assert replica.digest() == moved
-        replica.registered["schedule"].step()
+        replica.registered.objects["schedule"].step()
         replica.model[1].running_mean += 1
 
 
 def test_tensor_settings_are_restored_in_place() -> None:
     replica = replica_of(register=False)
-    assert replica.optimizer is not None
     rate = torch.tensor(0.1)
     replica.optimizer.param_groups[0]["lr"] = rate
     kept = replica.hyperparameters()
@@ -255,8 +239,6 @@ def test_tensor_settings_are_restored_in_place() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_parameters_come_back_with_the_drift(dtype: torch.dtype) -> None:
     one, other = replica_of(0, dtype=dtype), replica_of(0, dtype=dtype)
-    assert one.model is not None
-    assert other.model is not None
     with torch.no_grad():
         other.model[0].bias[1] += 0.5
     data = one.pack_parameters()
@@ -268,20 +250,20 @@ def test_packed_parameters_come_back_with_the_drift(dtype: torch.dtype) -> None:
 
 def test_what_has_no_state_dict_cannot_be_registered() -> None:
     with pytest.raises(ConfigError, match=r"register_state\('ema', ...\) got a list"):
-        Replica().register("ema", [1])
+        RegisteredState().add("ema", [1])
 
 
 def test_a_name_is_for_one_object() -> None:
     replica = replica_of()
-    replica.register("schedule", replica.registered["schedule"])
+    replica.registered.add("schedule", replica.registered.objects["schedule"])
     with pytest.raises(ConfigError, match="the name is taken"):
-        replica.register("schedule", nn.Linear(1, 1))
+        replica.registered.add("schedule", nn.Linear(1, 1))
 
 
 def test_state_registered_after_the_first_step_is_refused() -> None:
     replica = replica_of()
     light = replica.light()
-    replica.register("late", nn.Linear(1, 1))
+    replica.registered.add("late", nn.Linear(1, 1))
     with pytest.raises(LoopOrderError, match="'late' was registered after the first step"):
         replica.restore_light(light)
 
@@ -293,7 +275,7 @@ def test_a_state_with_other_registered_objects_is_refused_and_changes_nothing(
     one, other = replica_of(0), replica_of(1)
     for replica, names in ((one, there), (other, here)):
         for name in names:
-            replica.register(name, nn.Linear(1, 1))
+            replica.registered.add(name, nn.Linear(1, 1))
     before = other.digest()
     with pytest.raises(CheckpointError, match=r"\['average', 'ema'\]|\['ema'\] would not be restored.*same names"):
         other.load(one.snapshot())

@@ -11,12 +11,11 @@ from raytrain_het.worker.state.replica_check import ReplicaCheck
 
 def replica(seed=0, width=40):
     torch.manual_seed(seed)
-    made = Replica()
-    made.model = nn.Sequential(nn.Linear(7, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
-    made.optimizer = torch.optim.Adam(made.model.parameters(), lr=0.1)
+    model = nn.Sequential(nn.Linear(7, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
+    made = Replica(model, torch.optim.Adam(model.parameters(), lr=0.1))
     average = nn.Linear(3, 3)
-    made.register("average", average)
-    made.register("scheduler", torch.optim.lr_scheduler.StepLR(made.optimizer, 3))
+    made.registered.add("average", average)
+    made.registered.add("scheduler", torch.optim.lr_scheduler.StepLR(made.optimizer, 3))
     made.model(torch.randn(4, 7)).sum().backward()
     made.optimizer.step()
     return made
@@ -35,7 +34,9 @@ def everything(of):
     names = {id(p): name for name, p in model.named_parameters()}
     for p, state in optimizer.state.items():
         yield from ((f"{key} of {names[id(p)]}", value) for key, value in state.items())
-    yield from ((f"registered average.{name}", p.data) for name, p in of.registered["average"].named_parameters())
+    yield from (
+        (f"registered average.{name}", p.data) for name, p in of.registered.objects["average"].named_parameters()
+    )
 
 
 NAMES = [name for name, _ in everything(replica())]
@@ -62,7 +63,7 @@ def test_one_changed_element_of_anything_is_seen_and_named(name):
         (lambda r: r.optimizer.param_groups[0].update(betas=(0.9, 0.9)), "betas.1 of parameter group 0"),
         (lambda r: r.model[0].weight.requires_grad_(False), "which parameters have requires_grad"),
         (lambda r: r.model[1].eval(), "which modules are in training mode"),
-        (lambda r: setattr(r.registered["scheduler"], "last_epoch", 7), "registered scheduler.last_epoch"),
+        (lambda r: setattr(r.registered.objects["scheduler"], "last_epoch", 7), "registered scheduler.last_epoch"),
     ],
 )
 def test_a_changed_number_is_seen_at_once_and_named(change, name):
@@ -119,12 +120,12 @@ def test_restarted_ones_look_at_the_same_however_far_one_was():
 
 
 def test_memory_formats_and_scalers_make_no_difference():
-    of, other = (Replica() for _ in range(2))
-    for one, memory_format in ((of, torch.contiguous_format), (other, torch.channels_last)):
+    both = []
+    for memory_format, scale in ((torch.contiguous_format, 2.0), (torch.channels_last, 8.0)):
         torch.manual_seed(0)
-        one.model = nn.Conv2d(3, 4, 2).to(memory_format=memory_format)
-        one.optimizer = torch.optim.SGD(one.model.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0 if one is of else 8.0)
-        one.register("scaler", scaler)
+        model = nn.Conv2d(3, 4, 2).to(memory_format=memory_format)
+        both.append(Replica(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+        both[-1].registered.add("scaler", torch.amp.GradScaler("cpu", init_scale=scale))
+    of, other = both
     check, its = (ReplicaCheck(r, every=50, everything=False) for r in (of, other))
     assert look(check, of) == look(its, other)

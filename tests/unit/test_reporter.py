@@ -55,13 +55,16 @@ class Worker:
 
     def __init__(self) -> None:
         self.agent, self.server = Agent(), Server()
-        self.reporter = Reporter(self.agent, self.server, None, lambda: "token")  # type: ignore[arg-type]
+        self.reporter = Reporter(self.agent, self.server, None)  # type: ignore[arg-type]
 
     def report(self, step: int, *, snapshot: bool = True) -> str:
-        key = self.reporter.next_key(step)
+        key = self.key(step)
         message, state = protocol.Report(key=key, step=step, epoch=0, metrics={}), {} if snapshot else None
         self.reporter.add(Report(key, step, message, {}, state, self.agent.record), {})
         return key
+
+    def key(self, step: int, body: object = None) -> str:
+        return self.reporter.next_key(self.agent.record, step, body)
 
     def acknowledge(self, *keys: str) -> None:
         self.agent.on_message[protocol.Acknowledged](protocol.Acknowledged(keys=list(keys)))
@@ -69,9 +72,9 @@ class Worker:
 
 def test_a_key_is_of_a_life_a_step_and_a_call() -> None:
     worker = Worker()
-    keys = [worker.reporter.next_key(step) for step in (5, 5, 6)]
+    keys = [worker.key(step) for step in (5, 5, 6)]
     worker.agent.record = record_of([1.0], life=4)
-    keys += [worker.reporter.next_key(step) for step in (6, 6)]
+    keys += [worker.key(step) for step in (6, 6)]
     assert keys == ["1.5.0", "1.5.1", "1.6.0", "4.6.0", "4.6.1"]
 
 
@@ -107,6 +110,6 @@ def test_the_acknowledgement_of_one_report_leaves_the_states_of_others() -> None
 def test_a_report_made_in_the_body_of_a_step_has_the_same_key_when_the_step_is_done_again() -> None:
     worker = Worker()
     first, again = object(), object()
-    keys = [worker.reporter.next_key(5), worker.reporter.next_key(5, first), worker.reporter.next_key(5, first)]
-    keys += [worker.reporter.next_key(5, again), worker.reporter.next_key(6), worker.reporter.next_key(6, object())]
+    keys = [worker.key(5), worker.key(5, first), worker.key(5, first)]
+    keys += [worker.key(5, again), worker.key(6), worker.key(6, object())]
     assert keys == ["1.5.0", "1.5.1", "1.5.2", "1.5.1", "1.6.0", "1.6.1"]

@@ -17,9 +17,7 @@ from raytrain_het.worker.state.replica import Replica
 def replica_of(
     model: nn.Module, make: Callable[..., torch.optim.Optimizer] = torch.optim.Adam, **options: Any
 ) -> Replica:
-    replica = Replica()
-    replica.model, replica.optimizer = model, make(model.parameters(), lr=0.1, **options)
-    return replica
+    return Replica(model, make(model.parameters(), lr=0.1, **options))
 
 
 def conv(seed: int = 0) -> nn.Module:
@@ -28,7 +26,6 @@ def conv(seed: int = 0) -> nn.Module:
 
 
 def train(replica: Replica, steps: int = 3) -> None:
-    assert replica.model is not None and replica.optimizer is not None
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     for _ in range(steps):
         replica.optimizer.zero_grad()
@@ -124,14 +121,12 @@ def test_a_snapshot_without_unsaved_buffers_leaves_them() -> None:
     for name in ("buffers", "groups", "optimizer_class"):  # As in checkpoints of format 1.
         del snapshot[name]
     other.load(snapshot)
-    assert other.model is not None
     assert torch.equal(other.model.saved, torch.full((2,), 3.0))
     assert torch.equal(other.model.unsaved, torch.full((2,), 1.0))
 
 
 def grouped(*sizes: int) -> Replica:
     replica = replica_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
-    assert replica.model is not None
     left = list(replica.model.parameters())
     groups = [{"params": [left.pop(0) for _ in range(size)]} for size in sizes]
     replica.optimizer = torch.optim.Adam(groups)
@@ -140,7 +135,6 @@ def grouped(*sizes: int) -> Replica:
 
 def reversed_order() -> Replica:
     replica = grouped(4)
-    assert replica.model is not None
     replica.optimizer = torch.optim.Adam(list(replica.model.parameters())[::-1])
     return replica
 
@@ -217,17 +211,17 @@ def test_registered_tensors_of_every_kind_keep_type_and_strides() -> None:
         "sparse": torch.eye(2).to_sparse(),
     }
     one, other = replica_of(nn.Linear(1, 1)), replica_of(nn.Linear(1, 1))
-    one.register("kinds", Holder(kinds))
-    other.register("kinds", Holder({}))
+    one.registered.add("kinds", Holder(kinds))
+    other.registered.add("kinds", Holder({}))
     one.check_storable()
     other.load(one.snapshot())
-    for name, t in other.registered["kinds"].state.items():
+    for name, t in other.registered.objects["kinds"].state.items():
         assert t.dtype == kinds[name].dtype
         if name != "sparse":
             assert t.stride() == kinds[name].stride(), name
             assert torch.equal(t.to(torch.complex64), kinds[name].to(torch.complex64))
-    other.registered["kinds"].state["strides"] += 1  # It is a copy.
-    assert not torch.equal(other.registered["kinds"].state["strides"], kinds["strides"])
+    other.registered.objects["kinds"].state["strides"] += 1  # It is a copy.
+    assert not torch.equal(other.registered.objects["kinds"].state["strides"], kinds["strides"])
 
 
 @pytest.mark.parametrize(
@@ -243,6 +237,6 @@ def test_registered_tensors_of_every_kind_keep_type_and_strides() -> None:
 )
 def test_registered_state_that_cannot_be_stored_is_named_at_the_beginning(value: Any, says: str) -> None:
     replica = replica_of(nn.Linear(1, 1))
-    replica.register("mine", Holder({"deep": [value]}))
+    replica.registered.add("mine", Holder({"deep": [value]}))
     with pytest.raises(CheckpointError, match=says):
         replica.check_storable()

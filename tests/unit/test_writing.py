@@ -64,7 +64,7 @@ class Worker:
         self.server = StateServer("127.0.0.1", lambda: "token")
         self.member = Member(uid=f"{slot}-a", slot=slot, host="127.0.0.1", state_port=self.server.port, device="cpu")
         self.storage, self.agent = Watched(root), Agent(self.member)
-        self.writer = Writer(self.agent, self.server, self.storage, lambda: "token")  # type: ignore[arg-type]
+        self.writer = Writer(self.agent, self.server, self.storage)  # type: ignore[arg-type]
         self.writer.offer(KEY, {"codec": {"weight": {"residual": torch.full((2,), float(slot))}}, "extras": {}})
 
 

@@ -108,8 +108,7 @@ class Watched:
     def committed(self, note: StepRecord) -> None:
         """A step was committed here."""
         state = state_of(self.model, self.optimizer)
-        plan = sessions.current().plan
-        assert plan is not None
+        plan = sessions.current().joined().engine.passes.plan
         batch = plan.permutation(note.epoch)[note.offset : note.offset + note.batch_size].tolist()
         generation = self._job.life * 100_000 + note.generation  # A new hub counts from 1 again.
         slices = {uid: (int(s[0]), int(s[1])) for uid, s in note.slices.items()}

@@ -43,7 +43,7 @@ class Rehearsal:
         """Whether this member rehearses this step (0 is the first)."""
         first = next(r for r, m in enumerate(record.members) if m.uid not in record.unhealed)
         plain = self._config.alpha == 0 and record.normalised
-        return plain and rank == first and step < STEPS
+        return self._config.check == "every_step" and plain and rank == first and step < STEPS
 
     def compare(
         self, step: int, means: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], record: Record

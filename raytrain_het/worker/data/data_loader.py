@@ -17,11 +17,13 @@ from raytrain_het.worker.data.batches import pinned, to_device
 from raytrain_het.worker.data.data_plan import DataPlan, slice_of
 from raytrain_het.worker.data.sampler_orders import check_epoch, orders_of
 from raytrain_het.worker.data.whole_numbers import whole_number
+from raytrain_het.worker.draft import TrainingData
 from raytrain_het.worker.state.fetch import SampleFetcher
 
 if TYPE_CHECKING:
     from raytrain_het.worker.session import Session
-    from raytrain_het.worker.step.engine import Engine, Opened
+    from raytrain_het.worker.step.engine import Engine
+    from raytrain_het.worker.step.open_step import OpenStep
 
 logger = logging.getLogger("raytrain_het")
 
@@ -72,7 +74,6 @@ class HetDataLoader:
                 micro_batch_size, "micro_batch_size={}", fix=" Or write None (null in a job)."
             )
         self._session, self._weight = session, weight
-        session.loss_check = LossCheck(checked_loss(loss, weighed=weight is not None), weighed=weight is not None)
         self._pins = loader.pin_memory and session.device.type == "cuda"
         self._steps_ahead = (loader.prefetch_factor or 2) - 1
         self._fetcher = SampleFetcher.of(loader, loader.collate_fn, session.config.seed)
@@ -80,9 +81,16 @@ class HetDataLoader:
         self._epoch: int | None = None
         self._begun = False
         """Whether there was a loop over the loader in this epoch."""
-        session.set_data(self.plan, micro_batch_size, str(getattr(self.dataset, "fingerprint", "")))
-        if loader.collate_fn is not default_collate:
-            session.collate_fn = loader.collate_fn
+        weighed = weight is not None
+        session.draft.set_data(
+            TrainingData(
+                plan=self.plan,
+                micro_batch_size=micro_batch_size or session.config.micro_batch_size,
+                fingerprint=str(getattr(self.dataset, "fingerprint", "")),
+                loss=LossCheck(checked_loss(loss, weighed=weighed), weighed=weighed),
+                collate_fn=loader.collate_fn if loader.collate_fn is not default_collate else None,
+            )
+        )
 
     def __len__(self) -> int:
         """Steps of the epoch under way."""
@@ -98,10 +106,11 @@ class HetDataLoader:
         return self._epochs(num_epochs)
 
     def _epochs(self, num_epochs: int) -> Iterator[int]:
-        engine = self._engine = self._session.begin(num_epochs)
+        worker = self._session.begin(num_epochs)
+        engine = self._engine = worker.engine
         while engine.cursor.epoch < num_epochs:
             self._epoch = epoch = engine.cursor.epoch
-            self._session._epoch = epoch
+            worker.epoch = epoch
             self._begun = False
             self.plan.begin_epoch(epoch)
             yield epoch
@@ -148,12 +157,12 @@ class HetDataLoader:
                 batch = self._fetcher.fetch(epoch, *self._samples(epoch, part))
                 batch = to_device(pinned(batch) if self._pins else batch, device)
                 weight = checked_weight(self._weight(batch)) if self._weight else float(len(part))
-                engine.arm(index, weight, batch, self._weight)
+                engine.begin_pass(index, weight, batch, self._weight)
                 try:
                     yield batch
                 finally:
-                    engine.body_over()
-                engine.body_done()
+                    engine.checks.body_over()
+                engine.end_pass()
 
     def _samples(self, epoch: int, *parts: range) -> tuple[list[int], list[int] | None]:
         """Indices of the samples at these places of the epoch's order, and how often each was used before."""
@@ -161,19 +170,17 @@ class HetDataLoader:
         indices = [k for part in parts for k in order[part.start : part.stop].tolist()]
         return indices, None if repeats is None else [k for p in parts for k in repeats[p.start : p.stop].tolist()]
 
-    def _prefetch(self, opened: Opened) -> None:
+    def _prefetch(self, opened: OpenStep) -> None:
         """Ask for this step's samples and the next ones', under the shares now in force."""
         if self.num_workers == 0:
             return
-        cursor, record = opened.cursor, opened.record
-        rank = record.rank_of(self._session._agent().uid)
-        assert rank is not None
+        cursor = opened.cursor
         wanted, after = list(opened.micro), cursor
         for _ in range(self._steps_ahead):
             after = self.plan.advance(after)
             if self.plan.is_epoch_end(after):
                 break
-            wanted.append(slice_of(self.plan.batch_at(after), record.shares, rank))
+            wanted.append(slice_of(self.plan.batch_at(after), opened.record.shares, opened.rank))
         self._fetcher.prefetch(cursor.epoch, *self._samples(cursor.epoch, *wanted))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 from raytrain_het.allreduce.codec_states import CodecStates
@@ -12,7 +11,7 @@ from raytrain_het.allreduce.codecs import RESIDUAL, State
 from raytrain_het.errors import CheckpointError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.protocol import Event
-from raytrain_het.worker.state.state_server import StateServer, ask
+from raytrain_het.worker.state.state_server import StateServer
 
 WAIT_S = 60.0
 """So long a worker that leaves stays for it."""
@@ -22,8 +21,8 @@ _LEFT_OUT, _INHERIT = "left_out", "inherit"
 class HandingOn:
     """Both sides of it, between two state servers: the one that leaves asks its heir to come for it."""
 
-    def __init__(self, agent: MemberAgent, server: StateServer, token: Callable[[], str], states: CodecStates) -> None:
-        self._agent, self._server, self._token, self._states = agent, server, token, states
+    def __init__(self, agent: MemberAgent, server: StateServer, states: CodecStates) -> None:
+        self._agent, self._server, self._states = agent, server, states
         self._lock, self._gone = threading.Lock(), False
         server.offer(_INHERIT, self._inherit)
 
@@ -41,13 +40,8 @@ class HandingOn:
         until = time.monotonic() + WAIT_S
         mine = {"host": member.host, "port": member.state_port, "slot": member.slot}
         try:
-            taken = ask(
-                heir.host,
-                heir.port,
-                self._token(),
-                _INHERIT,
-                give_up=lambda: time.monotonic() > until,
-                leaver=mine,
+            taken = self._server.ask(
+                heir.host, heir.port, _INHERIT, give_up=lambda: time.monotonic() > until, leaver=mine
             )
         except CheckpointError:  # The heir could not take it, and says why in its own log.
             return False
@@ -55,8 +49,8 @@ class HandingOn:
 
     def _inherit(self, request: dict[str, Any]) -> bool:
         leaver, agent = request["leaver"], self._agent
-        left_out: dict[str, State] | None = ask(
-            leaver["host"], leaver["port"], self._token(), _LEFT_OUT, give_up=lambda: agent.gone is not None
+        left_out: dict[str, State] | None = self._server.ask(
+            leaver["host"], leaver["port"], _LEFT_OUT, give_up=lambda: agent.gone is not None
         )
         with self._lock:
             if left_out is None or self._gone or agent.gone is not None:

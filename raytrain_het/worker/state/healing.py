@@ -20,37 +20,41 @@ from raytrain_het.membership.agent import Impatience, MemberAgent
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.protocol import Event, Healed, Verified
 from raytrain_het.membership.record import Record
+from raytrain_het.worker.state.healing_source import HealingSource
 from raytrain_het.worker.state.randomness import Randomness
 from raytrain_het.worker.state.replica import Hyperparameters, Replica
-from raytrain_het.worker.state.state_server import StateServer, ask
 from raytrain_het.worker.step.gradients import Gradients
 
 
 class Healing:
-    """Both sides of it: :meth:`take_over` heals this worker, :meth:`offer` and :meth:`log` serve its peers."""
+    """Makes this worker hold what the others hold. Used by the training thread.
+
+    Args:
+        agent: which record is in force, and the right to commit.
+        communicator: follows the steps that pass meanwhile.
+        replica: what heals.
+        gradients: through which a replayed step's means reach the optimizer.
+        source: serves those that heal from this worker.
+        randomness: heals too.
+        load_checkpoint: loads a checkpoint; returns where its cursor stands.
+    """
 
     def __init__(
         self,
-        *,
         agent: MemberAgent,
         communicator: Communicator,
         replica: Replica,
         gradients: Gradients,
-        server: StateServer,
-        token: Callable[[], str],
-        update: Callable[[], Any],
+        source: HealingSource,
         randomness: Randomness,
         load_checkpoint: Callable[[str, Cursor], Cursor],
     ) -> None:
+        self.source = source
         self._agent, self._comm, self._replica, self._gradients = agent, communicator, replica, gradients
-        self._server, self._token, self._update, self._randomness = server, token, update, randomness
-        self._load_checkpoint = load_checkpoint
-        self._offered = 0
+        self._randomness, self._load_checkpoint = randomness, load_checkpoint
         self.arrived: dict[str, Any] | None = None
         """The light part with which this worker came into the run, where others had begun the epoch: what its program
         does at the epoch's beginning has been done."""
-        self._log: list[tuple[int, Hyperparameters | None]] = []
-        self._logging = False
         self._snapshot_step = -1
         self._snapshot_source = ""
         self._follow_start = -1
@@ -59,6 +63,11 @@ class Healing:
         """Whether steps that the snapshot does not hold were dropped before their replay."""
         self._first: dict[str, Any] | None = None
         """What this worker was built with, while it heals: the run may have to begin again from it."""
+
+    def take_arrived(self) -> dict[str, Any] | None:
+        """:attr:`arrived`, once."""
+        arrived, self.arrived = self.arrived, None
+        return arrived
 
     # ---------------------------------------------------------------- this worker heals
 
@@ -86,7 +95,7 @@ class Healing:
         elif record.source == self._agent.uid:
             self._begin_again()
             self._comm.codec_states.reset()
-            self._offer_snapshot(record)
+            self.source.offer_snapshot(record)
         else:
             snapshot = self._ask(record, f"snapshot.{record.number}")
             if snapshot is None:
@@ -161,7 +170,7 @@ class Healing:
                 self._gradients.buffers.settle(self._gradients.means, True, own=False)
                 self._gradients.publish(taken.sums)
                 self._replica.set_hyperparameters(chosen)
-                self._update()
+                self._replica.update()
                 self._gradients.clear()
             self._snapshot_step = step
         return True
@@ -201,9 +210,7 @@ class Healing:
 
     def _ask(self, record: Record, name: str, **values: Any) -> Any | None:
         """Ask the record's source; None once the record is superseded (a source that is gone will see to that)."""
-        agent = self._agent
-        assert record.source is not None
-        source = record.member(record.source)
+        agent, source = self._agent, record.members[record.source_rank]
         impatience = Impatience(agent)
 
         def stale() -> bool:
@@ -211,55 +218,12 @@ class Healing:
             return agent.gone is not None or not agent.is_current(record.number)
 
         while not stale():
-            answer = ask(source.host, source.state_port, self._token(), name, give_up=stale, **values)
+            answer = self.source.server.ask(source.host, source.state_port, name, give_up=stale, **values)
             if answer is not None:
                 return answer
             agent.wait_for(stale, timeout=0.05)
         agent.check()
         return None
-
-    # ---------------------------------------------------------------- this worker serves
-
-    def offer(
-        self, record: Record, cursor: Cursor, light: dict[str, Any], digest: Callable[[], int], random: dict[str, Any]
-    ) -> None:
-        """At the opening of a step: serve those that heal, if this worker is the record's source."""
-        waiting = bool(record.unhealed or record.fresh)
-        self._logging = waiting and record.source == self._agent.uid
-        if not waiting:
-            self._log.clear()
-        if record.reset and cursor.step == record.base:
-            return  # What _reset offers stays until all have taken it, and so have taken part in a step.
-        if record.source != self._agent.uid or self._offered == record.number:
-            return
-        self._offered = record.number
-        for prefix in ("snapshot.", "light.", "full.", "log"):
-            self._server.withdraw(prefix)
-        if not waiting:
-            return
-        if record.unhealed:
-            self._offer_snapshot(record)
-        if record.fresh:
-            value = self._replica.offered(light) | {"digest": digest(), "random": random}
-            replica = self._replica
-            self._server.offer(f"light.{record.number}", lambda _: value)
-            # Made when asked for: the step that would change it needs the one that asks.
-            self._server.offer(f"full.{record.number}", lambda _: replica.snapshot(copy_tensors=False))
-        self._server.offer("log", self._serve_log)
-
-    def _offer_snapshot(self, record: Record) -> None:
-        snapshot = self._replica.snapshot()
-        self._server.offer(f"snapshot.{record.number}", lambda _: snapshot)
-
-    def log(self, step: int, hyperparameters: Callable[[], Hyperparameters | None]) -> None:
-        """Keep the optimizer's settings of a step for those that will replay it; None if it was skipped."""
-        if self._logging:
-            self._log.append((step, hyperparameters()))
-
-    def _serve_log(self, request: dict[str, Any]) -> list[tuple[int, Hyperparameters | None]]:
-        agent = self._agent
-        agent.wait_for(lambda: agent.cursor.step >= request["at_least"] or not self._logging, timeout=10.0)
-        return [(step, values) for step, values in list(self._log) if step > request["after"]]
 
 
 _HOW_ONLY = ("foreach", "fused", "capturable", "differentiable")

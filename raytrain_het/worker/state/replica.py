@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,10 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from raytrain_het.errors import CheckpointError, ConfigError, LoopOrderError
-from raytrain_het.worker.data import strides
-from raytrain_het.worker.state import parts, snapshots
+from raytrain_het.errors import CheckpointError
+from raytrain_het.worker.state import snapshots
 from raytrain_het.worker.state.buffers import put
+from raytrain_het.worker.state.registered import RegisteredState
+from raytrain_het.worker.state.tensor_copies import cpu, cpu_clone, deep_copy
 
 Hyperparameters = list[dict[str, Any]]
 
@@ -25,65 +24,41 @@ _COMBINE = 0x9E3779B97F4A7C15
 
 
 class Replica:
-    """This worker's copy of what all workers share."""
+    """This worker's copy of what all workers share.
 
-    def __init__(self) -> None:
-        self.model: nn.Module | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.registered: dict[str, Any] = {}
+    Args:
+        model: the user's.
+        optimizer: the user's.
+        registered: objects whose state is part of it.
+        update: the optimizer's own step, without the engine's; by default its ``step``.
+    """
 
-    def register(self, name: str, obj: Any) -> None:
-        """Keep an object's ``state_dict`` in step with the model.
-
-        Raises:
-            ConfigError: it has none, or the name is taken.
-        """
-        if not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
-            raise ConfigError(
-                f"register_state({name!r}, ...) got a {type(obj).__name__}, which has no state_dict() and "
-                "load_state_dict(): give it both, or register an object that has them."
-            )
-        if self.registered.get(name, obj) is not obj:
-            raise ConfigError(f"register_state({name!r}, ...): the name is taken. Use one name per object.")
-        if isinstance(obj, torch.amp.GradScaler) and self.scaler not in (None, obj):
-            raise ConfigError(
-                f"register_state({name!r}, ...): a second GradScaler. Allowed is one for a run: use the one that is "
-                "registered for all losses."
-            )
-        if isinstance(obj, torch.amp.GradScaler) and obj.is_enabled():
-            for what, value in (
-                ("init_scale", obj.get_scale()),
-                ("growth_factor", obj.get_growth_factor()),
-                ("backoff_factor", obj.get_backoff_factor()),
-            ):
-                if math.frexp(value)[0] != 0.5:
-                    raise ConfigError(
-                        f"register_state({name!r}, ...): GradScaler({what}={value:g}): allowed are powers of 2, which "
-                        f"leave the same bits on every worker. Write {what}={2.0 ** round(math.log2(value)):g}."
-                    )
-        self.registered[name] = obj
-
-    @property
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """The loss scaler that is registered."""
-        return next((obj for obj in self.registered.values() if isinstance(obj, torch.amp.GradScaler)), None)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        registered: RegisteredState | None = None,
+        update: Callable[[], Any] | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.registered = registered or RegisteredState()
+        self.update = update or optimizer.step
 
     @property
     def loss_scale(self) -> float:
         """What this worker's loss is multiplied by. Others may have another: a CPU beside GPUs has none."""
-        scaler = self.scaler
+        scaler = self.registered.scaler
         return float(scaler.get_scale()) if scaler is not None else 1.0
 
     # ---------------------------------------------------------------- the light part, copied at every step's opening
 
     def light(self) -> dict[str, Any]:
         """Buffers, registered objects and the optimizer's settings: what a step done again has to start from."""
-        assert self.model is not None
         return {
             "buffers": self.buffers(),
-            "registered": {name: _deepcopy(obj.state_dict(), _clone) for name, obj in self.registered.items()},
+            "registered": self.registered.copies(),
             "hyperparameters": self.hyperparameters(),
-            "scalers": [name for name, obj in self.registered.items() if isinstance(obj, torch.amp.GradScaler)],
+            "scalers": [name for name, obj in self.registered.objects.items() if isinstance(obj, torch.amp.GradScaler)],
             "trained": [p.requires_grad for p in self._parts[0]],
             "with_gradient": [p.grad is not None for p in self._parts[0]],
             "training": [module.training for module in self._parts[1]],
@@ -91,17 +66,11 @@ class Replica:
 
     def offered(self, light: dict[str, Any]) -> dict[str, Any]:
         """What :meth:`light` returned, on the CPU, for a peer."""
-        return _deepcopy(light, _cpu_clone)
+        return deep_copy(light, cpu_clone)
 
     def restore_light(self, light: dict[str, Any], *, buffers: bool = True) -> None:
         """Go back to what :meth:`light` returned."""
-        assert self.model is not None
-        for name, obj in self.registered.items():
-            if name not in light["registered"]:
-                raise LoopOrderError(
-                    f"state {name!r} was registered after the first step: call register_state() before loader.epochs()."
-                )
-            _load_registered(obj, light["registered"][name])
+        self.registered.load_copies(light["registered"])
         self.set_hyperparameters(light["hyperparameters"])
         if "trained" in light:
             for p, flag in zip(self._parts[0], light["trained"], strict=True):
@@ -122,12 +91,10 @@ class Replica:
     @functools.cached_property
     def _parts(self) -> tuple[list[nn.Parameter], list[nn.Module]]:
         """The model's parameters and modules, which stay the same while it trains."""
-        assert self.model is not None
         return list(self.model.parameters()), list(self.model.modules())
 
     @functools.cached_property
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        assert self.model is not None
         return list(self.model.named_parameters())
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -141,7 +108,6 @@ class Replica:
 
     @functools.cached_property
     def _buffer_places(self) -> list[tuple[str, nn.Module, str]]:
-        assert self.model is not None
         return [
             (f"{path}.{name}" if path else name, module, name)
             for path, module in self.model.named_modules()
@@ -171,13 +137,11 @@ class Replica:
 
     def learning_rate(self) -> float | None:
         """That of the first parameter group now; None where the optimizer has none."""
-        assert self.optimizer is not None
         rate = self.optimizer.param_groups[0].get("lr")
         return float(rate) if isinstance(rate, int | float | torch.Tensor) else None
 
     def hyperparameters(self) -> Hyperparameters:
         """The optimizer's settings by parameter group (rate, momentum, ...)."""
-        assert self.optimizer is not None
         return [
             {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
             for group in self.optimizer.param_groups
@@ -185,7 +149,6 @@ class Replica:
 
     def set_hyperparameters(self, values: Hyperparameters) -> None:
         """The inverse of :meth:`hyperparameters`."""
-        assert self.optimizer is not None
         for group, new in zip(self.optimizer.param_groups, values, strict=True):
             for key, value in new.items():
                 if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
@@ -197,9 +160,8 @@ class Replica:
 
     def snapshot(self, *, copy_tensors: bool = True) -> dict[str, Any]:
         """Everything, on the CPU. With ``copy_tensors=False`` it shares memory with the live state where it can."""
-        assert self.model is not None and self.optimizer is not None
-        keep = _cpu_clone if copy_tensors else _cpu
-        return {**snapshots.take(self.model, self.optimizer, keep), "registered": self._registered_states()}
+        keep = cpu_clone if copy_tensors else cpu
+        return {**snapshots.take(self.model, self.optimizer, keep), "registered": self.registered.cpu_copies()}
 
     def check_storable(self) -> None:
         """Try at the beginning whether the optimizer and what is registered can be sent to a peer and stored.
@@ -207,7 +169,6 @@ class Replica:
         Raises:
             CheckpointError: something in it cannot be; the message names it.
         """
-        assert self.optimizer is not None
         try:
             self.optimizer.state_dict()
         except Exception as error:
@@ -216,20 +177,7 @@ class Replica:
                 f"defaults) in {type(self.optimizer).__name__.removeprefix('Het')}, or write its state_dict() and "
                 "load_state_dict()."
             ) from error
-        for name, state in self._registered_states().items():
-            parts.pickled(parts.split(state, f"registered state {name!r}: it")[1])
-
-    def _registered_states(self) -> dict[str, Any]:
-        states = {}
-        for name, obj in self.registered.items():
-            try:
-                states[name] = _deepcopy(obj.state_dict(), _cpu_clone)
-            except Exception as error:
-                raise CheckpointError(
-                    f"the state of {name!r} cannot be copied ({type(error).__name__}: {error}). Return tensors and "
-                    "plain values from its state_dict()."
-                ) from error
-        return states
+        self.registered.check_storable()
 
     def load(self, snapshot: dict[str, Any]) -> None:
         """Take over a snapshot.
@@ -238,18 +186,10 @@ class Replica:
             CheckpointError: it is from another model or optimizer, or has other registered objects than this worker;
                 nothing has changed then.
         """
-        assert self.model is not None and self.optimizer is not None
-        theirs, mine = set(snapshot["registered"]), set(self.registered)
-        if theirs != mine:
-            raise CheckpointError(
-                f"the saved state has registered objects {sorted(theirs)}, here they are {sorted(mine)}: "
-                f"{sorted(theirs ^ mine)} would not be restored. Register the same names with register_state() before "
-                "loader.epochs(), or start anew with another name: RunConfig(name=...), or --name."
-            )
+        self.registered.check_names(snapshot["registered"])
         snapshots.check(self.model, self.optimizer, snapshot)
         snapshots.put_back(self.model, self.optimizer, snapshot)
-        for name, obj in self.registered.items():
-            _load_registered(obj, snapshot["registered"][name])
+        self.registered.load(snapshot["registered"])
 
     def digest(self, *, optimizer: bool = False) -> int:
         """A number from 1 to 2^63 - 1 that differs if any parameter's bits differ (about surely).
@@ -262,7 +202,6 @@ class Replica:
         ``h`` a word's highest bits, signs among them, reach lower ones too; without it two signs would cancel. The
         rows of all tensors, in order, make ``sum_i c^(n-i) s_i``.
         """
-        assert self.model is not None and self.optimizer is not None
         tensors: list[torch.Tensor] = [p.detach() for p in self.model.parameters()]
         if optimizer:
             for state in self.optimizer.state_dict()["state"].values():
@@ -275,17 +214,14 @@ class Replica:
 
     def parameter_bytes(self) -> int:
         """Bytes of all parameters."""
-        assert self.model is not None
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def pack_parameters(self) -> torch.Tensor:
         """All parameters as one uint8 tensor on the CPU."""
-        assert self.model is not None
         return torch.cat([p.detach().cpu().contiguous().view(-1).view(torch.uint8) for p in self.model.parameters()])
 
     def unpack_parameters(self, data: torch.Tensor) -> float:
         """Take over packed parameters; returns the largest absolute difference there was."""
-        assert self.model is not None
         drift, place = 0.0, 0
         with torch.no_grad():
             for p in self.model.parameters():
@@ -319,44 +255,3 @@ def row_sums(t: torch.Tensor) -> torch.Tensor:
         y ^= y >> 32
         sums.append(y.sum(dim=1))
     return torch.cat(sums)
-
-
-def _load_registered(obj: Any, state: dict[str, Any]) -> None:
-    if isinstance(obj, torch.amp.GradScaler) and not state:
-        return  # From a worker that does not scale its loss: this one's scale is its own affair.
-    obj.load_state_dict(_deepcopy(state, _clone))
-
-
-def _cpu_clone(t: Any) -> Any:
-    return strides.copy(t, "cpu") if isinstance(t, torch.Tensor) else copy.deepcopy(t)
-
-
-def _cpu(t: Any) -> Any:
-    return strides.on_cpu(t) if isinstance(t, torch.Tensor) else t
-
-
-def _deepcopy(value: Any, keep: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """``copy.deepcopy``, with the tensors in dictionaries and sequences copied by ``keep``.
-
-    A tensor's own deep copy would stay on its device, and let no other thread run meanwhile.
-    """
-
-    def copied(t: torch.Tensor) -> torch.Tensor:
-        new = keep(t)
-        return (
-            nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new.requires_grad_(t.requires_grad)
-        )
-
-    return copy.deepcopy(value, {id(t): copied(t) for t in _tensors(value)})
-
-
-def _clone(t: torch.Tensor) -> torch.Tensor:
-    return strides.copy(t)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)

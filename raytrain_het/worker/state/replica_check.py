@@ -78,6 +78,11 @@ class ReplicaCheck:
         self._sent: dict[str, torch.Tensor] = {}
         """Samples of parameters when all had the same."""
 
+    @property
+    def looks(self) -> bool:
+        """Whether replicas are compared at all."""
+        return self._every > 0
+
     def restart(self) -> None:
         """The members have changed: begin with the first tensor, and look at much for some steps."""
         self._tensors, self._at, self._eager = [], -1, EAGER_STEPS

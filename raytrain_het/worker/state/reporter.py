@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +45,9 @@ class Report:
 class Reporter:
     """Holds this worker's part of each report until the hub has acknowledged it."""
 
-    def __init__(
-        self, agent: MemberAgent, server: StateServer, storage: files.Storage, token: Callable[[], str]
-    ) -> None:
+    def __init__(self, agent: MemberAgent, server: StateServer, storage: files.Storage) -> None:
         self._agent = agent
-        self._writer = Writer(agent, server, storage, token)
+        self._writer = Writer(agent, server, storage)
         self._open: dict[str, Report] = {}
         self._confirmed = 0
         self._keys = Keys()
@@ -70,14 +67,12 @@ class Reporter:
         """What the hub sees from that this worker has left a report out; ``complete``: its loop is at its end."""
         return self._keys.told(complete=complete)
 
-    def next_key(self, step: int, body: object = None) -> str:
+    def next_key(self, record: Record, step: int, body: object = None) -> str:
         """The key of the next report made at this step: ``<life>.<step>.<ordinal>``, the same on all workers.
 
         Where all began again from a checkpoint, the same step is reported once more, in another life. ``body`` is the
         step that is open, if one is: where it is done again its reports are the same as before.
         """
-        record = self._agent.record
-        assert record is not None
         return self._keys.next(record.life, step, body)
 
     def has(self, key: str) -> bool:

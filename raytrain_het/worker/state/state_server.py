@@ -52,6 +52,10 @@ class StateServer:
             self._offers[name] = make
             self._changed.notify_all()
 
+    def ask(self, host: str, port: int, name: str, *, give_up: Callable[[], bool], **values: Any) -> Any | None:
+        """Ask a peer's server for what it offers under a name; see :func:`ask`."""
+        return ask(host, port, self._token(), name, give_up=give_up, **values)
+
     def withdraw(self, prefix: str) -> None:
         """Serve names with this prefix no longer."""
         with self._changed:

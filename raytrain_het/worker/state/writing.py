@@ -20,7 +20,7 @@ from raytrain_het.errors import CheckpointError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.worker.state import checkpoint as files
-from raytrain_het.worker.state.state_server import StateServer, ask
+from raytrain_het.worker.state.state_server import StateServer
 
 ASKED_AGAIN = 5
 """So often a worker is asked that answers nothing, and is no less a member."""
@@ -30,10 +30,8 @@ _PAUSE_S = 0.2
 class Writer:
     """Both sides of it, between state servers. Its methods may be called from any thread."""
 
-    def __init__(
-        self, agent: MemberAgent, server: StateServer, storage: files.Storage, token: Callable[[], str]
-    ) -> None:
-        self._agent, self._server, self._storage, self._token = agent, server, storage, token
+    def __init__(self, agent: MemberAgent, server: StateServer, storage: files.Storage) -> None:
+        self._agent, self._server, self._storage = agent, server, storage
 
     def offer(self, key: str, own: dict[str, Any]) -> None:
         """Write this worker's part of a report's checkpoint whenever the writer asks for it."""
@@ -85,7 +83,7 @@ class Writer:
             time.sleep(_PAUSE_S * (attempt > 0))
             if gone():
                 break
-            answer = ask(member.host, member.state_port, self._token(), _own_part(key), give_up=gone, staged=staged)
+            answer = self._server.ask(member.host, member.state_port, _own_part(key), give_up=gone, staged=staged)
             if answer is not None:
                 return answer
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.worker.data.data_plan import DataPlan, slice_of
-from raytrain_het.worker.step.engine import Opened
+from raytrain_het.worker.step.open_step import OpenStep
 
 
 @dataclass
@@ -28,23 +28,23 @@ class StepRecord:
     digest: Callable[[], int]
 
     @classmethod
-    def of(cls, opened: Opened, sums: Sums, plan: DataPlan, uid: str, digest: Callable[[], int]) -> StepRecord:
+    def of(cls, step: OpenStep, sums: Sums, plan: DataPlan, uid: str, digest: Callable[[], int]) -> StepRecord:
         """The record of a step that this worker has just committed."""
-        record, order = opened.record, plan.permutation(opened.cursor.epoch)
+        record, order = step.record, plan.permutation(step.cursor.epoch)
         slices = {
             m.uid: [s.start, s.stop]
             for rank, m in enumerate(record.members)
-            for s in (slice_of(opened.batch, record.shares, rank),)
+            for s in (slice_of(step.batch, record.shares, rank),)
         }
         return cls(
-            step=opened.cursor.step,
+            step=step.cursor.step,
             generation=record.number,
-            epoch=opened.cursor.epoch,
-            offset=opened.batch.start,
-            batch_size=len(opened.batch),
+            epoch=step.cursor.epoch,
+            offset=step.batch.start,
+            batch_size=len(step.batch),
             slices=slices,
             uid=uid,
-            own_samples=[int(order[k]) for k in opened.own],
+            own_samples=[int(order[k]) for k in step.own],
             applied=sums.applies,
             digest=digest,
         )

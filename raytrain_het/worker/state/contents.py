@@ -1,0 +1,79 @@
+"""What a checkpoint of this worker holds: all that is common to workers, and its own part."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.record import Record
+from raytrain_het.worker.data.data_plan import DataPlan
+from raytrain_het.worker.state.extras import Extras
+from raytrain_het.worker.state.replica import Replica
+from raytrain_het.worker.state.storage import Identity
+
+
+def identity_of_data(plan: DataPlan, fingerprint: str) -> dict[str, Any]:
+    """What all workers must agree on about the data, and what a checkpoint's cursor belongs to."""
+    return {**dataclasses.asdict(plan), "dataset_fingerprint": fingerprint}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+    """Where it all is."""
+
+    replica: Replica
+    states: CodecStates
+    """What this worker's codec remembers."""
+    extras: Extras
+    plan: DataPlan
+    data_fingerprint: str
+    layout_fingerprint: str
+    num_slots: int
+
+    @property
+    def parameters(self) -> dict[str, list[int]]:
+        """By name: the shape."""
+        return {name: list(p.shape) for name, p in self.replica.named_parameters()}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """See :func:`identity_of_data`."""
+        return identity_of_data(self.plan, self.data_fingerprint)
+
+    def about(self, cursor: Cursor, record: Record, identity: Identity) -> dict[str, Any]:
+        """What a checkpoint is of, as it stands in ``het.json``."""
+        return {
+            "cursor": cursor.to_dict(),
+            "step": cursor.step,
+            "generation": record.number,
+            "table": record.table,
+            "world_size": self.num_slots,
+            "fingerprint": self.layout_fingerprint,
+            "parameters": self.parameters,
+            "data": self.data,
+            "extras": sorted(self.extras.known),
+            "run": identity.to_json(),
+        }
+
+    def shared(self, buffers: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """All that is common to workers, copied to the CPU.
+
+        Args:
+            buffers: those that are to be stored with other values than they have now, by name.
+        """
+        snapshot = {**self.replica.snapshot(), "extras": self.extras.save()}
+        for part in (snapshot["model"], snapshot["buffers"]):
+            part.update({name: b.to("cpu", copy=True) for name, b in buffers.items() if name in part})
+        return snapshot
+
+    def own(self, *, checkpoint: bool) -> dict[str, Any]:
+        """This worker's own part; nearly nothing where there is no checkpoint."""
+        return {
+            "codec": self.states.by_parameter() if checkpoint else {},
+            "weight_per_sample": self.states.weight_per_sample,
+            "extras": self.extras.save_own() if checkpoint else {},
+        }
