@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from raytrain_het.codec_options import AUTO, AUTO_CODECS, one_word, parsed, used_together
 from raytrain_het.errors import ConfigError
+from raytrain_het.named_options import ABOVE_0, FINITE, TRUE_OR_FALSE, Allowed, one_of, whole_number_from
 from raytrain_het.optim import Schedule, schedule_of
 from raytrain_het.plain import is_number, nearest, plain
 
@@ -17,10 +18,6 @@ from raytrain_het.plain import is_number, nearest, plain
 def _require(condition: bool, field: str, value: object, allowed: str, fix: str) -> None:
     if not condition:
         raise ConfigError(f"{field}={value!r} is not valid: allowed is {allowed}. {fix}")
-
-
-def _is_whole(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 Config = TypeVar("Config")
@@ -156,8 +153,8 @@ class HetConfig:
         object.__setattr__(self, "compression", self.codecs if each else self.codecs[0])
         if self.schedule is not None:
             schedule_of(self.schedule)
-        for name, (is_allowed, allowed, fix) in _ALLOWED.items():
-            _require(is_allowed(getattr(self, name)), name, getattr(self, name), allowed, fix)
+        for name, (allowed, fix) in _RULES.items():
+            _require(allowed.holds(getattr(self, name)), name, getattr(self, name), allowed.words, fix)
         _require(
             not self.warm_spares or self.shares == "auto",
             "warm_spares",
@@ -240,13 +237,8 @@ class HetConfig:
         return None if self.shares == "auto" else self.shares
 
 
-_DEFAULTS = {f.name: f.default for f in dataclasses.fields(HetConfig)}
-Rule = tuple[Callable[[Any], bool], str, str]
-"""Whether a value is allowed, what is, and what to write."""
-
-
 def _checked_shares(given: Any) -> tuple[float, ...]:
-    # Of a dictionary the keys would be taken, and a set has no order.
+    # A dictionary would give its keys, and a set has no order.
     ordered = isinstance(given, Iterable) and not isinstance(given, Mapping | Set)
     shares = tuple(map(plain, given)) if ordered else ()
     _require(
@@ -266,48 +258,41 @@ def _is_clip(clip: Any) -> bool:
     return len(clip) > 0 and set(clip) <= {"norm", "value"} and all(is_number(x) and x > 0 for x in limits)
 
 
-def _above_0(name: str) -> Rule:
-    return lambda value: is_number(value) and value > 0, "a number above 0", f"The default is {_DEFAULTS[name]}."
+def _is_micro_batch_size(value: Any) -> bool:
+    return value is None or whole_number_from(1).holds(value)
 
 
-def _from_0(name: str) -> Rule:
-    return lambda value: _is_whole(value, 0), "a whole number from 0", f"The default is {_DEFAULTS[name]}."
+def _by_default(name: str, allowed: Allowed) -> tuple[Allowed, str]:
+    (default,) = (f.default for f in dataclasses.fields(HetConfig) if f.name == name)
+    return allowed, f"The default is {default}."
 
 
-_ALLOWED: dict[str, Rule] = {
-    "alpha": (is_number, "a finite number", "The default is 0.0: the plain mean."),
-    "lr_scale_normalisation": (
-        lambda value: value in ("mean", "none"),
-        "'mean' or 'none'",
-        "Write lr_scale_normalisation='mean'.",
-    ),
+_RULES: dict[str, tuple[Allowed, str]] = {
+    "alpha": (FINITE, "The default is 0.0: the plain mean."),
+    "lr_scale_normalisation": (one_of("mean", "none"), "Write lr_scale_normalisation='mean'."),
     "hierarchy": (
-        lambda value: isinstance(value, bool) or value == "auto",
-        "true, false or 'auto'",
+        Allowed("true, false or 'auto'", lambda value: isinstance(value, bool) or value == "auto"),
         "Write hierarchy='auto'.",
     ),
-    "backend": (lambda value: value in ("tcp", "nccl"), "'tcp' or 'nccl'", "Write backend='tcp'."),
+    "backend": (one_of("tcp", "nccl"), "Write backend='tcp'."),
     "micro_batch_size": (
-        lambda value: value is None or _is_whole(value, 1),
-        "a whole number from 1, or None",
+        Allowed("a whole number from 1, or None", _is_micro_batch_size),
         "Leave it out for one batch.",
     ),
-    "clip": (_is_clip, "None, or a 'norm' or 'value' above 0, or both", "Write clip={'norm': 1.0}."),
+    "clip": (Allowed("None, or a 'norm' or 'value' above 0, or both", _is_clip), "Write clip={'norm': 1.0}."),
     "score_policy": (
-        lambda value: callable(value) or value in ("train_step", "flops", "memory_bandwidth"),
-        "'train_step', 'flops', 'memory_bandwidth', or a function from a Profile to a number",
+        Allowed(
+            "'train_step', 'flops', 'memory_bandwidth', or a function from a Profile to a number",
+            lambda value: callable(value) or value in ("train_step", "flops", "memory_bandwidth"),
+        ),
         "Write score_policy='train_step'.",
     ),
     "warm_spares": (
-        lambda value: isinstance(value, bool),
-        "true or false, and true with shares='auto' only",
+        Allowed("true or false, and true with shares='auto' only", TRUE_OR_FALSE.holds),
         "Write warm_spares=False.",
     ),
-    "check": (
-        lambda value: value in ("rolling", "every_step"),
-        "'rolling' or 'every_step'",
-        "Write check='every_step' to look for an error.",
-    ),
-    **{name: _above_0(name) for name in ("bucket_mib", "silence_s", "hang_limit_s", "start_timeout_s")},
-    **{name: _from_0(name) for name in ("replica_check_steps", "max_skipped_steps", "seed")},
+    "check": (one_of("rolling", "every_step"), "Write check='every_step' to look for an error."),
+    **{name: _by_default(name, ABOVE_0) for name in ("bucket_mib", "silence_s", "hang_limit_s", "start_timeout_s")},
+    **{name: _by_default(name, whole_number_from(0)) for name in ("replica_check_steps", "max_skipped_steps", "seed")},
 }
+"""By field: what is allowed, and what to write instead."""

@@ -17,8 +17,8 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.validation import shown
+from raytrain_het.named_options import name_and_options, option_names
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
-from raytrain_het.optim.named import option_names
 from raytrain_het.plain import nearest
 
 _NOT_SWEPT = ("kind", "name", "storage", "het", "workers")
@@ -128,10 +128,8 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _kind_and_options(value: Any) -> tuple[str | None, dict[str, Any]]:
     if isinstance(value, str):
         return parsed(value)
-    if isinstance(value, Mapping) and len(value) == 1:
-        ((name, options),) = value.items()
-        return name, dict(options or {})
-    return None, {}
+    name, options = name_and_options(value)
+    return name, options or {}
 
 
 def _get(data: Any, parts: list[str]) -> Any:

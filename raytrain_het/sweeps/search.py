@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.optim.named import Named, pick
+from raytrain_het.named_options import Allowed, NamedOptions, choose, option
 from raytrain_het.plain import is_number
 from raytrain_het.sweeps.objective import Objective
 
+_WHOLE_FROM_1 = Allowed("a whole number from 1", lambda value: is_number(value) and value == int(value) >= 1)
+_ABOVE_1 = Allowed("a number above 1", lambda value: is_number(value) and value > 1)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Search(Named):
+class Search(NamedOptions):
     """How settings are found."""
 
     field = "search"
+    example = "{'optuna': {'startup_trials': 10}}"
     takes_ranges = True
     """Whether it can draw from a range, or only try all of a list."""
     takes_grids = True
@@ -52,12 +56,11 @@ class Optuna(Search):
     name = "optuna"
     takes_grids = False
 
-    startup_trials: int = 10
-    """So many are drawn at random first; from 1."""
+    startup_trials: int = option(10, _WHOLE_FROM_1)
+    """The first so many trials are drawn at random."""
 
     def __post_init__(self) -> None:
-        ok = is_number(self.startup_trials) and self.startup_trials == int(self.startup_trials) >= 1
-        self.check("startup_trials", ok, "a whole number from 1")
+        super().__post_init__()
         if importlib.util.find_spec("optuna") is None:
             raise ConfigError(
                 "search='optuna' needs optuna, which is not installed. Write: "
@@ -76,10 +79,11 @@ class Optuna(Search):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheduler(Named):
+class Scheduler(NamedOptions):
     """Which trials are stopped early."""
 
     field = "scheduler"
+    example = "{'asha': {'grace_epochs': 1}}"
 
     def check_epochs(self, epochs: int) -> None:
         """Raises:
@@ -108,17 +112,8 @@ class ASHA(Scheduler):
 
     name = "asha"
 
-    grace_epochs: int = 1
-    """From 1."""
-    reduction_factor: float = 3.0
-    """Above 1."""
-
-    def __post_init__(self) -> None:
-        ok = is_number(self.grace_epochs) and self.grace_epochs == int(self.grace_epochs) >= 1
-        self.check("grace_epochs", ok, "a whole number from 1")
-        self.check(
-            "reduction_factor", is_number(self.reduction_factor) and self.reduction_factor > 1, "a number above 1"
-        )
+    grace_epochs: int = option(1, _WHOLE_FROM_1)
+    reduction_factor: float = option(3.0, _ABOVE_1)
 
     def check_epochs(self, epochs: int) -> None:
         self.check("grace_epochs", self.grace_epochs < epochs, f"less than the job's {epochs} epochs")
@@ -149,7 +144,7 @@ def search_of(written: str | Mapping[str, Any]) -> Search:
     Raises:
         ConfigError: no such search or option, or a value that is not allowed.
     """
-    return pick(SEARCHES, written, field="search", example="{'optuna': {'startup_trials': 10}}")
+    return choose(SEARCHES, written)
 
 
 def scheduler_of(written: str | Mapping[str, Any]) -> Scheduler:
@@ -158,4 +153,4 @@ def scheduler_of(written: str | Mapping[str, Any]) -> Scheduler:
     Raises:
         ConfigError: no such scheduler or option, or a value that is not allowed.
     """
-    return pick(SCHEDULERS, written, field="scheduler", example="{'asha': {'grace_epochs': 1}}")
+    return choose(SCHEDULERS, written)
