@@ -253,9 +253,9 @@ def _check_overrides(arguments: argparse.Namespace) -> None:
 
 def _print_keys(path: str | None) -> int:
     from raytrain_het.jobs.keys import key_lines
-    from raytrain_het.jobs.table import config_class, load_job
+    from raytrain_het.jobs.table import load_job
 
-    print("\n".join(key_lines(config_class(load_job(path).kind))))
+    print("\n".join(key_lines(type(load_job(path)))))
     return 0
 
 

@@ -16,10 +16,10 @@ from raytrain_het.balance.profile import Profile
 from raytrain_het.codec_options import AUTO, AUTO_CODECS
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
+from raytrain_het.jobs.job_data import check_data, with_fitting_batch
 from raytrain_het.jobs.probe_checks import check_before_torch
 from raytrain_het.jobs.probe_places import Handle, Say, call_all, counted, local_workers, ray_workers, this_node
 from raytrain_het.jobs.probe_worker import ProbeWorker
-from raytrain_het.jobs.table import check_data, with_fitting_batch
 from raytrain_het.probing.codec_advice import CodecAdvice, codec_advice
 from raytrain_het.probing.links import Link, probe_links, slowest_link
 from raytrain_het.probing.prediction import Advice, Machine, advice
@@ -176,7 +176,7 @@ def _model(
         )
     say(f"preparing the job {job.kind!r} on {counted(count, 'worker')}")
     config = job.train_loop_config()
-    gradient_bytes = max(call_all(workers, "prepare", job.kind, config, job.het))
+    gradient_bytes = max(call_all(workers, "prepare", type(job), config, job.het))
     equal = batch // count
     sizes = sorted({max(1, equal // 4), equal, min(batch, 2 * equal), batch})
     say(f"measuring its training step on all workers at once, with {', '.join(map(str, sizes))} samples")

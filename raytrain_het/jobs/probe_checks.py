@@ -6,8 +6,8 @@ import os
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
+from raytrain_het.jobs.job_data import with_absolute_paths
 from raytrain_het.jobs.ray_session import check_before_ray
-from raytrain_het.jobs.table import glance_at_data, with_absolute_paths
 
 
 def check_before_torch(job: JobConfig | None, *, address: str | None, compression: bool) -> JobConfig | None:
@@ -22,5 +22,5 @@ def check_before_torch(job: JobConfig | None, *, address: str | None, compressio
         check_before_ray(address)
     if job is not None:
         job = with_absolute_paths(job)
-        glance_at_data(job)
+        job.glance_at_data()
     return job

@@ -16,7 +16,7 @@ from raytrain_het.balance.codec_choice import CodecCost
 from raytrain_het.balance.profile import Profile
 from raytrain_het.codec_options import AUTO_CODECS
 from raytrain_het.config import HetConfig
-from raytrain_het.jobs.table import make_step
+from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.training_step import TrainingStep
 from raytrain_het.probing.cores import cpu_limit
 from raytrain_het.probing.links import Address, Link, LinkServer, probe_link
@@ -46,10 +46,10 @@ class ProbeWorker:
             ProfileStore().keep_profile(hardware_key(device), profile)
         return profiles
 
-    def prepare(self, kind: str, config: dict[str, Any], settings: HetConfig) -> int:
+    def prepare(self, job: type[JobConfig], config: dict[str, Any], settings: HetConfig) -> int:
         """Make a job's training step; returns the bytes of its gradient on the wire."""
         with one_at_a_time("prepare"):  # Not all of a machine's workers read the same data at once.
-            self._step = make_step(kind, config, self.device)
+            self._step = job.make_step(config, self.device)
             self._step.micro_batch_size = settings.micro_batch_size
             self._step(1)
         return max(map(self._step.gradient_bytes, settings.possible_codecs))

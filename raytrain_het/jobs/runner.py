@@ -16,8 +16,8 @@ from raytrain_het.errors import CheckpointError, ConfigError
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.display import Display
 from raytrain_het.jobs.interrupted import Interrupted, interruptible
+from raytrain_het.jobs.job_data import check_data, with_absolute_paths, with_fitting_batch
 from raytrain_het.jobs.ray_session import check_before_ray, is_local, ray_session
-from raytrain_het.jobs.table import KINDS, check_data, glance_at_data, with_absolute_paths, with_fitting_batch
 from raytrain_het.jobs.trainer import AtStart, make_trainer, num_cpus, write_job
 from raytrain_het.jobs.validation import plural, shown
 from raytrain_het.jobs.yaml_file import read_yaml
@@ -46,7 +46,7 @@ def run_job(
     # What needs neither torch nor Ray comes first: loading them takes seconds, which a typo need not wait for.
     job = resolve(job)
     check_before_ray(address)
-    glance_at_data(job)
+    job.glance_at_data()
     check_reuse(job)
     notes = check_data(job)
     job = with_fitting_batch(job)
@@ -211,9 +211,8 @@ def check_reuse(job: JobConfig) -> None:
     now = yaml.safe_load(job.to_yaml())
     for data in (before, now):
         data["het.seed"] = (data.get("het") or {}).get("seed", 0)  # The order of samples follows from it.
-    kind = KINDS[job.kind]
-    reasons = dict.fromkeys((*kind.model_keys, "het.seed"), "its checkpoints do not fit")
-    reasons |= dict.fromkeys(kind.optimizer_keys, "its checkpoints hold the old one and would bring it back")
+    reasons = dict.fromkeys((*job.model_keys, "het.seed"), "its checkpoints do not fit")
+    reasons |= dict.fromkeys(job.optimizer_keys, "its checkpoints hold the old one and would bring it back")
     for key, reason in reasons.items() if has_checkpoint else ():
         if key in before and before[key] != now[key]:
             raise ConfigError(

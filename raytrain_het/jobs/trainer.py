@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_het.jobs.config import JobConfig
-from raytrain_het.jobs.table import train_function
 
 AtStart = Callable[[int], None]
 """Called in a worker, with its world rank, before the training function; picklable."""
@@ -34,18 +33,17 @@ def num_cpus(job: JobConfig) -> float:
 
 @dataclass(frozen=True)
 class _TrainFn:
-    """A job's training function, loaded where it runs: what it imports takes seconds, and only workers need it."""
+    """A job's training function. What it imports takes seconds to load, and is loaded in workers alone."""
 
-    kind: str
+    job: type[JobConfig]
     at_start: AtStart | None
 
     def __call__(self, config: dict[str, Any]) -> None:
         import ray.train
 
-        train_fn = train_function(self.kind)
         if self.at_start is not None:
             self.at_start(ray.train.get_context().get_world_rank())
-        train_fn(config)
+        self.job.train(config)
 
 
 def scaling_of(job: JobConfig) -> Any:
@@ -64,7 +62,7 @@ def make_trainer(job: JobConfig, on_update: Any = None, at_start: AtStart | None
     import raytrain_het as het
 
     return het.HetTrainer(
-        _TrainFn(job.kind, at_start),
+        _TrainFn(type(job), at_start),
         train_loop_config=job.train_loop_config(),
         het_config=job.het,
         scaling_config=scaling_of(job),

@@ -35,7 +35,8 @@ class TrainingStep:
         loss_of: Callable[[Tensor, Tensor], Tensor],
         device: torch.device,
     ) -> None:
-        self.model, self.optimizer, self.loss_of, self.device = model, optimizer, loss_of, device
+        self.dataset, self.model, self.optimizer = dataset, model, optimizer
+        self.loss_of, self.device = loss_of, device
         self.micro_batch_size: int | None = None
         """Most samples in one pass; ``None`` is no limit."""
         self._fetcher = SampleFetcher(dataset)

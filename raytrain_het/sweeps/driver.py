@@ -16,9 +16,9 @@ from ray import cloudpickle
 from raytrain_het.errors import ConfigError
 from raytrain_het.files import write_whole
 from raytrain_het.jobs.interrupted import Interrupted, interruptible
+from raytrain_het.jobs.job_data import check_data
 from raytrain_het.jobs.lines import write
 from raytrain_het.jobs.ray_session import ray_session
-from raytrain_het.jobs.table import check_data
 from raytrain_het.jobs.trainer import AtStart, num_cpus, scaling_of
 from raytrain_het.jobs.validation import plural
 from raytrain_het.sweeps.folders import SWEEP, check_before_ray

@@ -10,7 +10,6 @@ import yaml
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import ray_session
 from raytrain_het.jobs.runner import check_writable
-from raytrain_het.jobs.table import glance_at_data
 from raytrain_het.jobs.validation import shown
 from raytrain_het.jobs.yaml_file import read_yaml
 from raytrain_het.sweeps.sweep import Sweep
@@ -27,7 +26,7 @@ def check_before_ray(sweep: Sweep, *, name: str, resume: bool, address: str | No
     folder = folder_of(sweep, name, resume=resume)
     ray_session.check_before_ray(address)
     for job in sweep.jobs_by_data():
-        glance_at_data(job)
+        job.glance_at_data()
     return folder
 
 

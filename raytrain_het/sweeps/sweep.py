@@ -13,10 +13,7 @@ import pydantic
 import yaml
 
 from raytrain_het.jobs.config import JobConfig, WorkerList, plain
-from raytrain_het.jobs.table import (
-    KINDS,
-    build_job,
-)
+from raytrain_het.jobs.table import JOBS, build_job
 from raytrain_het.jobs.validation import RUN_NAME
 from raytrain_het.sweeps.objective import Objective
 from raytrain_het.sweeps.paths import with_settings
@@ -160,7 +157,7 @@ class Sweep:
 
     def jobs_by_data(self) -> list[JobConfig]:
         """A job for each set of files that a trial may read."""
-        varied = [d for d in self.dimensions if d.whole in KINDS[self.kind].path_keys or d.whole == JOB]
+        varied = [d for d in self.dimensions if d.whole in JOBS[self.kind].path_keys or d.whole == JOB]
         return list(map(self.job_of, self.points(varied)))
 
     @property
@@ -179,5 +176,5 @@ class Sweep:
         return {"sweep.yaml": yaml.safe_dump(config, sort_keys=False), **jobs}
 
     def _absolute(self) -> dict[str, Any]:
-        named = KINDS[self.kind].path_keys
+        named = JOBS[self.kind].path_keys
         return {d.path: {d.kind: list(d.choices.values())} for d in self.dimensions if d.whole in named}

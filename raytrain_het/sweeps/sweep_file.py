@@ -12,7 +12,8 @@ from typing import Any
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import validation
 from raytrain_het.jobs.config import JobConfig, plain
-from raytrain_het.jobs.table import KINDS, absolute, build_job, config_class, default_job, load_job, with_absolute_paths
+from raytrain_het.jobs.job_data import absolute, with_absolute_paths
+from raytrain_het.jobs.table import JOBS, build_job, default_job, load_job
 from raytrain_het.jobs.validation import plural, shown
 from raytrain_het.jobs.yaml_file import apply_overrides, read_yaml
 from raytrain_het.plain import nearest
@@ -76,7 +77,7 @@ def _made(config: SweepConfig, folder: Path, source: Callable[[str], str]) -> Sw
             f"{source('job')}: the jobs are of the kinds {' and '.join(sorted(kinds))}: one sweep compares jobs of one "
             "kind. Write one of them"
         )
-    cls = config_class(kinds.pop())
+    cls = JOBS[kinds.pop()]
     problems: list[str] = []
     dimensions = list(_dimensions(config, cls, jobs, source, problems))
     found: dict[str, Any] = {}
@@ -119,7 +120,7 @@ def _jobs(config: SweepConfig, folder: Path) -> dict[str, dict[str, Any]]:
         for written, value in config.set.items():
             try:
                 whole = whole_path(type(job), written)
-                chosen[whole] = absolute(value) if whole in KINDS[job.kind].path_keys else value
+                chosen[whole] = absolute(value) if whole in job.path_keys else value
             except ConfigError as error:
                 raise ConfigError(f"set.{written}={shown(value)}: {error}") from None
         jobs[name] = with_settings(data, chosen)[0]
@@ -138,7 +139,7 @@ def _dimensions(
         kind = "choice" if config.search == "optuna" or "optuna" in config.search else "grid"
         yield Dimension(path=JOB, whole=JOB, kind=kind, choices={name: name for name in jobs})
     wholes: dict[str, str] = {}
-    path_keys = KINDS[next(iter(jobs.values()))["kind"]].path_keys
+    path_keys = cls.path_keys
     for path, written in config.space.items():
         where = f"{source('space')}.{path}"
         try:

@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
 from raytrain_het.jobs.failure import describe
-from raytrain_het.jobs.table import with_fitting_batch
+from raytrain_het.jobs.job_data import with_fitting_batch
 from raytrain_het.jobs.trainer import AtStart, make_trainer, write_job
 from raytrain_het.sweeps.runs import (
     Rows,

@@ -13,6 +13,7 @@ import yaml
 
 from raytrain_het.allreduce.codecs import CODECS, KINDS
 from raytrain_het.codec_options import OPTIONS
+from raytrain_het.jobs.table import JOBS
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,7 @@ def python_blocks(page: str) -> list[str]:
 @pytest.fixture
 def tables() -> Iterator[None]:
     """What an example adds to the tables is gone after it."""
-    all_tables: list[dict] = [OPTIONS, CODECS, KINDS, OPTIMIZERS, SCHEDULES]
+    all_tables: list[dict] = [OPTIONS, CODECS, KINDS, JOBS, OPTIMIZERS, SCHEDULES]
     before = [dict(table) for table in all_tables]
     yield
     for table, items in zip(all_tables, before, strict=True):

@@ -24,10 +24,17 @@ from typing import Any
 import numpy as np
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs import table_columns
-from raytrain_het.jobs.table_columns import Source
-from raytrain_het.jobs.table_file import file_info
-from raytrain_het.jobs.table_reading import read_table
+from raytrain_het.jobs.tabular.columns import (
+    Source,
+    check_classes,
+    check_columns,
+    check_regression,
+    choose_columns,
+    feature_notes,
+)
+from raytrain_het.jobs.tabular.file import file_info
+from raytrain_het.jobs.tabular.reading import read_table
+from raytrain_het.jobs.validation import plural
 
 HELD_OUT = 0.2
 """This part of the rows is held out."""
@@ -57,7 +64,20 @@ class TableData:
     fingerprint: str
     """Of what was read: a run that goes on, and all its workers, have the same."""
     notes: tuple[str, ...] = ()
-    """What there is to warn of, a line each."""
+    """Warnings, a line each."""
+
+    def unlearnable_classes(self) -> list[str]:
+        """A warning of classes that only the held-out part has, or none."""
+        if self.classes is None:
+            return []
+        seen = np.bincount(self.y[: self.num_train], minlength=len(self.classes))
+        unseen = [name for name, count in zip(self.classes, seen, strict=True) if not count]
+        if not unseen:
+            return []
+        return [
+            f"only the held-out part has {plural(len(unseen), 'value')} of the target {self.target!r} "
+            f"({', '.join(map(repr, unseen[:5]))}), which cannot be learnt: merge rare values, or drop their rows"
+        ]
 
 
 def open_table(source: Source) -> TableData:
@@ -244,8 +264,8 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
     assert source.data is not None
     read = read_table(source.data)
     table = read.table
-    features, target = table_columns.choose(source, table.column_names)
-    table_columns.check(source, table, features, target)
+    features, target = choose_columns(source, table.column_names)
+    check_columns(source, table, features, target)
     order = np.random.default_rng(source.seed).permutation(table.num_rows)
     x = _new_x(folder, table.num_rows, len(features))
     digest = hashlib.sha256()
@@ -253,11 +273,11 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
         column = _column(table, name)
         digest.update(column.data)
         x[:, i], _ = _standardised(source, name, column[order])
-    notes = (*read.notes, *table_columns.feature_notes(table, features, target))
+    notes = (*read.notes, *feature_notes(table, features, target))
     classes, deviation = None, 1.0
     if source.task == "classification":
         values, codes = np.unique(table.column(target).to_numpy(), return_inverse=True)
-        notes += table_columns.check_classes(source, target, values, table.num_rows)
+        notes += check_classes(source, target, values, table.num_rows)
         classes, y = [str(v) for v in values], codes.astype(np.int64)
         digest.update(y.data)
         y = y[order]
@@ -265,7 +285,7 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
         column = _column(table, target)
         digest.update(column.data)
         num_train = _num_train(len(column))
-        notes += table_columns.check_regression(source, target, column, column[order[:num_train]])
+        notes += check_regression(source, target, column, column[order[:num_train]])
         y, deviation = _standardised(source, target, column[order])
     return x, y, _about(table.num_rows, features, target, classes, deviation, digest, notes)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.csv_dialect import is_number
-from raytrain_het.jobs.table_reading import some
+from raytrain_het.jobs.tabular.csv_dialect import is_number
+from raytrain_het.jobs.tabular.reading import some
 from raytrain_het.jobs.validation import plural
 from raytrain_het.plain import nearest
 
@@ -27,7 +30,7 @@ _ID = re.compile(r"(^|.*[_ .-])(id|idx|index|uuid|guid|key|rowid|rownum|row|nr|n
 
 @dataclass(frozen=True)
 class Source:
-    """Where a table comes from, and which of it is used."""
+    """Where a table comes from, and which of its columns are used."""
 
     data: str | None
     rows: int
@@ -37,8 +40,19 @@ class Source:
     task: str
     seed: int
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Source:
+        """The table of a tabular job.
 
-def choose(source: Source, names: list[str]) -> tuple[list[str], str]:
+        Args:
+            config: What the job's training function is given.
+        """
+        features = config["features"]
+        own = {field.name: config[field.name] for field in dataclasses.fields(cls)}
+        return cls(**own | {"features": tuple(features) if features is not None else None})
+
+
+def choose_columns(source: Source, names: list[str]) -> tuple[list[str], str]:
     """The feature columns and the target.
 
     Raises:
@@ -64,7 +78,7 @@ def choose(source: Source, names: list[str]) -> tuple[list[str], str]:
     return features, target
 
 
-def check(source: Source, table: pa.Table, features: list[str], target: str) -> None:
+def check_columns(source: Source, table: pa.Table, features: list[str], target: str) -> None:
     """Refuse columns that cannot be trained on, and a table without enough rows.
 
     Raises:

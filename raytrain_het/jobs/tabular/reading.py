@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.csv_dialect import Dialect, NotATable, dialect_of, rows_of
-from raytrain_het.jobs.table_file import SAMPLE_BYTES, encoding_of, file_info, first_line, opened, refuse_foreign
+from raytrain_het.jobs.tabular.csv_dialect import Dialect, NotATable, dialect_of, rows_of
+from raytrain_het.jobs.tabular.file import SAMPLE_BYTES, encoding_of, file_info, first_line, opened, refuse_foreign
 
 _DECIMAL_COMMAS = r"^\s*[+-]?(\d+(,\d+)?|,\d+)([eE][+-]?\d+)?\s*$"
 _MAYBE_THOUSANDS = r"^\s*[+-]?[1-9]\d{0,2},\d{3}\s*$"
