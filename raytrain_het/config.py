@@ -13,6 +13,7 @@ from raytrain_het.errors import ConfigError
 from raytrain_het.named_options import ABOVE_0, FINITE, TRUE_OR_FALSE, Allowed, one_of, whole_number_from
 from raytrain_het.optim import Schedule, schedule_of
 from raytrain_het.plain import is_number, nearest, plain
+from raytrain_het.score_policies import SCORE_POLICIES
 
 
 def _require(condition: bool, field: str, value: object, allowed: str, fix: str) -> None:
@@ -64,12 +65,13 @@ class HetConfig:
     Or relative shares by world rank (any non-negative numbers, they are normalised); a worker
     with share 0 takes part but trains on nothing. ``None`` is equal shares."""
 
-    score_policy: Literal["train_step", "flops", "memory_bandwidth"] | Callable[[Any], float] = "train_step"
+    score_policy: str | Callable[[Any], float] = "train_step"
     """How a worker's measurements become its score. ``train_step``: samples per second of the real
     model, learnt from the run's own steps, which start from kept step times or the hardware. With
-    another one, or a function from a ``raytrain_het.balance.profile.Profile`` to a number above 0,
-    scores come from the hardware alone, and ``shares="auto"`` is in proportion to them; given
-    shares stay, and scores are shown beside them."""
+    ``flops`` or ``memory_bandwidth``, or with a function from a
+    ``raytrain_het.balance.profile.Profile`` to a number above 0, scores come from the hardware alone,
+    and ``shares="auto"`` is in proportion to them; given shares stay, and scores are shown beside
+    them."""
 
     warm_spares: bool = False
     """Whether ``shares="auto"`` may hold a worker that costs more than it gives at a share of 0. It
@@ -282,8 +284,8 @@ _RULES: dict[str, tuple[Allowed, str]] = {
     "clip": (Allowed("None, or a 'norm' or 'value' above 0, or both", _is_clip), "Write clip={'norm': 1.0}."),
     "score_policy": (
         Allowed(
-            "'train_step', 'flops', 'memory_bandwidth', or a function from a Profile to a number",
-            lambda value: callable(value) or value in ("train_step", "flops", "memory_bandwidth"),
+            f"{', '.join(map(repr, SCORE_POLICIES))}, or a function from a Profile to a number",
+            lambda value: callable(value) or (isinstance(value, str) and value in SCORE_POLICIES),
         ),
         "Write score_policy='train_step'.",
     ),

@@ -19,8 +19,9 @@ from raytrain_het.jobs.probe import BATCH_BOUND, ModelResult, ProbeResult
 from raytrain_het.jobs.summary import jsonable
 from raytrain_het.probing.codec_advice import CodecAdvice
 from raytrain_het.probing.links import Link
+from raytrain_het.score_policies import SCORE_POLICIES
 
-HARDWARE_POLICIES = ("flops", "memory_bandwidth")
+HARDWARE_POLICIES = [name for name, policy in SCORE_POLICIES.items() if policy.from_hardware]
 
 
 def show(result: ProbeResult, *, as_json: bool) -> None:

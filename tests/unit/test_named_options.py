@@ -9,9 +9,16 @@ import pytest
 from raytrain_het.errors import ConfigError
 from raytrain_het.named_options import Allowed, NamedOptions, choose, name_and_options
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
+from raytrain_het.score_policies import SCORE_POLICIES
 from raytrain_het.sweeps.search import SCHEDULERS, SEARCHES
 
-TABLES = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "scheduler": SCHEDULERS, "search": SEARCHES}
+TABLES = {
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "scheduler": SCHEDULERS,
+    "score_policy": SCORE_POLICIES,
+    "search": SEARCHES,
+}
 KINDS = [kind for table in TABLES.values() for kind in table.values()]
 
 
