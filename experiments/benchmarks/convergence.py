@@ -20,7 +20,8 @@ import raytrain_het as het
 from experiments.benchmarks import common
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.table import load_job
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 
 JOBS = Path(__file__).parents[1] / "jobs"
 METRIC = {"digits": ("accuracy", 100.0, "points"), "char_lm": ("bits_per_character", 1.0, "bits per character")}
@@ -49,10 +50,9 @@ def run(kind: str, seed: int, compression: str, *, rate: float, overrides: list[
         lab = ProcessLab(
             Train(type(job), job.train_loop_config()),
             directory,
-            num_slots=SIZE,
+            LabSlots(num_slots=SIZE, rates_mbit=rates),
             config=config,
-            ledger=False,
-            rates_mbit=rates,
+            files=WorkerFiles(ledger=False),
         )
         lab.run(timeout_s=1800)
     name, factor, _ = METRIC[kind]

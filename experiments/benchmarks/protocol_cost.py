@@ -42,7 +42,8 @@ from experiments.benchmarks import common
 from raytrain_het.allreduce.patience import Patience
 from raytrain_het.allreduce.reducers.owner_shards import Messages
 from raytrain_het.allreduce.transport.tcp import TcpGroup
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.step import gradients as gradients_module
 
 WORKERS = 4
@@ -198,7 +199,13 @@ def main() -> None:
             return train(directory, size=size, batch=batch, blocks=blocks, steps=steps)
 
         with common.scratch() as directory:
-            lab = ProcessLab(run, directory, num_slots=WORKERS, ledger=False, config=het.HetConfig(shares=None))
+            lab = ProcessLab(
+                run,
+                directory,
+                LabSlots(num_slots=WORKERS),
+                config=het.HetConfig(shares=None),
+                files=WorkerFiles(ledger=False),
+            )
             workers = list(lab.run(timeout_s=1800).values())
         parts = {name: statistics.median(w[name] for w in workers) for name in workers[0]}
         rows.append({"model": size, **parts, "passes": parts["protocol"] <= 2.0})

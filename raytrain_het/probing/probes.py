@@ -7,7 +7,6 @@ under a CPU quota runs at full speed until it has used up its part of a period, 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import platform
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from raytrain_het.balance.batch_shares import StepCost
 from raytrain_het.balance.profile import Measurement, Profile
@@ -30,7 +30,7 @@ BLOCKS = 5
 """Each quantity is measured so many times."""
 MIN_BLOCK_S = 0.02
 LOCK_WAIT_S = 60.0
-"""Whoever has waited for its turn for so long goes on without: a stopped process must not hold up a machine."""
+"""A process waits for its turn no longer than this, then goes on: a stopped process must not hold up a machine."""
 MIN_SLOPE = 0.01
 """A sample takes at least this part of ``t(b) / b`` of the largest batch: a line through noise may fall."""
 
@@ -141,18 +141,19 @@ def fit_step_cost(times: dict[int, float]) -> StepCost:
 
 @contextlib.contextmanager
 def one_at_a_time(name: str = "probe", *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
-    """Processes of this user on this machine take turns in the block."""
+    """Processes of this user on this machine take turns in the block.
+
+    A process that has waited for ``wait_s`` goes on without its turn.
+    """
     folder = Path(tempfile.gettempdir()) / f"raytrain_het-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    deadline = time.monotonic() + wait_s
-    with (folder / f"{name}.lock").open("w") as file:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
+    lock = FileLock(folder / f"{name}.lock")
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=wait_s, poll_interval=0.01)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def hardware_name(device: str | torch.device = "cpu") -> str:

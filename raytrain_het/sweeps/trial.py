@@ -5,8 +5,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import fcntl
-import os
 import queue
 import threading
 import time
@@ -14,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, Timeout
 from ray import tune
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
@@ -239,26 +238,27 @@ class Trial(RunTrial):
         """Trials with the same settings are one run: the second waits, and takes what the first has found. And no more
         run at once than fit: a search that goes on remembers what fitted when it began."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with _locked([self._folder / ".lock"]), _locked(Path(self._root) / f".slot_{k}" for k in range(self._at_once)):
+        slots = (Path(self._root) / f".slot_{k}" for k in range(self._at_once))
+        with _one_free([self._folder / ".lock"]), _one_free(slots):
             yield
 
 
 @contextlib.contextmanager
-def _locked(files: Iterable[Path]) -> Iterator[None]:
-    """Hold one of these files, as soon as one is free. The kernel lets go of it when the process ends."""
-    handles = [os.open(file, os.O_CREAT | os.O_RDWR, 0o666) for file in files]
+def _one_free(files: Iterable[Path]) -> Iterator[None]:
+    """Hold one of these locks, the first that is free. The kernel releases it when the process ends."""
+    locks = [FileLock(file, thread_local=False) for file in files]
+    while (held := next(filter(_is_acquired, locks), None)) is None:
+        time.sleep(_POLL_S)
     try:
-        while not any(map(_try_lock, handles)):
-            time.sleep(_POLL_S)
         yield
     finally:
-        for handle in handles:
-            os.close(handle)
+        held.release()
 
 
-def _try_lock(handle: int) -> bool:
+def _is_acquired(lock: BaseFileLock) -> bool:
+    """Acquire a lock if it is free; returns whether it was."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire(timeout=0)
+    except Timeout:
         return False
     return True

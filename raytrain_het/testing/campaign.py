@@ -24,7 +24,7 @@ from raytrain_het.allreduce.points import POINTS
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.ledger import LedgerError, check_exactly_once, read_ledgers
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas, relative_error, traces
 
 FAULTS_PER_ROUND = 12
@@ -127,7 +127,7 @@ def _round(
     directory: Path,
     account: Account,
 ) -> None:
-    lab = ProcessLab(task, directory, num_slots=num_slots, faults=faults, config=config)
+    lab = ProcessLab(task, directory, LabSlots(num_slots=num_slots), faults=faults, config=config)
     try:
         results = lab.run(30.0, on_poll=Waker(lab))
     except AssertionError as error:

@@ -15,7 +15,7 @@ from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.probe_worker import ProbeWorker
 from raytrain_het.jobs.table import load_job
 from raytrain_het.jobs.tabular import training as tabular
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.session import current
 
 JOBS = Path(__file__).parents[2] / "experiments" / "jobs"
@@ -40,7 +40,7 @@ class Job:
 def run(tmp_path, kind, *overrides):
     job = load_job(JOBS / f"{kind}.yaml", overrides)
     config = job.train_loop_config()
-    lab = ProcessLab(Job(type(job), config), tmp_path / "lab", num_slots=2, config=job.het)
+    lab = ProcessLab(Job(type(job), config), tmp_path / "lab", LabSlots(num_slots=2), config=job.het)
     results = lab.run(60)
     return config, results[0], lab.reports[-1]["metrics"]
 

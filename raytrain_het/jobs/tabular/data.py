@@ -16,12 +16,12 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.tabular.columns import (
@@ -88,7 +88,7 @@ def open_table(source: Source) -> TableData:
             values are missing; the message names the columns and what to do.
     """
     folder = _home() / f"table-{_key(source)}"
-    with _one_at_a_time(folder.with_suffix(".lock")):
+    with FileLock(folder.with_suffix(".lock")):
         if not (folder / "table.json").exists():
             _remove_unused(source)
             part = folder.with_suffix(".part")
@@ -110,6 +110,7 @@ def open_table(source: Source) -> TableData:
         about = json.loads((folder / "table.json").read_text())
         # Copy on write: torch wants arrays it may write to, and nobody does.
         x, y = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("x", "y"))
+        # A shared lock, which many processes hold at once: it says that the folder is in use.
         used = os.open(folder, os.O_RDONLY)
         fcntl.flock(used, fcntl.LOCK_SH)
         weakref.finalize(x, os.close, used)  # The model's tensors share its memory, and keep it.
@@ -132,20 +133,12 @@ def _home() -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _one_at_a_time(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Raises BlockingIOError where somebody else has the lock, and is not to be waited for."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-
-
 def _remove_unused(source: Source) -> None:
-    """Remove what was made of the same file and is mapped by no process, and what a killed one left half-made."""
+    """Remove other copies of the same file that no process maps, and what a killed process has left half-made."""
     for path in _home().glob("table-*"):
         if path.suffix == ".lock":
             continue
-        with contextlib.suppress(OSError, ValueError), _one_at_a_time(path.with_suffix(".lock"), wait=False):
+        with contextlib.suppress(OSError, ValueError), FileLock(path.with_suffix(".lock"), timeout=0):
             if path.suffix != ".part":
                 about = json.loads((path / "table.json").read_text())
                 if about.get("data") != source.data or _is_used(path):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import faulthandler
 import multiprocessing.connection
 import os
 import pickle
-import select
 import signal
 import threading
 import traceback
@@ -24,7 +23,8 @@ from raytrain_het.allreduce import points
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, ProtocolError
 from raytrain_het.testing import faults as fault_kit
-from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
+from raytrain_het.testing.lab_worker import end_with, ledger_entry
+from raytrain_het.testing.ledger import LedgerWriter
 from raytrain_het.testing.programs.plain import Used, run_plain
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.traces import NoteWriter, Outcome, StepNote, bits_of, state_of
@@ -51,7 +51,7 @@ class Job:
 
 def serve(connection: multiprocessing.connection.Connection, parent: int, stacks: str) -> None:
     """Do jobs until the other end is gone."""
-    threading.Thread(target=_end_with, args=(parent,), name="het-programs", daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), name="het-programs", daemon=True).start()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     warnings.filterwarnings("ignore")
@@ -73,13 +73,6 @@ def serve(connection: multiprocessing.connection.Connection, parent: int, stacks
             outcome.value = f"not picklable: {error}"
             answer = pickle.dumps(outcome)
         connection.send_bytes(answer)
-
-
-def _end_with(pid: int) -> None:
-    """End this process when its parent has ended, however: a fork server does not."""
-    with contextlib.suppress(ProcessLookupError):
-        select.select([os.pidfd_open(pid)], [], [])
-    os._exit(1)
 
 
 class Watched:
@@ -112,18 +105,7 @@ class Watched:
         batch = plan.permutation(note.epoch)[note.offset : note.offset + note.batch_size].tolist()
         generation = self._job.life * 100_000 + note.generation  # A new hub counts from 1 again.
         slices = {uid: (int(s[0]), int(s[1])) for uid, s in note.slices.items()}
-        self._ledger.append(
-            LedgerEntry(
-                step=note.step,
-                generation=generation,
-                epoch=note.epoch,
-                offset=note.offset,
-                batch_size=note.batch_size,
-                slices=slices,
-                writer=note.uid,
-                own_samples=note.own_samples,
-            )
-        )
+        self._ledger.append(dataclasses.replace(ledger_entry(note), generation=generation))
         self._notes.append(
             StepNote(
                 step=note.step,
