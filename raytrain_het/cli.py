@@ -234,9 +234,9 @@ def _guarded(arguments: argparse.Namespace, run: Callable[[], int]) -> int:
 
 def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
     if sys.stderr.isatty() and "Traceback" not in message:
-        from raytrain_het.jobs.lines import write
+        from raytrain_het.jobs.lines import print_text
 
-        write(message, sys.stderr)
+        print_text(message, sys.stderr)
     else:  # A line for each mistake, for whoever searches a log.
         print(message, file=sys.stderr, flush=True)
     if arguments.as_json:
@@ -301,9 +301,9 @@ def _probe(arguments: argparse.Namespace) -> int:
     from raytrain_het.jobs.table import load_job
 
     def say(line: str) -> None:
-        from raytrain_het.jobs.lines import write
+        from raytrain_het.jobs.lines import print_text
 
-        write(line, sys.stderr)
+        print_text(line, sys.stderr)
 
     try:
         if arguments.overrides and arguments.model is None:
@@ -312,10 +312,10 @@ def _probe(arguments: argparse.Namespace) -> int:
         job = check_before_torch(job, address=arguments.address, compression=arguments.compression)
 
         from raytrain_het.jobs.probe import run_probe
-        from raytrain_het.jobs.probe_report import show
+        from raytrain_het.jobs.probe_report import print_probe
 
         found = run_probe(job=job, address=arguments.address, say=say, compression=arguments.compression)
-        show(found, as_json=arguments.as_json)
+        print_probe(found, as_json=arguments.as_json)
     except (ConfigError, ResourceError) as error:
         return _failed(arguments, f"raytrain-het: {error}", 2)
     except HetError as error:
@@ -341,7 +341,7 @@ def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
         overrides = [*overrides, f"simulate={json.dumps(simulation.parse_speeds(arguments.simulate))}"]
     sweep = load_sweep(arguments.sweep, overrides)
 
-    from raytrain_het.jobs.lines import write
+    from raytrain_het.jobs.lines import print_text
     from raytrain_het.probing.cores import cpu_limit
     from raytrain_het.sweeps.command import sweep_command
     from raytrain_het.testing.throttle import slow_workers
@@ -357,7 +357,7 @@ def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     simulation.check_alone(workers=None, address=arguments.address)
     cores = simulation.fitting_cores(sweep.config.simulate, cpu_limit().cores)
     with slow_workers(cores) as slow:
-        write(simulation.announcement(cores, slow.how), sys.stderr)
+        print_text(simulation.announcement(cores, slow.how), sys.stderr)
         return sweep_command(sweep, address="local", at_start=slow, **options)
 
 
@@ -375,7 +375,7 @@ def _schedule(arguments: argparse.Namespace) -> int:
             schedules.draw(chosen, epochs=arguments.epochs, lr=arguments.lr, out=arguments.out)
             print(arguments.out, file=sys.stderr)
         if arguments.out is None or arguments.as_json:
-            schedules.show(chosen, epochs=arguments.epochs, lr=arguments.lr, as_json=arguments.as_json)
+            schedules.print_rates(chosen, epochs=arguments.epochs, lr=arguments.lr, as_json=arguments.as_json)
     except ConfigError as error:
         return _failed(arguments, f"raytrain-het: {error}", 2)
     return 0

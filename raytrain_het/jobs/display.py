@@ -12,9 +12,9 @@ from typing import IO, Any, Protocol
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
-from raytrain_het.jobs.lines import Sentence, show, wrapped, write
+from raytrain_het.jobs.lines import Sentence, print_tables, print_text, wrapped
 from raytrain_het.jobs.summary import final_tables, to_json, worker_table
-from raytrain_het.ray_train.narration import event_line, number, report_line, told
+from raytrain_het.ray_train.narration import event_line, number, report_line, sentences
 
 Status = Mapping[str, Any]
 Records = Sequence[Mapping[str, Any]]
@@ -71,10 +71,10 @@ class PlainDisplay:
         self.stream.flush()
 
     def say(self, line: str) -> None:
-        write(line, self.stream)
+        print_text(line, self.stream)
 
     def on_update(self, status: Status, events: Records, reports: Records) -> None:
-        for line in told(events, reports):
+        for line in sentences(events, reports):
             self.say(line)
         if any(event["kind"] == "joined" for event in events):
             self.say_if_waiting(status)
@@ -85,7 +85,7 @@ class PlainDisplay:
             self.say(f"{starting_line(time.monotonic() - self.began)}: {waiting}")
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
-        show(final_tables(summary, folder), self.stream)
+        print_tables(final_tables(summary, folder), self.stream)
 
     def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
         self.say(line)
@@ -162,7 +162,7 @@ class LiveDisplay:
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
         self.live.stop()
-        show(final_tables(summary, folder), self.stream)
+        print_tables(final_tables(summary, folder), self.stream)
 
     def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
         self.live.stop()

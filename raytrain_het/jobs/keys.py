@@ -12,7 +12,7 @@ from typing import Any
 from raytrain_het.config import HetConfig
 from raytrain_het.jobs.config import JobConfig, Workers
 from raytrain_het.jobs.lines import COLUMNS, wrapped
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.validation import yaml_text
 
 _BELOW: dict[str, tuple[str, type]] = {"workers": ("workers.0", Workers), "het": ("het", HetConfig)}
 
@@ -46,8 +46,8 @@ def _default(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        return shown([dataclasses.asdict(item) for item in value])
-    return shown(value)
+        return yaml_text([dataclasses.asdict(item) for item in value])
+    return yaml_text(value)
 
 
 def _meanings(cls: type) -> dict[str, str]:

@@ -77,7 +77,7 @@ def _parts(line: str, gap: str) -> Iterator[str]:
     yield held
 
 
-def write(text: str, stream: IO[str]) -> None:
+def print_text(text: str, stream: IO[str]) -> None:
     """Write a text in lines that fit, at once."""
     print("\n".join(wrapped(text, columns(stream))), file=stream, flush=True)
 
@@ -100,7 +100,7 @@ def console_for(stream: IO[str]) -> Console:
     return Console(file=stream, highlight=False, width=columns(stream), force_terminal=False, color_system=None)
 
 
-def show(what: RenderableType, stream: IO[str]) -> None:
+def print_tables(what: RenderableType, stream: IO[str]) -> None:
     """Write tables and sentences, without spaces at the ends of lines where that is no terminal."""
     console = console_for(stream)
     if stream.isatty():

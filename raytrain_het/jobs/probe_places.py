@@ -49,13 +49,13 @@ class Handle(abc.ABC):
         """Wait for it; raises what it raised."""
 
     def listen(self) -> Address:
-        """See :class:`raytrain_het.probing.links.Member`."""
+        """See :class:`raytrain_het.probing.links.LinkEnd`."""
         self.start("listen")
         address: Address = self.result()
         return address
 
     def link_to(self, address: Address) -> Link | None:
-        """See :class:`raytrain_het.probing.links.Member`."""
+        """See :class:`raytrain_het.probing.links.LinkEnd`."""
         self.start("link_to", address)
         link: Link | None = self.result()
         return link

@@ -81,12 +81,12 @@ class ProbeWorker:
         return codec_costs(codecs, cores=cores, shapes=shapes), sum(map(math.prod, shapes)), byte_cpu_s(cores=cores)
 
     def listen(self) -> Address:
-        """See :class:`raytrain_het.probing.links.Member`."""
+        """See :class:`raytrain_het.probing.links.LinkEnd`."""
         self._server = self._server or LinkServer(self.host)
         return self._server.address
 
     def link_to(self, address: Address) -> Link | None:
-        """See :class:`raytrain_het.probing.links.Member`."""
+        """See :class:`raytrain_het.probing.links.LinkEnd`."""
         with contextlib.suppress(OSError):
             return probe_link(address)
         return None

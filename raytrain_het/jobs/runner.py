@@ -19,7 +19,7 @@ from raytrain_het.jobs.interrupted import Interrupted, interruptible
 from raytrain_het.jobs.job_data import check_data, with_absolute_paths, with_fitting_batch
 from raytrain_het.jobs.ray_session import check_before_ray, is_local, ray_session
 from raytrain_het.jobs.trainer import AtStart, make_trainer, num_cpus, write_job
-from raytrain_het.jobs.validation import plural, shown
+from raytrain_het.jobs.validation import plural, yaml_text
 from raytrain_het.jobs.yaml_file import read_yaml
 from raytrain_het.probing.cores import cpu_limit
 from raytrain_het.ray_train.disk import write_some
@@ -216,7 +216,8 @@ def check_reuse(job: JobConfig) -> None:
     for key, reason in reasons.items() if has_checkpoint else ():
         if key in before and before[key] != now[key]:
             raise ConfigError(
-                f"{folder} is a run with {key}={shown(before[key])}, this job has {key}={shown(now[key])}: {reason}. "
+                f"{folder} is a run with {key}={yaml_text(before[key])}, this job has {key}={yaml_text(now[key])}: "
+                f"{reason}. "
                 f"Write another --name, or {key} as it was"
             )
 

@@ -13,8 +13,8 @@ from rich import box
 from rich.table import Table
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.lines import show as write_table
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.lines import print_tables
+from raytrain_het.jobs.validation import yaml_text
 from raytrain_het.optim import SCHEDULES, Schedule, schedule_of
 from raytrain_het.ray_train.narration import number
 
@@ -35,7 +35,7 @@ def parse(texts: Sequence[str]) -> dict[str, Schedule]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        found[text if isinstance(value, str) else shown(value)] = schedule_of(value)
+        found[text if isinstance(value, str) else yaml_text(value)] = schedule_of(value)
     return found
 
 
@@ -49,7 +49,7 @@ def rates(schedule: Schedule, *, epochs: int, lr: float, per_epoch: int = 1) -> 
     return [(k / per_epoch, lr * schedule.factor(k / per_epoch, epochs)) for k in range(epochs * per_epoch + 1)]
 
 
-def show(schedules: dict[str, Schedule], *, epochs: int, lr: float, as_json: bool) -> None:
+def print_rates(schedules: dict[str, Schedule], *, epochs: int, lr: float, as_json: bool) -> None:
     """Print them, epoch by epoch."""
     columns = {name: rates(schedule, epochs=epochs, lr=lr) for name, schedule in schedules.items()}
     if as_json:
@@ -68,7 +68,7 @@ def show(schedules: dict[str, Schedule], *, epochs: int, lr: float, as_json: boo
         if alone:
             row.append("█" * round(_BAR * alone[k][1] / highest) if highest else "")
         table.add_row(*row)
-    write_table(table, sys.stdout)
+    print_tables(table, sys.stdout)
 
 
 def draw(schedules: dict[str, Schedule], *, epochs: int, lr: float, out: str) -> None:

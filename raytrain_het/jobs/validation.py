@@ -60,14 +60,14 @@ def _adapter(cls: Any) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(cls)
 
 
-def shown(value: Any) -> str:
+def yaml_text(value: Any) -> str:
     """A value as a job file has it: null, true, lists."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(yaml_text, value))}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {shown(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k}: {yaml_text(v)}" for k, v in value.items()) + "}"
     return repr(value)
 
 
@@ -95,16 +95,16 @@ def _structure(kind: Any, value: Any, path: Where) -> Iterator[tuple[Where, str]
         for i, inner in enumerate(value):
             yield from _structure(item, inner, (*path, i))
     elif isinstance(value, bool) and not _allows_bool(kind):
-        yield path, f"={shown(value)} is not valid: allowed is {_allowed(kind)}."
+        yield path, f"={yaml_text(value)} is not valid: allowed is {_allowed(kind)}."
 
 
 def _unknown(path: Where, key: object, value: object, known: list[str]) -> str:
     near = nearest(key, known)
     hint = "remove it"
     if near:
-        on_command_line = f"--set {dotted((*path, near))}={shown(value)}"
-        hint = f"did you mean {near!r}? Write {on_command_line}, in a file {near}: {shown(value)}"
-    return f"={shown(value)}: there is no such key; {hint}. Allowed: {', '.join(known)}."
+        on_command_line = f"--set {dotted((*path, near))}={yaml_text(value)}"
+        hint = f"did you mean {near!r}? Write {on_command_line}, in a file {near}: {yaml_text(value)}"
+    return f"={yaml_text(value)}: there is no such key; {hint}. Allowed: {', '.join(known)}."
 
 
 def _explain(cls: type, details: Any) -> tuple[Where, str]:
@@ -120,13 +120,13 @@ def _explain(cls: type, details: Any) -> tuple[Where, str]:
             return (*path, *name.split(".")), f"={rest}"
         return path, f"{': ' if path else ''}{message}"
     received, default = details["input"], None if field is None else field.default
-    text = f"={shown(received)} is not valid: allowed is "
+    text = f"={yaml_text(received)} is not valid: allowed is "
     if isinstance(received, str) and _item_in(kind) is not None:
         items = ", ".join(part.strip() for part in received.split(",") if part.strip())
         return path, f"{text}{_allowed(kind)}. Write --set {dotted(path)}='[{items}]'"
     text += f"{_range(details) or _allowed(kind)}."
     if isinstance(default, (bool, int, float, str)):
-        plain = default if isinstance(default, str) else shown(default)
+        plain = default if isinstance(default, str) else yaml_text(default)
         text += f" The default is {plain}: write --set {dotted(path)}={plain}"
     return path, text
 

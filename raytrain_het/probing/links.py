@@ -109,7 +109,7 @@ def probe_link(address: Address) -> Link:
         return Link(latency, *(_speed(transfer, latency.median) for transfer in (send, receive)))
 
 
-class Member(Protocol):
+class LinkEnd(Protocol):
     """One end of links, here or in another process."""
 
     def listen(self) -> Address:
@@ -119,7 +119,7 @@ class Member(Protocol):
         """:func:`probe_link` from there; None if it fails."""
 
 
-def probe_links(members: Sequence[Member]) -> dict[tuple[int, int], Link | None]:
+def probe_links(members: Sequence[LinkEnd]) -> dict[tuple[int, int], Link | None]:
     """Each member's link with the next in a ring, one after another, since they may share a wire.
 
     By positions of its two ends. Two members have one link, a single one has none; None stands for a link over which

@@ -34,7 +34,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
+class FleetPrediction:
     """What a fleet will do at a global batch size."""
 
     shares: tuple[int, ...]
@@ -61,7 +61,7 @@ class Prediction:
 class Advice:
     """What to make of a fleet."""
 
-    prediction: Prediction
+    prediction: FleetPrediction
     """All machines, at the batch size that was asked for."""
     solo_samples_per_s: tuple[float, ...]
     """What each machine does alone with its share, ``b / t(b)``."""
@@ -70,7 +70,7 @@ class Advice:
     costs_more: tuple[int, ...]
     """Machines that cost more than they give, by position. Left out one at a time, the worst first, as long as one's
     gain is 1 or less: beside a machine that holds all others up, those look useless too."""
-    without_them: Prediction
+    without_them: FleetPrediction
     """The machines that are left."""
     best_batch_size: int
     """The global batch size with the best throughput within the bound."""
@@ -115,7 +115,7 @@ def chance(spreads: Sequence[float]) -> float:
     return largest * math.sqrt(statistics.fmean(spread**2 for spread in spreads))
 
 
-def predict(machines: Sequence[Machine], *, global_batch_size: int, gradient_bytes: float) -> Prediction:
+def predict(machines: Sequence[Machine], *, global_batch_size: int, gradient_bytes: float) -> FleetPrediction:
     """The fleet with balanced shares: ``T = (1 + chance) max_i (t_i(b_i) + messages_s_i) + communication_s``.
 
     Nobody has messages in a fleet of one.
@@ -128,7 +128,7 @@ def predict(machines: Sequence[Machine], *, global_batch_size: int, gradient_byt
         costs = [StepCost(m.cost.fixed_s + messages_s(m, gradient_bytes), m.cost.per_sample_s) for m in machines]
     shares = balanced_shares(costs, global_batch_size)
     compute_s = slowest_s(costs, shares)
-    return Prediction(
+    return FleetPrediction(
         shares=tuple(shares),
         compute_s=compute_s,
         communication_s=communication_s(machines, gradient_bytes),
@@ -151,7 +151,7 @@ def advice(
         ValueError: see :func:`predict`.
     """
 
-    def at(members: Sequence[Machine], batch: int) -> Prediction:
+    def at(members: Sequence[Machine], batch: int) -> FleetPrediction:
         return predict(members, global_batch_size=batch, gradient_bytes=gradient_bytes)
 
     whole = at(machines, global_batch_size)

@@ -27,7 +27,7 @@ META_FILE = "het.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
+class RunSettings:
     """What the controller needs beside Ray's own contexts."""
 
     config: HetConfig
@@ -46,7 +46,7 @@ class HetController(TrainController):
 
     worker_group_cls = HetWorkerGroup
 
-    def __init__(self, *, plan: RunPlan, callbacks: list[Any], **rays: Any) -> None:
+    def __init__(self, *, plan: RunSettings, callbacks: list[Any], **rays: Any) -> None:
         # It is an async actor whose poll waits for its workers by design, as Ray's own does.
         ray._private.worker.blocking_get_inside_async_warned = True
         self._plan = plan

@@ -26,7 +26,7 @@ class TrainFunctionError(HetError, WorkerGroupError):
         return f"{self._error_message.rstrip()}\n(raised by the training function on world rank {ranks})"
 
 
-class Verdict(enum.Enum):
+class ErrorMeaning(enum.Enum):
     """What an error of a worker's training function means for the run."""
 
     LEFT = "left"
@@ -37,19 +37,19 @@ class Verdict(enum.Enum):
     """The training function itself raised."""
 
 
-def judge(error: Exception) -> Verdict:
+def judge(error: Exception) -> ErrorMeaning:
     """What this error of a worker's status means."""
     cause = error._base_exc if isinstance(error, UserExceptionWithTraceback) else error
     if isinstance(cause, EvictedError):
-        return Verdict.LEFT
+        return ErrorMeaning.LEFT
     if isinstance(cause, RunFailedError):
-        return Verdict.RUN_FAILED
-    return Verdict.USER
+        return ErrorMeaning.RUN_FAILED
+    return ErrorMeaning.USER
 
 
 def foremost(errors: dict[int, Exception]) -> dict[int, Exception]:
     """The errors to show: the training function's own before those that only pass it on."""
-    users = {slot: e for slot, e in errors.items() if judge(e) is Verdict.USER}
+    users = {slot: e for slot, e in errors.items() if judge(e) is ErrorMeaning.USER}
     return users or errors
 
 

@@ -105,7 +105,7 @@ _SILENT = ("void", "wanted", "raised")
 
 
 def event_line(event: Mapping[str, Any]) -> str | None:
-    """A membership event as a sentence; None for what is told by another."""
+    """A membership event as a sentence; None for what is sentences by another."""
     if event["kind"] in _SILENT or event.get("expected"):
         return None
     try:
@@ -117,7 +117,7 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         return f"{event['kind']}: " + ", ".join(f"{name} {value}" for name, value in rest.items())
 
 
-def told(events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]]) -> list[str]:
+def sentences(events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """Both as sentences, in the order of what happened."""
     lines = [(event.get("time", 0.0), event_line(event)) for event in events]
     lines += [(report.get("time", 0.0), report_line(report)) for report in reports]
@@ -126,7 +126,7 @@ def told(events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any
 
 def log_update(events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]]) -> None:
     """The same through the logger ``raytrain_het``, at INFO: where a display shows them, nobody has asked for these."""
-    for line in told(events, reports):
+    for line in sentences(events, reports):
         logger.info(line)
 
 

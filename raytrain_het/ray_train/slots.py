@@ -71,7 +71,7 @@ class Slot:
     lost_reason: str = ""
     waiting_since: float = field(default_factory=time.monotonic)
 
-    def begin(self, plan: StartPlan, *, delay_s: float = 0.0) -> None:
+    def begin(self, plan: StartContext, *, delay_s: float = 0.0) -> None:
         """Begin to bring a worker in."""
         self.state, self.waiting_since = SlotState.STARTING, time.monotonic()
         self.vacant_told = self.user_told = False
@@ -103,7 +103,7 @@ class Slot:
 
 
 @dataclass(kw_only=True)
-class StartPlan:
+class StartContext:
     """What every start of a run has in common; the group gives it."""
 
     placement: SlotPlacement
@@ -125,7 +125,7 @@ class LocalRanks:
         self._of: dict[int, tuple[str, int]] = {}
         self._nodes: list[str] = []
 
-    def take(self, slot: int, node_id: str) -> tuple[int, int, int]:
+    def assign(self, slot: int, node_id: str) -> tuple[int, int, int]:
         """Returns local rank, local world size as known now, and node rank."""
         with self._lock:
             if node_id not in self._nodes:
@@ -140,7 +140,7 @@ class LocalRanks:
 class Start:
     """One attempt to bring a worker into a slot."""
 
-    def __init__(self, slot: Slot, plan: StartPlan, *, delay_s: float = 0.0) -> None:
+    def __init__(self, slot: Slot, plan: StartContext, *, delay_s: float = 0.0) -> None:
         self._slot, self._plan, self._delay_s = slot.index, plan, delay_s
         self._resources = slot.spec.resources
         self._cancelled = threading.Event()
@@ -192,7 +192,7 @@ class Start:
                 break
             ray.kill(actor)
         worker = Worker(actor, metadata, dict(self._resources), placement_group_bundle_index=0)
-        local_rank, local_size, node_rank = self._plan.ranks.take(self._slot, metadata.node_id)
+        local_rank, local_size, node_rank = self._plan.ranks.assign(self._slot, metadata.node_id)
         worker.distributed_context = DistributedContext(
             world_rank=self._slot,
             world_size=self._plan.world_size,

@@ -29,7 +29,7 @@ from raytrain_het.errors import ConfigError
 from raytrain_het.ray_train.autoscaling import HetScalingPolicy
 from raytrain_het.ray_train.backend import HetBackendConfig, WorkerSetup
 from raytrain_het.ray_train.cluster_view import autoscaler_types, settle
-from raytrain_het.ray_train.controller import HetController, RunPlan
+from raytrain_het.ray_train.controller import HetController, RunSettings
 from raytrain_het.ray_train.failures import to_raise
 from raytrain_het.ray_train.hub import Parts
 from raytrain_het.ray_train.monitor import Monitor, OnUpdate
@@ -162,7 +162,7 @@ class HetTrainer(TorchTrainer):
             train_fn=self._get_train_func(), config=self.het_config, parts=parts, num_slots=len(scaling.slots)
         )
         controller = self._controller = self._start_controller(
-            plan=RunPlan(config=self.het_config, parts=parts),
+            plan=RunSettings(config=self.het_config, parts=parts),
             train_fn_ref=ObjectRefWrapper(entry),
             scaling_policy=HetScalingPolicy(scaling, autoscaler=autoscaler_types() is not None),
             failure_policy=create_failure_policy(self.run_config.failure_config),

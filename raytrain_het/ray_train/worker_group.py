@@ -26,10 +26,10 @@ from ray.util.placement_group import PlacementGroup
 
 from raytrain_het.errors import RunFailedError
 from raytrain_het.ray_train.cluster_view import describe_free
-from raytrain_het.ray_train.failures import Verdict, foremost, judge
+from raytrain_het.ray_train.failures import ErrorMeaning, foremost, judge
 from raytrain_het.ray_train.hub import Hub
 from raytrain_het.ray_train.placement import SlotPlacement
-from raytrain_het.ray_train.slots import MAX_START_FAILURES, LocalRanks, Slot, SlotState, StartCancelled, StartPlan
+from raytrain_het.ray_train.slots import MAX_START_FAILURES, LocalRanks, Slot, SlotState, StartCancelled, StartContext
 from raytrain_het.ray_train.worker_entry import set_hub
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class HetWorkerGroup(WorkerGroup):
         for callback in self._callbacks:
             callback.before_worker_group_start(self._worker_group_context)
         placement = SlotPlacement([slot.spec for slot in self.slots], self._on_group)
-        self._plan = StartPlan(
+        self._plan = StartContext(
             placement=placement,
             runtime_env=_or_none(self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)),
             worker_cls=self._worker_cls,
@@ -94,7 +94,7 @@ class HetWorkerGroup(WorkerGroup):
             for slot in self.slots:  # in the order of the slots, so that local ranks follow it
                 node_id = placement.node_of(slot.index)
                 if node_id:
-                    self._plan.ranks.take(slot.index, node_id)
+                    self._plan.ranks.assign(slot.index, node_id)
         for slot in self.slots:
             slot.begin(self._plan)
         for callback in self._callbacks:
@@ -210,7 +210,7 @@ class HetWorkerGroup(WorkerGroup):
             elif answer is None:
                 self._check_hanging(slot, fresh and not present, ended or failed)
             elif answer.error is not None:
-                if judge(answer.error) is Verdict.LEFT:
+                if judge(answer.error) is ErrorMeaning.LEFT:
                     self._lose(slot, "it was dropped by its peers", refill=not (ended or failed), over=ended)
                 else:
                     self._errors.setdefault(slot.index, answer.error)
@@ -283,7 +283,7 @@ class HetWorkerGroup(WorkerGroup):
             return {0: RunFailedError("No worker is left: " + "; ".join(reasons) + ".")}
         if not self._errors and self._failing_since is None:
             return {}
-        if any(judge(error) is Verdict.USER for error in self._errors.values()):
+        if any(judge(error) is ErrorMeaning.USER for error in self._errors.values()):
             return foremost(self._errors)
         # Others pass on that the run failed, often before the worker that knows why.
         self._failing_since = self._failing_since or time.monotonic()

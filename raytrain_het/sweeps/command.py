@@ -57,14 +57,14 @@ def sweep_command(
         to_stderr=as_json,
     )
     stream = sys.stderr if as_json else sys.stdout
-    lines.show(results.table(lines.columns(stream)), stream)
+    lines.print_tables(results.table(lines.columns(stream)), stream)
     where = results.folder
     if results.best is None:
         none = "no trial has a value" if sweep.objective.target is None else "no trial has reached the target"
-        lines.write(f"{none}: see {where / 'trials.csv'}", stream)
+        lines.print_text(f"{none}: see {where / 'trials.csv'}", stream)
     else:
-        lines.write(f"all trials and epochs: {where}/trials.parquet, epochs.parquet (and .csv)", stream)
-        lines.write(f"the best again: raytrain-het train {where / 'best.yaml'}", stream)
+        lines.print_text(f"all trials and epochs: {where}/trials.parquet, epochs.parquet (and .csv)", stream)
+        lines.print_text(f"the best again: raytrain-het train {where / 'best.yaml'}", stream)
     if as_json:
         print(results.to_json(), flush=True)
     return 0 if results.best is not None or not results.is_finished else 1

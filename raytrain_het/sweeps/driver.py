@@ -17,7 +17,7 @@ from raytrain_het.errors import ConfigError
 from raytrain_het.files import write_whole
 from raytrain_het.jobs.interrupted import Interrupted, interruptible
 from raytrain_het.jobs.job_data import check_data
-from raytrain_het.jobs.lines import write
+from raytrain_het.jobs.lines import print_text
 from raytrain_het.jobs.ray_session import ray_session
 from raytrain_het.jobs.trainer import AtStart, num_cpus, scaling_of
 from raytrain_het.jobs.validation import plural
@@ -233,7 +233,7 @@ def _cpus(sweep: Sweep) -> float:
 def _teller(to_stderr: bool) -> Callable[[str], None]:
     import sys
 
-    return lambda text: write(text, sys.stderr if to_stderr else sys.stdout)
+    return lambda text: print_text(text, sys.stderr if to_stderr else sys.stdout)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import yaml
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import ray_session
 from raytrain_het.jobs.runner import check_writable
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.validation import yaml_text
 from raytrain_het.jobs.yaml_file import read_yaml
 from raytrain_het.sweeps.sweep import Sweep
 
@@ -67,7 +67,8 @@ def _check_resume(sweep: Sweep, folder: Path) -> None:
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 raise ConfigError(
-                    f"--resume: {folder / file} has {key}: {shown(before.get(key))}, now it is {shown(now.get(key))}. "
+                    f"--resume: {folder / file} has {key}: {yaml_text(before.get(key))}, now it is "
+                    f"{yaml_text(now.get(key))}. "
                     "Write it as it was, or another --name without --resume"
                 )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import tune
 
-from raytrain_het.jobs.lines import write
+from raytrain_het.jobs.lines import print_text
 from raytrain_het.ray_train.narration import number
 from raytrain_het.ray_train.run_folder import append_lines
 from raytrain_het.sweeps.objective import Objective
@@ -49,7 +49,7 @@ class Entry:
             self.wall_s += time - self._began
             self._began = None
 
-    def take(self, line: Mapping[str, Any]) -> None:
+    def add_line(self, line: Mapping[str, Any]) -> None:
         """The next line about it."""
         if line["event"] == "start":
             self._began, self.status, self.num_starts = line["time"], "unfinished", self.num_starts + 1
@@ -79,7 +79,7 @@ def read_ledger(folder: Path) -> dict[str, Entry]:
                 entry.stop(line["time"])
             continue
         number = max((entry.number for entry in entries.values()), default=0) + 1
-        entries.setdefault(line["id"], Entry(number, line["settings"])).take(line)
+        entries.setdefault(line["id"], Entry(number, line["settings"])).add_line(line)
     return entries
 
 
@@ -121,7 +121,7 @@ class Ledger(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._note(trial, "start")
-        self._say(trial, f"of {_open[0].num_trials} begins: {said(trial.config)}")
+        self._say(trial, f"of {_open[0].num_trials} begins: {settings_text(trial.config)}")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self._note(trial, "result")
@@ -166,10 +166,10 @@ class Ledger(tune.Callback):
             entries = read_ledger(_open[0].folder)
             self._numbers = {key: entry.number for key, entry in entries.items()}
         stream = sys.stderr if _open[0].to_stderr else sys.stdout
-        write(f"trial {self._numbers[trial.trial_id]} {text}", stream)
+        print_text(f"trial {self._numbers[trial.trial_id]} {text}", stream)
 
 
-def said(settings: Mapping[str, Any]) -> str:
+def settings_text(settings: Mapping[str, Any]) -> str:
     """``alpha 0.31, schedule cosine``."""
     return ", ".join(f"{path} {number(value)}" for path, value in settings.items())
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.validation import yaml_text
 from raytrain_het.plain import nearest
 
 Mode = Literal["min", "max"]
@@ -103,19 +103,19 @@ def objective_of(written: Any, mode: Mode | None, reported: Mapping[str, Mode]) 
         inner = next(iter(written.values())) if ok else None
         if not isinstance(inner, Mapping) or len(inner) != 1:
             raise ConfigError(
-                f"metric={shown(written)} is not valid: allowed is a metric's name, or the time or the bytes to a "
+                f"metric={yaml_text(written)} is not valid: allowed is a metric's name, or the time or the bytes to a "
                 "value of one. Write metric: {time_to: {accuracy: 0.97}}"
             )
         cost = _TARGETS[next(iter(written))]
         ((name, target),) = inner.items()
         if not isinstance(target, int | float) or isinstance(target, bool) or not math.isfinite(target):
-            raise ConfigError(f"metric={shown(written)} is not valid: allowed for {name!r} is a number.")
+            raise ConfigError(f"metric={yaml_text(written)} is not valid: allowed for {name!r} is a number.")
     known = {**RUN_METRICS, **reported} if cost is None else dict(reported)
     if not isinstance(name, str) or name not in known:
         near = nearest(name, known)
         hint = f"; did you mean {near!r}?" if near else "."
         also = f"; of any run {', '.join(RUN_METRICS)}" if cost is None else ""
         raise ConfigError(
-            f"metric={shown(name)}: the job does not report it{hint} Allowed: {', '.join(reported)}{also}."
+            f"metric={yaml_text(name)}: the job does not report it{hint} Allowed: {', '.join(reported)}{also}."
         )
     return Objective(metric=name, mode=mode or known[name], target=target, cost=cost)

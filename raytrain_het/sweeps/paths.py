@@ -16,7 +16,7 @@ from raytrain_het.codec_options import AUTO, OPTIONS, parsed
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.validation import yaml_text
 from raytrain_het.named_options import name_and_options, option_names
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
 from raytrain_het.plain import nearest
@@ -121,7 +121,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(inner, Mapping) and path not in NAMED and path != "het.clip":
             found |= flat(inner, f"{path}.")
         else:
-            found[path] = inner if inner is None or isinstance(inner, bool | int | float | str) else shown(inner)
+            found[path] = inner if inner is None or isinstance(inner, bool | int | float | str) else yaml_text(inner)
     return found
 
 
@@ -145,11 +145,11 @@ def _put(data: Any, parts: list[str], value: Any) -> None:
             data = data[int(part)]
             continue
         if not isinstance(data, dict):
-            raise ConfigError(f"{'.'.join(parts[:k])} is {shown(data)}: it has no {part!r} below it.")
+            raise ConfigError(f"{'.'.join(parts[:k])} is {yaml_text(data)}: it has no {part!r} below it.")
         inner = data.get(part)
         if inner is None:
             inner = data[part] = {}
         data = inner
     if not isinstance(data, dict):
-        raise ConfigError(f"{'.'.join(way)} is {shown(data)}: it has no {last!r} below it.")
+        raise ConfigError(f"{'.'.join(way)} is {yaml_text(data)}: it has no {last!r} below it.")
     data[last] = value

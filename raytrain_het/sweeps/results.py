@@ -21,7 +21,7 @@ from raytrain_het.files import write_whole
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.lines import COLUMNS, Sentence, fits
 from raytrain_het.jobs.summary import jsonable, size
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.validation import yaml_text
 from raytrain_het.ray_train.narration import number
 from raytrain_het.sweeps.ledger import Entry, last_line, read_ledger
 from raytrain_het.sweeps.paths import flat
@@ -184,7 +184,7 @@ def _whole(table: pd.DataFrame) -> pd.DataFrame:
         for name in table.columns
         if table[name].dtype == object and len({type(value) for value in table[name] if _known(value)}) > 1
     ]
-    texts = {name: [shown(value) if _known(value) else None for value in table[name]] for name in mixed}
+    texts = {name: [yaml_text(value) if _known(value) else None for value in table[name]] for name in mixed}
     return table.assign(**texts).astype({name: "Int64" for name in _COUNTS if name in table.columns})
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.validation import yaml_text
 from raytrain_het.plain import is_number, nearest
 
 RANGES = ("uniform", "loguniform", "integers", "logintegers")
@@ -79,32 +79,34 @@ def dimension(path: str, whole: str, written: Any) -> Dimension:
         ConfigError: it is no range and no list, or an empty one.
     """
     if not isinstance(written, Mapping) or len(written) != 1:
-        hint = f" Write {path}: {{choice: {shown(written)}}}" if isinstance(written, list) else ""
-        raise ConfigError(f"={shown(written)} is not valid: allowed is {_EXAMPLE}.{hint}")
+        hint = f" Write {path}: {{choice: {yaml_text(written)}}}" if isinstance(written, list) else ""
+        raise ConfigError(f"={yaml_text(written)} is not valid: allowed is {_EXAMPLE}.{hint}")
     ((kind, values),) = written.items()
     if kind not in (*RANGES, *LISTS):
         near = nearest(kind, (*RANGES, *LISTS))
         hint = f" Did you mean {near!r}?" if near else ""
-        raise ConfigError(f".{kind}={shown(values)}: there is no such way to vary it; allowed is {_EXAMPLE}.{hint}")
+        raise ConfigError(f".{kind}={yaml_text(values)}: there is no such way to vary it; allowed is {_EXAMPLE}.{hint}")
     if kind in LISTS:
         if not isinstance(values, list) or not values:
-            raise ConfigError(f".{kind}={shown(values)} is not valid: allowed is a list of one value or more.")
+            raise ConfigError(f".{kind}={yaml_text(values)} is not valid: allowed is a list of one value or more.")
         choices = {name_of(value): value for value in values}
         if len(choices) < len(values):
-            raise ConfigError(f".{kind}={shown(values)} is not valid: a value is there twice. Leave one out.")
+            raise ConfigError(f".{kind}={yaml_text(values)} is not valid: a value is there twice. Leave one out.")
         return Dimension(path=path, whole=whole, kind=kind, choices=choices)
     numbers = isinstance(values, list) and len(values) == 2 and all(map(is_number, values))
     if numbers and kind.endswith("integers"):
         numbers = all(value == int(value) for value in values)
     what = "two whole numbers" if kind.endswith("integers") else "two numbers"
     if not numbers:
-        raise ConfigError(f".{kind}={shown(values)} is not valid: allowed is [low, high], {what}.")
+        raise ConfigError(f".{kind}={yaml_text(values)} is not valid: allowed is [low, high], {what}.")
     low, high = values
     if not low < high:
-        turned = f" Write [{shown(high)}, {shown(low)}]" if high < low else " For one value write {choice: [...]}"
-        raise ConfigError(f".{kind}={shown(values)} is not valid: the range is empty.{turned}")
+        turned = (
+            f" Write [{yaml_text(high)}, {yaml_text(low)}]" if high < low else " For one value write {choice: [...]}"
+        )
+        raise ConfigError(f".{kind}={yaml_text(values)} is not valid: the range is empty.{turned}")
     if kind.startswith("log") and low <= 0:
-        raise ConfigError(f".{kind}={shown(values)} is not valid: on a logarithmic scale numbers are above 0.")
+        raise ConfigError(f".{kind}={yaml_text(values)} is not valid: on a logarithmic scale numbers are above 0.")
     whole_numbers = kind.endswith("integers")
     return Dimension(
         path=path,
@@ -117,4 +119,4 @@ def dimension(path: str, whole: str, written: Any) -> Dimension:
 
 def name_of(value: Any) -> Any:
     """What a value is called in tables and by Tune: itself, or a text as a job file has it."""
-    return value if isinstance(value, bool | int | float | str) else shown(value)
+    return value if isinstance(value, bool | int | float | str) else yaml_text(value)

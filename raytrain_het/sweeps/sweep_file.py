@@ -14,7 +14,7 @@ from raytrain_het.jobs import validation
 from raytrain_het.jobs.config import JobConfig, plain
 from raytrain_het.jobs.job_data import absolute, with_absolute_paths
 from raytrain_het.jobs.table import JOBS, build_job, default_job, load_job
-from raytrain_het.jobs.validation import plural, shown
+from raytrain_het.jobs.validation import plural, yaml_text
 from raytrain_het.jobs.yaml_file import apply_overrides, read_yaml
 from raytrain_het.plain import nearest
 from raytrain_het.sweeps.objective import objective_of
@@ -107,7 +107,7 @@ def _jobs(config: SweepConfig, folder: Path) -> dict[str, dict[str, Any]]:
         path = path if path.is_absolute() else folder / path
         name = path.stem
         if name in jobs:
-            raise ConfigError(f"job={shown(files)} is not valid: two files are called {name!r}. Rename one")
+            raise ConfigError(f"job={yaml_text(files)} is not valid: two files are called {name!r}. Rename one")
         job = with_absolute_paths(load_job(path))
         data = {key: value for key, value in plain(dataclasses.asdict(job)).items() if key != "name"}
         if config.workers is not None:
@@ -122,7 +122,7 @@ def _jobs(config: SweepConfig, folder: Path) -> dict[str, dict[str, Any]]:
                 whole = whole_path(type(job), written)
                 chosen[whole] = absolute(value) if whole in job.path_keys else value
             except ConfigError as error:
-                raise ConfigError(f"set.{written}={shown(value)}: {error}") from None
+                raise ConfigError(f"set.{written}={yaml_text(value)}: {error}") from None
         jobs[name] = with_settings(data, chosen)[0]
         build_job(jobs[name], source=lambda where: f"set, in the job {where}")
     return jobs
@@ -213,6 +213,6 @@ def _check(sweep: Sweep, source: Callable[[str], str]) -> None:
         try:
             job = sweep.job_of(settings)
         except ConfigError as error:
-            said = ", ".join(f"{path}={shown(value)}" for path, value in settings.items())
+            said = ", ".join(f"{path}={yaml_text(value)}" for path, value in settings.items())
             raise ConfigError(f"{source('space')}: with {said} there is no job: {error}") from None
         sweep.scheduler.check_epochs(getattr(job, "epochs", 1))

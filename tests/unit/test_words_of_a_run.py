@@ -33,7 +33,7 @@ from raytrain_het.jobs.summary import checkpoint_line
 from raytrain_het.jobs.table import load_job
 from raytrain_het.ray_train import monitor
 from raytrain_het.ray_train.monitor import Monitor
-from raytrain_het.ray_train.narration import event_line, number, told
+from raytrain_het.ray_train.narration import event_line, number, sentences
 from raytrain_het.ray_train.run_folder import LastCheckpoint, RunFolder, last_checkpoint_of
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
 
@@ -301,7 +301,7 @@ def test_a_function_that_raised_is_told_in_a_line_and_who_goes_then_is_not() -> 
         {"seq": 1, "kind": "failed", "message": message, "time": 1.0},
         {"seq": 2, "kind": "lost", "slot": 0, "reason": "its connection closed", "expected": True, "time": 2.0},
     ]
-    assert told(events, []) == ["the run fails: the training function of worker 1 raised: ValueError: bad"]
+    assert sentences(events, []) == ["the run fails: the training function of worker 1 raised: ValueError: bad"]
 
 
 def test_a_trainer_without_a_display_logs_what_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -50,7 +50,7 @@ class Kept:
     stacks: Path
     jobs: int = 0
 
-    def give(self, job: worker.Job) -> None:
+    def give(self, job: worker.ProgramRun) -> None:
         """Let it do a job."""
         self.jobs += 1
         self.connection.send_bytes(pickle.dumps(job))
@@ -132,7 +132,7 @@ class Pool:
         with tempfile.TemporaryDirectory(dir=self._folder.name) as name:
             directory = Path(name)
             jobs = [
-                worker.Job(
+                worker.ProgramRun(
                     program=program,
                     text=text,
                     config=config,
@@ -146,12 +146,12 @@ class Pool:
             ran.notes, ran.ledger = read_notes(directory), read_ledgers(directory)
             ran.fault_happened = any(directory.glob("fault_*")) or program.fault == "hub"
             ran.used = used_in(ran.notes)
-            reference = worker.Job(program=program, text=text, config=config, directory=directory, used=ran.used)
+            reference = worker.ProgramRun(program=program, text=text, config=config, directory=directory, used=ran.used)
             ran.plain = self._plain(reference)
         ran.seconds = time.monotonic() - started
         return ran
 
-    def _plain(self, job: worker.Job) -> Outcome:
+    def _plain(self, job: worker.ProgramRun) -> Outcome:
         kept = self._take()
         kept.give(job)
         outcome: Outcome | None = None
@@ -165,7 +165,7 @@ class Pool:
 class _Run:
     """One program's run on kept processes."""
 
-    def __init__(self, pool: Pool, ran: Ran, jobs: Sequence[worker.Job], deadline: float) -> None:
+    def __init__(self, pool: Pool, ran: Ran, jobs: Sequence[worker.ProgramRun], deadline: float) -> None:
         self._pool, self._ran, self._jobs, self._deadline = pool, ran, jobs, deadline
         self._directory = jobs[0].directory
         self._at_work: dict[int, Kept] = {}
@@ -204,7 +204,7 @@ class _Run:
         paths = list(self._directory.glob("ledger_0_*.jsonl"))
         return max((path.read_bytes().count(b"\n") for path in paths), default=0)
 
-    def _start(self, job: worker.Job) -> None:
+    def _start(self, job: worker.ProgramRun) -> None:
         kept = self._at_work[job.slot] = self._pool._take()
         kept.give(job)
 

@@ -19,7 +19,7 @@ from raytrain_het.testing.programs.traces import Outcome
 from raytrain_het.worker.data.data_plan import DataPlan
 
 GOOD = ("equal", "refused")
-KINDS = (*GOOD, "late", "wrong", "hang", "internal", "misnamed")
+VERDICTS = (*GOOD, "late", "wrong", "hang", "internal", "misnamed")
 """equal: the same numbers as one process. refused: an error of raytrain_het's own that names what the program does.
 
 late: replicas came to differ, and the check of them has raised an error with names, steps later. wrong: other numbers

@@ -34,7 +34,7 @@ from raytrain_het.worker.step.step_record import StepRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ProgramRun:
     """What a kept process is to do."""
 
     program: Program
@@ -60,7 +60,7 @@ def serve(connection: multiprocessing.connection.Connection, parent: int, stacks
     connection.send_bytes(b"ready")
     while True:
         try:
-            job: Job = pickle.loads(connection.recv_bytes())
+            job: ProgramRun = pickle.loads(connection.recv_bytes())
         except EOFError:
             os._exit(0)
         if job.used is not None:
@@ -78,7 +78,7 @@ def serve(connection: multiprocessing.connection.Connection, parent: int, stacks
 class Watched:
     """What a program knows as ``het``: raytrain_het, and a look at what goes through it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ProgramRun) -> None:
         self._job = job
         self.model: torch.nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -123,7 +123,7 @@ class Watched:
         )
 
 
-def _run(job: Job) -> Outcome:
+def _run(job: ProgramRun) -> Outcome:
     where = job.directory / "hub.pickle"
     watched = Watched(job)
     space: dict[str, Any] = {
