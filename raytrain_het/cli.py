@@ -1,4 +1,4 @@
-"""The command line: argument wiring only."""
+"""The command line: it reads arguments and calls the functions that do the work."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def _add_schedule(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     named = {"name": arguments.name, "storage": arguments.storage}
-    # Their own options are shorthands, and are checked alike. In JSON's quotes they are texts, whatever they look like.
+    # --name and --storage are short for --set, and are checked as such. JSON's quotes keep `--name 12` a text.
     overrides = [*arguments.overrides, *(f"{k}={json.dumps(v)}" for k, v in named.items() if v is not None)]
     return _guarded(arguments, lambda: _run_train(arguments, overrides))
 
@@ -216,7 +216,7 @@ def _run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _guarded(arguments: argparse.Namespace, run: Callable[[], int]) -> int:
-    """The exit status of a command that runs something, whatever becomes of it."""
+    """Run a command; returns its exit status, and reports any error."""
     from raytrain_het.jobs.failure import describe
     from raytrain_het.jobs.interrupted import Interrupted
 
@@ -237,7 +237,7 @@ def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
         from raytrain_het.jobs.lines import print_text
 
         print_text(message, sys.stderr)
-    else:  # A line for each mistake, for whoever searches a log.
+    else:  # Not wrapped: each mistake stays one line, which a log can be searched for.
         print(message, file=sys.stderr, flush=True)
     if arguments.as_json:
         print(json.dumps({"error": message.removeprefix("raytrain-het: ")}), flush=True)
@@ -245,7 +245,7 @@ def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
 
 
 def _check_overrides(arguments: argparse.Namespace) -> None:
-    """`--set epochs 3`: what follows is read as the job file, which is not the mistake."""
+    """Refuse `--set epochs 3`, where argparse takes `3` for the job file."""
     for override in arguments.overrides:
         if "=" not in override and arguments.job is not None and not os.path.exists(arguments.job):
             raise ConfigError(f"--set {override} {arguments.job}: did you mean --set {override}={arguments.job}?")
@@ -260,7 +260,7 @@ def _print_keys(path: str | None) -> int:
 
 
 class _Version(argparse.Action):
-    """Looked up when asked for: it takes as long as reading a job file."""
+    """``--version``. The version is looked up only here, since that takes as long as to read a job file."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from importlib import metadata

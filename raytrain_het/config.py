@@ -1,4 +1,4 @@
-"""HetConfig: everything about a run that is neither Ray's nor the model's."""
+"""HetConfig: the settings of a run that are neither Ray's nor the model's."""
 
 from __future__ import annotations
 
@@ -25,8 +25,15 @@ Config = TypeVar("Config")
 
 
 def refuse_unknown(owner: str, named: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises:
-    ConfigError: a keyword of ``owner`` is none of those ``known``; it names the nearest right one.
+    """Refuse keywords that a class does not have.
+
+    Args:
+        owner: The class's name, for the message.
+        named: The keywords that were given, with their values.
+        known: The keywords that there are.
+
+    Raises:
+        ConfigError: A keyword is unknown; the message has the nearest right one.
     """
     for name in sorted(named.keys() - set(known)):
         near = nearest(name, known)
@@ -37,7 +44,7 @@ def refuse_unknown(owner: str, named: Mapping[str, Any], known: Sequence[str]) -
 
 
 def names_unknown_fields(cls: type[Config]) -> type[Config]:
-    """A dataclass that answers to a misspelt field with a :class:`ConfigError` that names the nearest right one."""
+    """Decorate a dataclass: a misspelt field raises a :class:`ConfigError` that has the nearest right one."""
     init = cls.__init__
 
     @functools.wraps(init)
@@ -55,7 +62,7 @@ class HetConfig:
     """Settings of the step protocol and of membership.
 
     Raises:
-        ConfigError: a value is out of range; the message says which and what to write.
+        ConfigError: A value is not allowed; the message says which, and what to write.
     """
 
     shares: Literal["auto"] | tuple[float, ...] | None = "auto"
@@ -190,7 +197,7 @@ class HetConfig:
 
     @property
     def compression_error(self) -> float | None:
-        """How much ``auto`` may lose of a message; None where codecs are given."""
+        """How much of a message ``auto`` may lose; None if codecs are given."""
         name, options = parsed(self.codecs[0])
         return float(options.get("error", AUTO["error"].default)) if name == "auto" else None
 
@@ -201,16 +208,16 @@ class HetConfig:
 
     @property
     def given_hierarchy(self) -> bool | None:
-        """None where it is chosen together with codecs."""
+        """``hierarchy`` as true or false; None if ``auto`` chooses it together with the codecs."""
         if isinstance(self.hierarchy, bool):
             return self.hierarchy
         return None if self.compression_error is not None else False
 
     def codecs_for(self, num_workers: int) -> tuple[str, ...]:
-        """A codec for each of so many workers, with which the run starts.
+        """The codecs that a run of so many workers starts with: one for all of them, or one for each.
 
         Raises:
-            ConfigError: there are several, and not as many.
+            ConfigError: There are several codecs, but not one for each worker.
         """
         codecs = self.codecs if self.compression_error is None else AUTO_CODECS[:1]
         _require(
@@ -224,18 +231,18 @@ class HetConfig:
 
     @property
     def possible_codecs(self) -> tuple[str, ...]:
-        """All that some worker may use."""
+        """Every codec that some worker may come to use."""
         return self.codecs if self.compression_error is None else AUTO_CODECS
 
     @property
     def follows_speeds(self) -> bool:
-        """Whether anything depends on how fast workers are."""
+        """Whether any setting depends on how fast workers are."""
         by_speed = self.shares == "auto" or self.alpha != 0 or self.score_policy != "train_step"
         return by_speed or self.compression_error is not None
 
     @property
     def given_shares(self) -> tuple[float, ...] | None:
-        """The shares that were given; None where they are equal, or follow speeds."""
+        """The relative shares that were given; None if shares are equal, or follow speeds."""
         return None if self.shares == "auto" else self.shares
 
 

@@ -18,7 +18,7 @@ _BELOW: dict[str, tuple[str, type]] = {"workers": ("workers.0", Workers), "het":
 
 
 def key_lines(cls: type[JobConfig]) -> Iterator[str]:
-    """Text for reading: ``key = default``, and below it what it means."""
+    """Lines for people: ``key = default``, and below it the key's meaning."""
     for key, default, meaning in key_rows(cls):
         yield from wrapped(f"{key} = {default}", COLUMNS)
         yield from textwrap.wrap(

@@ -42,7 +42,7 @@ class Device:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What was measured of a job, and what follows."""
+    """What was measured of a job, and what that predicts."""
 
     job: JobConfig
     global_batch_size: int
@@ -60,7 +60,7 @@ class ProbeResult:
 
     devices: list[Device]
     links: Links
-    """By the names of two nodes. Of one node alone: the link between two processes on it, if it has two workers."""
+    """By the names of two nodes. With a single node: the link between two processes on it, if it has two workers."""
     model: ModelResult | None
 
 
@@ -118,7 +118,7 @@ def _finish(
 
 
 def _warn_if_busy(say: Say) -> None:
-    load, cores = 0.0, os.cpu_count() or 1  # Of the whole machine, both.
+    load, cores = 0.0, os.cpu_count() or 1  # Both are the whole machine's.
     with contextlib.suppress(OSError, AttributeError):
         load = os.getloadavg()[0]
     if load > cores:
@@ -138,7 +138,7 @@ def _local_hardware(seconds_each: float, say: Say) -> list[Device]:
 
 
 def _hardware_of(workers: Sequence[Handle], seconds_each: float, say: Say) -> list[Device]:
-    """Every GPU, and on every node the CPU, by the first worker that is there."""
+    """Every GPU, and the CPU of every node, which the node's first worker measures."""
     asked: list[tuple[Handle, list[str]]] = []
     seen: set[str] = set()
     for worker in workers:

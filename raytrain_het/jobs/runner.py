@@ -37,13 +37,13 @@ def run_job(
     """Run a job to its end and return its summary, the object of ``--json``.
 
     Args:
-        at_start: What each worker does first, one that fills a place again too.
+        at_start: Called in each worker before its training function, also in one that refills a slot.
 
     Raises:
         ConfigError: The job cannot run here; nothing was started.
         Interrupted: Ctrl-C or SIGTERM; the workers are gone.
     """
-    # What needs neither torch nor Ray comes first: loading them takes seconds, which a typo need not wait for.
+    # Checks that need neither torch nor Ray come first: to load them takes seconds, and a typo should not wait.
     job = resolve(job)
     check_before_ray(address)
     job.glance_at_data()
@@ -86,8 +86,8 @@ def run_job(
 def _telling_its_start(
     job: JobConfig, display: Display, folder: str, last: LastCheckpoint | None
 ) -> Callable[[Status, Events, Events], None]:
-    """What is called at each update: at the first one the job's file is written, since a run that cannot start leaves
-    nothing behind."""
+    """The function that is called at each update. At the first one it writes the job's file: a run that cannot start
+    leaves nothing behind."""
     started = False
 
     def on_update(status: Status, events: Events, reports: Events) -> None:
@@ -107,10 +107,10 @@ def _telling_its_start(
 
 
 def _last_checkpoint(job: JobConfig) -> LastCheckpoint | None:
-    """What a run of this name goes on from."""
+    """The checkpoint that a run of this name resumes from."""
     assert job.name is not None
     if "://" not in job.storage and not (Path(job.storage) / job.name).is_dir():
-        return None  # So that Ray is loaded while the display counts the seconds.
+        return None  # Ray need not be loaded yet: it is, later, while the display counts the seconds.
 
     from raytrain_het.ray_train.run_folder import last_checkpoint_of
 
@@ -185,10 +185,10 @@ def _check_remote(job: JobConfig) -> None:
 
 
 def check_reuse(job: JobConfig) -> None:
-    """Refuse the name of a run that this job cannot go on with, before anything of it is overwritten.
+    """Refuse a name whose earlier run this job cannot resume, before anything of that run is overwritten.
 
     Raises:
-        ConfigError: It is a run of another kind, of another model or optimizer, or of a script.
+        ConfigError: The earlier run is of another kind, of another model or optimizer, or of a script.
     """
     assert job.name is not None
     folder = Path(job.storage) / job.name

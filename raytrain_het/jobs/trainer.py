@@ -16,7 +16,7 @@ AtStart = Callable[[int], None]
 
 
 def write_job(job: JobConfig) -> None:
-    """The resolved job beside what the trainer writes: ``raytrain-het train <folder>/job.yaml`` goes on with it."""
+    """Write the resolved job into the run's folder: ``raytrain-het train <folder>/job.yaml`` resumes the run."""
     from raytrain_het.files import write_whole
 
     assert job.name is not None
@@ -25,7 +25,7 @@ def write_job(job: JobConfig) -> None:
 
 
 def num_cpus(job: JobConfig) -> float:
-    """What a job's workers reserve together."""
+    """CPUs that a job's workers reserve together."""
     if isinstance(job.workers, str):
         return 1
     return math.fsum(spec.count * spec.resources.get("CPU", 0) for spec in job.workers)

@@ -1,4 +1,4 @@
-"""A sweep's folder: where it is, and whether it can be begun or gone on with. Checked before Ray is loaded."""
+"""A sweep's folder: where it is, and whether a sweep can begin or resume there. Checked before Ray is loaded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SWEEP = "sweep.yaml"
 
 
 def check_before_ray(sweep: Sweep, *, name: str, resume: bool, address: str | None) -> Path:
-    """What can be known of a sweep before Ray is loaded, which takes seconds; returns its folder.
+    """Check what can be checked before Ray is loaded, which takes seconds; returns the sweep's folder.
 
     Raises:
-        ConfigError: as :func:`folder_of`; or there is no such address, or a trial's data is not there.
+        ConfigError: As :func:`folder_of`; or nothing listens at the address, or a trial's data is not there.
     """
     folder = folder_of(sweep, name, resume=resume)
     ray_session.check_before_ray(address)
@@ -31,10 +31,10 @@ def check_before_ray(sweep: Sweep, *, name: str, resume: bool, address: str | No
 
 
 def folder_of(sweep: Sweep, name: str, *, resume: bool) -> Path:
-    """Where a sweep goes.
+    """The folder of a sweep.
 
     Raises:
-        ConfigError: it cannot be written, or there is a sweep already, or none to go on with.
+        ConfigError: It cannot be written, or holds a sweep already, or has no sweep to resume.
     """
     if "://" in sweep.config.storage:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Ray Tune's searchers and schedulers, by what a sweep says."""
+"""Searches and schedulers by name, as a sweep's file writes them, and Ray Tune's objects for them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ _ABOVE_1 = Allowed("a number above 1", lambda value: is_number(value) and value 
 
 @dataclass(frozen=True, kw_only=True)
 class Search(NamedOptions):
-    """How settings are found."""
+    """How the settings of trials are found."""
 
     field = "search"
     example = "{'optuna': {'startup_trials': 10}}"
     takes_ranges = True
-    """Whether it can draw from a range, or only try all of a list."""
+    """Whether it can draw from a range; else it tries every value of a list."""
     takes_grids = True
+    """Whether the space may have a ``grid``."""
 
     def searcher(self, objective: Objective, *, seed: int, max_concurrent: int) -> Any:
-        """Tune's."""
+        """Tune's searcher."""
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        # What is drawn is the same for every point of a grid beside it.
+        # Every point of a grid is tried with the same draws.
         return BasicVariantGenerator(constant_grid_search=True, random_state=seed, max_concurrent=max_concurrent)
 
 
@@ -44,7 +45,7 @@ class Grid(Search):
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Search):
-    """Each drawn by itself; with a ``grid`` in the space, what is drawn is tried with all of it."""
+    """Draws each setting by itself. If the space has a ``grid``, every draw is tried at all of its points."""
 
     name = "random"
 
@@ -86,12 +87,14 @@ class Scheduler(NamedOptions):
     example = "{'asha': {'grace_epochs': 1}}"
 
     def check_epochs(self, epochs: int) -> None:
-        """Raises:
-        ConfigError: it makes no sense for trials of so many.
+        """Refuse options that make no sense for trials of so many epochs.
+
+        Raises:
+            ConfigError: An option is too large.
         """
 
     def scheduler(self, objective: Objective, *, epochs: int) -> Any:
-        """Tune's."""
+        """Tune's scheduler."""
         from ray.tune.schedulers import FIFOScheduler
 
         return FIFOScheduler()
@@ -99,16 +102,18 @@ class Scheduler(NamedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RunToTheEnd(Scheduler):
-    """None is."""
+    """No trial is stopped early."""
 
     name = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ASHA(Scheduler):
-    """Asynchronous successive halving: after ``grace_epochs``, and again after each ``reduction_factor`` times as many,
-    a trial goes on only if its metric is among the best ``1 / reduction_factor`` of those that have come so far.
-    (Li et al. 2020.)"""
+    """Asynchronous successive halving. (Li et al. 2020, arXiv:1810.05934.)
+
+    A trial is judged after ``grace_epochs``, then after ``reduction_factor`` times as many epochs, and so on. It goes
+    on only if its metric is among the best ``1 / reduction_factor`` of the trials that have come so far.
+    """
 
     name = "asha"
 
@@ -133,7 +138,7 @@ class ASHA(Scheduler):
 
 
 FOR_SEARCH, FOR_SCHEDULER = "for_search", "for_scheduler"
-"""The numbers in each of a trial's results that searchers and schedulers go by."""
+"""Keys in each result of a trial: the numbers that searchers and schedulers compare."""
 SEARCHES: dict[str, type[Search]] = {kind.name: kind for kind in (Grid, Random, Optuna)}
 SCHEDULERS: dict[str, type[Scheduler]] = {kind.name: kind for kind in (RunToTheEnd, ASHA)}
 

@@ -1,4 +1,4 @@
-"""What a sweep varies: one dimension for each setting."""
+"""The space of a sweep: one dimension for each setting that varies."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ class Dimension:
     """
 
     path: str
-    """As written."""
+    """The setting's path, as written."""
     whole: str
-    """With ``het.`` before it."""
+    """The whole path, with ``het.``."""
     kind: str
     low: float = 0.0
     high: float = 0.0
     choices: dict[Any, Any] = dataclasses.field(default_factory=dict)
-    """By what it is called: a number, a text, a flag, or a text for what is more."""
+    """The values by their names: a number, a text or a bool is its own name, anything else has a text."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether all of its values can be tried."""
+        """Whether it has a list of values, all of which can be tried."""
         return bool(self.choices)
 
     def value_of(self, sampled: Any) -> Any:
-        """What a job is given."""
+        """The value that a job is given."""
         return self.choices[sampled] if self.is_finite else sampled
 
     def extremes(self) -> list[Any]:
-        """What is checked beforehand: each choice, or both ends of a range and a number within it."""
+        """Values that are checked beforehand: each choice, or both ends of a range and a number within it."""
         if self.is_finite:
             return list(self.choices)
         whole = self.kind.endswith("integers")
         return [self.low, self.high, *([] if whole else [self.low + (self.high - self.low) / math.pi])]
 
     def domain(self, *, grid: bool) -> Any:
-        """Ray Tune's.
+        """Ray Tune's domain.
 
         Args:
-            grid: whether all of a list is tried, where it is not drawn from.
+            grid: Whether every value of a list is tried; else values are drawn from it.
         """
         from ray import tune
 
@@ -73,10 +73,10 @@ class Dimension:
 
 
 def dimension(path: str, whole: str, written: Any) -> Dimension:
-    """What is written in a sweep for one setting.
+    """The dimension that a sweep's file writes for one setting.
 
     Raises:
-        ConfigError: it is no range and no list, or an empty one.
+        ConfigError: It is neither a range nor a list, or it is empty.
     """
     if not isinstance(written, Mapping) or len(written) != 1:
         hint = f" Write {path}: {{choice: {yaml_text(written)}}}" if isinstance(written, list) else ""
@@ -118,5 +118,5 @@ def dimension(path: str, whole: str, written: Any) -> Dimension:
 
 
 def name_of(value: Any) -> Any:
-    """What a value is called in tables and by Tune: itself, or a text as a job file has it."""
+    """The name of a value in tables and in Tune: itself, or a text as in a job file."""
     return value if isinstance(value, bool | int | float | str) else yaml_text(value)

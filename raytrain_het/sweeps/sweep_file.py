@@ -1,4 +1,4 @@
-"""From a file, or a :class:`SweepConfig`, to a sweep: all is checked before anything starts."""
+"""From a file, or a :class:`SweepConfig`, to a sweep. Everything is checked before anything starts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from raytrain_het.sweeps.space import Dimension, dimension
 from raytrain_het.sweeps.sweep import JOB, Sweep, SweepConfig
 
 _CHECKED = 2000
-"""So many combinations are tried at most, to see whether they make a job."""
+"""At most so many combinations of settings are checked for whether they make a job."""
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     """A checked sweep from a YAML file, with ``--set`` overrides on top.
 
     Raises:
-        ConfigError: the file or an override is wrong; a line for each mistake, with its path.
+        ConfigError: The file or an override is wrong; a line for each mistake, with its path.
     """
     file, overrides = Path(path), list(overrides)
     _check_keys(overrides)
@@ -48,7 +48,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
 
 
 def _check_keys(overrides: Iterable[str]) -> None:
-    """``train`` takes a job's settings where a sweep has its own."""
+    """Refuse a job's setting in ``--set``, which ``train`` takes and ``sweep`` does not."""
     known = [f.name for f in dataclasses.fields(SweepConfig)]
     for override in overrides:
         key = override.partition("=")[0].strip().partition(".")[0]
@@ -63,7 +63,7 @@ def make_sweep(config: SweepConfig) -> Sweep:
     """A checked sweep. Job files are looked for from the working directory.
 
     Raises:
-        ConfigError: it makes no sense; a line for each mistake, with its path.
+        ConfigError: The sweep makes no sense; a line for each mistake, with its path.
     """
     given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     return _made(validation.build(SweepConfig, plain(given)), Path(), str)
@@ -173,10 +173,10 @@ def _dimensions(
 
 
 def _check(sweep: Sweep, source: Callable[[str], str]) -> None:
-    """That search and space fit together, and that every corner of the space makes a job.
+    """Check that search and space fit together, and that every corner of the space makes a job.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: They do not.
     """
     search, config = sweep.search, sweep.config
     for d in sweep.dimensions:
