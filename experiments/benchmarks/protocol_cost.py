@@ -35,11 +35,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from raytrain_het.allreduce.patience import Patience
 from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from experiments.benchmarks import common
-from raytrain_het.allreduce.patience import Patience
 from raytrain_het.allreduce.reducers.owner_shards import Messages
 from raytrain_het.allreduce.transport.tcp import TcpGroup
 from raytrain_het.testing.lab_worker import WorkerFiles
