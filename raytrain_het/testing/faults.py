@@ -17,12 +17,12 @@ Kind = Literal["kill", "stop", "leave", "raise", "slow"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What happens, where and to whom.
+    """A fault: what happens, at which point of which step, to the worker of which slot.
 
-    ``kill``: SIGKILL. ``stop``: SIGSTOP (somebody else must continue or kill it). ``leave``: orderly leave.
-    ``raise``: an exception in the training function. ``slow``: sleep ``seconds`` at the point in each of
-    ``steps`` steps. With ``when_stored`` it waits until every report that this worker has a part in is registered, with
-    its checkpoint: a fault that is not meant to cost one.
+    ``kill``: SIGKILL. ``stop``: SIGSTOP; the test must continue or kill the worker. ``leave``: the worker leaves in
+    good order. ``raise``: an exception in the training function. ``slow``: the worker sleeps ``seconds`` at the point,
+    in each of ``steps`` steps. With ``when_stored`` the fault waits until every report of this worker is registered
+    with its checkpoint: it is not meant to cost a checkpoint.
     """
 
     slot: int
@@ -45,15 +45,15 @@ def install(
     leave: Callable[[], None] | None = None,
     await_reports: Callable[[], None] | None = None,
 ) -> None:
-    """Let the faults meant for this slot happen in this process.
+    """Let the faults of this slot happen in this process.
 
     Args:
-        faults: the script.
-        slot: this worker's.
-        directory: holds a mark for each fault that has happened, so that a refilled worker does not meet it again; the
-            mark holds the wall-clock time at which it did.
-        leave: how this worker leaves in good order.
-        await_reports: returns when all that this worker has reported is registered.
+        faults: The script of faults.
+        slot: This worker's slot.
+        directory: Holds a mark for each fault that has happened, with the wall-clock time at which it did. So a
+            refilled worker does not meet the same fault again.
+        leave: Makes this worker leave in good order.
+        await_reports: Returns when all reports of this worker are registered.
     """
     mine = [f for f in faults if f.slot == slot]
 

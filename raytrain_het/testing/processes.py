@@ -42,7 +42,7 @@ from raytrain_het.testing.lab_worker import (
 from raytrain_het.testing.networks import PREFIX, Network, remove_leftovers
 
 MAX_STILLBORN = 3
-"""So many processes of a slot may end before they have run a line of their own."""
+"""If so many processes of a slot have ended before they began their work, the lab fails."""
 
 _letters = itertools.cycle("zyxwvutsrqponmlkjihgfedcba")
 _context = multiprocessing.get_context("forkserver")
@@ -177,7 +177,7 @@ class ProcessLab:
         self.publish()
 
     def publish(self) -> None:
-        """Write down where the hub is."""
+        """Write the hub's address into the lab's directory, where workers look for it."""
         write_whole(self._address_file, pickle.dumps(self.hub.address()))
 
     def restart_hub(self) -> None:
@@ -187,7 +187,7 @@ class ProcessLab:
         self.publish()
 
     def start(self, slot: int) -> BaseProcess:
-        """Start or refill a slot."""
+        """Start a worker in a slot."""
         process = _context.Process(target=run_worker, args=(slot, self._pickled_task), daemon=True)
         process.start()
         self.processes[slot] = process
@@ -197,12 +197,12 @@ class ProcessLab:
         return process
 
     def kill(self, *slots: int) -> None:
-        """SIGKILL for the workers in some slots, all at the same moment; by default for all."""
+        """Kill the workers of some slots at the same moment; by default of all slots."""
         for slot in slots or list(self.processes):
             os.kill(self.processes[slot].pid, signal.SIGKILL)  # type: ignore[arg-type]
 
     def run(self, timeout_s: float = 120.0, on_poll: Callable[[], None] | None = None) -> dict[int, Any]:
-        """Run all slots to the end; returns each slot's result.
+        """Run all workers to the end; returns their results by slot.
 
         Raises:
             WorkersFailedError: A training function raised, or time ran out.
@@ -248,7 +248,7 @@ class ProcessLab:
             self._network = None
 
     def _stacks(self) -> str:
-        """What every worker's threads are doing."""
+        """The stacks of all threads of every worker."""
         for process in self.processes.values():
             os.kill(process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
         time.sleep(0.5)
@@ -294,7 +294,7 @@ class ProcessLab:
 
 
 def hub_settings(config: HetConfig, num_slots: int) -> HubSettings:
-    """What the hub of a lab's run has to know of the run's settings."""
+    """The hub's settings that follow from a run's configuration."""
     return HubSettings(
         run_id="lab",
         num_slots=num_slots,

@@ -1,8 +1,8 @@
 """A table as arrays that all workers of a machine share: read once, checked, and mapped into memory.
 
-The first worker that needs a table converts it into a folder of its own below the machine's temporary folder; it and
-all others map the arrays, so that the machine holds one copy in its page cache, whatever the number of workers. Another
-split, version or choice of columns of a file is another copy; the next conversion removes those that nobody uses.
+The first worker that needs a table converts it into a folder below the machine's temporary folder. All workers map the
+arrays from there, so the machine holds one copy in its page cache, whatever the number of workers. Another split,
+version or choice of columns of a file is another copy. The next conversion removes copies that no process uses.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from raytrain_het.jobs.tabular.reading import read_table
 from raytrain_het.jobs.validation import plural
 
 HELD_OUT = 0.2
-"""This part of the rows is held out."""
+"""The part of the rows that is held out."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMAT = 3
-"""Another one where the files in a table's folder are others."""
+"""The version of the files in a table's folder. A change of the files changes it."""
 _BLOCK = 65536
 
 
 @dataclass(frozen=True)
 class TableData:
-    """Standardised columns, and what they were before.
+    """A table's standardised columns, and what their values mean.
 
     The arrays are mapped from files: rows of the training part first, in the order of a permutation by seed.
     """
@@ -60,9 +60,9 @@ class TableData:
     target: str
     classes: tuple[str, ...] | None
     target_deviation: float
-    """A squared error of standardised values, times this squared, is one in the target's own unit."""
+    """The target's deviation. A squared error times its square is in the target's own unit."""
     fingerprint: str
-    """Of what was read: a run that goes on, and all its workers, have the same."""
+    """A hash of what was read. All workers of a run, and a resumed run, must have the same."""
     notes: tuple[str, ...] = ()
     """Warnings, a line each."""
 
@@ -81,7 +81,7 @@ class TableData:
 
 
 def open_table(source: Source) -> TableData:
-    """The table, converted if nobody on this machine has done so.
+    """The table's arrays. They are made first, if no process on this machine has made them.
 
     Raises:
         ConfigError: The file is missing, unreadable, empty or malformed, a column is missing or not numeric, or
@@ -108,12 +108,12 @@ def open_table(source: Source) -> TableData:
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         about = json.loads((folder / "table.json").read_text())
-        # Copy on write: torch wants arrays it may write to, and nobody does.
+        # Copy on write: torch asks for writable arrays, although nothing writes to them.
         x, y = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("x", "y"))
         # A shared lock, which many processes hold at once: it says that the folder is in use.
         used = os.open(folder, os.O_RDONLY)
         fcntl.flock(used, fcntl.LOCK_SH)
-        weakref.finalize(x, os.close, used)  # The model's tensors share its memory, and keep it.
+        weakref.finalize(x, os.close, used)  # Tensors that share the array's memory keep it alive.
     return TableData(
         x=x,
         y=y,
@@ -158,7 +158,7 @@ def _is_used(folder: Path) -> bool:
 
 
 def _key(source: Source) -> str:
-    """Another one for another file, version of it, or choice of columns."""
+    """The key of a table: another file, another version of it, or another choice of columns has another key."""
     version: Any = None
     if source.data is not None:
         info = file_info(source.data)
@@ -184,7 +184,7 @@ def _num_train(rows: int) -> int:
 def _standardised(source: Source, name: str, column: np.ndarray) -> tuple[np.ndarray, float]:
     """A column of float64 as fp32 with mean 0 and deviation 1 over the training part, and what its deviation was.
 
-    Only the result is rounded: of times in seconds since 1970 fp32 would leave steps of two minutes.
+    Only the result is rounded: fp32 would round times in seconds since 1970 to two minutes.
 
     Raises:
         ConfigError: Its numbers are too large, or the held-out ones too far away.
@@ -207,7 +207,7 @@ def _standardised(source: Source, name: str, column: np.ndarray) -> tuple[np.nda
 def _new_x(folder: Path, rows: int, columns: int) -> Any:
     path = folder / "x.npy"
     x = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, columns))
-    # A file without blocks of its own would be filled through the mapping, where a full disk is a signal that kills.
+    # Reserve the blocks: to fill a sparse file through a mapping on a full disk kills the process by a signal.
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return x
@@ -240,7 +240,7 @@ def _about(
     digest: Any,
     notes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    # Of what was read, not of what became of it: that may differ in the last bits between unlike machines.
+    # A hash of what was read. The standardised values may differ in the last bits between unlike machines.
     digest.update(repr((features, target, classes)).encode())
     return {
         "num_train": _num_train(rows),

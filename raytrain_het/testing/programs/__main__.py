@@ -16,7 +16,7 @@ from raytrain_het.testing.programs.verdict import VERDICTS, verdict_of
 
 
 def main() -> None:
-    """Run programs and say what came of them."""
+    """Run programs and print the verdicts."""
     parser = argparse.ArgumentParser(prog="python -m raytrain_het.testing.programs", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="the first program's number is this times 100000")
     parser.add_argument("--count", type=int, default=30)

@@ -37,7 +37,7 @@ class Used:
 
 
 class PlainHet:
-    """What a program knows as ``het``.
+    """The ``het`` of a program in the reference.
 
     Args:
         program: how it is run.
@@ -87,7 +87,7 @@ class PlainHet:
         return optimizer
 
     def note(self) -> None:
-        """A step was made."""
+        """Note that the optimizer has made a step."""
         state = state_of(self.model, self.optimizer)
         self.outcome.notes.append(StepNote(step=self.step, epoch=self.epoch, state=state, bits=bits_of(state)))
 

@@ -1,4 +1,4 @@
-"""A process that is kept: it runs one program after the other, as a worker or as the reference."""
+"""A process of the pool: it runs one program after the other, as a worker or as the reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from raytrain_het.worker.step.step_record import StepRecord
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramRun:
-    """What a kept process is to do."""
+    """One run of a program in one process of the pool."""
 
     program: Program
     text: str
@@ -43,14 +43,14 @@ class ProgramRun:
     directory: Path
     slot: int = 0
     life: int = 0
-    """How often the whole run was begun anew from a checkpoint, by another hub."""
+    """How often the whole run has been resumed from a checkpoint, with a new hub."""
     faults: tuple[fault_kit.Fault, ...] = ()
     used: dict[int, Used] | None = None
-    """Given: this is the reference."""
+    """By step, the samples that the run has used. If given, this process is the reference."""
 
 
 def serve(connection: multiprocessing.connection.Connection, parent: int, stacks: str) -> None:
-    """Do jobs until the other end is gone."""
+    """Run programs until the other end of the connection is gone."""
     threading.Thread(target=end_with, args=(parent,), name="het-programs", daemon=True).start()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -76,7 +76,7 @@ def serve(connection: multiprocessing.connection.Connection, parent: int, stacks
 
 
 class Watched:
-    """What a program knows as ``het``: raytrain_het, and a look at what goes through it."""
+    """The ``het`` of a program: raytrain_het, with notes of the model, the optimizer and every committed step."""
 
     def __init__(self, job: ProgramRun) -> None:
         self._job = job
@@ -99,7 +99,7 @@ class Watched:
         return prepared
 
     def committed(self, note: StepRecord) -> None:
-        """A step was committed here."""
+        """Write the ledger and the notes of a step that was committed here."""
         state = state_of(self.model, self.optimizer)
         plan = sessions.current().joined().engine.passes.plan
         batch = plan.permutation(note.epoch)[note.offset : note.offset + note.batch_size].tolist()
