@@ -116,6 +116,17 @@ class JobConfig(abc.ABC):
         """How many workers, or None where only the cluster can say."""
         return None if isinstance(self.workers, str) else sum(spec.count for spec in self.workers)
 
+    @property
+    def run_name(self) -> str:
+        """``name``, once :func:`raytrain_het.jobs.runner.resolve` has given the job one.
+
+        Raises:
+            ValueError: The job has no name yet.
+        """
+        if self.name is None:
+            raise ValueError(f"this {self.kind!r} job has no name yet: resolve(job) gives it one")
+        return self.name
+
     @staticmethod
     @abc.abstractmethod
     def train(config: dict[str, Any]) -> None:

@@ -229,8 +229,7 @@ def ray_workers(job: JobConfig | None, say: Say) -> Iterator[list[RayWorker]]:
     specs: Any = "auto" if job is None else job.workers
     if not isinstance(specs, str):
         specs = [WorkerSpec(**dataclasses.asdict(spec)) for spec in specs]
-    slots = settle(HetScalingConfig(specs)).slots
-    assert slots is not None
+    slots = settle(HetScalingConfig(specs)).resolved_slots
     say(f"starting {counted(len(slots), 'worker')} on the cluster")
     remote = ray.remote(_RayProbeWorker)
     workers: list[RayWorker] = []

@@ -53,8 +53,7 @@ def run_job(
     if "://" in job.storage:
         _check_remote(job)
 
-    assert job.name is not None
-    folder = f"{job.storage}/{job.name}"
+    folder = f"{job.storage}/{job.run_name}"
     last = _last_checkpoint(job)
     about = {"name": job.name, "run_folder": folder}
     epochs = getattr(job, "epochs", None)
@@ -108,13 +107,12 @@ def _telling_its_start(
 
 def _last_checkpoint(job: JobConfig) -> LastCheckpoint | None:
     """The checkpoint that a run of this name resumes from."""
-    assert job.name is not None
-    if "://" not in job.storage and not (Path(job.storage) / job.name).is_dir():
+    if "://" not in job.storage and not (Path(job.storage) / job.run_name).is_dir():
         return None  # Ray need not be loaded yet: it is, later, while the display counts the seconds.
 
     from raytrain_het.ray_train.run_folder import last_checkpoint_of
 
-    return last_checkpoint_of(job.storage, job.name)
+    return last_checkpoint_of(job.storage, job.run_name)
 
 
 def _of_complete_run(last: LastCheckpoint) -> dict[str, Any]:
@@ -190,8 +188,7 @@ def check_reuse(job: JobConfig) -> None:
     Raises:
         ConfigError: The earlier run is of another kind, of another model or optimizer, or of a script.
     """
-    assert job.name is not None
-    folder = Path(job.storage) / job.name
+    folder = Path(job.storage) / job.run_name
     if "://" in job.storage or not folder.is_dir():
         return
     has_checkpoint = _last_checkpoint(job) is not None

@@ -19,9 +19,8 @@ def write_job(job: JobConfig) -> None:
     """Write the resolved job into the run's folder: ``raytrain-het train <folder>/job.yaml`` resumes the run."""
     from raytrain_het.files import write_whole
 
-    assert job.name is not None
     if "://" not in job.storage:
-        write_whole(Path(job.storage) / job.name / "job.yaml", job.to_yaml())
+        write_whole(Path(job.storage) / job.run_name / "job.yaml", job.to_yaml())
 
 
 def num_cpus(job: JobConfig) -> float:

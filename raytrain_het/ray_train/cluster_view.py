@@ -33,12 +33,12 @@ def settle(scaling: HetScalingConfig) -> HetScalingConfig:
     nodes = [n for n in ray.nodes() if n["Alive"]]
     if scaling.workers == "auto":
         return scaling.resolved(resolve_auto(nodes, _free_resources()))
-    assert scaling.slots is not None
+    slots = scaling.resolved_slots
     types = autoscaler_types()
     shapes = shapes_of(nodes) + (types or [])
     # A node type with unknown resources could hold anything: Ray decides.
     if not any(not s.resources for s in types or []):
-        check_feasible(scaling.slots, shapes)
+        check_feasible(slots, shapes)
     return scaling
 
 
@@ -52,8 +52,7 @@ def num_at_once(scaling: HetScalingConfig) -> int:
     """
     if scaling.workers == "auto":
         return 1
-    slots = settle(scaling).slots
-    assert slots is not None
+    slots = settle(scaling).resolved_slots
     return num_fitting(slots, shapes_of([n for n in ray.nodes() if n["Alive"]]) + (autoscaler_types() or []))
 
 

@@ -116,6 +116,17 @@ class HetScalingConfig(ScalingConfig):
         # "auto" counts as 1 worker until it is resolved: 0 would mean Ray's local mode.
         super().__init__(num_workers=len(self.slots) if self.slots else 1)
 
+    @property
+    def resolved_slots(self) -> tuple[SlotSpec, ...]:
+        """``slots``, once they are known: ``workers="auto"`` has none before :meth:`resolved`.
+
+        Raises:
+            ValueError: They are not known yet.
+        """
+        if self.slots is None:
+            raise ValueError("workers='auto' has not been resolved yet")
+        return self.slots
+
     def resolved(self, slots: Sequence[SlotSpec]) -> HetScalingConfig:
         """A copy with these slots."""
         other = copy.copy(self)

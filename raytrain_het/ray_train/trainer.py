@@ -138,9 +138,9 @@ class HetTrainer(TorchTrainer):
             ray.init(logging_level=logging.WARNING)
         parts = self.parts or Parts.default()
         scaling = settle(self.scaling_config)
-        assert scaling.slots is not None
-        _check_per_worker(self.het_config, len(scaling.slots))
-        _check_backend(self.het_config, scaling.slots)
+        slots = scaling.resolved_slots
+        _check_per_worker(self.het_config, len(slots))
+        _check_backend(self.het_config, slots)
         context = TrainRunContext(
             run_config=self.run_config,
             train_loop_config=self.train_loop_config,
@@ -158,9 +158,7 @@ class HetTrainer(TorchTrainer):
         folder = RunFolder(storage)
         folder.write_config(self.het_config, scaling, self.train_loop_config)
         monitor = Monitor(context.run_id, folder, self.on_update, resumed)
-        entry = WorkerEntry(
-            train_fn=self._get_train_func(), config=self.het_config, parts=parts, num_slots=len(scaling.slots)
-        )
+        entry = WorkerEntry(train_fn=self._get_train_func(), config=self.het_config, parts=parts, num_slots=len(slots))
         controller = self._controller = self._start_controller(
             plan=RunSettings(config=self.het_config, parts=parts),
             train_fn_ref=ObjectRefWrapper(entry),

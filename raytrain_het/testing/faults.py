@@ -42,8 +42,8 @@ def install(
     faults: Sequence[Fault],
     slot: int,
     directory: str,
-    leave: Callable[[], None] | None = None,
-    await_reports: Callable[[], None] | None = None,
+    leave: Callable[[], None],
+    await_reports: Callable[[], None],
 ) -> None:
     """Let the faults of this slot happen in this process.
 
@@ -65,7 +65,6 @@ def install(
             if mark.exists():
                 continue
             if fault.when_stored:
-                assert await_reports is not None
                 await_reports()
             with mark.open("w") as file:
                 file.write(repr(time.time()))
@@ -76,7 +75,7 @@ def install(
         points.listeners.append(reached)
 
 
-def _happen(fault: Fault, leave: Callable[[], None] | None) -> None:
+def _happen(fault: Fault, leave: Callable[[], None]) -> None:
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.kind == "stop":
@@ -84,7 +83,6 @@ def _happen(fault: Fault, leave: Callable[[], None] | None) -> None:
     elif fault.kind == "slow":
         time.sleep(fault.seconds)
     elif fault.kind == "leave":
-        assert leave is not None
         leave()
     else:
         raise RuntimeError(f"scripted fault at {fault.point} of step {fault.step}")

@@ -45,7 +45,7 @@ class WorkerFiles:
 
 
 @dataclass(frozen=True)
-class Place:
+class NetworkPlace:
     """Where a slot's workers are in the network."""
 
     ip: str
@@ -62,7 +62,7 @@ class WorkerTask:
     config: HetConfig
     faults: list[fault_kit.Fault]
     files: WorkerFiles
-    places: list[Place]
+    places: list[NetworkPlace]
     """By slot."""
     lab_pid: int
     """The process of the lab: a worker ends when it does."""

@@ -32,7 +32,7 @@ from raytrain_het.testing import faults as fault_kit
 from raytrain_het.testing.cgroups import CpuQuota
 from raytrain_het.testing.lab_worker import (
     HUB_ADDRESS,
-    Place,
+    NetworkPlace,
     WorkerFiles,
     WorkerTask,
     outcome_file,
@@ -101,13 +101,13 @@ class LabSlots:
         remove_leftovers()
         return Network(f"{PREFIX}{os.getpid()}{next(_letters)}", self.rates_mbit)
 
-    def places(self, network: Network | None) -> list[Place]:
+    def places(self, network: Network | None) -> list[NetworkPlace]:
         """By slot, where its workers are."""
         if network is not None:
-            by_machine = [Place(*names) for names in zip(network.ips, network.namespaces, strict=True)]
+            by_machine = [NetworkPlace(*names) for names in zip(network.ips, network.namespaces, strict=True)]
         else:
             # Workers of one machine find each other by their common address.
-            by_machine = [Place(f"127.0.0.{1 + k if self.machines else 1}") for k in range(self.num_machines)]
+            by_machine = [NetworkPlace(f"127.0.0.{1 + k if self.machines else 1}") for k in range(self.num_machines)]
         return [by_machine[k] for k in self.machines or range(self.num_slots)]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 
-class Passes:
+class ReferencePasses:
     """The passes of one step, made one after the other from the same state. Use it as a context manager.
 
     Args:
