@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from raytrain_het.allreduce.patience import Patience
 from torch.utils.data import DataLoader
 
 import raytrain_het as het
@@ -43,7 +44,8 @@ from raytrain_het.allreduce.reducers.owner_shards import OwnerShardsReducer
 from raytrain_het.allreduce.reducers.to_owners import ShardsToOwners
 from raytrain_het.allreduce.transport.tcp import TcpGroup
 from raytrain_het.allreduce.waiting import Waiter
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.step import gradients as gradients_module
 
 WORKERS = 4
@@ -200,7 +202,13 @@ def main() -> None:
             return train(directory, size=size, batch=batch, blocks=blocks, steps=steps)
 
         with common.scratch() as directory:
-            lab = ProcessLab(run, directory, num_slots=WORKERS, ledger=False, config=het.HetConfig(shares=None))
+            lab = ProcessLab(
+                run,
+                directory,
+                LabSlots(num_slots=WORKERS),
+                config=het.HetConfig(shares=None),
+                files=WorkerFiles(ledger=False),
+            )
             workers = list(lab.run(timeout_s=1800).values())
         parts = {name: statistics.median(w[name] for w in workers) for name in workers[0]}
         rows.append({"model": size, **parts, "passes": parts["protocol"] <= 2.0})

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from raytrain_het.codec_options import CODECS
+from raytrain_het.jobs.table import JOBS
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
+from raytrain_het.score_policies import SCORE_POLICIES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -27,7 +29,7 @@ def python_blocks(page: str) -> list[str]:
 @pytest.fixture
 def tables() -> Iterator[None]:
     """What an example adds to the tables is gone after it."""
-    all_tables: list[dict] = [CODECS, OPTIMIZERS, SCHEDULES]
+    all_tables: list[dict] = [CODECS, JOBS, OPTIMIZERS, SCHEDULES, SCORE_POLICIES]
     before = [dict(table) for table in all_tables]
     yield
     for table, items in zip(all_tables, before, strict=True):

@@ -1,15 +1,21 @@
-"""What the tabular job can be told."""
+"""The keys of the tabular job."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig, OptimizerChoice, check_batch_size
 from raytrain_het.optim import optimizer_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from raytrain_het.jobs.tabular.data import TableData
+    from raytrain_het.jobs.training_step import TrainingStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +25,10 @@ class TabularJob(JobConfig):
     Raises:
         ConfigError: Two fields contradict each other.
     """
+
+    model_keys = ("task", "model", "hidden", "data", "target", "features", "columns", "rows")
+    optimizer_keys = ("lr", "optimizer", "l1", "l2")
+    path_keys = ("data",)
 
     kind: Literal["tabular"] = "tabular"
 
@@ -67,11 +77,6 @@ class TabularJob(JobConfig):
     """``sgd`` (with momentum 0.9), ``adagrad``, ``rmsprop``, ``adam`` or ``adamw``, or one with options
     (docs/training.md has them all). An ``l1`` needs ``sgd``. The decay of weights is ``l2``."""
 
-    def metrics(self) -> dict[str, Literal["min", "max"]]:
-        if self.task == "regression":
-            return {"held_out_mse": "min", "train_loss": "min"}
-        return {"held_out_accuracy": "max", "held_out_loss": "min", "train_loss": "min"}
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_batch_size(self.global_batch_size, self.num_workers)
@@ -87,6 +92,10 @@ class TabularJob(JobConfig):
                 f"optimizer={self.optimizer!r} is not valid: in this job the penalty on weights is l2, and biases have "
                 f"none. Leave weight_decay and decay_all out, and write --set l2={optimizer.weight_decay}"
             )
+        self._check_table()
+
+    def _check_table(self) -> None:
+        """Refuse keys that do not fit the table, or the lack of one."""
         if self.data is None:
             for name in ("target", "features"):
                 if getattr(self, name) is not None:
@@ -103,3 +112,46 @@ class TabularJob(JobConfig):
                 f"features={list(self.features)!r} is not valid: allowed are one or more columns other than the "
                 f"target, {self.target!r}. Leave it out for all others"
             )
+
+    @staticmethod
+    def train(config: dict[str, Any]) -> None:
+        from raytrain_het.jobs.tabular.training import train_tabular
+
+        train_tabular(config)
+
+    @staticmethod
+    def make_step(config: dict[str, Any], device: torch.device) -> TrainingStep:
+        from raytrain_het.jobs.tabular.training import make_step
+
+        return make_step(config, device)
+
+    def metrics(self) -> dict[str, Literal["min", "max"]]:
+        if self.task == "regression":
+            return {"held_out_mse": "min", "train_loss": "min"}
+        return {"held_out_accuracy": "max", "held_out_loss": "min", "train_loss": "min"}
+
+    def glance_at_data(self) -> None:
+        """Look for the table and its columns. Only the file's beginning is read, however large it is.
+
+        Raises:
+            ConfigError: As :func:`raytrain_het.jobs.tabular.reading.names_in`; or a column is not there.
+        """
+        super().glance_at_data()  # A missing file is found before anything that reads files is loaded.
+        if self.data is not None and "://" not in self.data:
+            from raytrain_het.jobs.tabular.columns import Source, choose_columns
+            from raytrain_het.jobs.tabular.reading import names_in
+
+            choose_columns(Source.of(self.train_loop_config()), names_in(self.data))
+
+    def check_data(self) -> list[str]:
+        table = self._table()
+        return [*table.notes, *table.unlearnable_classes()]
+
+    def num_samples(self) -> int:
+        return self._table().num_train
+
+    def _table(self) -> TableData:
+        from raytrain_het.jobs.tabular.columns import Source
+        from raytrain_het.jobs.tabular.data import open_table
+
+        return open_table(Source.of(self.train_loop_config()))

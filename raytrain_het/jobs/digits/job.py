@@ -1,21 +1,21 @@
-"""What the digits job can be told."""
+"""The keys of the digits job."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
 from raytrain_het.jobs.config import JobConfig, OptimizerChoice, check_batch_size
 
+if TYPE_CHECKING:
+    import torch
+
+    from raytrain_het.jobs.training_step import TrainingStep
+
 NUM_SAMPLES = 1437
-"""To train on: four fifths of scikit-learn's 1,797 digits."""
-
-
-def num_samples(job: DigitsJob) -> int:
-    """That a job trains on."""
-    return NUM_SAMPLES
+"""The job trains on so many: four fifths of scikit-learn's 1,797 digits."""
 
 
 def _sgd() -> OptimizerChoice:
@@ -29,6 +29,9 @@ class DigitsJob(JobConfig):
     Raises:
         ConfigError: Two fields contradict each other.
     """
+
+    requires = ("sklearn",)
+    optimizer_keys = ("lr", "optimizer")
 
     kind: Literal["digits"] = "digits"
 
@@ -48,9 +51,24 @@ class DigitsJob(JobConfig):
     label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.1
     """This much of the target is spread over all ten digits."""
 
-    def metrics(self) -> dict[str, Literal["min", "max"]]:
-        return {"accuracy": "max", "held_out_loss": "min", "train_loss": "min"}
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_batch_size(self.global_batch_size, self.num_workers)
+
+    @staticmethod
+    def train(config: dict[str, Any]) -> None:
+        from raytrain_het.jobs.digits.training import train_digits
+
+        train_digits(config)
+
+    @staticmethod
+    def make_step(config: dict[str, Any], device: torch.device) -> TrainingStep:
+        from raytrain_het.jobs.digits.training import make_step
+
+        return make_step(config, device)
+
+    def metrics(self) -> dict[str, Literal["min", "max"]]:
+        return {"accuracy": "max", "held_out_loss": "min", "train_loss": "min"}
+
+    def num_samples(self) -> int:
+        return NUM_SAMPLES

@@ -1,7 +1,7 @@
-"""How a CSV file is written: what separates its columns, and whether its first line has their names. Pure.
+"""How a CSV file is written: what separates its columns, and whether its first line has their names. Pure functions.
 
-Everything here goes by a sample, the file's beginning. What a sample cannot decide is refused: a table that is read in
-another way than it was written would be trained on without a word.
+Everything is decided by a sample, the file's beginning. If a sample leaves a doubt, the file is refused: a table that
+is read in another way than it was written would train a wrong model without any error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 DELIMITERS = {"\t": "tabs", ";": "semicolons", "|": "pipes", ",": "commas"}
 OTHERS = {":": "colons", "^": "carets", "~": "tildes", "\x01": "control characters (Ctrl-A)", "\x1f": "unit separators"}
-"""Which are called by their name, and not read."""
+"""Other separators, which are refused by name."""
 MAX_ROWS = 1000
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _COMMA_NUMBER = re.compile(r"\s*[+-]?(\d+(,\d+)?|,\d+)([eE][+-]?\d+)?\s*")
@@ -24,7 +24,7 @@ _PROGRESSION = 3
 
 
 class NotATable(Exception):
-    """What is wrong with a sample, and the fix, as a sentence that follows the file's name."""
+    """A sample is refused. The message follows the file's name: what is wrong with it, and the fix."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Dialect:
     lines_in_values: bool
     """Whether quoted values hold line ends."""
     note: str | None = None
-    """What there is to warn of."""
+    """A warning, if there is one."""
 
 
 def dialect_of(sample: str, *, is_whole: bool) -> Dialect:
-    """How the file that begins so is written.
+    """The dialect of a file, by its first lines.
 
     Args:
-        sample: its first lines, which end with newlines.
-        is_whole: whether that is all of it; else the last line may be cut off.
+        sample: The file's first lines, which end with newlines.
+        is_whole: Whether the sample is the whole file; else its last line may be cut off.
 
     Raises:
-        NotATable: it is of another format, its columns can be told apart in two ways, or it has no header line.
+        NotATable: The file has another format, its columns can be separated in two ways, or it has no header line.
     """
     _refuse_other_formats(sample)
     found = {d: rows_of(sample, d, is_whole=is_whole, strict=True) for d in DELIMITERS}
@@ -61,7 +61,7 @@ def dialect_of(sample: str, *, is_whole: bool) -> Dialect:
                 "values do not hold, or with the values in quotes"
             )
     if not fitting:
-        # Which of them is meant, the reader says best: it names the line that has another number of values.
+        # pyarrow's reader has the best error: it names the line that has another number of values.
         delimiter = max(DELIMITERS, key=lambda d: (sum(len(row) - 1 for row in found[d]), d == ","))
         rows = found[delimiter]
         if all(len(row) < 2 for row in rows):
@@ -74,7 +74,7 @@ def dialect_of(sample: str, *, is_whole: bool) -> Dialect:
 
 
 def is_number(text: str, *, delimiter: str = ",") -> bool:
-    """Whether a value is a number, with a decimal comma where commas do not separate."""
+    """Whether a value is a number. It may have a decimal comma, if commas do not separate columns."""
     return bool(_NUMBER.fullmatch(text) or (delimiter != "," and _COMMA_NUMBER.fullmatch(text)))
 
 
@@ -85,7 +85,7 @@ def rows_of(sample: str, delimiter: str, *, is_whole: bool = True, strict: bool 
         sample: its first lines.
         delimiter: what separates columns.
         is_whole: whether the last line is complete.
-        strict: whether quotes in wrong places mean that this is not what separates columns: no rows then.
+        strict: Whether there are no rows if quotes are in wrong places, as with the wrong separator.
     """
     rows: list[list[str]] = []
     try:
@@ -100,7 +100,7 @@ def rows_of(sample: str, delimiter: str, *, is_whole: bool = True, strict: bool 
 
 
 def _has_others(rows: Sequence[Sequence[str]], delimiter: str, fitting: Sequence[str]) -> bool:
-    """Whether values hold what may separate columns too; decimal commas do not count."""
+    """Whether values contain another possible separator. Decimal commas do not count."""
     others = [d for d in fitting if d != delimiter]
     return any(
         other in value and not (other == "," and _COMMA_NUMBER.fullmatch(value))
@@ -147,7 +147,7 @@ def _refuse_other_formats(sample: str) -> None:
 
 
 def _refuse_other_delimiters(sample: str, is_whole: bool) -> None:
-    """A single column, which may be several that something else separates."""
+    """Refuse a single column that is really several, with another separator between them."""
     lines = [line for line in sample.splitlines() if line.strip()][:MAX_ROWS]
     lines = lines[:-1] if not is_whole and len(lines) > 1 else lines
     for delimiter, name in OTHERS.items():
@@ -166,12 +166,12 @@ def _refuse_other_delimiters(sample: str, is_whole: bool) -> None:
 
 
 def _refuse_preface(rows: Sequence[Sequence[str]], sample: str) -> None:
-    """Lines before the table, such as a title or comments."""
+    """Refuse lines before the table, such as a title or comments."""
     widths = [len(row) for row in rows]
     first = next((i for i in range(1, min(len(widths), 20)) if len(set(widths[i:])) == 1 and widths[i] > 1), None)
     if first is None or len(widths) < first + 3 or max(widths[:first]) > 1:
         return
-    # Rows and lines are not the same where lines are empty.
+    # Empty lines are no rows, so rows and lines are counted apart.
     lines = [number for number, line in enumerate(sample.split("\n"), start=1) if line]
     raise NotATable(
         f"begins with {'a line' if first == 1 else f'{first} lines'} that no table has ({rows[0][0][:40]!r}). Write: "
@@ -187,10 +187,10 @@ def _shown(delimiter: str) -> str:
 
 
 def _check_header(rows: Sequence[Sequence[str]], delimiter: str) -> str | None:
-    """Refuse a first line that holds values; returns what there is to warn of one that may.
+    """Refuse a first line that has values instead of names; returns a warning of one that may.
 
-    A name that is a number, or a date, above a column of the same is the sign. Names such as 0, 1, 2, 3 are what pandas
-    writes for columns without names, and years in a row are names too.
+    The sign is a name that is a number or a date, above a column of the same kind. Names such as 0, 1, 2, 3, which
+    pandas writes for columns without names, and consecutive years are names.
     """
     names, below = rows[0], rows[1:]
     if not below:
@@ -229,13 +229,13 @@ def _check_header(rows: Sequence[Sequence[str]], delimiter: str) -> str | None:
 
 
 def _are_names(names: Sequence[str], numbers: Sequence[int]) -> bool:
-    """Whether numbers among the names are meant as names: whole ones, in equal steps."""
+    """Whether the numbers among the names are meant as names: whole numbers in equal steps."""
     if not all(re.fullmatch(r"\d+", names[i].strip()) for i in numbers):
         return False
     values = [int(names[i]) for i in numbers]
     steps = {b - a for a, b in zip(values, values[1:], strict=False)}
     others = [name for i, name in enumerate(names) if i not in numbers and name.strip().lower() not in _MISSING]
-    if not others:  # Nothing but numbers: only what pandas writes, and not so short that a row may look like it.
+    if not others:  # All names are numbers: they must be pandas', and too many for a row of values.
         return len(values) > _PROGRESSION and values == list(range(len(values)))
     return len(values) >= _PROGRESSION and len(steps) == 1 and steps.pop() > 0
 
@@ -251,7 +251,7 @@ def _headless(names: Sequence[str], delimiter: str) -> str:
 
 
 def _mostly(column: Sequence[str], fits: Callable[[str], bool]) -> bool:
-    """Whether the values of a column that are there are such, all but a tenth."""
+    """Whether at least nine tenths of a column's values that are not missing are of a kind."""
     there = [value for value in column if value.strip().lower() not in _MISSING]
     return bool(there) and sum(map(fits, there)) >= 0.9 * len(there)
 

@@ -1,4 +1,4 @@
-"""A table's file: where it is, how it is packed, and what its first bytes say that it is."""
+"""A table's file: open it, unpack it, and find out from its first bytes what it is."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import pyarrow as pa
 from raytrain_het.errors import ConfigError
 
 GS_RETRY_S = 20.0
-"""For so long Google's storage may be unreachable, unless the URI says otherwise."""
+"""Seconds until Google's storage is given up, unless the URI says otherwise."""
 SAMPLE_BYTES = 1 << 18
-"""What a file is, is seen from so much of its beginning."""
+"""The first so many bytes of a file are looked at to find out what it is."""
 _GS_LIMIT = "retry_limit_seconds"
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _TO_CSV = "Write it as CSV or Parquet, for example with pandas:"
@@ -53,14 +53,14 @@ _BOMS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-"""In this order: UTF-32's begins as UTF-16's does."""
+"""The order matters: UTF-32's mark begins with UTF-16's."""
 
 
 def file_info(data: str) -> Any:
-    """pyarrow's word on a file, which has something in it.
+    """pyarrow's information on a file that is not empty.
 
     Raises:
-        ConfigError: It is not there, not a file, or empty.
+        ConfigError: The file does not exist, is a folder, or is empty.
     """
     from pyarrow import fs
 
@@ -82,19 +82,19 @@ def file_system(data: str) -> tuple[Any, str]:
     """pyarrow's file system of a path or URI, and the path in it.
 
     Raises:
-        ConfigError: there is none for this kind of URI.
+        ConfigError: pyarrow has no file system for this kind of URI.
     """
     from pyarrow import fs
 
     if "://" not in data:
         return fs.LocalFileSystem(), str(Path(data).expanduser().resolve())
     if data.startswith("gs://") and _GS_LIMIT not in data:
-        # Else it tries again for a quarter of an hour, without a word.
+        # By default pyarrow tries again for a quarter of an hour, without a message.
         data += f"{'&' if '?' in data else '?'}{_GS_LIMIT}={GS_RETRY_S:g}"
     try:
         return fs.FileSystem.from_uri(data)
     except (pa.ArrowInvalid, OSError, ImportError, NotImplementedError) as error:
-        # Of these, ImportError and NotImplementedError are what a pyarrow says that was built without this file system.
+        # A pyarrow that was built without this file system raises ImportError or NotImplementedError.
         raise ConfigError(
             f"data={data!r} cannot be opened: {first_line(error)}. Allowed are paths, and URIs whose library is "
             "installed: s3://, gs:// and file:// come with pyarrow; hdfs:// needs Hadoop's libhdfs (set "
@@ -107,7 +107,7 @@ def opened(data: str) -> Iterator[Any]:
     """The file's contents, unpacked, as a binary stream.
 
     Raises:
-        ConfigError: It is of a kind that is not read, or damaged.
+        ConfigError: The file is of a kind that is not read, or it is damaged.
     """
     system, path = file_system(data)
     try:
@@ -126,7 +126,7 @@ def opened(data: str) -> Iterator[Any]:
 
 
 def _unpacked(data: str, file: Any, stack: contextlib.ExitStack) -> IO[bytes] | Any | None:
-    """The stream of what is packed in a file; None where nothing is."""
+    """The unpacked contents of a file as a stream; None if the file is not packed."""
     start = file.read(16)
     refuse_foreign(data, start)
     kind = next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), None)
@@ -160,8 +160,14 @@ def _only_member(data: str, archive: zipfile.ZipFile) -> IO[bytes]:
 
 
 def refuse_foreign(data: str, start: bytes) -> None:
-    """Raises:
-    ConfigError: a file that begins so is known, and is not a table that is read here.
+    """Refuse a known kind of file that is not read here.
+
+    Args:
+        data: The file, for the message.
+        start: Its first bytes.
+
+    Raises:
+        ConfigError: The file is of such a kind.
     """
     for magic, text in _FOREIGN.items():
         if start.startswith(magic):
@@ -169,10 +175,10 @@ def refuse_foreign(data: str, start: bytes) -> None:
 
 
 def encoding_of(data: str, start: bytes) -> str:
-    """Of a text file that begins so.
+    """The encoding of a text file, by its first bytes.
 
     Raises:
-        ConfigError: it is no text.
+        ConfigError: The file is not a text.
     """
     for bom, name in _BOMS.items():
         if start.startswith(bom):
@@ -190,5 +196,5 @@ def encoding_of(data: str, start: bytes) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """The first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

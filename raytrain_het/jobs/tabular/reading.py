@@ -1,4 +1,4 @@
-"""From a file to a table of pyarrow's: CSV in the ways that it is written, or Parquet; packed or not."""
+"""Read a file into a pyarrow table: CSV of many kinds, or Parquet, packed or not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.csv_dialect import Dialect, NotATable, dialect_of, rows_of
-from raytrain_het.jobs.table_file import SAMPLE_BYTES, encoding_of, file_info, first_line, opened, refuse_foreign
+from raytrain_het.jobs.tabular.csv_dialect import Dialect, NotATable, dialect_of, rows_of
+from raytrain_het.jobs.tabular.file import SAMPLE_BYTES, encoding_of, file_info, first_line, opened, refuse_foreign
 
 _DECIMAL_COMMAS = r"^\s*[+-]?(\d+(,\d+)?|,\d+)([eE][+-]?\d+)?\s*$"
 _MAYBE_THOUSANDS = r"^\s*[+-]?[1-9]\d{0,2},\d{3}\s*$"
@@ -20,14 +20,14 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Read:
-    """A table, and what there is to warn of in how it was read."""
+    """A table, and warnings of how it was read."""
 
     table: pa.Table
     notes: tuple[str, ...]
 
 
 def read_table(data: str) -> Read:
-    """All columns of a CSV or Parquet file; which of both it is, its first bytes say.
+    """Read all columns of a CSV or Parquet file. The first bytes show which of the two it is.
 
     Raises:
         ConfigError: It is neither, is damaged, has no header line or fewer than two columns, or can be read in more
@@ -71,10 +71,10 @@ def read_table(data: str) -> Read:
 
 
 def names_in(data: str) -> list[str]:
-    """The names of a file's columns, from its beginning alone.
+    """The names of a file's columns. Only the file's beginning is read.
 
     Raises:
-        ConfigError: as :func:`read_table`, as far as the beginning tells.
+        ConfigError: As :func:`read_table`, as far as the beginning shows.
     """
     file_info(data)
     try:
@@ -107,13 +107,13 @@ def _refuse_twice(data: str, names: list[str]) -> None:
 
 
 def some(names: list[str]) -> str:
-    """A few of them, in quotes."""
+    """The first few names, in quotes."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(map(repr, names[:_NAMED])) + more
 
 
 def _begin(stream: Any) -> bytes:
-    """The first bytes, ``SAMPLE_BYTES`` or more until some lines are whole; the stream stands behind them."""
+    """Read the first bytes of a stream: ``SAMPLE_BYTES``, or more until some lines are whole."""
     found = bytearray()
     while len(found) < SAMPLE_BYTES or (found.count(b"\n") < _SAMPLE_LINES > found.count(b"\r")):
         part = stream.read(SAMPLE_BYTES)
@@ -140,8 +140,8 @@ def _parquet(stream: Any, start: bytes) -> pa.Table:
 
 
 def _dialect(data: str, start: bytes) -> tuple[str, Dialect]:
-    """The file's beginning as text, and how it is written."""
-    is_whole = len(start) < SAMPLE_BYTES  # Or there is more, perhaps.
+    """The file's beginning as text, and its dialect."""
+    is_whole = len(start) < SAMPLE_BYTES  # A longer sample may be all of the file, or not.
     decoder = codecs.getincrementaldecoder(encoding_of(data, start))(errors="replace")
     text = decoder.decode(start, is_whole).replace("\r\n", "\n").replace("\r", "\n")
     return text, dialect_of(text, is_whole=is_whole)
@@ -158,7 +158,7 @@ def _csv(data: str, stream: Any, start: bytes) -> Read:
             source,
             read_options=arrow.ReadOptions(encoding="utf8" if encoding.startswith("utf-8") else encoding),
             parse_options=arrow.ParseOptions(delimiter=dialect.delimiter, newlines_in_values=dialect.lines_in_values),
-            # An empty label is missing, and no class of its own.
+            # An empty label is a missing value, and not a class.
             convert_options=arrow.ConvertOptions(strings_can_be_null=True, decimal_point=decimal_point),
         )
 
@@ -177,10 +177,10 @@ def _csv(data: str, stream: Any, start: bytes) -> Read:
 
 
 def _has_decimal_commas(data: str, table: pa.Table) -> bool:
-    """Whether some column that was read as text has numbers with decimal commas.
+    """Whether a column that was read as text has numbers with decimal commas.
 
     Raises:
-        NotATable: the commas may stand between thousands, too.
+        NotATable: The commas may also separate thousands.
     """
     import pyarrow.compute as pc
 
@@ -203,8 +203,10 @@ def _has_decimal_commas(data: str, table: pa.Table) -> bool:
 
 
 def _refuse_both_decimals(points: pa.Table, commas: pa.Table) -> None:
-    """Raises:
-    NotATable: some columns are numbers with decimal points, others with decimal commas.
+    """Refuse a table that has columns with decimal points and columns with decimal commas.
+
+    Raises:
+        NotATable: It has both.
     """
     changed = [
         name
@@ -218,13 +220,14 @@ def _refuse_both_decimals(points: pa.Table, commas: pa.Table) -> None:
 
 
 def _cleaned(names: list[str]) -> list[str]:
-    """Without spaces around them, if they stay different."""
+    """Names without spaces around them, unless two names would become the same."""
     stripped = [name.lstrip("\ufeff").strip() for name in names]
     return stripped if len(set(stripped)) == len(set(names)) else names
 
 
 def _with_clean_names(table: pa.Table, note: str | None) -> Read:
-    """Names without spaces around them, and no column without a name and values: lines that end with a delimiter."""
+    """A table with clean names. A column without a name and without values, from lines that end with a delimiter, is
+    left out."""
     table = table.rename_columns(_cleaned(table.column_names))
     for i in reversed(range(table.num_columns)):
         if not table.column_names[i] and table.column(i).null_count == table.num_rows:

@@ -1,6 +1,6 @@
-"""The digits job: scikit-learn's 1,797 handwritten digits and a small conv net.
+"""The digits job's training: scikit-learn's 1,797 handwritten digits and a small conv net.
 
-The data comes with scikit-learn, so that the smallest real run needs no download.
+The data comes with scikit-learn: the smallest real run needs no download.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
         images: Shape (N, 1, 8, 8).
         labels: Shape (N,).
         shift: Whether each image is moved by up to one pixel in either direction, anew each time.
-            The random numbers are torch's default generator's, so that they belong to the sample.
+            The random numbers come from torch's default generator, which is seeded for each sample.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, *, shift: bool) -> None:
@@ -107,7 +107,7 @@ def train_digits(config: dict[str, Any]) -> None:
         }
 
     for _ in loader.epochs(config["epochs"]):
-        # Kept as tensors: reading a number off a GPU every step would hold it up.
+        # Kept as tensors: to read a number from a GPU in every step would make it wait.
         losses = []
         for images, labels in loader:
             loss = loss_of(model(images), labels)
@@ -115,6 +115,6 @@ def train_digits(config: dict[str, Any]) -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        # A worker that comes in with the last step of an epoch has trained on nothing in it.
+        # A worker that joins at the last step of an epoch has trained on nothing in it.
         train_loss = torch.stack(losses).mean().item() if losses else 0.0
         het.report({"train_loss": train_loss, **het.evaluate(held_out, test_set)})

@@ -1,4 +1,4 @@
-"""The tabular job: linear, logistic or a small network, on a CSV or Parquet file or on a table that is made up."""
+"""The tabular job's training: linear or logistic regression, or a small network, on a file or on a made-up table."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
-from raytrain_het.jobs.tabular_check import source_of
-from raytrain_het.jobs.tabular_data import TableData, open_table
+from raytrain_het.jobs.tabular.columns import Source
+from raytrain_het.jobs.tabular.data import TableData, open_table
 from raytrain_het.jobs.training_step import TrainingStep
 from raytrain_het.optim import optimizer_of
 
@@ -67,7 +67,7 @@ def make_loss(table: TableData) -> Callable[[Tensor, Tensor], Tensor]:
 
 def make_step(config: dict[str, Any], device: torch.device) -> TrainingStep:
     """The job's training step by itself."""
-    table = open_table(source_of(config))
+    table = open_table(Source.of(config))
     model = build_model(config, table).to(device)
     train_set, _ = _data_sets(table)
     return TrainingStep(train_set, model, make_optimizer(config, model), make_loss(table), device)
@@ -77,7 +77,7 @@ def train_tabular(config: dict[str, Any]) -> None:
     """The training function: the fields of :class:`TabularJob`, and ``seed``, as a dict."""
     torch.manual_seed(config["seed"])
     device = ray.train.torch.get_device()
-    table = open_table(source_of(config))
+    table = open_table(Source.of(config))
     train_set, test_set = _data_sets(table)
 
     model = het.prepare_model(build_model(config, table))

@@ -1,8 +1,8 @@
-"""``linear``."""
+"""The schedule ``linear``."""
 
 from __future__ import annotations
 
-from raytrain_het.optim.schedule import ToFloor
+from raytrain_het.optim.schedules.base import ToFloor
 
 
 class Linear(ToFloor):

@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.char_lm_config import CharLMJob
 
 
 def library_text(max_characters: int | None) -> bytes:
-    """The modules of the standard library, in order of their names, joined."""
+    """The source text of the standard library's modules, joined in the order of their names, as ASCII.
+
+    Raises:
+        ConfigError: This Python comes without its sources.
+    """
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in folder.glob("*.py") if path.is_file())
     if max_characters is None:
         files += sorted(path for path in folder.glob("*/*.py") if path.parent.name != "site-packages")
-    # What was found when this Python was built differs between builds of the same version.
+    # These files record how this Python was built, and differ between builds of the same version.
     files = [p for p in files if not p.name.startswith("_sysconfigdata") and not p.parent.name.startswith("config-")]
     text = b"".join(path.read_text("utf-8", "replace").encode("ascii", "replace") for path in files)
     if not text:
@@ -31,10 +34,11 @@ def library_text(max_characters: int | None) -> bytes:
 
 
 def window_starts(characters: int, context: int, seed: int) -> tuple[Any, int]:
-    """Where windows of a text begin, in an order by seed, and how many of them are to train on: all but a fifth.
+    """Where the windows of a text begin, shuffled by a seed, and how many of the first ones are to train on: four
+    fifths.
 
     Raises:
-        ConfigError: the text is too short for two.
+        ConfigError: The text is too short for two windows.
     """
     starts = np.arange(0, characters - context - 1, context)
     order = np.random.default_rng(seed).permutation(starts)
@@ -48,21 +52,7 @@ def window_starts(characters: int, context: int, seed: int) -> tuple[Any, int]:
     return order, num_train
 
 
-def num_samples(job: CharLMJob) -> int:
-    """That a job trains on."""
-    return window_starts(_num_characters(job.max_characters), job.context, 0)[1]
-
-
 @functools.lru_cache(maxsize=1)
-def _num_characters(most: int | None) -> int:
-    return len(library_text(most))
-
-
-def check(job: CharLMJob) -> list[str]:
-    """Read the text before any worker is started, for the sake of early errors; there is nothing to warn of.
-
-    Raises:
-        ConfigError: the text is not there, or too short for the windows.
-    """
-    num_samples(job)
-    return []
+def num_characters(max_characters: int | None) -> int:
+    """The length of :func:`library_text`, read once for a sweep's many jobs."""
+    return len(library_text(max_characters))

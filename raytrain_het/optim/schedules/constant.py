@@ -1,13 +1,10 @@
-"""``constant``."""
+"""The schedule ``constant``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from raytrain_het.optim.schedule import Schedule
+from raytrain_het.optim.schedules.base import Schedule
 
 
-@dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
     """``1``: after the warm-up the optimizer's own rate."""
 

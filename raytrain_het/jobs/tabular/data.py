@@ -1,8 +1,8 @@
 """A table as arrays that all workers of a machine share: read once, checked, and mapped into memory.
 
-The first worker that needs a table converts it into a folder of its own below the machine's temporary folder; it and
-all others map the arrays, so that the machine holds one copy in its page cache, whatever the number of workers. Another
-split, version or choice of columns of a file is another copy; the next conversion removes those that nobody uses.
+The first worker that needs a table converts it into a folder below the machine's temporary folder. All workers map the
+arrays from there, so the machine holds one copy in its page cache, whatever the number of workers. Another split,
+version or choice of columns of a file is another copy. The next conversion removes copies that no process uses.
 """
 
 from __future__ import annotations
@@ -16,30 +16,37 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs import table_columns
-from raytrain_het.jobs.table_columns import Source
-from raytrain_het.jobs.table_file import file_info
-from raytrain_het.jobs.table_reading import read_table
+from raytrain_het.jobs.tabular.columns import (
+    Source,
+    check_classes,
+    check_columns,
+    check_regression,
+    choose_columns,
+    feature_notes,
+)
+from raytrain_het.jobs.tabular.file import file_info
+from raytrain_het.jobs.tabular.reading import read_table
+from raytrain_het.jobs.validation import plural
 
 HELD_OUT = 0.2
-"""This part of the rows is held out."""
+"""The part of the rows that is held out."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMAT = 3
-"""Another one where the files in a table's folder are others."""
+"""The version of the files in a table's folder. A change of the files changes it."""
 _BLOCK = 65536
 
 
 @dataclass(frozen=True)
 class TableData:
-    """Standardised columns, and what they were before.
+    """A table's standardised columns, and what their values mean.
 
     The arrays are mapped from files: rows of the training part first, in the order of a permutation by seed.
     """
@@ -53,22 +60,35 @@ class TableData:
     target: str
     classes: tuple[str, ...] | None
     target_deviation: float
-    """A squared error of standardised values, times this squared, is one in the target's own unit."""
+    """The target's deviation. A squared error times its square is in the target's own unit."""
     fingerprint: str
-    """Of what was read: a run that goes on, and all its workers, have the same."""
+    """A hash of what was read. All workers of a run, and a resumed run, must have the same."""
     notes: tuple[str, ...] = ()
-    """What there is to warn of, a line each."""
+    """Warnings, a line each."""
+
+    def unlearnable_classes(self) -> list[str]:
+        """A warning of classes that only the held-out part has, or none."""
+        if self.classes is None:
+            return []
+        seen = np.bincount(self.y[: self.num_train], minlength=len(self.classes))
+        unseen = [name for name, count in zip(self.classes, seen, strict=True) if not count]
+        if not unseen:
+            return []
+        return [
+            f"only the held-out part has {plural(len(unseen), 'value')} of the target {self.target!r} "
+            f"({', '.join(map(repr, unseen[:5]))}), which cannot be learnt: merge rare values, or drop their rows"
+        ]
 
 
 def open_table(source: Source) -> TableData:
-    """The table, converted if nobody on this machine has done so.
+    """The table's arrays. They are made first, if no process on this machine has made them.
 
     Raises:
         ConfigError: The file is missing, unreadable, empty or malformed, a column is missing or not numeric, or
             values are missing; the message names the columns and what to do.
     """
     folder = _home() / f"table-{_key(source)}"
-    with _one_at_a_time(folder.with_suffix(".lock")):
+    with FileLock(folder.with_suffix(".lock")):
         if not (folder / "table.json").exists():
             _remove_unused(source)
             part = folder.with_suffix(".part")
@@ -88,11 +108,12 @@ def open_table(source: Source) -> TableData:
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         about = json.loads((folder / "table.json").read_text())
-        # Copy on write: torch wants arrays it may write to, and nobody does.
+        # Copy on write: torch asks for writable arrays, although nothing writes to them.
         x, y = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("x", "y"))
+        # A shared lock, which many processes hold at once: it says that the folder is in use.
         used = os.open(folder, os.O_RDONLY)
         fcntl.flock(used, fcntl.LOCK_SH)
-        weakref.finalize(x, os.close, used)  # The model's tensors share its memory, and keep it.
+        weakref.finalize(x, os.close, used)  # Tensors that share the array's memory keep it alive.
     return TableData(
         x=x,
         y=y,
@@ -112,20 +133,12 @@ def _home() -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _one_at_a_time(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Raises BlockingIOError where somebody else has the lock, and is not to be waited for."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-
-
 def _remove_unused(source: Source) -> None:
-    """Remove what was made of the same file and is mapped by no process, and what a killed one left half-made."""
+    """Remove other copies of the same file that no process maps, and what a killed process has left half-made."""
     for path in _home().glob("table-*"):
         if path.suffix == ".lock":
             continue
-        with contextlib.suppress(OSError, ValueError), _one_at_a_time(path.with_suffix(".lock"), wait=False):
+        with contextlib.suppress(OSError, ValueError), FileLock(path.with_suffix(".lock"), timeout=0):
             if path.suffix != ".part":
                 about = json.loads((path / "table.json").read_text())
                 if about.get("data") != source.data or _is_used(path):
@@ -145,7 +158,7 @@ def _is_used(folder: Path) -> bool:
 
 
 def _key(source: Source) -> str:
-    """Another one for another file, version of it, or choice of columns."""
+    """The key of a table: another file, another version of it, or another choice of columns has another key."""
     version: Any = None
     if source.data is not None:
         info = file_info(source.data)
@@ -171,7 +184,7 @@ def _num_train(rows: int) -> int:
 def _standardised(source: Source, name: str, column: np.ndarray) -> tuple[np.ndarray, float]:
     """A column of float64 as fp32 with mean 0 and deviation 1 over the training part, and what its deviation was.
 
-    Only the result is rounded: of times in seconds since 1970 fp32 would leave steps of two minutes.
+    Only the result is rounded: fp32 would round times in seconds since 1970 to two minutes.
 
     Raises:
         ConfigError: Its numbers are too large, or the held-out ones too far away.
@@ -194,7 +207,7 @@ def _standardised(source: Source, name: str, column: np.ndarray) -> tuple[np.nda
 def _new_x(folder: Path, rows: int, columns: int) -> Any:
     path = folder / "x.npy"
     x = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, columns))
-    # A file without blocks of its own would be filled through the mapping, where a full disk is a signal that kills.
+    # Reserve the blocks: to fill a sparse file through a mapping on a full disk kills the process by a signal.
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return x
@@ -227,7 +240,7 @@ def _about(
     digest: Any,
     notes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    # Of what was read, not of what became of it: that may differ in the last bits between unlike machines.
+    # A hash of what was read. The standardised values may differ in the last bits between unlike machines.
     digest.update(repr((features, target, classes)).encode())
     return {
         "num_train": _num_train(rows),
@@ -244,8 +257,8 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
     assert source.data is not None
     read = read_table(source.data)
     table = read.table
-    features, target = table_columns.choose(source, table.column_names)
-    table_columns.check(source, table, features, target)
+    features, target = choose_columns(source, table.column_names)
+    check_columns(source, table, features, target)
     order = np.random.default_rng(source.seed).permutation(table.num_rows)
     x = _new_x(folder, table.num_rows, len(features))
     digest = hashlib.sha256()
@@ -253,11 +266,11 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
         column = _column(table, name)
         digest.update(column.data)
         x[:, i], _ = _standardised(source, name, column[order])
-    notes = (*read.notes, *table_columns.feature_notes(table, features, target))
+    notes = (*read.notes, *feature_notes(table, features, target))
     classes, deviation = None, 1.0
     if source.task == "classification":
         values, codes = np.unique(table.column(target).to_numpy(), return_inverse=True)
-        notes += table_columns.check_classes(source, target, values, table.num_rows)
+        notes += check_classes(source, target, values, table.num_rows)
         classes, y = [str(v) for v in values], codes.astype(np.int64)
         digest.update(y.data)
         y = y[order]
@@ -265,7 +278,7 @@ def _from_file(source: Source, folder: Path) -> tuple[Any, np.ndarray, dict[str,
         column = _column(table, target)
         digest.update(column.data)
         num_train = _num_train(len(column))
-        notes += table_columns.check_regression(source, target, column, column[order[:num_train]])
+        notes += check_regression(source, target, column, column[order[:num_train]])
         y, deviation = _standardised(source, target, column[order])
     return x, y, _about(table.num_rows, features, target, classes, deviation, digest, notes)
 

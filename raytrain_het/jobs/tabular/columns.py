@@ -1,25 +1,28 @@
-"""The columns of a table that was read: which are used, what is refused of them, and what is warned of."""
+"""The columns of a table: which are used, which are refused, and warnings of others."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.csv_dialect import is_number
-from raytrain_het.jobs.table_reading import some
+from raytrain_het.jobs.tabular.csv_dialect import is_number
+from raytrain_het.jobs.tabular.reading import some
 from raytrain_het.jobs.validation import plural
 from raytrain_het.plain import nearest
 
 MAX_CLASSES = 1000
-"""More values than this in a column to be classified are a mistake."""
+"""A target with more different values than this is not a classification's."""
 FEW = 20
-"""So few whole numbers may be classes."""
+"""A target with at most so many different whole numbers may be a classification's."""
 MIN_ROWS = 10
 _NAMED = 5
 _ID = re.compile(r"(^|.*[_ .-])(id|idx|index|uuid|guid|key|rowid|rownum|row|nr|no)$|.*[a-z]I[dD]$")
@@ -27,7 +30,7 @@ _ID = re.compile(r"(^|.*[_ .-])(id|idx|index|uuid|guid|key|rowid|rownum|row|nr|n
 
 @dataclass(frozen=True)
 class Source:
-    """Where a table comes from, and which of it is used."""
+    """Where a table comes from, and which of its columns are used."""
 
     data: str | None
     rows: int
@@ -37,12 +40,23 @@ class Source:
     task: str
     seed: int
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Source:
+        """The table of a tabular job.
 
-def choose(source: Source, names: list[str]) -> tuple[list[str], str]:
+        Args:
+            config: What the job's training function is given.
+        """
+        features = config["features"]
+        own = {field.name: config[field.name] for field in dataclasses.fields(cls)}
+        return cls(**own | {"features": tuple(features) if features is not None else None})
+
+
+def choose_columns(source: Source, names: list[str]) -> tuple[list[str], str]:
     """The feature columns and the target.
 
     Raises:
-        ConfigError: a column is not there, or there twice, or is both.
+        ConfigError: A column does not exist, is named twice, or is both target and feature.
     """
     target = source.target if source.target is not None else names[-1]
     features = list(source.features) if source.features is not None else [n for n in names if n != target]
@@ -64,11 +78,11 @@ def choose(source: Source, names: list[str]) -> tuple[list[str], str]:
     return features, target
 
 
-def check(source: Source, table: pa.Table, features: list[str], target: str) -> None:
+def check_columns(source: Source, table: pa.Table, features: list[str], target: str) -> None:
     """Refuse columns that cannot be trained on, and a table without enough rows.
 
     Raises:
-        ConfigError: it names the columns, what they are, and what to write.
+        ConfigError: The message has the columns, their types, and what to write.
     """
     _check_target(source, table, target)
     _check_numbers(source, table, features)
@@ -78,7 +92,7 @@ def check(source: Source, table: pa.Table, features: list[str], target: str) -> 
 
 
 def _check_numbers(source: Source, table: pa.Table, names: list[str]) -> None:
-    """Refuse columns that are no numbers."""
+    """Refuse columns that are not numeric."""
     text = [n for n in names if not _is_number(table.schema.field(n).type)]
     if text:
         kinds = ", ".join(f"{n!r} is {_kind(table, n)}{_all_but(table, n)}" for n in text[:_NAMED])
@@ -113,12 +127,12 @@ def _kind(table: pa.Table, name: str) -> str:
         return "text"
     if pa.types.is_temporal(kind):
         return f"{kind} (a date or time)"
-    # As which Arrow reads a CSV file's text in Latin-1.
+    # Arrow reads text in Latin-1 as binary.
     return "binary, or text that is not UTF-8" if pa.types.is_binary(kind) else str(kind)
 
 
 def _all_but(table: pa.Table, name: str) -> str:
-    """Of a column of text that is mostly numbers: what in it is not."""
+    """For a column of text that is mostly numbers: the values that are not; else an empty text."""
     if _kind(table, name) != "text":
         return ""
     values = [value for value in table.column(name).to_pylist() if value is not None]
@@ -132,7 +146,7 @@ def _all_but(table: pa.Table, name: str) -> str:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    """A column without any value counts: what is wrong with it is that they are missing."""
+    """Whether a type is numeric. A column without any value counts as such: its values are missing."""
     return (
         pa.types.is_null(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
     )
@@ -169,7 +183,7 @@ def _check_complete(source: Source, table: pa.Table, features: list[str], target
 
 
 def feature_notes(table: pa.Table, features: list[str], target: str) -> tuple[str, ...]:
-    """Of columns that number the rows: they say nothing of other rows, and are often left over from an index."""
+    """Warnings of columns that number the rows. Often they are left over from an index, and predict nothing."""
     numbering = [name for name in features if _numbers_rows(table, name)]
     notes = []
     if numbering:
@@ -200,16 +214,16 @@ def _numbers_rows(table: pa.Table, name: str) -> bool:
 
 
 def check_regression(source: Source, target: str, column: np.ndarray, train: np.ndarray) -> tuple[str, ...]:
-    """What there is to warn of in the target of a regression.
+    """Warnings of the target of a regression.
 
     Args:
-        source: of the table.
-        target: its name.
-        column: its values.
-        train: those to train on.
+        source: The table's source.
+        target: The target's name.
+        column: The target's values.
+        train: Those of the values that are trained on.
 
     Raises:
-        ConfigError: it is the same in all rows to train on.
+        ConfigError: The target is the same in all rows to train on.
     """
     if train.min() == train.max():
         where = "every row" if column.min() == column.max() else "every row to train on"
@@ -231,16 +245,16 @@ def check_regression(source: Source, target: str, column: np.ndarray, train: np.
 
 
 def check_classes(source: Source, target: str, values: np.ndarray, rows: int) -> tuple[str, ...]:
-    """What there is to warn of in the target of a classification.
+    """Warnings of the target of a classification.
 
     Args:
-        source: of the table.
-        target: its name.
-        values: its different values.
-        rows: of the table.
+        source: The table's source.
+        target: The target's name.
+        values: The target's different values.
+        rows: How many rows the table has.
 
     Raises:
-        ConfigError: there are too few values to tell apart, or too many to learn.
+        ConfigError: There are fewer than two different values, or too many.
     """
     is_text = values.dtype == object
     fractions = [] if is_text else [value for value in values.tolist() if value != int(value)]

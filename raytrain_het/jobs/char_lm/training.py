@@ -1,7 +1,8 @@
-"""The language-model job: a small GPT predicts the next character in the source text of Python's standard library.
+"""The language-model job's training: a small GPT predicts the next character in the source text of Python's standard
+library.
 
-The text is on every machine that runs Python, so that a real language model needs no download. Workers whose Python
-differs in its version have another text; the run says so and does not start.
+The text is on every machine that runs Python, so a real language model needs no download. Workers whose Pythons have
+different versions have different texts: the run says so and does not start.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import raytrain_het as het
-from raytrain_het.jobs.char_lm_text import library_text, window_starts
+from raytrain_het.jobs.char_lm.text import library_text, window_starts
 from raytrain_het.jobs.optimizer import make_optimizer
 from raytrain_het.jobs.training_step import TrainingStep
 
@@ -27,7 +28,7 @@ VOCABULARY = 128
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Non-overlapping windows of a text: ``context`` characters, and the same moved on by one."""
+    """Non-overlapping windows of a text: the input is ``context`` characters, the target begins one character later."""
 
     def __init__(self, text: Tensor, starts: np.ndarray, context: int) -> None:
         self.text, self.starts, self.context = text, starts, context
@@ -44,7 +45,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 
 def windows(config: dict[str, Any]) -> tuple[Windows, Windows]:
-    """The training part and the held-out fifth, by seed."""
+    """The training part and the held-out fifth; the seed says which windows are in which."""
     text = torch.frombuffer(bytearray(library_text(config["max_characters"])), dtype=torch.uint8)
     context = config["context"]
     order, num_train = window_starts(len(text), context, config["seed"])
