@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from raytrain_het.allreduce.patience import Patience
 from torch.utils.data import DataLoader
 
 import raytrain_het as het
