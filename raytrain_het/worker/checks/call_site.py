@@ -6,9 +6,10 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_WORKER = str(Path(__file__).resolve().parents[1]) + os.sep
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class CallSite:
 
 
 def call_site() -> CallSite:
-    """That of the innermost call from outside of this package's ``training``, up to where the session was begun."""
+    """That of the innermost call from outside of this package's ``worker``, up to where the session was begun."""
     lines: list[str] = []
     where = ""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        inside = code.co_filename.startswith(_HERE)
+        inside = code.co_filename.startswith(_WORKER)
         if inside and code.co_name == "run_worker":
             break
         if not inside:

@@ -21,7 +21,7 @@ _LEAVE_TORCH = words("item tolist numpy __float__ __int__ __index__ __array__")
 _REORDER = words("flip roll index_select getitem gather take_along_dim")
 _CALLS_BACK = words("apply map map2")
 """They call functions of the program's."""
-_NOT_THE_PROGRAM = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_NOT_THE_PROGRAM = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 class RepeatedCall:
