@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raytrain_het.membership.merging import exact_sum
-from raytrain_het.membership.protocol import Raise
+from raytrain_het.membership.message_parts import Raise
 
 MAX_EVALUATIONS = 16
 """So many of the last evaluations are remembered, for workers that ask late."""

@@ -83,6 +83,10 @@ class Record:
         """The last step that counts as committed when this generation starts."""
         return self.cursor.step
 
+    def has_to_be_handed_over(self, step: int) -> bool:
+        """Whether some members begin with this step by taking its sums over, or by loading what all begin with."""
+        return bool(self.behind or self.reset) and step == self.base
+
     @property
     def is_unlike(self) -> bool:
         """Whether members may differ by rounding."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from raytrain_het.membership.audit import difference
 from raytrain_het.membership.merging import add_up, mixed_up, reduce_metrics
+from raytrain_het.membership.message_parts import Told
 from raytrain_het.membership.passing import Order, Passing, order
-from raytrain_het.membership.protocol import Told
 
 MAX_REPORTS = 1000
 """So many of the last whole reports are remembered; whoever wants them asks every second or so."""

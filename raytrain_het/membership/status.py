@@ -7,27 +7,26 @@ from typing import Any
 from raytrain_het.balance.gradient_weights import effective_batch_size
 from raytrain_het.membership.peers import Peer
 from raytrain_het.membership.record import Record
-from raytrain_het.membership.state import Membership
+from raytrain_het.membership.state import RunState
 from raytrain_het.membership.table_keeper import TableKeeper
 
 
-def status(core: Membership, tables: TableKeeper, stats: dict[int, dict[str, Any]], num_slots: int) -> dict[str, Any]:
+def status(run: RunState, tables: TableKeeper, stats: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """The run's state, plain enough for JSON.
 
     Args:
-        core: who takes part.
+        run: who takes part.
         tables: how fast they are, and their shares.
         stats: by slot: what its worker said last of itself.
-        num_slots: slots of the run, those that nobody is in included.
     """
-    record, board = core.record, tables.board
+    record, board = run.record, tables.board
     samples = tables.samples(record)
-    peers = {p.member.slot: p for p in core.peers.values()}
+    peers = {p.member.slot: p for p in run.peers.values()}
     scores = board.scores(samples)
     solo = {slot: board.solo_samples_per_s(slot, b) for slot, b in samples.items()}
     members = []
     for slot in sorted(set(stats) | set(peers)):
-        entry: dict[str, Any] = {"slot": slot, "finished": slot in core.finished_slots, "alive": slot in peers}
+        entry: dict[str, Any] = {"slot": slot, "finished": slot in run.finished_slots, "alive": slot in peers}
         entry |= {k: v for k, v in stats.get(slot, {}).items() if k != "type"}
         if slot in peers:
             entry |= _of_peer(peers[slot], record)
@@ -35,11 +34,11 @@ def status(core: Membership, tables: TableKeeper, stats: dict[int, dict[str, Any
         members.append(entry)
     return {
         "generation": record.number if record else 0,
-        "state": core.state,
-        "failure": core.failure,
-        "vacant": sorted(set(range(num_slots)) - core.finished_slots - set(peers)),
-        "dead_slots": sorted(core.dead_slots),
-        "num_joined": dict(core.num_joined),
+        "state": run.phase,
+        "failure": run.failure,
+        "vacant": sorted(set(range(run.settings.num_slots)) - run.finished_slots - set(peers)),
+        "dead_slots": sorted(run.dead_slots),
+        "num_joined": dict(run.num_joined),
         "table": record.table if record else 0,
         "effective_batch_size": (
             effective_batch_size(list(samples.values()), record.lr_scales, normalised=record.normalised)

@@ -100,7 +100,7 @@ def test_two_members_that_wait_for_the_same_checkpoint_leave_when_it_is_stored(m
         member.report(key, checkpoint=True, holds_snapshot=True)
         member.tell("leave")
     asked = first.until("write")
-    while len(hub._leaving) < 2:
+    while len(hub._switchboard.reporting.leaving) < 2:
         hub.status()
     first.tell("stored", key=asked["key"], path="path", error=None, cursor=ZERO | {"step": 5})
     for member in (first, second):
@@ -142,7 +142,7 @@ def test_what_a_member_says_that_was_let_go_counts_for_nothing(make_hub: Any) ->
         pass
     assert [r["num_workers"] for r in whole] == [1]
     assert 0 <= time.time() - whole[0]["time"] < 60
-    assert hub._core.checkpoint is None
+    assert hub._switchboard.core.run.checkpoint is None
 
 
 @pytest.mark.parametrize("name", ["tick", "pong"])
@@ -155,7 +155,7 @@ def test_an_error_in_the_logic_fails_the_run_and_everybody_is_told(
     def fail(*args: Any) -> None:
         raise KeyError("what is not there")
 
-    monkeypatch.setattr(hub._core, name, fail)
+    monkeypatch.setattr(hub._switchboard.core, name, fail)
     first.tell("pong", position=1)
     for member in (first, second):
         assert "KeyError: 'what is not there'" in member.until("fail")["message"]
@@ -179,7 +179,7 @@ def test_a_report_that_only_one_worker_makes_fails_the_run_unless_something_has_
         hub = make_hub()
         (first, second), record = started(hub)
         told["life"] = record["life"]
-        hub._core.disturbed = disturbed
+        hub._switchboard.core.run.disturbed = disturbed
         second.tell("stats", step=6, told=told)
         first.report(f"{record['life']}.5.0", at="train.py:7")
         if not disturbed:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.membership.merging import exact_sum, mixed_up, reduce_metrics
-from raytrain_het.membership.protocol import Told
+from raytrain_het.membership.message_parts import Told
 from raytrain_het.membership.reports import ReportBook
 
 INF, NAN = math.inf, math.nan
