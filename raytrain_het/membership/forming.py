@@ -18,7 +18,7 @@ from raytrain_het.membership.state import RunState
 def begin_if_all_are_there(run: RunState) -> None:
     """Issue the first record once each slot has a worker, or will have none."""
     joined = {p.member.slot for p in run.peers.values()}
-    if joined and joined | run.vacant | run.dead_slots >= set(range(run.settings.num_slots)):
+    if joined and joined | run.vacant | run.dead_slots >= set(range(run.context.num_slots)):
         issue_first(run, "the run starts")
 
 

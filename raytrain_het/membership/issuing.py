@@ -115,7 +115,7 @@ def _base(run: RunState, peers: Sequence[Peer], after: Succession) -> _Base:
 
 
 def _next_record(run: RunState, peers: Sequence[Peer], base: _Base, behind: Lag) -> Record:
-    settings, table, number, previous = run.settings, run.table, run.next.number, run.record
+    config, table, number, previous = run.config, run.table, run.next.number, run.record
     members = tuple(p.member for p in peers)
     same_group = previous is not None and not run.next.voided and not base.reset and previous.members == members
     speeds = speeds_of(table, peers)
@@ -125,14 +125,14 @@ def _next_record(run: RunState, peers: Sequence[Peer], base: _Base, behind: Lag)
         group=previous.group if previous is not None and same_group else f"{run.incarnation}.{number}",
         life=run.incarnation // 1_000_000 + number if previous is None or base.reset else previous.life,
         members=members,
-        shares=shares_of(table, settings.shares, peers),
+        shares=shares_of(table, config.given_shares, peers),
         lr_scales=lr_scales_of(table, peers),
-        normalised=settings.lr_scale_normalisation == "mean",
+        normalised=config.lr_scale_normalisation == "mean",
         table=table.version if table else 0,
         speeds=speeds,
         owners=owners_of(table, speeds, peers),
-        codecs=codecs_of(table, settings.codecs, peers),
-        hierarchy=hierarchy_of(table, settings.hierarchy),
+        codecs=codecs_of(table, config.codecs_for(run.context.num_slots), peers),
+        hierarchy=hierarchy_of(table, config.given_hierarchy),
         cursor=base.cursor,
         source=base.source,
         behind=behind.behind,
@@ -140,7 +140,7 @@ def _next_record(run: RunState, peers: Sequence[Peer], base: _Base, behind: Lag)
         fresh=behind.fresh,
         reset=base.reset,
         checkpoint=run.checkpoint if base.reset else None,
-        backend=settings.backend,
+        backend=config.backend,
         reason=run.next.reason,
     )
 

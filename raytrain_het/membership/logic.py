@@ -8,6 +8,7 @@ out of :meth:`Membership.drain`. ``tests/unit/test_membership_interleavings.py``
 from __future__ import annotations
 
 from raytrain_het.balance.scoreboard import Table
+from raytrain_het.config import HetConfig
 from raytrain_het.membership import departures, forming, recovery, watching
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.ending import fail, fail_as_replicas_differ
@@ -16,7 +17,7 @@ from raytrain_het.membership.issuing import issue_first, keep_table
 from raytrain_het.membership.peers import Peer, Phase, Standing
 from raytrain_het.membership.protocol import End, Evicted, Fail, Mismatch, ToMember
 from raytrain_het.membership.record import Member, Record
-from raytrain_het.membership.settings import HubSettings
+from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.state import RunState
 from raytrain_het.membership.suspicion import Suspicion
 from raytrain_het.membership.whereabouts import Place
@@ -26,18 +27,20 @@ class Membership:
     """Hears what happens in a run, and decides who takes part in it.
 
     Args:
-        settings: the run's.
+        config: the run's settings.
+        context: what else there is to know of the run.
         incarnation: which life of the hub this is; a later one has a larger number.
     """
 
-    def __init__(self, settings: HubSettings, *, incarnation: int) -> None:
+    def __init__(self, config: HetConfig, context: RunContext, *, incarnation: int) -> None:
         self.run = RunState(
-            settings=settings,
+            config=config,
+            context=context,
             incarnation=incarnation,
             log=EventLog(first_seq=incarnation // 1_000_000),
-            suspicion=Suspicion(settings),
-            checkpoint=settings.checkpoint,
-            checkpoint_cursor=settings.checkpoint_cursor or Cursor(),
+            suspicion=Suspicion(config),
+            checkpoint=context.checkpoint,
+            checkpoint_cursor=context.checkpoint_cursor or Cursor(),
         )
 
     def drain(self) -> list[tuple[str, ToMember]]:
@@ -301,7 +304,7 @@ class Membership:
         run = self.run
         if run.record is not None or run.first_hello is None:
             return
-        waited_s, limit_s = now - run.first_hello, run.settings.start_timeout_s
+        waited_s, limit_s = now - run.first_hello, run.config.start_timeout_s
         if run.restart.record is not None:
             if waited_s >= recovery.RECOVERY_GRACE_S:
                 recovery.resume(run, run.restart.record, now)

@@ -54,7 +54,7 @@ def resume(run: RunState, record: Record, now: float) -> None:
     needs_void, run.restart = run.restart.needs_void, Restart()
     next_number = max(run.next.number, record.number) + 1
     run.record, run.next.number = record, record.number
-    run.table = table_of(record, codecs_chosen=run.settings.compression_error is not None)
+    run.table = table_of(record, codecs_chosen=run.config.compression_error is not None)
     run.disturbed = True
     run.note("recovered", number=record.number)
     members = {m.uid for m in record.members}

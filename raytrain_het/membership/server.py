@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from raytrain_het.config import HetConfig
 from raytrain_het.membership import protocol
 from raytrain_het.membership.record import Member
-from raytrain_het.membership.settings import HubSettings
+from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.switchboard import Switchboard
 from raytrain_het.membership.wire import MAX_LINE_BYTES, decoded, encode, tune
 
@@ -50,13 +51,15 @@ class FairClock:
 class Hub:
     """Serves one run. All state is touched by its own thread only."""
 
-    def __init__(self, settings: HubSettings, *, token: str | None = None, port: int = 0) -> None:
-        self.settings = settings
+    def __init__(self, config: HetConfig, context: RunContext, *, token: str | None = None, port: int = 0) -> None:
+        self.context = context
         self.token = token or secrets.token_hex(16)
         self._clock = FairClock()
         self._connections: dict[str, asyncio.StreamWriter] = {}
         """By uid."""
-        self._switchboard = Switchboard(settings, self._clock.now, self._send, lambda: list(self._connections))
+        self._switchboard = Switchboard(
+            config, context, now=self._clock.now, send=self._send, connected=lambda: list(self._connections)
+        )
         self._loop = asyncio.new_event_loop()
         self._port = port
         ready = threading.Event()
@@ -69,10 +72,10 @@ class Hub:
     def address(self) -> dict[str, Any]:
         """Where members find it, and which run it serves."""
         return {
-            "host": self.settings.host,
+            "host": self.context.host,
             "port": self._port,
             "token": self.token,
-            "run": self.settings.run_id,
+            "run": self.context.run_id,
         }
 
     def slot_lost(self, slot: int, reason: str) -> None:
@@ -144,7 +147,7 @@ class Hub:
 
         async def start() -> None:
             # Every interface of one family: with both, a free port would be another one for each.
-            every = "::" if ":" in self.settings.host else "0.0.0.0"
+            every = "::" if ":" in self.context.host else "0.0.0.0"
             server = await asyncio.start_server(self._serve, host=every, port=self._port, limit=MAX_LINE_BYTES)
             self._port = server.sockets[0].getsockname()[1]
             self._server = server

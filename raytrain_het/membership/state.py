@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raytrain_het.balance.scoreboard import Table
+from raytrain_het.config import HetConfig
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.deaths import Deaths
 from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.peers import Peer, Phase
 from raytrain_het.membership.protocol import ToMember
 from raytrain_het.membership.record import Record
-from raytrain_het.membership.settings import HubSettings
+from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.suspicion import Suspicion
 
 
@@ -73,7 +74,8 @@ class Waits:
 class RunState:
     """A run as the hub sees it. Times are seconds of a clock that stands still while the hub cannot listen."""
 
-    settings: HubSettings
+    config: HetConfig
+    context: RunContext
     incarnation: int
     """Which life of the hub this is; a later one has a larger number."""
     log: EventLog

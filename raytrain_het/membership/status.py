@@ -36,7 +36,7 @@ def status(run: RunState, tables: TableKeeper, stats: dict[int, dict[str, Any]])
         "generation": record.number if record else 0,
         "state": run.phase,
         "failure": run.failure,
-        "vacant": sorted(set(range(run.settings.num_slots)) - run.finished_slots - set(peers)),
+        "vacant": sorted(set(range(run.context.num_slots)) - run.finished_slots - set(peers)),
         "dead_slots": sorted(run.dead_slots),
         "num_joined": dict(run.num_joined),
         "table": record.table if record else 0,

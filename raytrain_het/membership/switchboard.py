@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from raytrain_het.config import HetConfig
 from raytrain_het.membership import audit, protocol
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.evaluation_book import EvaluationBook
@@ -20,7 +21,7 @@ from raytrain_het.membership.logic import Membership
 from raytrain_het.membership.peers import Standing
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.reporting import Reporting
-from raytrain_het.membership.settings import HubSettings
+from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.status import status
 from raytrain_het.membership.table_keeper import TableKeeper
 from raytrain_het.membership.whereabouts import Place
@@ -33,22 +34,28 @@ class Switchboard:
     """The parts of one run's hub, and what each hears.
 
     Args:
-        settings: the run's.
+        config: the run's settings.
+        context: what else there is to know of the run.
         now: the hub's clock, seconds.
         send: sends a message to a member.
-        everybody: uids of all that are connected.
+        connected: uids of all that are connected.
     """
 
     def __init__(
-        self, settings: HubSettings, now: Callable[[], float], send: Send, everybody: Callable[[], list[str]]
+        self,
+        config: HetConfig,
+        context: RunContext,
+        *,
+        now: Callable[[], float],
+        send: Send,
+        connected: Callable[[], list[str]],
     ) -> None:
-        self.settings = settings
-        self.core = Membership(settings, incarnation=time.time_ns())
-        self.tables = TableKeeper(settings, self.core.run)
+        self.core = Membership(config, context, incarnation=time.time_ns())
+        self.tables = TableKeeper(config, self.core.run)
         self.core.run.table_for = self.tables.fitting
         self.reporting = Reporting(self.core, self.tables, send)
         self.core.run.under_way = self.reporting.is_under_way
-        self._now, self._send, self._everybody = now, send, everybody
+        self._now, self._send, self._connected = now, send, connected
         self._evaluations = EvaluationBook()
         self._audits = audit.AuditBook()
         self._meetings: LastGroups[protocol.Meet] = LastGroups()
@@ -200,7 +207,7 @@ class Switchboard:
         """Pass on what a member says to all who meet in a group, and keep it for those that connect again."""
         if not self._meetings.keep(message.group, message.key, message):
             return
-        for other in self._everybody():
+        for other in self._connected():
             if other != uid:
                 self._send(other, message)
 

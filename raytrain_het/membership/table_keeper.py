@@ -7,10 +7,10 @@ import msgspec
 from raytrain_het.balance.auto_compression import Compression
 from raytrain_het.balance.batch_shares import apportion
 from raytrain_het.balance.scoreboard import Scoreboard, Table
+from raytrain_het.config import HetConfig
 from raytrain_het.membership.message_parts import Known
 from raytrain_het.membership.protocol import Timing
 from raytrain_het.membership.record import Record
-from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import RunState
 
 
@@ -18,25 +18,16 @@ class TableKeeper:
     """Stands between a run's scoreboard, which knows speeds, and its membership, which knows who takes part.
 
     Args:
-        settings: the run's.
+        config: the run's settings.
         run: who takes part, and the table in force; it is only read here.
     """
 
-    def __init__(self, settings: HubSettings, run: RunState) -> None:
-        self.board = Scoreboard(
-            alpha=settings.alpha,
-            balance=settings.balance,
-            shares=settings.shares,
-            spares=settings.warm_spares,
-            policy=settings.score_policy,
-            compression=(
-                Compression(settings.compression_error, hierarchy=settings.hierarchy)
-                if settings.compression_error is not None
-                else None
-            ),
-        )
+    def __init__(self, config: HetConfig, run: RunState) -> None:
+        error = config.compression_error
+        compression = Compression(error, hierarchy=config.given_hierarchy) if error is not None else None
+        self.board = Scoreboard(config, compression)
         self._run = run
-        self._follows_speeds = bool(settings.balance or settings.alpha or self.board.compression)
+        self._follows_speeds = config.shares == "auto" or config.alpha != 0 or compression is not None
 
     def introduce(self, slot: int, known: Known) -> None:
         """A worker has come, with what it knows of its speed."""

@@ -52,7 +52,7 @@ def look_around(run: RunState, now: float) -> None:
 def drop_silent(run: RunState, now: float) -> None:
     """Drop the members that have left a ping unanswered for too long."""
     for peer in run.suspicion.dead(run.members(), now):
-        silence = f"silent for {run.settings.silence_s:g} s while its peers waited"
+        silence = f"silent for {run.config.silence_s:g} s while its peers waited"
         lose(run, peer.member.uid, silence, now, died=False)
 
 
@@ -61,7 +61,7 @@ def look_for_missing_answers(run: RunState, now: float) -> None:
     if not members_wait_for_answers(run, now):
         return
     missing = [p for p in run.members() if not p.answered]
-    if missing and now - run.next.since >= run.settings.hang_limit_s:
+    if missing and now - run.next.since >= run.config.hang_limit_s:
         for peer in missing:
             lose(run, peer.member.uid, "it did not answer within the hang limit", now, died=False)
     elif missing and run.suspicion.begin(now):
@@ -87,7 +87,7 @@ def _drop_what_holds_up(run: RunState, in_a_step: bool, now: float) -> bool:
 
     Where no member is to blame, the run fails. Returns whether anything of this was done.
     """
-    limit_s, since = run.settings.hang_limit_s, run.suspicion.since
+    limit_s, since = run.config.hang_limit_s, run.suspicion.since
     late = run.suspicion.late(run.members(), now) if in_a_step else []
     busy = [p for p in run.holders() if not p.place.waits]
     if not late:
@@ -98,7 +98,7 @@ def _drop_what_holds_up(run: RunState, in_a_step: bool, now: float) -> bool:
         late = busy or late
     began = since[2] if since is not None else -math.inf
     # A member is first heard to be at a place by a ping, up to this much later than it came there.
-    guilty = to_blame(late, began, limit_s - run.settings.silence_s, now)
+    guilty = to_blame(late, began, limit_s - run.config.silence_s, now)
     for peer in guilty:
         at = f"; it was {peer.place.text}" if peer.place.text else ""
         lose(run, peer.member.uid, f"its peers waited {limit_s:g} s for it{at}", now, died=False)
@@ -140,5 +140,5 @@ def _log_wait(run: RunState, holders: list[Peer], now: float) -> None:
         slots=[p.member.slot for p in holders if not p.place.waits],
         waited_s=round(waited_s, 1),
         reason=where_all_are(holders),
-        limit_s=run.settings.hang_limit_s,
+        limit_s=run.config.hang_limit_s,
     )

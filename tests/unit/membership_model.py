@@ -25,12 +25,13 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+from runs import run_of
+
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.logic import Membership
 from raytrain_het.membership.peers import Peer, Phase, Standing
 from raytrain_het.membership.record import Member, Record
-from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.state import RunState
 from raytrain_het.membership.suspicion import Round
 
@@ -201,10 +202,8 @@ class World:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self.settings = HubSettings(
-            run_id="model", num_slots=scenario.slots, silence_s=0.5, hang_limit_s=NEVER, start_timeout_s=NEVER
-        )
-        self.core = Membership(self.settings, incarnation=1)
+        self.config, self.context = run_of(scenario.slots, silence_s=0.5, hang_limit_s=NEVER, start_timeout_s=NEVER)
+        self.core = Membership(self.config, self.context, incarnation=1)
         self.workers: dict[str, Worker] = {}
         self._owned: set[str] = set()
         self.ring: dict[tuple[str, int, int], tuple[tuple[str, int], ...]] = {}
@@ -559,7 +558,7 @@ class World:
 
     def _on_restart(self) -> None:
         self.budget["restarts"] -= 1
-        self.core = Membership(self.settings, incarnation=self.run.incarnation + 1)
+        self.core = Membership(self.config, self.context, incarnation=self.run.incarnation + 1)
         for uid in self.workers:
             w = self._own(uid)
             w.outbox = ()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from runs import run_of
 
 from raytrain_het.balance.scoreboard import Table
 from raytrain_het.membership import server
@@ -16,10 +17,9 @@ from raytrain_het.membership.peers import Standing
 from raytrain_het.membership.protocol import ToMember
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.recovery import RECOVERY_GRACE_S
-from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.whereabouts import Place
 
-SETTINGS = HubSettings(run_id="rules", num_slots=3, silence_s=0.5, hang_limit_s=20.0, start_timeout_s=60.0)
+SILENCE_S, HANG_LIMIT_S, START_TIMEOUT_S = 0.5, 20.0, 60.0
 
 
 def member(slot: int, life: str = "a") -> Member:
@@ -37,8 +37,9 @@ def standing(step: int, *, healed: bool = True, fresh: bool = False) -> Standing
 class Run:
     """A state machine, and all it has said."""
 
-    def __init__(self, settings: HubSettings = SETTINGS, *, incarnation: int = 1) -> None:
-        self.core = Membership(settings, incarnation=incarnation)
+    def __init__(self, num_slots: int = 3, *, incarnation: int = 1, **values: Any) -> None:
+        limits = {"silence_s": SILENCE_S, "hang_limit_s": HANG_LIMIT_S, "start_timeout_s": START_TIMEOUT_S}
+        self.core = Membership(*run_of(num_slots, **limits, **values), incarnation=incarnation)
         self.said: list[tuple[str, ToMember]] = []
 
     def hello(self, slot: int, life: str = "a", *, step: int = 0, now: float = 0.0, **values: Any) -> None:
@@ -71,13 +72,13 @@ class Run:
         return [e["kind"] for e in self.core.run.log.since(0)]
 
 
-def started(settings: HubSettings = SETTINGS, *, base: int = 0) -> Run:
-    run = Run(settings)
-    for slot in range(settings.num_slots):
+def started(num_slots: int = 3, *, base: int = 0, **values: Any) -> Run:
+    run = Run(num_slots, **values)
+    for slot in range(num_slots):
         run.hello(slot)
     if base:
         run.core.failed("0-a", 1, "to get there", 0.0)
-        run.answer(*[f"{slot}-a" for slot in range(settings.num_slots)], step=base)
+        run.answer(*[f"{slot}-a" for slot in range(num_slots)], step=base)
     run.messages()
     return run
 
@@ -109,9 +110,9 @@ def test_a_vacant_slot_lets_the_run_start_and_is_told_once() -> None:
 def test_the_start_timeout_starts_with_those_who_are_there() -> None:
     run = Run()
     run.hello(1, now=5.0)
-    run.core.tick(5.0 + SETTINGS.start_timeout_s - 0.1)
+    run.core.tick(5.0 + START_TIMEOUT_S - 0.1)
     assert run.core.run.record is None
-    run.core.tick(5.0 + SETTINGS.start_timeout_s)
+    run.core.tick(5.0 + START_TIMEOUT_S)
     assert run.slots == [1]
 
 
@@ -160,7 +161,7 @@ def test_a_commit_forgives_a_slots_earlier_deaths() -> None:
 
 
 def test_a_step_that_costs_three_generations_a_member_fails_with_the_step_the_samples_and_the_slots() -> None:
-    run = started(replace(SETTINGS, num_slots=5), base=7)
+    run = started(num_slots=5, base=7)
     for slot in (4, 3):
         run.core.closed(f"{slot}-a", 0.0)
         run.answer(*[f"{s}-a" for s in range(slot)], step=7)
@@ -177,7 +178,7 @@ def test_a_step_that_costs_three_generations_a_member_fails_with_the_step_the_sa
 
 def test_a_step_that_kills_whoever_is_left_is_found_though_all_start_again_each_time() -> None:
     """The last one dies while its peer's next process is on its way in: nobody can say where it was, but itself."""
-    run = started(replace(SETTINGS, num_slots=2), base=7)
+    run = started(num_slots=2, base=7)
     run.core.closed("1-a", 0.0)
     run.answer("0-a", step=7)
     run.hello(1, "b")
@@ -190,7 +191,7 @@ def test_a_step_that_kills_whoever_is_left_is_found_though_all_start_again_each_
 
 
 def test_workers_that_die_all_at_once_do_not_fail_the_run() -> None:
-    run = started(replace(SETTINGS, num_slots=5), base=7)
+    run = started(num_slots=5, base=7)
     for slot in (1, 2, 3, 4):
         run.core.closed(f"{slot}-a", 0.0)
     run.answer("0-a", step=7)
@@ -199,7 +200,7 @@ def test_workers_that_die_all_at_once_do_not_fail_the_run() -> None:
 
 
 def test_deaths_in_different_steps_do_not_fail_the_run() -> None:
-    run = started(replace(SETTINGS, num_slots=5), base=7)
+    run = started(num_slots=5, base=7)
     for step, slot in ((7, 4), (8, 3), (9, 2), (10, 1)):
         run.core.closed(f"{slot}-a", 0.0)
         run.answer(*[f"{s}-a" for s in range(slot)], step=step)
@@ -228,7 +229,7 @@ def test_links_that_fail_again_and_again_without_a_death_fail_the_run() -> None:
 
 
 def test_shares_that_are_zero_for_all_survivors_become_equal() -> None:
-    run = started(replace(SETTINGS, shares=(1.0, 0.0, 0.0)))
+    run = started(shares=(1.0, 0.0, 0.0))
     assert run.record.shares == (1.0, 0.0, 0.0)
     run.core.closed("0-a", 0.0)
     run.answer("1-a", "2-a")
@@ -335,12 +336,12 @@ def test_who_answers_but_holds_its_peers_up_past_the_hang_limit_is_evicted() -> 
     run = started()
     now = 0.0
     while "2-a" in run.core.run.peers:
-        assert now < SETTINGS.hang_limit_s + 1
+        assert now < HANG_LIMIT_S + 1
         run.core.suspect("0-a", 1, 1, now)
         for uid, position in (("0-a", 1001), ("1-a", 1001), ("2-a", 1000)):
             run.core.pong(uid, position, now + 0.1)
         now += 1.0
-    assert now >= SETTINGS.hang_limit_s
+    assert now >= HANG_LIMIT_S
     assert sorted(run.core.run.peers) == ["0-a", "1-a"]
 
 
@@ -368,7 +369,7 @@ def asked(run: Run, places: dict[str, Place], *, seconds: float, suspect: bool =
 
 def test_who_waits_itself_is_never_dropped_for_it_but_who_computes_is() -> None:
     run = started()
-    asked(run, {"0-a": REPORTING, "1-a": IN_STEP, "2-a": COMPUTING}, seconds=SETTINGS.hang_limit_s + 2, suspect=True)
+    asked(run, {"0-a": REPORTING, "1-a": IN_STEP, "2-a": COMPUTING}, seconds=HANG_LIMIT_S + 2, suspect=True)
     evicted = [e for e in run.core.run.log.since(0) if e["kind"] == "evicted"]
     assert [(e["slot"], e["reason"]) for e in evicted] == [(2, "its peers waited 20 s for it; it was computing step 5")]
 
@@ -424,7 +425,7 @@ def test_a_wait_that_nobody_is_to_blame_for_fails_at_the_hang_limit_and_drops_no
     run = started()
     run.core.run.under_way = lambda: True
     places = {"0-a": REPORTING, "1-a": IN_STEP, "2-a": IN_STEP}
-    asked(run, places, seconds=SETTINGS.hang_limit_s + 2, suspect=True)
+    asked(run, places, seconds=HANG_LIMIT_S + 2, suspect=True)
     assert run.core.run.failure is not None
     assert "none of them is to blame" in run.core.run.failure
     assert "evicted" not in run.kinds()
@@ -445,7 +446,7 @@ def test_who_does_not_answer_to_a_void_within_the_hang_limit_is_evicted() -> Non
     run = started()
     run.core.failed("0-a", 1, "connection reset", 0.0)
     run.answer("0-a", "1-a")
-    run.core.tick(SETTINGS.hang_limit_s)
+    run.core.tick(HANG_LIMIT_S)
     assert run.slots == [0, 1]
 
 
@@ -525,7 +526,7 @@ def test_a_comparison_made_while_the_actor_was_down_counts() -> None:
 
 
 def restarted(run: Run) -> tuple[Run, Record]:
-    return Run(run.core.run.settings, incarnation=2), run.record
+    return Run(run.core.run.context.num_slots, incarnation=2), run.record
 
 
 def test_a_restart_with_all_members_back_changes_nothing() -> None:
@@ -677,7 +678,7 @@ def test_who_comes_back_after_the_recovery_is_evicted_even_with_the_number_in_fo
 
 
 def test_a_life_begins_when_all_begin_again_and_only_then() -> None:
-    run = started(replace(SETTINGS, num_slots=2))
+    run = started(num_slots=2)
     first = run.record.life
     run.core.failed("0-a", 1, "connection reset", 0.0)
     run.answer("0-a", "1-a", step=5)
@@ -693,7 +694,7 @@ def test_a_life_begins_when_all_begin_again_and_only_then() -> None:
 def test_the_next_actors_lives_are_later_ones_even_if_nobody_was_left_to_tell_of_the_last() -> None:
     lives = []
     for incarnation in (1_700_000_000_000_000_000, 1_700_000_000_100_000_000):
-        run = Run(replace(SETTINGS, num_slots=1), incarnation=incarnation)
+        run = Run(num_slots=1, incarnation=incarnation)
         run.hello(0)
         lives.append(run.record.life)
     assert lives[1] > lives[0]
@@ -714,7 +715,7 @@ def test_who_leaves_is_told_who_takes_over_what_it_has_left_to_send(stands_at: i
 
 
 def test_who_takes_over_has_something_to_send_itself() -> None:
-    run = started(replace(SETTINGS, shares=(0.0, 1.0, 1.0)), base=5)
+    run = started(shares=(0.0, 1.0, 1.0), base=5)
     run.core.leave("2-a", 0.0)
     run.answer("0-a", "1-a", "2-a", step=7)
     (bye,) = [m for uid, m in run.core.drain() if (uid, m.kind) == ("2-a", "bye")]
@@ -731,7 +732,7 @@ def test_the_norm_of_what_is_lost_with_a_worker_is_told() -> None:
 
 
 def test_the_last_holder_of_the_state_leaves_only_when_a_joiner_has_healed() -> None:
-    run = Run(replace(SETTINGS, num_slots=2))
+    run = Run(num_slots=2)
     run.core.slot_vacant(1, "later", 0.0)
     run.hello(0)
     run.hello(1)
@@ -749,7 +750,7 @@ def test_the_last_holder_of_the_state_leaves_only_when_a_joiner_has_healed() -> 
 
 
 def test_the_end_waits_for_a_worker_that_has_trained_though_its_word_is_under_way() -> None:
-    run = started(replace(SETTINGS, num_slots=2))
+    run = started(num_slots=2)
     run.core.answer("1-a", 2, standing(1, healed=True, fresh=True), now=0.0)
     run.answer("0-a", step=1)
     assert run.record.fresh == ("1-a",)
@@ -761,7 +762,7 @@ def test_the_end_waits_for_a_worker_that_has_trained_though_its_word_is_under_wa
 
 
 def test_a_finished_member_stays_until_those_who_are_behind_have_its_last_step() -> None:
-    run = started(replace(SETTINGS, num_slots=2))
+    run = started(num_slots=2)
     run.core.failed("1-a", 1, "connection reset", 0.0)
     run.answer("0-a", step=5)
     run.answer("1-a", step=4)
@@ -773,7 +774,7 @@ def test_a_finished_member_stays_until_those_who_are_behind_have_its_last_step()
 
 
 def test_a_finished_member_stays_until_a_restarted_actor_knows_who_needs_it() -> None:
-    run, record = restarted(started(replace(SETTINGS, num_slots=2)))
+    run, record = restarted(started(num_slots=2))
     run.hello(0, step=5, healed=True, record=replace(record, unhealed=("1-a",)), answered=1)
     run.core.finish("0-a", cursor=cursor(5), confirmed=True, now=0.0)
     assert run.messages() == []
@@ -783,7 +784,7 @@ def test_a_finished_member_stays_until_a_restarted_actor_knows_who_needs_it() ->
 
 
 def test_a_run_that_ends_by_its_last_members_death_does_not_begin_again_with_the_refill() -> None:
-    run = started(replace(SETTINGS, num_slots=2))
+    run = started(num_slots=2)
     run.core.finish("0-a", cursor=cursor(5), confirmed=True, now=0.0)
     run.hello(1, "b")
     assert run.messages("1-b") == ["end"]
@@ -791,7 +792,7 @@ def test_a_run_that_ends_by_its_last_members_death_does_not_begin_again_with_the
 
 
 def test_the_end_does_not_wait_for_a_worker_that_has_not_healed() -> None:
-    run = started(replace(SETTINGS, num_slots=2))
+    run = started(num_slots=2)
     run.core.answer("1-a", 2, standing(0, healed=False), now=0.0)
     run.answer("0-a", step=1)
     assert run.record.unhealed == ("1-a",)
