@@ -47,12 +47,18 @@ class Paths(Part, frozen=True, kw_only=True):
 
 
 class ReplicaAudit(Part, frozen=True, kw_only=True):
-    """What a worker tells of its replica: see :mod:`raytrain_het.membership.audit`."""
+    """What a worker says of a part of its replica at one step: see :mod:`raytrain_het.membership.audit`."""
 
     kind: str
-    numbers: list[Any]
-    tensors: list[Any]
-    samples: dict[str, Any]
+    """What its arithmetic depends on: device, processor, threads, torch. Between members of one kind everything has to
+    be the same to the bit; between others tensors may differ by rounding."""
+    numbers: list[tuple[str, Any]]
+    """Name and value of settings, flags and registered numbers."""
+    tensors: list[tuple[str, Any]]
+    """Name and digest of its tensors, or of a piece of one."""
+    samples: dict[str, tuple[list[float], float | None]]
+    """By name: some of a tensor's values, and by how much they have changed since all had the same; None where that is
+    not known."""
 
 
 class Address(Part, frozen=True, kw_only=True):

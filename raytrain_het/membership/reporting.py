@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from raytrain_het.membership import audit, protocol
 from raytrain_het.membership.logic import Membership
-from raytrain_het.membership.reports import ReportBook
+from raytrain_het.membership.reports import Difference, ReportBook
 from raytrain_het.membership.status import fraction_of_aggregate
 from raytrain_het.membership.table_keeper import TableKeeper
 
@@ -39,10 +37,7 @@ class Reporting:
 
     def add_part(self, uid: str, slot: int, report: protocol.Report) -> None:
         """A member has given its part of a report."""
-        part = {k: v for k, v in msgspec.structs.asdict(report).items() if v is not None} | {"uid": uid}
-        if report.audit is not None:
-            part["audit"] = msgspec.structs.asdict(report.audit)
-        known = self.book.part(slot, part)
+        known = self.book.add_part(slot, uid, report)
         if known is not None:
             self._send(uid, protocol.Acknowledged(keys=[known]))
 
@@ -85,11 +80,11 @@ class Reporting:
             return
         self._ask_for_checkpoints()
         for report in self.book.settle(self._slots(), ended=self._core.run.over):
-            if "differs" in report:
-                self._core.replicas_differ(audit.message(report["step"], report["differs"]))
+            if isinstance(report, Difference):
+                self._core.replicas_differ(audit.message(report.step, report.what))
                 continue
-            report["time"] = time.time()
-            report["fraction_of_aggregate"] = fraction_of_aggregate(self._tables, self._core.run.record)
+            report.time = time.time()
+            report.fraction_of_aggregate = fraction_of_aggregate(self._tables, self._core.run.record)
 
     def _slots(self) -> list[int]:
         return [p.member.slot for p in self._core.run.holders()]

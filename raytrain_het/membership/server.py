@@ -23,6 +23,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.membership import protocol
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.run_context import RunContext
+from raytrain_het.membership.status import RunStatus
 from raytrain_het.membership.switchboard import Switchboard
 from raytrain_het.membership.wire import MAX_LINE_BYTES, decoded, encode, tune
 
@@ -88,7 +89,7 @@ class Hub:
 
     def take_reports(self) -> list[dict[str, Any]]:
         """Whole reports that were not acknowledged yet, oldest first."""
-        return self._call(self._switchboard.reporting.book.untaken)
+        return [r.to_json() for r in self._call(self._switchboard.reporting.book.untaken)]
 
     def acknowledge(self, keys: list[str]) -> None:
         """Those reports are registered; the workers may forget them."""
@@ -96,13 +97,13 @@ class Hub:
 
     def reports(self, since: int) -> list[dict[str, Any]]:
         """All whole reports with a sequence number of ``since`` or more."""
-        return self._call(lambda: self._switchboard.reporting.book.since(since))
+        return [r.to_json() for r in self._call(lambda: self._switchboard.reporting.book.since(since))]
 
     def events(self, since: int) -> list[dict[str, Any]]:
         """Membership events with a sequence number of ``since`` or more."""
         return self._call(lambda: self._switchboard.core.run.log.since(since))
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> RunStatus:
         """Who takes part and how far they are."""
         return self._call(self._switchboard.status)
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
-
-import msgspec
 
 from raytrain_het.config import HetConfig
 from raytrain_het.membership import audit, protocol
@@ -22,7 +19,7 @@ from raytrain_het.membership.peers import Standing
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.reporting import Reporting
 from raytrain_het.membership.run_context import RunContext
-from raytrain_het.membership.status import status
+from raytrain_het.membership.status import RunStatus, status
 from raytrain_het.membership.table_keeper import TableKeeper
 from raytrain_het.membership.whereabouts import Place
 
@@ -60,8 +57,8 @@ class Switchboard:
         self._audits = audit.AuditBook()
         self._meetings: LastGroups[protocol.Meet] = LastGroups()
         """What members have said to each other while they make a process group."""
-        self._stats: dict[int, dict[str, Any]] = {}
-        """By slot: what its worker said last of itself."""
+        self._stats: dict[int, tuple[str, protocol.Stats]] = {}
+        """By slot: the uid of its worker, and what that has said last of itself."""
         self._next_event = self.core.run.log.next_seq
 
     # ---------------------------------------------------------------- what the hub hears
@@ -108,7 +105,7 @@ class Switchboard:
         """No worker can be placed in this slot at the moment."""
         self.core.slot_vacant(slot, reason, self._now())
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> RunStatus:
         """Who takes part, and how far they are."""
         return status(self.core.run, self.tables, self._stats)
 
@@ -143,7 +140,7 @@ class Switchboard:
             case protocol.Stats() as m:
                 self.core.progress(uid, m.step, self._now(), m.left_out, m.step_s)
                 self.reporting.book.told(slot, m.told)
-                self._stats[slot] = msgspec.structs.asdict(m) | {"uid": uid, "told": None}
+                self._stats[slot] = uid, m
             case protocol.Timing() as m:
                 self._hear_times(slot, m)
             case protocol.Event() as m:
@@ -175,8 +172,7 @@ class Switchboard:
                     self._note_checkpoint(m.path, m.cursor)
             case protocol.Evaluate() as m:
                 key = f"{self.core.run.life}/{m.key}"
-                reply = self._evaluations.next(key, m.num_chunks, uid, m.result, m.error)
-                self._send(uid, protocol.Reply(id=m.id, **reply))
+                self._send(uid, self._evaluations.next(key, uid, m))
             case _:
                 self._hear_of_replicas(slot, message)
 
@@ -186,8 +182,7 @@ class Switchboard:
             case protocol.Audit() as m:
                 if run.record is not None and m.generation == run.record.number:
                     slots = [p.member.slot for p in run.holders()]
-                    told = msgspec.structs.asdict(m) | {"audit": msgspec.structs.asdict(m.audit)}
-                    if (what := self._audits.add(slot, told, slots)) is not None:
+                    if (what := self._audits.add(slot, m, slots)) is not None:
                         self.core.replicas_differ(audit.message(m.step, what))
             case protocol.Claim() as m:
                 if (what := self._audits.claim(slot, f"{m.name}, step {m.step + 1},", m.value)) is not None:
