@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from msgspec import UNSET
+
+from raytrain_het.membership import events
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.deaths import MAX_FRUITLESS_DEATHS
 from raytrain_het.membership.ending import end_if_nobody_trains, fail, forget, release
@@ -32,16 +35,21 @@ def lose(run: RunState, uid: str, reason: str, now: float, *, died: bool) -> Non
         return
     forget(run, uid, reason)
     slot = peer.member.slot
-    expected = {"expected": True} if run.failure is not None else {}
-    gone_with_it = {"left_out": peer.left_out} if peer.left_out else {}
-    run.note("lost" if died else "evicted", slot=slot, uid=uid, reason=reason, **expected, **gone_with_it)
+    event = (events.Lost if died else events.Evicted)(
+        slot=slot,
+        uid=uid,
+        reason=reason,
+        expected=True if run.failure is not None else UNSET,
+        left_out=peer.left_out or UNSET,
+    )
+    run.note(event)
     if not died:
         run.send(uid, Evicted(reason=reason))
     if run.failure is not None:
         return
     if run.deaths.lose_slot(slot):
         run.dead_slots.add(slot)
-        run.note("given_up", slot=slot, reason=f"it died {MAX_FRUITLESS_DEATHS} times without a commit")
+        run.note(events.GivenUp(slot=slot, reason=f"it died {MAX_FRUITLESS_DEATHS} times without a commit"))
     if run.recovering:
         return  # Whoever has called looks whether the others that are awaited are there.
     if run.record is None:
@@ -110,7 +118,7 @@ def go_on_without_finished(run: RunState, now: float) -> bool:
 def raise_in(run: RunState, peer: Peer, error: str) -> None:
     """A member's training function has raised: the run fails with its traceback, and no generation follows."""
     uid, slot = peer.member.uid, peer.member.slot
-    run.note("raised", slot=slot, uid=uid, error=(error.strip().splitlines() or [""])[-1])
+    run.note(events.Raised(slot=slot, uid=uid, error=(error.strip().splitlines() or [""])[-1]))
     run.peers.pop(uid)
     forget(run, uid, "its training function raised")
     fail(run, f"the training function of worker {slot} raised:\n{error}")

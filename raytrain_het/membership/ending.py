@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raytrain_het.membership import events
 from raytrain_het.membership.message_parts import Address, Poison
 from raytrain_het.membership.peers import Phase
 from raytrain_het.membership.protocol import Bye, End, Fail, Mismatch
@@ -15,7 +16,7 @@ MAX_GONE = 1000
 def fail(run: RunState, message: str, poison: Poison | None = None) -> None:
     """The run fails: all are told why."""
     run.failure = message
-    run.note("failed", message=message)
+    run.note(events.Failed(message=message))
     for uid in run.peers:
         run.send(uid, Fail(message=message, poison=poison))
 
@@ -23,7 +24,7 @@ def fail(run: RunState, message: str, poison: Poison | None = None) -> None:
 def fail_as_replicas_differ(run: RunState, message: str) -> None:
     """The run fails since members do not hold the same: they raise another error for it."""
     run.failure = message
-    run.note("failed", message=message)
+    run.note(events.Failed(message=message))
     for uid in run.peers:
         run.send(uid, Mismatch(message=message))
 
@@ -48,7 +49,8 @@ def release(run: RunState, uid: str, how: str, heir: Member | None = None) -> No
     forget(run, uid, f"it had {how}")
     if how == "finished":
         run.finished_slots.add(peer.member.slot)
-    run.note(how, slot=peer.member.slot, uid=uid, step=peer.cursor.step)
+    event = events.Finished if how == "finished" else events.Left
+    run.note(event(slot=peer.member.slot, uid=uid, step=peer.cursor.step))
     address = Address(host=heir.host, port=heir.state_port) if heir is not None else None
     run.send(uid, Bye(how=how, heir=address))
     end_if_nobody_trains(run)

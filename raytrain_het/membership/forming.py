@@ -7,6 +7,7 @@ commit, and then answer.
 
 from __future__ import annotations
 
+from raytrain_het.membership import events
 from raytrain_het.membership.deaths import MAX_FRUITLESS_GENERATIONS
 from raytrain_het.membership.ending import fail, release_finished
 from raytrain_het.membership.issuing import issue_first, issue_next
@@ -56,7 +57,7 @@ def start(run: RunState, *, void: bool, reason: str, now: float, number: int = 0
         )
         return
     run.disturbed |= void
-    run.note("void" if void else "wanted", number=ahead.number, reason=reason)
+    run.note((events.Void if void else events.Wanted)(number=ahead.number, reason=reason))
     run.announce(Void(number=ahead.number) if void else Want(number=ahead.number))
     form_if_all_have_answered(run, now)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.membership import events
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.deaths import MAX_FRUITLESS_DEATHS
 from raytrain_het.membership.ending import fail, release, release_finished
@@ -33,7 +34,7 @@ def issue_first(run: RunState, reason: str) -> None:
             fail(run, str(error))
             return
         if run.table is not None:
-            run.note("table", **run.table.to_json())
+            run.note(events.TableIssued.of(run.table))
     run.next.number += 1
     run.next.reason = reason
     _issue(run, [], Succession())
@@ -57,7 +58,7 @@ def keep_table(run: RunState, reason: str) -> None:
     """No other table could be made, so that in force stays. Logged once."""
     if reason != run.table_kept:
         run.table_kept = reason
-        run.note("table_kept", reason=reason)
+        run.note(events.TableKept(reason=reason))
 
 
 def _heir(record: Record, staying: Sequence[Peer]) -> Member | None:
@@ -88,7 +89,7 @@ def _issue(run: RunState, staying: Sequence[Peer], after: Succession) -> None:
         _count_deaths(run, run.deaths.last_step(), peers)
         if not run.finished_slots:  # The run has not ended: the slots' next workers start from the last checkpoint.
             run.record, run.next.voided, run.first_hello = None, False, None
-            run.note("empty")
+            run.note(events.Empty())
         return
     # After a reset nobody is left to say in which step the last ones died.
     died_after = run.deaths.last_step() if after.base is None else after.base.step
@@ -147,8 +148,7 @@ def _next_record(run: RunState, peers: Sequence[Peer], base: _Base, behind: Lag)
 
 def _tell_members(run: RunState, record: Record, peers: Sequence[Peer]) -> None:
     """Send the record to its members, and let those in that were joining."""
-    run.note(
-        "formed",
+    formed = events.Formed(
         number=record.number,
         base=record.base,
         slots=[p.member.slot for p in peers],
@@ -158,6 +158,7 @@ def _tell_members(run: RunState, record: Record, peers: Sequence[Peer]) -> None:
         table=record.table,
         owners=[round(part, 4) for part in record.owners],
     )
+    run.note(formed)
     for peer in peers:
         if peer.phase is Phase.JOINING:
             peer.phase = Phase.IN
@@ -183,7 +184,7 @@ def _fit_table(run: RunState, peers: Sequence[Peer]) -> None:
         return
     if table is not None:
         run.table = table
-        run.note("table", **table.to_json())
+        run.note(events.TableIssued.of(table))
 
 
 def _count_deaths(run: RunState, base: int, peers: Sequence[Peer]) -> None:

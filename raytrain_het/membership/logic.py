@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from raytrain_het.balance.scoreboard import Table
 from raytrain_het.config import HetConfig
-from raytrain_het.membership import departures, forming, recovery, watching
+from raytrain_het.membership import departures, events, forming, recovery, watching
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.ending import fail, fail_as_replicas_differ
 from raytrain_het.membership.event_log import EventLog
@@ -94,7 +94,7 @@ class Membership:
         if record is not None:
             recovery.rejoin(run, peer, record, answered, now)
             return
-        run.note("joined", slot=member.slot, uid=uid, device=member.device, host=member.host)
+        run.note(events.Joined(slot=member.slot, uid=uid, device=member.device, host=member.host))
         if run.recovering:
             recovery.resume_if_all_are_there(run, now)
         elif run.record is None:
@@ -118,7 +118,7 @@ class Membership:
         run = self.run
         if slot not in run.vacant:
             run.vacant.add(slot)
-            run.note("vacant", slot=slot, reason=reason)
+            run.note(events.Vacant(slot=slot, reason=reason))
             if run.record is None and not run.recovering:
                 forming.begin_if_all_are_there(run)
 
@@ -180,7 +180,7 @@ class Membership:
     def follow(self, table: Table, now: float) -> None:
         """Shares and gradient weights come from this table from the next generation on."""
         self.run.table = table
-        self.run.note("table", **table.to_json())
+        self.run.note(events.TableIssued.of(table))
         forming.want(self.run, f"table {table.version}", now)
 
     def keep_table(self, reason: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.events import OfWorker
 from raytrain_het.membership.message_parts import Address, Known, Paths, Poison, Raise, ReplicaAudit, Told
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.whereabouts import Place
@@ -136,9 +137,9 @@ class Timing(ToHub, frozen=True, kw_only=True):
 
 
 class Event(ToHub, frozen=True, kw_only=True):
-    """For the run's log: an object with its ``kind``."""
+    """For the run's log."""
 
-    event: dict[str, Any]
+    event: OfWorker
 
 
 class Leave(ToHub, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raytrain_het.membership import events
 from raytrain_het.membership.departures import lose
 from raytrain_het.membership.forming import form_if_all_have_verified, let_finished_go, start
 from raytrain_het.membership.peers import Peer, Phase
@@ -56,7 +57,7 @@ def resume(run: RunState, record: Record, now: float) -> None:
     run.record, run.next.number = record, record.number
     run.table = table_of(record, codecs_chosen=run.config.compression_error is not None)
     run.disturbed = True
-    run.note("recovered", number=record.number)
+    run.note(events.Recovered(number=record.number))
     members = {m.uid for m in record.members}
     for peer in run.members():
         if peer.member.uid not in members:

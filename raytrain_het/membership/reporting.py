@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from raytrain_het.membership import audit, protocol
+from raytrain_het.membership import audit, events, protocol
 from raytrain_het.membership.logic import Membership
 from raytrain_het.membership.reports import Difference, ReportBook
 from raytrain_het.membership.status import fraction_of_aggregate
@@ -116,7 +116,7 @@ class Reporting:
         if text is None and (text := self.book.left_out()) is not None and core.run.disturbed:
             if not self._warned:
                 self._warned = True
-                core.run.log.note({"kind": "warning", "text": f"{text} This report is of those that called it."})
+                core.run.log.note(events.Warned(text=f"{text} This report is of those that called it."))
             return
         if text is not None and not self._misused:
             self._misused = True

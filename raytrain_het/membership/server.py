@@ -101,7 +101,7 @@ class Hub:
 
     def events(self, since: int) -> list[dict[str, Any]]:
         """Membership events with a sequence number of ``since`` or more."""
-        return self._call(lambda: self._switchboard.core.run.log.since(since))
+        return [e.to_json() for e in self._call(lambda: self._switchboard.core.run.log.since(since))]
 
     def status(self) -> RunStatus:
         """Who takes part and how far they are."""

@@ -18,13 +18,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from raytrain_het.balance.scoreboard import Table
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.deaths import Deaths
 from raytrain_het.membership.event_log import EventLog
+from raytrain_het.membership.events import Event
 from raytrain_het.membership.peers import Peer, Phase
 from raytrain_het.membership.protocol import ToMember
 from raytrain_het.membership.record import Record
@@ -191,7 +191,6 @@ class RunState:
         for peer in self.members():
             self.send(peer.member.uid, message)
 
-    def note(self, kind: str, **values: Any) -> None:
-        """Add to the run's log."""
-        generation = self.record.number if self.record else 0
-        self.log.note({"kind": kind, "generation": generation, **values})
+    def note(self, event: Event) -> None:
+        """Add to the run's log what happened to its members."""
+        self.log.note(event, generation=self.record.number if self.record else 0)

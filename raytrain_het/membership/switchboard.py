@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from raytrain_het.config import HetConfig
-from raytrain_het.membership import audit, protocol
+from raytrain_het.membership import audit, events, protocol
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.evaluation_book import EvaluationBook
 from raytrain_het.membership.last_groups import LastGroups
@@ -144,7 +144,7 @@ class Switchboard:
             case protocol.Timing() as m:
                 self._hear_times(slot, m)
             case protocol.Event() as m:
-                self.core.run.log.note({"slot": slot, **m.event})
+                self.core.run.log.note(m.event, slot=slot)
             case _:
                 self._hear_of_an_end(uid, slot, message)
 
@@ -221,12 +221,13 @@ class Switchboard:
 
     def settle(self) -> None:
         """Send what was decided, stamp what was logged, and see what follows for reports."""
-        for event in self.core.run.log.since(self._next_event):
-            event.setdefault("time", time.time())
-            if event["kind"] in ("lost", "evicted", "left", "finished", "raised"):
-                self._evaluations.forget(event["uid"])
-                if event["kind"] in ("lost", "evicted", "left"):
-                    self.reporting.forget(event["slot"])
+        for entry in self.core.run.log.since(self._next_event):
+            entry.time = time.time()
+            event = entry.event
+            if isinstance(event, events.Gone):
+                self._evaluations.forget(event.uid)
+                if not isinstance(event, events.Finished | events.Raised):
+                    self.reporting.forget(event.slot)
         self._next_event = self.core.run.log.next_seq
         self.send_all()
         if self.core.run.recovering:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from raytrain_het.membership import events
 from raytrain_het.membership.departures import go_on_without_finished, lose
 from raytrain_het.membership.ending import fail
 from raytrain_het.membership.forming import members_wait_for_answers
@@ -135,10 +136,10 @@ def _log_wait(run: RunState, holders: list[Peer], now: float) -> None:
     if now - waits.logged_at < LOG_AFTER_S:
         return
     waits.logged, waits.logged_at = places, now
-    run.note(
-        "waiting",
+    event = events.Waiting(
         slots=[p.member.slot for p in holders if not p.place.waits],
         waited_s=round(waited_s, 1),
         reason=where_all_are(holders),
         limit_s=run.config.hang_limit_s,
     )
+    run.note(event)

@@ -68,8 +68,11 @@ class Run:
     def slots(self) -> list[int]:
         return [m.slot for m in self.record.members]
 
+    def log(self) -> list[dict[str, Any]]:
+        return [entry.to_json() for entry in self.core.run.log.since(0)]
+
     def kinds(self) -> list[str]:
-        return [e["kind"] for e in self.core.run.log.since(0)]
+        return [e.event.kind for e in self.core.run.log.since(0)]
 
 
 def started(num_slots: int = 3, *, base: int = 0, **values: Any) -> Run:
@@ -370,7 +373,7 @@ def asked(run: Run, places: dict[str, Place], *, seconds: float, suspect: bool =
 def test_who_waits_itself_is_never_dropped_for_it_but_who_computes_is() -> None:
     run = started()
     asked(run, {"0-a": REPORTING, "1-a": IN_STEP, "2-a": COMPUTING}, seconds=HANG_LIMIT_S + 2, suspect=True)
-    evicted = [e for e in run.core.run.log.since(0) if e["kind"] == "evicted"]
+    evicted = [e for e in run.log() if e["kind"] == "evicted"]
     assert [(e["slot"], e["reason"]) for e in evicted] == [(2, "its peers waited 20 s for it; it was computing step 5")]
 
 
@@ -416,7 +419,7 @@ def test_waiting_is_no_deadlock_as_long_as_something_may_end_it(why: str) -> Non
         places["0-a"] = COMPUTING if why == "one computes" else IN_STEP
     asked(run, places, seconds=15.0)
     assert run.core.run.failure is None
-    (told,) = [e for e in run.core.run.log.since(0) if e["kind"] == "waiting"]
+    (told,) = [e for e in run.log() if e["kind"] == "waiting"]
     assert told["slots"] == ([0] if why == "one computes" else [])
     assert "worker 1: in step 5, waiting" in told["reason"]
 
@@ -728,7 +731,7 @@ def test_the_norm_of_what_is_lost_with_a_worker_is_told() -> None:
     run.core.progress("2-a", 3, 0.0)
     run.core.closed("1-a", 1.0)
     run.core.closed("2-a", 1.0)
-    assert [e.get("left_out") for e in run.core.run.log.since(0) if e["kind"] == "lost"] == [0.25, None]
+    assert [e.get("left_out") for e in run.log() if e["kind"] == "lost"] == [0.25, None]
 
 
 def test_the_last_holder_of_the_state_leaves_only_when_a_joiner_has_healed() -> None:
@@ -809,7 +812,7 @@ def test_no_generation_follows_a_raised_function() -> None:
     number = run.record.number
     run.core.closed("2-a", 0.0)
     run.core.slot_lost(2, "its process ended", 0.0)
-    assert run.core.run.log.since(0)[-1]["kind"] == "lost" and run.core.run.log.since(0)[-1]["expected"]
+    assert run.log()[-1]["kind"] == "lost" and run.log()[-1]["expected"]
     run.answer("0-a")
     run.hello(1, "b")
     assert run.record.number == number
