@@ -1,4 +1,4 @@
-"""From what workers take for their steps to the table that all of them follow: scores, shares, learning-rate scales."""
+"""From what workers take for their steps to the table that all of them follow: scores, shares, gradient weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from raytrain_het.balance.auto_compression import Choice, Compression
 from raytrain_het.balance.batch_shares import StepCost, apportion, balanced_shares, proportional_shares
-from raytrain_het.balance.gradient_weights import lr_scales, normalised_scores
+from raytrain_het.balance.gradient_weights import gradient_weights, normalised_scores
 from raytrain_het.balance.owner_shards import busiest_link_s, owner_parts
 from raytrain_het.balance.paths import Paths
 from raytrain_het.balance.profile import Profile
@@ -37,7 +36,8 @@ class Table:
     version: int
     scores: dict[int, float]
     """``p_i``, samples per second at an equal share, scaled to mean 1."""
-    lr_scales: dict[int, float]
+    gradient_weights: dict[int, float]
+    """``r_i``, see :mod:`raytrain_het.balance.gradient_weights`."""
     shares: dict[int, int]
     """Samples of a full global batch."""
     predicted_step_s: float | None
@@ -64,10 +64,6 @@ class Table:
     def unhurried_s(self) -> float:
         """A link may be busy for so long in a step in any case."""
         return LINK_PART * (self.predicted_step_s or 0.0)
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dictionary that survives JSON."""
-        return dataclasses.asdict(self)
 
 
 class Scoreboard:
@@ -123,7 +119,8 @@ class Scoreboard:
         force fits, or too little is known.
 
         Raises:
-            ConfigError, ValueError: the policy fails or needs what was not measured, or its scores or scales are none.
+            ConfigError, ValueError: the policy fails or needs what was not measured, or it gives no valid
+                score or gradient weight.
         """
         slots = sorted(slots)
         came = [s for s in slots if self.table is None or s not in self.table.shares or s in self._speeds.changed]
@@ -299,7 +296,7 @@ class Scoreboard:
         self.table = Table(
             version=self.table.version + 1 if self.table is not None else 1,
             scores=scores,
-            lr_scales=lr_scales(scores, self.config.alpha),
+            gradient_weights=gradient_weights(scores, self.config.alpha),
             shares=shares,
             predicted_step_s=step_s,
             reason=reason,

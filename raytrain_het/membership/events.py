@@ -8,6 +8,7 @@ they stay.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import msgspec
@@ -136,6 +137,7 @@ class TableIssued(Event, frozen=True, kw_only=True, tag="table"):
     version: int
     scores: dict[int, float]
     lr_scales: dict[int, float]
+    """The gradient weights."""
     shares: dict[int, int]
     predicted_step_s: float | None
     reason: str
@@ -146,7 +148,8 @@ class TableIssued(Event, frozen=True, kw_only=True, tag="table"):
     @classmethod
     def of(cls, table: Table) -> TableIssued:
         """The event of this table."""
-        return cls(**table.to_json())
+        fields = dataclasses.asdict(table)
+        return cls(lr_scales=fields.pop("gradient_weights"), **fields)
 
 
 class TableKept(Event, frozen=True, kw_only=True):

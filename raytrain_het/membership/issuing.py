@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.membership import events
@@ -11,18 +10,11 @@ from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.deaths import MAX_FRUITLESS_DEATHS
 from raytrain_het.membership.ending import fail, release, release_finished
 from raytrain_het.membership.message_parts import Poison
-from raytrain_het.membership.peers import Lag, Peer, Phase, Succession, lag, succession
+from raytrain_het.membership.next_record import Base, next_record
+from raytrain_het.membership.peers import Peer, Phase, Succession, lag, succession
 from raytrain_het.membership.protocol import Formed
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.state import RunState
-from raytrain_het.membership.tables import (
-    codecs_of,
-    hierarchy_of,
-    lr_scales_of,
-    owners_of,
-    shares_of,
-    speeds_of,
-)
 
 
 def issue_first(run: RunState, reason: str) -> None:
@@ -71,17 +63,6 @@ def _heir(record: Record, staying: Sequence[Peer]) -> Member | None:
     return min(heirs, key=lambda m: (shares.get(m.uid, 0) == 0, m.slot), default=None)
 
 
-@dataclass(frozen=True)
-class _Base:
-    """What all members of a generation go on from."""
-
-    cursor: Cursor
-    source: str
-    """Uid of the member that holds this state."""
-    reset: bool
-    """Whether no member holds a state, so that all load the checkpoint or begin anew."""
-
-
 def _issue(run: RunState, staying: Sequence[Peer], after: Succession) -> None:
     """Issue the record of a generation of those that stay and all that are joining."""
     peers = sorted([*staying, *run.joining()], key=lambda p: p.member.slot)
@@ -102,48 +83,17 @@ def _issue(run: RunState, staying: Sequence[Peer], after: Succession) -> None:
     _fit_table(run, peers)
     if run.record is not None and base.cursor.step > run.record.base:
         run.deaths.links_hold()
-    run.record = _next_record(run, peers, base, behind)
+    run.record = next_record(run, peers, base, behind)
     _tell_members(run, run.record, peers)
 
 
-def _base(run: RunState, peers: Sequence[Peer], after: Succession) -> _Base:
+def _base(run: RunState, peers: Sequence[Peer], after: Succession) -> Base:
     if after.base is not None and after.source is not None:
-        return _Base(after.base, after.source.member.uid, reset=False)
+        return Base(after.base, after.source.member.uid, reset=False)
     cursor = run.checkpoint_cursor if run.checkpoint else Cursor()
     for peer in peers:
         peer.healed, peer.fresh, peer.cursor = True, False, cursor
-    return _Base(cursor, peers[0].member.uid, reset=True)
-
-
-def _next_record(run: RunState, peers: Sequence[Peer], base: _Base, behind: Lag) -> Record:
-    config, table, number, previous = run.config, run.table, run.next.number, run.record
-    members = tuple(p.member for p in peers)
-    same_group = previous is not None and not run.next.voided and not base.reset and previous.members == members
-    speeds = speeds_of(table, peers)
-    return Record(
-        number=number,
-        incarnation=run.incarnation,
-        group=previous.group if previous is not None and same_group else f"{run.incarnation}.{number}",
-        life=run.incarnation // 1_000_000 + number if previous is None or base.reset else previous.life,
-        members=members,
-        shares=shares_of(table, config.given_shares, peers),
-        lr_scales=lr_scales_of(table, peers),
-        normalised=config.lr_scale_normalisation == "mean",
-        table=table.version if table else 0,
-        speeds=speeds,
-        owners=owners_of(table, speeds, peers),
-        codecs=codecs_of(table, config.codecs_for(run.context.num_slots), peers),
-        hierarchy=hierarchy_of(table, config.given_hierarchy),
-        cursor=base.cursor,
-        source=base.source,
-        behind=behind.behind,
-        unhealed=behind.unhealed,
-        fresh=behind.fresh,
-        reset=base.reset,
-        checkpoint=run.checkpoint if base.reset else None,
-        backend=config.backend,
-        reason=run.next.reason,
-    )
+    return Base(cursor, peers[0].member.uid, reset=True)
 
 
 def _tell_members(run: RunState, record: Record, peers: Sequence[Peer]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from raytrain_het.membership import events
 from raytrain_het.membership.departures import lose
 from raytrain_het.membership.forming import form_if_all_have_verified, let_finished_go, start
+from raytrain_het.membership.next_record import table_of
 from raytrain_het.membership.peers import Peer, Phase
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.state import Restart, RunState
-from raytrain_het.membership.tables import table_of
 
 RECOVERY_GRACE_S = 10.0
 """A restarted hub waits for the members of the newest record for so long."""

@@ -86,7 +86,7 @@ def status(run: RunState, tables: TableKeeper, stats: dict[int, tuple[str, Stats
 
 
 def _effective_batch_size(record: Record, samples: dict[int, int]) -> float:
-    return effective_batch_size(list(samples.values()), record.lr_scales, normalised=record.normalised)
+    return effective_batch_size(list(samples.values()), record.gradient_weights, normalised=record.normalised)
 
 
 def _of_peer(peer: Peer, record: Record | None) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _of_peer(peer: Peer, record: Record | None) -> dict[str, Any]:
         "healed": peer.healed,
         "phase": peer.phase.value,
         "share": record.shares[rank] / total if record and rank is not None and total else 0.0,
-        "lr_scale": record.lr_scales[rank] if record and rank is not None else None,
+        "lr_scale": record.gradient_weights[rank] if record and rank is not None else None,
         "codec": record.codecs[rank] if record and rank is not None else None,
     }
 

@@ -104,7 +104,7 @@ def test_a_scoreboard_issues_the_choice_with_shares_and_scores_as_they_are():
         table = table or board.better(range(3), dict.fromkeys(range(3), 4))
     assert table is not None
     assert table.codecs == codecs("topk", range(3))
-    assert table.shares == dict.fromkeys(range(3), 4) and set(table.lr_scales.values()) == {1.0}
+    assert table.shares == dict.fromkeys(range(3), 4) and set(table.gradient_weights.values()) == {1.0}
     now = dict.fromkeys(range(3), 4)
     assert board.expected_samples_per_s(now) == pytest.approx(12 / 0.05)  # What messages took before says nothing now.
 

@@ -545,7 +545,7 @@ def test_a_restart_with_all_members_back_changes_nothing() -> None:
 TABLE = Table(
     version=4,
     scores={0: 1.5, 1: 1.0, 2: 0.5},
-    lr_scales={0: 0.8, 1: 1.0, 2: 1.3},
+    gradient_weights={0: 0.8, 1: 1.0, 2: 1.3},
     shares={0: 7, 1: 5, 2: 0},
     predicted_step_s=1.0,
     reason="a test",
@@ -595,7 +595,7 @@ def test_a_restarted_actor_goes_on_with_the_table_in_force() -> None:
     run.answer("0-a", "1-a", "2-a", step=5)
     after = run.record
     assert after.number == 3
-    for name in ("table", "shares", "lr_scales", "speeds", "owners", "life"):
+    for name in ("table", "shares", "gradient_weights", "speeds", "owners", "life"):
         assert getattr(after, name) == getattr(before, name), name
 
 

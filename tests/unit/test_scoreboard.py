@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from raytrain_het.balance.batch_shares import StepCost, balanced_shares, slowest_s
-from raytrain_het.balance.gradient_weights import effective_batch_size, lr_scales, normalised_scores
+from raytrain_het.balance.gradient_weights import effective_batch_size, gradient_weights, normalised_scores
 from raytrain_het.balance.profile import Measurement, Profile
 from raytrain_het.balance.scoreboard import Scoreboard
 from raytrain_het.balance.speeds import Speeds
@@ -466,7 +466,7 @@ def test_given_shares_and_no_alpha_need_no_first_table() -> None:
     table = board_of(profile(1), profile(3), shares=None, alpha=1.0).fitting([0, 1])
     assert table is not None
     assert table.shares == {0: 50, 1: 50}
-    assert table.lr_scales[0] / table.lr_scales[1] == pytest.approx(3.0)
+    assert table.gradient_weights[0] / table.gradient_weights[1] == pytest.approx(3.0)
 
 
 def test_a_first_table_tells_of_the_shares_that_were_given() -> None:
@@ -481,7 +481,7 @@ def test_a_policy_gives_scores_beside_given_shares_and_without_alpha() -> None:
     table = board.fitting([0, 1])
     assert table is not None
     assert table.shares == {0: 75, 1: 25}
-    assert table.lr_scales == {0: 1.0, 1: 1.0}
+    assert table.gradient_weights == {0: 1.0, 1: 1.0}
     assert board.scores([0, 1]) == pytest.approx({0: 0.5, 1: 1.5})
 
 
@@ -492,36 +492,36 @@ def test_alpha_makes_a_table_where_shares_stay() -> None:
     table = fleet.board.table
     assert table is not None
     assert table.shares == {0: 50, 1: 50}
-    assert table.lr_scales[1] / table.lr_scales[0] == pytest.approx(4.0)
+    assert table.gradient_weights[1] / table.gradient_weights[0] == pytest.approx(4.0)
     assert fleet.changes == 1
 
 
-def test_learning_rate_scales_and_effective_batch_sizes_are_as_designed() -> None:
+def test_gradient_weights_and_effective_batch_sizes_are_as_designed() -> None:
     speeds = {0: 4.0, 1: 2.0, 2: 1.0, 3: 1.0}
-    assert lr_scales(speeds, 0.0) == dict.fromkeys(speeds, 1.0)
+    assert gradient_weights(speeds, 0.0) == dict.fromkeys(speeds, 1.0)
     shares = [512, 256, 128, 128]
     for alpha, part in ((0.0, 1.0), (0.5, 0.92), (-0.5, 0.92), (1.0, 0.73)):
-        scales = lr_scales(speeds, alpha)
-        assert effective_batch_size(shares, [scales[i] for i in range(4)]) / 1024 == pytest.approx(part, abs=0.02)
+        weights = gradient_weights(speeds, alpha)
+        assert effective_batch_size(shares, [weights[i] for i in range(4)]) / 1024 == pytest.approx(part, abs=0.02)
     assert sum(normalised_scores(speeds).values()) == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("score", [0.0, -1.0, math.nan, math.inf])
 def test_a_score_that_is_none_names_its_worker(score: float) -> None:
     with pytest.raises(ValueError, match="worker 7"):
-        lr_scales({1: 1.0, 7: score}, 0.5)
+        gradient_weights({1: 1.0, 7: score}, 0.5)
     with pytest.raises(ValueError, match="alpha=nan"):
-        lr_scales({1: 1.0}, math.nan)
+        gradient_weights({1: 1.0}, math.nan)
 
 
 def test_an_alpha_beyond_what_a_number_holds_is_refused_with_the_worker() -> None:
     with pytest.raises(ValueError, match=r"alpha=500.*worker 0"):
-        lr_scales({0: 0.1, 1: 1.9}, 500)
+        gradient_weights({0: 0.1, 1: 1.9}, 500)
     with pytest.raises(ValueError, match=r"alpha=-2000.*worker 0"):
-        lr_scales({0: 0.1, 1: 1.9}, -2000)
+        gradient_weights({0: 0.1, 1: 1.9}, -2000)
     with pytest.raises(ValueError, match=r"alpha=1000 .*worker 0.*single precision"):
-        lr_scales({0: 0.77, 1: 1.23}, 1000)
-    assert lr_scales({0: 0.1, 1: 1.9}, 8) == pytest.approx({0: 1e8, 1: 1.9**-8})
+        gradient_weights({0: 0.77, 1: 1.23}, 1000)
+    assert gradient_weights({0: 0.1, 1: 1.9}, 8) == pytest.approx({0: 1e8, 1: 1.9**-8})
     assert effective_batch_size([50, 50], [1e200, 1e-200]) == pytest.approx(50)
 
 
