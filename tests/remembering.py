@@ -7,6 +7,7 @@ import torch
 from raytrain_het.allreduce.codecs import Codec, Stamp, State
 from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.codec_options import CODECS, CodecEntry
+from raytrain_het.config import HetConfig
 
 
 class Counting(Codec):
@@ -37,3 +38,10 @@ class Counting(Codec):
 
     def decode(self, payload: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(payload.view(out.dtype))
+
+
+class CountingConfig(HetConfig):
+    """Settings of a run whose workers all use this codec, which a job cannot name."""
+
+    def codecs_for(self, num_workers: int) -> tuple[str, ...]:
+        return (Counting.name,) * num_workers

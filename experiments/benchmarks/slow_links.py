@@ -202,7 +202,7 @@ class Switch:
                 Table(
                     version=before.version + 1 if before else 1,
                     scores=before.scores if before else equal,
-                    lr_scales=equal,
+                    gradient_weights=equal,
                     shares=dict.fromkeys(slots, 1),
                     predicted_step_s=None,
                     reason="a benchmark",

@@ -333,7 +333,7 @@ def _record(size: int, codec: str) -> Record:
         group="ddp",
         members=members,
         shares=ones,
-        lr_scales=ones,
+        gradient_weights=ones,
         normalised=True,
         table=0,
         owners=ones,

@@ -17,7 +17,7 @@ import torch
 from raytrain_het.allreduce.reducers import SendBuffer
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.membership.cursor import Cursor
-from raytrain_het.membership.protocol import Paths
+from raytrain_het.membership.message_parts import Paths
 from raytrain_het.membership.record import Record
 
 SendBuffers = Sequence[list[SendBuffer] | None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from raytrain_het.allreduce.reducers import Reducer
-from raytrain_het.membership.protocol import Paths
+from raytrain_het.membership.message_parts import Paths
 
 LOOK_AGAIN_S = 0.5
 

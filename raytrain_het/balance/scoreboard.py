@@ -1,23 +1,23 @@
-"""From what workers take for their steps to the table that all of them follow: scores, shares, learning-rate scales."""
+"""From what workers take for their steps to the table that all of them follow: scores, shares, gradient weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from raytrain_het.balance.auto_compression import Compression
+from raytrain_het.balance.auto_compression import Choice, Compression
 from raytrain_het.balance.batch_shares import StepCost, apportion, balanced_shares, proportional_shares
-from raytrain_het.balance.gradient_weights import lr_scales, normalised_scores
+from raytrain_het.balance.gradient_weights import gradient_weights, normalised_scores
 from raytrain_het.balance.owner_shards import busiest_link_s, owner_parts
 from raytrain_het.balance.paths import Paths
 from raytrain_het.balance.profile import Profile
 from raytrain_het.balance.scores import Policy
 from raytrain_het.balance.scores import scores as scores_by
 from raytrain_het.balance.speeds import Speeds, slowest
+from raytrain_het.config import HetConfig
 
 MIN_GAIN = 0.02
 """A new table has to promise a step that is shorter by this part, and by as much as the estimates may be off."""
@@ -36,7 +36,8 @@ class Table:
     version: int
     scores: dict[int, float]
     """``p_i``, samples per second at an equal share, scaled to mean 1."""
-    lr_scales: dict[int, float]
+    gradient_weights: dict[int, float]
+    """``r_i``, see :mod:`raytrain_het.balance.gradient_weights`."""
     shares: dict[int, int]
     """Samples of a full global batch."""
     predicted_step_s: float | None
@@ -64,36 +65,21 @@ class Table:
         """A link may be busy for so long in a step in any case."""
         return LINK_PART * (self.predicted_step_s or 0.0)
 
-    def to_json(self) -> dict[str, Any]:
-        """A plain dictionary that survives JSON."""
-        return dataclasses.asdict(self)
-
 
 class Scoreboard:
     """Observations in, tables out: a first one, one that fits who has come, and one that is better.
 
     Args:
-        alpha: exponent of the learning-rate scale ``p_i^-alpha``.
-        balance: whether shares follow the measured speeds; else only scores come from here.
-        shares: the relative shares by slot that are followed instead; None is equal ones.
-        spares: whether a worker that costs more than it gives may be held at a share of 0.
-        policy: how a profile becomes a score (:mod:`raytrain_het.balance.scores`). With ``train_step`` shares balance
-            the step times; with any other they are in proportion to the scores.
+        config: the run's settings. With ``shares="auto"`` shares follow the measured speeds: with the score policy
+            ``train_step`` they balance the step times, with any other they are in proportion to the scores. With given
+            shares only scores and gradient weights come from here.
         compression: chooses codecs; None where they are given.
     """
 
-    def __init__(
-        self,
-        *,
-        alpha: float = 0.0,
-        balance: bool = True,
-        shares: Sequence[float] | None = None,
-        spares: bool = False,
-        policy: str | Policy = "train_step",
-        compression: Compression | None = None,
-    ) -> None:
-        self.compression = compression
-        self.alpha, self.balance, self.given, self.spares, self.policy = alpha, balance, shares, spares, policy
+    def __init__(self, config: HetConfig, compression: Compression | None = None) -> None:
+        self.config, self.compression = config, compression
+        self._balances = config.shares == "auto"
+        self._by_steps = config.score_policy == "train_step"
         self.table: Table | None = None
         self.global_batch_size = 0
         self._speeds, self._paths = Speeds(), Paths()
@@ -133,15 +119,16 @@ class Scoreboard:
         force fits, or too little is known.
 
         Raises:
-            ConfigError, ValueError: the policy fails or needs what was not measured, or its scores or scales are none.
+            ConfigError, ValueError: the policy fails or needs what was not measured, or it gives no valid
+                score or gradient weight.
         """
         slots = sorted(slots)
         came = [s for s in slots if self.table is None or s not in self.table.shares or s in self._speeds.changed]
-        wanted = self.balance or self.alpha != 0 or self.policy != "train_step"
+        wanted = self._balances or self.config.alpha != 0 or not self._by_steps
         if not came or not wanted or self.global_batch_size < len(slots):
             return None
-        if self.policy != "train_step":
-            return self._from_profiles(slots, self.policy, "from the score policy")
+        if not self._by_steps:
+            return self._from_profiles(slots, self.config.score_policy, "from the score policy")
         self._speeds.take_in()
         costs = self._speeds.costs(slots)
         if self.table is None:
@@ -152,7 +139,7 @@ class Scoreboard:
         if len(costs) < len(slots):
             return None
         reason = f"worker {', '.join(map(str, came))} has come"
-        return self._from_costs({s: costs[s] for s in slots}, reason, spares=self.spares)
+        return self._from_costs({s: costs[s] for s in slots}, reason, spares=self.config.warm_spares)
 
     def better(self, slots: Iterable[int], shares: Mapping[int, int]) -> Table | None:
         """A table that is worth a change; None if there is none.
@@ -169,18 +156,17 @@ class Scoreboard:
         if len(costs) < len(slots) or seen < NUM_NEEDED or self.global_batch_size < len(slots):
             return None
         now = {slot: shares.get(slot, 0) for slot in slots}
-        by_steps = self.policy == "train_step"
-        best = self._balanced(costs, spares=self.spares) if self.balance and by_steps else now
+        best = self._balanced(costs, spares=self.config.warm_spares) if self._balances and self._by_steps else now
         self._speeds.judge_round(costs, now)
         besides_s = self._speeds.besides_s  # It stays, whatever the shares.
         before, after = slowest(costs, now) + besides_s, slowest(costs, best) + besides_s
         scores = self._scores_of(costs)
-        if not by_steps and self.table is not None:
+        if not self._by_steps and self.table is not None:
             scores = {slot: self.table.scores.get(slot, 1.0) for slot in slots}
         if after < (1 - MIN_GAIN - self._speeds.uncertainty(slots)) * before:
             reason = f"a step of {1000 * before:.4g} ms becomes one of {1000 * after:.4g} ms"
             return self._issue(scores, best, reason + _spares(best), step_s=after, besides_s=besides_s)
-        if self.alpha != 0 and by_steps and (self.table is None or self._moved(scores, self.table.scores)):
+        if self.config.alpha != 0 and self._by_steps and (self.table is None or self._moved(scores, self.table.scores)):
             reason = "scores are known now" if self.table is None else "scores have changed"
             return self._issue(scores, now, reason, step_s=before, besides_s=besides_s)
         other_codecs = self._other_codecs(scores, now, compute_s=before - besides_s, besides_s=besides_s)
@@ -216,8 +202,7 @@ class Scoreboard:
             step_s=choice.step_s,
             besides_s=choice.step_s - compute_s,
             links_s=choice.links_s if max(choice.links_s.values()) > LINK_PART * choice.step_s else {},
-            codecs=choice.codecs,
-            hierarchy=choice.by_machine,
+            choice=choice,
         )
 
     def _of_links(
@@ -268,13 +253,13 @@ class Scoreboard:
         if len(profiles) < len(slots):
             return None
         scores = scores_by(profiles, policy)
-        shares = self._in_proportion(scores) if self.balance else self._given(slots)
+        shares = self._in_proportion(scores) if self._balances else self._given(slots)
         return self._issue(scores, shares, reason)
 
     def _from_costs(self, costs: Mapping[int, StepCost], reason: str, *, spares: bool = False) -> Table:
-        shares = self._balanced(costs, spares=spares) if self.balance else self._given(list(costs))
+        shares = self._balanced(costs, spares=spares) if self._balances else self._given(list(costs))
         step_s = slowest(costs, shares) + self._besides_s
-        reason = reason + _spares(shares) if self.balance else reason
+        reason = reason + _spares(shares) if self._balances else reason
         return self._issue(self._scores_of(costs), shares, reason, step_s=step_s, besides_s=self._besides_s)
 
     def _issue(
@@ -286,20 +271,32 @@ class Scoreboard:
         step_s: float | None = None,
         besides_s: float = 0.0,
         links_s: Mapping[int, float] | None = None,
-        codecs: Mapping[int, str] | None = None,
-        hierarchy: bool | None = None,
+        choice: Choice | None = None,
     ) -> Table:
+        """Put a table in force.
+
+        Args:
+            scores: by slot.
+            shares: by slot, samples of a full global batch.
+            reason: why, for people.
+            step_s: what a whole step will take; None where it is not known.
+            besides_s: what of this is not the slowest worker's own time.
+            links_s: seconds for a whole gradient over each link; None: those of the last table, as they are by now.
+            choice: new codecs; None: those of the last table.
+        """
         before = self.table.links_s if self.table is not None else {}
-        if codecs is None:
-            codecs = self.table.codecs if self.table is not None else {}
-        if hierarchy is None:
-            hierarchy = self.table is not None and self.table.hierarchy
+        if choice is not None:
+            codecs, hierarchy = choice.codecs, choice.by_machine
+        elif self.table is not None:
+            codecs, hierarchy = self.table.codecs, self.table.hierarchy
+        else:
+            codecs, hierarchy = {}, False
         if before and links_s is None:  # They matter: as they are by now.
             links_s = self._of_links(self._paths.links_s, scores) or before
         self.table = Table(
             version=self.table.version + 1 if self.table is not None else 1,
             scores=scores,
-            lr_scales=lr_scales(scores, self.alpha),
+            gradient_weights=gradient_weights(scores, self.config.alpha),
             shares=shares,
             predicted_step_s=step_s,
             reason=reason,
@@ -322,7 +319,7 @@ class Scoreboard:
         return dict(zip(scores, shares, strict=True))
 
     def _given(self, slots: list[int]) -> dict[int, int]:
-        given = self.given or (1.0,)
+        given = self.config.given_shares or (1.0,)
         mean = sum(given) / len(given)
         weights = [given[slot] if slot < len(given) else mean for slot in slots]
         equal = [1.0] * len(slots)
@@ -332,7 +329,7 @@ class Scoreboard:
 
     def scores(self, slots: Collection[int]) -> dict[int, float]:
         """``p_i`` of those that have been seen, with mean 1."""
-        if self.policy != "train_step":
+        if not self._by_steps:
             return {slot: p for slot, p in self.table.scores.items() if slot in slots} if self.table else {}
         return self._scores_of(self._speeds.costs(slots))
 

@@ -13,8 +13,8 @@ import msgspec
 
 from raytrain_het.errors import EvictedError, HetError, ReplicaMismatchError, RunFailedError
 from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.message_parts import Address, Known, Told
 from raytrain_het.membership.protocol import (
-    Address,
     Answer,
     Bye,
     Checkpoint,
@@ -25,7 +25,6 @@ from raytrain_het.membership.protocol import (
     Failed,
     Formed,
     Hello,
-    Known,
     Meet,
     Message,
     Mismatch,
@@ -34,7 +33,6 @@ from raytrain_het.membership.protocol import (
     Pong,
     Reply,
     Suspect,
-    Told,
     ToMember,
     Void,
     Waiting,

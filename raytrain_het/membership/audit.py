@@ -1,18 +1,4 @@
-"""Whether replicas are the same: pure comparison of what members have said of theirs.
-
-An *audit* is what one member says of a part of its replica at one step, a plain dictionary:
-
-``kind``
-    what its arithmetic depends on (device, processor, threads, torch). Between members of one kind everything has to
-    be the same to the bit; between others tensors may differ by rounding.
-``numbers``
-    [name, value] of settings, flags and registered numbers.
-``tensors``
-    [name, digest] of its tensors, or of a piece of one.
-``samples``
-    by name: some of a tensor's values, and by how much they have changed since all had the same (null where that is not
-    known).
-"""
+"""Whether replicas are the same: pure comparison of what members have said of theirs."""
 
 from __future__ import annotations
 
@@ -21,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Audit = Mapping[str, Any]
+from raytrain_het.membership.message_parts import ReplicaAudit
+from raytrain_het.membership.protocol import Audit
 
 ROUNDING = 1e-5
 """So much, relative to a tensor's largest sample, unlike machines may differ by rounding alone."""
@@ -30,7 +17,7 @@ PART_OF_UPDATES = 0.02
 size as the update."""
 
 
-def difference(audits: Mapping[int, Audit]) -> str | None:
+def difference(audits: Mapping[int, ReplicaAudit]) -> str | None:
     """The first thing that is not the same on all members, in words; None where everything is.
 
     Args:
@@ -39,15 +26,15 @@ def difference(audits: Mapping[int, Audit]) -> str | None:
     return _other_number(audits) or _other_tensor(audits)
 
 
-def _other_number(audits: Mapping[int, Audit]) -> str | None:
-    unlike = len({a["kind"] for a in audits.values()}) > 1
-    for name in _names(dict(a["numbers"]) for a in audits.values()):
-        values = {slot: dict(map(tuple, a["numbers"])).get(name, "missing") for slot, a in audits.items()}
+def _other_number(audits: Mapping[int, ReplicaAudit]) -> str | None:
+    unlike = len({a.kind for a in audits.values()}) > 1
+    for name in _names(dict(a.numbers) for a in audits.values()):
+        values = {slot: dict(a.numbers).get(name, "missing") for slot, a in audits.items()}
         first = next(iter(values.values()))
         if all(v == first or v != v and first != first or unlike and _close(v, first) for v in values.values()):
             continue
-        told = ", ".join(f"{value!r} on worker {slot}" for slot, value in sorted(values.items()))
-        return f"{name} is {told}"
+        listed = ", ".join(f"{value!r} on worker {slot}" for slot, value in sorted(values.items()))
+        return f"{name} is {listed}"
     return None
 
 
@@ -55,9 +42,9 @@ def _close(a: Any, b: Any) -> bool:
     return isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-9)
 
 
-def _other_tensor(audits: Mapping[int, Audit]) -> str | None:
-    tensors = {slot: dict(map(tuple, a["tensors"])) for slot, a in audits.items()}
-    kinds = {slot: a["kind"] for slot, a in audits.items()}
+def _other_tensor(audits: Mapping[int, ReplicaAudit]) -> str | None:
+    tensors = {slot: dict(a.tensors) for slot, a in audits.items()}
+    kinds = {slot: a.kind for slot, a in audits.items()}
     for name in _names(tensors.values()):
         missing = [slot for slot in audits if name not in tensors[slot]]
         if missing:
@@ -71,12 +58,12 @@ def _other_tensor(audits: Mapping[int, Audit]) -> str | None:
     return None
 
 
-def _far_apart(name: str, audits: Mapping[int, Audit]) -> str | None:
+def _far_apart(name: str, audits: Mapping[int, ReplicaAudit]) -> str | None:
     """Of members of unlike kinds: whether they differ by more than rounding."""
-    told = {slot: a["samples"][name] for slot, a in audits.items() if name in a["samples"]}
-    slots = sorted(told)
+    sampled = {slot: a.samples[name] for slot, a in audits.items() if name in a.samples}
+    slots = sorted(sampled)
     for other in slots[1:]:
-        (one, moved), (two, moved_too) = told[slots[0]], told[other]
+        (one, moved), (two, moved_too) = sampled[slots[0]], sampled[other]
         largest = max((abs(v) for v in (*one, *two) if math.isfinite(v)), default=0.0)
         update = max(moved, moved_too) if moved is not None and moved_too is not None else largest
         bound = PART_OF_UPDATES * update + ROUNDING * largest
@@ -153,13 +140,13 @@ class AuditBook:
 
     def __init__(self) -> None:
         self._claims: dict[str, tuple[int, Any]] = {}
-        self._open: dict[tuple[int, int, int], dict[int, Audit]] = {}
+        self._open: dict[tuple[int, int, int], dict[int, ReplicaAudit]] = {}
 
-    def add(self, slot: int, message_: Mapping[str, Any], expected: Iterable[int]) -> str | None:
+    def add(self, slot: int, said: Audit, expected: Iterable[int]) -> str | None:
         """A member's audit. Returns what differs, once all expected slots have given theirs."""
-        key = (message_["generation"], message_["step"], message_["part"])
+        key = (said.generation, said.step, said.part)
         audits = self._open.setdefault(key, {})
-        audits[slot] = message_["audit"]
+        audits[slot] = said.audit
         if not set(expected) <= audits.keys():
             return None
         self._open = {k: v for k, v in self._open.items() if k > key}

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
 
 from raytrain_het.membership.merging import exact_sum
-from raytrain_het.membership.protocol import Raise
+from raytrain_het.membership.message_parts import Raise
+from raytrain_het.membership.protocol import Evaluate, Reply
 
 MAX_EVALUATIONS = 16
 """So many of the last evaluations are remembered, for workers that ask late."""
+
+
+@dataclass
+class _Evaluation:
+    num_chunks: int
+    results: dict[int, dict[str, float]] = field(default_factory=dict)
+    """By chunk, sums over its samples."""
+    given: dict[int, str] = field(default_factory=dict)
+    """By chunk, the uid of the worker that computes it."""
+    error: Raise | None = None
 
 
 class EvaluationBook:
@@ -20,43 +31,44 @@ class EvaluationBook:
     """
 
     def __init__(self) -> None:
-        self._runs: dict[str, dict[str, Any]] = {}
+        self._evaluations: dict[str, _Evaluation] = {}
 
-    def next(
-        self,
-        key: str,
-        num_chunks: int,
-        uid: str,
-        result: tuple[int, dict[str, float]] | None,
-        error: Raise | None = None,
-    ) -> dict[str, Any]:
-        """Take a finished chunk's result, or what it raised, and give what is to be replied: ``chunk``, ``sums`` or
-        ``error``, or nothing yet."""
-        if key not in self._runs:
-            for old in list(self._runs)[: -MAX_EVALUATIONS + 1]:
-                del self._runs[old]
-        run = self._runs.setdefault(key, {"results": {}, "given": {}, "num_chunks": num_chunks, "error": None})
-        if result is not None:
-            chunk, sums = result
-            run["results"].setdefault(chunk, sums)
-            run["error"] = run["error"] or _other_names(run["results"], chunk)
-        run["error"] = run["error"] or error
-        self.forget(uid)  # Whoever asks is at no chunk any more, even if an answer to it was lost.
-        if run["error"] is not None:
-            return {"error": run["error"]}
-        if len(run["results"]) >= run["num_chunks"]:
-            chunks = [run["results"][c] for c in range(run["num_chunks"])]
-            return {"sums": {n: exact_sum(c[n] for c in chunks) for n in chunks[0]}}
-        for chunk in range(run["num_chunks"]):
-            if chunk not in run["results"] and chunk not in run["given"]:
-                run["given"][chunk] = uid
-                return {"chunk": chunk}
-        return {}
+    def next(self, key: str, uid: str, question: Evaluate) -> Reply:
+        """Take what a worker has found in a chunk, or what it raised, and give it the next chunk to compute.
+
+        Args:
+            key: names the evaluation, in all of the run's lives.
+            uid: the worker's.
+            question: its message.
+
+        Returns:
+            A chunk, the sums once all chunks are done, the error that has ended the evaluation, or nothing yet.
+        """
+        if key not in self._evaluations:
+            for old in list(self._evaluations)[: -MAX_EVALUATIONS + 1]:
+                del self._evaluations[old]
+        now = self._evaluations.setdefault(key, _Evaluation(question.num_chunks))
+        if question.result is not None:
+            chunk, sums = question.result
+            now.results.setdefault(chunk, sums)
+            now.error = now.error or _other_names(now.results, chunk)
+        now.error = now.error or question.error
+        self.forget(uid)  # A worker that asks is at no chunk any more, even if an answer to it was lost.
+        if now.error is not None:
+            return Reply(id=question.id, error=now.error)
+        if len(now.results) >= now.num_chunks:
+            chunks = [now.results[c] for c in range(now.num_chunks)]
+            return Reply(id=question.id, sums={n: exact_sum(c[n] for c in chunks) for n in chunks[0]})
+        for chunk in range(now.num_chunks):
+            if chunk not in now.results and chunk not in now.given:
+                now.given[chunk] = uid
+                return Reply(id=question.id, chunk=chunk)
+        return Reply(id=question.id)
 
     def forget(self, uid: str) -> None:
         """A worker is at nothing, or gone: its chunks are free again."""
-        for run in self._runs.values():
-            run["given"] = {c: u for c, u in run["given"].items() if u != uid}
+        for evaluation in self._evaluations.values():
+            evaluation.given = {c: u for c, u in evaluation.given.items() if u != uid}
 
 
 def _other_names(results: dict[int, dict[str, float]], chunk: int) -> Raise | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from raytrain_het.membership.protocol import Report
 
 REDUCTIONS = ("mean", "sum", "max", "min")
 
@@ -45,7 +47,7 @@ def is_averaged(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def reduce_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def reduce_metrics(parts: Sequence[Report]) -> dict[str, Any]:
     """Merge the workers' metrics, the parts in the order of ranks.
 
     A number is the mean over those that gave it, weighted by samples, unless a part's ``reduce`` says otherwise (the
@@ -54,12 +56,12 @@ def reduce_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
     worker's; ``None`` counts as nothing given, as long as another worker gave something.
     """
     merged: dict[str, Any] = {}
-    for name in dict.fromkeys(name for part in parts for name in part["metrics"]):
-        having = [p for p in parts if p["metrics"].get(name) is not None]
-        if any(p["samples"] for p in having) and all(is_averaged(p["metrics"][name]) for p in having):
-            having = [p for p in having if p["samples"]]
-        values = [p["metrics"][name] for p in having]
-        how = next((p["reduce"][name] for p in parts if name in p.get("reduce", {})), "mean")
+    for name in dict.fromkeys(name for part in parts for name in part.metrics):
+        having = [p for p in parts if p.metrics.get(name) is not None]
+        if any(p.samples for p in having) and all(is_averaged(p.metrics[name]) for p in having):
+            having = [p for p in having if p.samples]
+        values = [p.metrics[name] for p in having]
+        how = next((p.reduce[name] for p in parts if name in p.reduce), "mean")
         if not values or not all(map(is_averaged, values)):
             merged[name] = values[0] if values else None
         elif how == "sum":
@@ -67,34 +69,38 @@ def reduce_metrics(parts: list[dict[str, Any]]) -> dict[str, Any]:
         elif how in ("max", "min"):
             merged[name] = extreme(how, values)
         else:
-            merged[name] = weighted_mean([p["samples"] or 1 for p in having], values)
+            merged[name] = weighted_mean([p.samples or 1 for p in having], values)
     return merged
 
 
-def add_up(parts: list[dict[str, Any]]) -> dict[str, float]:
-    """What all have done since the report before: samples and bytes are added up, the rest is told by who has done the
-    most steps. A worker that was lost meanwhile has told nothing."""
-    told = [part["since_last"] for part in parts if "since_last" in part]
-    if not told:
+def add_up(parts: Sequence[Report]) -> dict[str, float]:
+    """What all have done since the report before: samples and bytes are added up, the rest is as of the worker that has
+    done the most steps. A worker that was lost meanwhile does not count."""
+    done = [part.since_last for part in parts if part.since_last is not None]
+    if not done:
         return {}
-    summed = {name: sum(part[name] for part in told) for name in ("samples", "bytes_sent")}
-    return {**max(told, key=lambda part: part["steps"]), **summed}
+    summed = {name: sum(since[name] for since in done) for name in ("samples", "bytes_sent")}
+    return {**max(done, key=lambda since: since["steps"]), **summed}
 
 
-def mixed_up(parts: dict[int, dict[str, Any]]) -> str | None:
+def mixed_up(parts: Mapping[int, Report]) -> str | None:
     """What the workers' parts of one report (by slot) do not agree on, in words; None where they fit together.
 
     Names may differ, and numbers may be missing: that is merged. One metric that is a number here and a text there,
     another reduction, or a checkpoint that only some want, is nothing that could be merged.
     """
-    for what, of in (("checkpoint", lambda p: bool(p["checkpoint"])), ("reduce", lambda p: p.get("reduce", {}))):
+    settings: tuple[tuple[str, Callable[[Report], Any]], ...] = (
+        ("checkpoint", lambda part: part.checkpoint),
+        ("reduce", lambda part: part.reduce),
+    )
+    for what, of in settings:
         (first, said), *others = [(slot, of(parts[slot])) for slot in sorted(parts)]
         for slot, other in others:
             if other != said:
                 return f"worker {first} has {what}={said!r}, and worker {slot} has {what}={other!r}"
     kinds: dict[str, tuple[int, str]] = {}
     for slot in sorted(parts):
-        for name, value in parts[slot]["metrics"].items():
+        for name, value in parts[slot].metrics.items():
             if value is None:
                 continue
             kind = "a number" if is_averaged(value) else "a flag" if isinstance(value, bool) else "a text"

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass
 
-from raytrain_het.membership.protocol import Told
+from raytrain_het.membership.message_parts import Told
 
 Order = tuple[int, ...]
 

@@ -22,22 +22,35 @@ class Phase(enum.Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a member stands, by its own word."""
+
+    cursor: Cursor = Cursor()
+    """What it has committed."""
+    healed: bool = False
+    """Whether it holds the run's state at this cursor; else it is catching up, or has yet to begin."""
+    fresh: bool = False
+    """Healed by replay, and not yet compared with the others."""
+
+
 @dataclass
 class Peer:
-    """One connected member."""
+    """A process that is connected to the hub."""
 
     member: Member
     phase: Phase
-    cursor: Cursor
-    healed: bool
     heard: float
+    """When it last said something."""
+    cursor: Cursor = Cursor()
+    healed: bool = False
+    fresh: bool = False
+    """Cursor, healed and fresh are as in :class:`Standing`."""
     first_base: int = -1
     reports_after: int = -1
     """It takes no part in reports of steps up to this one: it was not there yet."""
     answered: bool = False
     """Whether it has answered to the generation being formed."""
-    fresh: bool = False
-    """Healed by replay, and not yet compared with the others."""
     reached: int = 0
     """Steps it has committed, as it told in passing: for people and for the count of deaths, never for a base."""
     position: int = 0
@@ -54,6 +67,15 @@ class Peer:
     returning: bool = False
     """Its function has returned, and its reports wait for the others, which may wait for its next step."""
     batch: list[int] | None = None
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether it holds the run's state, and this is certain."""
+        return self.healed and not self.fresh
+
+    def stands(self, standing: Standing) -> None:
+        """It has said where it stands."""
+        self.cursor, self.healed, self.fresh = standing.cursor, standing.healed, standing.fresh
 
     def is_at(self, place: Place, position: int, now: float) -> None:
         """It has answered from there."""

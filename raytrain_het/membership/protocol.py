@@ -1,7 +1,8 @@
 """Every message between members and the hub: who sends it, what is in it, and what it means.
 
 A message is one line of JSON with its kind under ``type``. This file is the protocol's definition: what is not here is
-not sent, and what does not fit is an error where it arrives.
+not sent, and what does not fit is an error where it arrives. Values that consist of several fields are declared in
+:mod:`~raytrain_het.membership.message_parts`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import msgspec
 
-from raytrain_het.balance.profile import Profile
 from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.events import OfWorker
+from raytrain_het.membership.message_parts import Address, Known, Paths, Poison, Raise, ReplicaAudit, Told
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.whereabouts import Place
 
@@ -28,80 +30,6 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=_
     def kind(self) -> str:
         """As it stands on the wire."""
         return str(self.__struct_config__.tag)
-
-
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """Something inside of a message."""
-
-
-# -------------------------------------------------------------------- parts
-
-
-class Codecs(Part, frozen=True, kw_only=True):
-    """What codecs cost a worker, and how much there is to encode."""
-
-    costs: dict[str, list[float]]
-    num_elements: int
-    byte_cpu_s: float
-
-
-class Known(Part, frozen=True, kw_only=True):
-    """What a worker knows of its speed."""
-
-    profile: Profile
-    global_batch_size: int
-    codecs: Codecs | None = None
-
-
-class Told(Part, frozen=True, kw_only=True):
-    """How far a worker's loop is, and what it has reported: see :mod:`raytrain_het.membership.passing`."""
-
-    life: int
-    began: int
-    step: int
-    reported: str | None
-    complete: bool = False
-
-
-class Paths(Part, frozen=True, kw_only=True):
-    """How long a worker's messages to peers were on the way: ``[peer's slot, part of its gradient, seconds]``."""
-
-    to: list[tuple[int, float, float]]
-    gradient_bytes: int
-
-
-class ReplicaAudit(Part, frozen=True, kw_only=True):
-    """What a worker tells of its replica: see :mod:`raytrain_het.membership.audit`."""
-
-    kind: str
-    numbers: list[Any]
-    tensors: list[Any]
-    samples: dict[str, Any]
-
-
-class Address(Part, frozen=True, kw_only=True):
-    """Of a member's state server."""
-
-    host: str
-    port: int
-
-
-class Poison(Part, frozen=True, kw_only=True):
-    """A step that has killed whoever computed it."""
-
-    step: int
-    slots: list[int]
-    ranks: list[int]
-    shares: tuple[float, ...]
-
-
-class Raise(Part, frozen=True, kw_only=True):
-    """An exception in an evaluation: whose, its traceback, and itself where it can be sent."""
-
-    uid: str | None
-    text: str
-    pickled: str | None = None
-    slot: int | None = None
 
 
 # -------------------------------------------------------------------- from a member to the hub
@@ -209,9 +137,9 @@ class Timing(ToHub, frozen=True, kw_only=True):
 
 
 class Event(ToHub, frozen=True, kw_only=True):
-    """For the run's log: an object with its ``kind``."""
+    """For the run's log."""
 
-    event: dict[str, Any]
+    event: OfWorker
 
 
 class Leave(ToHub, frozen=True, kw_only=True):

@@ -44,8 +44,8 @@ class Record:
     """In rank order (the rank inside the group, not the world rank)."""
     shares: tuple[float, ...]
     """Relative batch shares by rank; 0 for those that are not healed."""
-    lr_scales: tuple[float, ...]
-    """Learning-rate scales by rank: ``r_i`` weighs a member's gradient beside its samples."""
+    gradient_weights: tuple[float, ...]
+    """By rank: ``r_i`` weighs a member's gradient beside its samples."""
     normalised: bool
     """Whether weighted sums of gradients are divided by the sum of weights."""
     table: int
@@ -82,6 +82,10 @@ class Record:
     def base(self) -> int:
         """The last step that counts as committed when this generation starts."""
         return self.cursor.step
+
+    def has_to_be_handed_over(self, step: int) -> bool:
+        """Whether some members begin with this step by taking its sums over, or by loading what all begin with."""
+        return bool(self.behind or self.reset) and step == self.base
 
     @property
     def is_unlike(self) -> bool:

@@ -4,29 +4,85 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from raytrain_het.membership.audit import difference
 from raytrain_het.membership.merging import add_up, mixed_up, reduce_metrics
+from raytrain_het.membership.message_parts import Told
 from raytrain_het.membership.passing import Order, Passing, order
-from raytrain_het.membership.protocol import Told
+from raytrain_het.membership.protocol import Report
 
 MAX_REPORTS = 1000
 """So many of the last whole reports are remembered; whoever wants them asks every second or so."""
 
 
 @dataclass
-class _Report:
+class _Part:
+    """One worker's part of a report."""
+
+    uid: str
+    said: Report
+    holds_snapshot: bool
+    """Whether the worker is still there with the snapshot for the report's checkpoint."""
+
+
+@dataclass
+class _OpenReport:
     step: int
     epoch: int
-    parts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    parts: dict[int, _Part] = field(default_factory=dict)
     checkpoint_wanted: bool = True
     checkpoint: str | None = None
     checkpoint_error: str | None = None
-    files: dict[int, str] = field(default_factory=dict)
-    taken: bool = False
+
+    @property
+    def waits_for_checkpoint(self) -> bool:
+        """Whether its checkpoint was neither stored nor failed."""
+        return self.checkpoint_wanted and self.checkpoint is None and self.checkpoint_error is None
+
+    def said(self) -> dict[int, Report]:
+        """By slot, the messages."""
+        return {slot: part.said for slot, part in self.parts.items()}
+
+    def holders(self, slots: Collection[int]) -> list[int]:
+        """Those of these slots that hold a snapshot for its checkpoint."""
+        return sorted(slot for slot, part in self.parts.items() if part.holds_snapshot and slot in slots)
+
+
+@dataclass(kw_only=True)
+class WholeReport:
+    """A report of all workers: a line of ``metrics.jsonl``."""
+
+    seq: int
+    """Grows by one with every report."""
+    key: str
+    step: int
+    epoch: int
+    metrics: dict[str, Any]
+    since_last: dict[str, float]
+    """What all have done since the report before."""
+    lr: Any
+    checkpoint: str | None
+    checkpoint_error: str | None
+    num_workers: int
+    time: float = 0.0
+    """When it became whole, seconds since 1970."""
+    fraction_of_aggregate: float | None = None
+    """What all workers did together over the sum of what each would have done by itself."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary, as it is stored and shown."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A report in which replicas differ. It becomes no whole one, since its checkpoint is not a good one."""
+
+    step: int
+    what: str
 
 
 class ReportBook:
@@ -39,24 +95,24 @@ class ReportBook:
 
     def __init__(self, first_seq: int = 0) -> None:
         self._next_seq = first_seq
-        self._open: dict[str, _Report] = {}
-        self._done: deque[dict[str, Any]] = deque(maxlen=MAX_REPORTS)
-        self._unacknowledged: dict[str, dict[str, Any]] = {}
+        self._open: dict[str, _OpenReport] = {}
+        self._done: deque[WholeReport] = deque(maxlen=MAX_REPORTS)
+        self._unacknowledged: dict[str, WholeReport] = {}
         self._acknowledged: dict[str, None] = {}
         self._last_order: dict[int, Order] = {}
         self._passing = Passing()
 
-    def part(self, slot: int, message: dict[str, Any]) -> str | None:
+    def add_part(self, slot: int, uid: str, said: Report) -> str | None:
         """A worker's part. Returns the key if it was acknowledged long ago (so that the worker is told again)."""
-        key = message["key"]
-        self._passing.called(slot, key, message.get("told"))
+        key = said.key
+        self._passing.called(slot, key, said.told)
         if key in self._acknowledged:
             return key
         if key in self._unacknowledged:
             return None
-        report = self._open.setdefault(key, _Report(step=message["step"], epoch=message["epoch"]))
-        report.parts[slot] = message
-        report.checkpoint_wanted = bool(message["checkpoint"])
+        report = self._open.setdefault(key, _OpenReport(said.step, said.epoch))
+        report.parts[slot] = _Part(uid, said, said.holds_snapshot)
+        report.checkpoint_wanted = said.checkpoint
         self._last_order[slot] = order(key)
         return None
 
@@ -81,7 +137,7 @@ class ReportBook:
     def mixed_up(self) -> str | None:
         """The same for parts of one report that cannot be merged."""
         for key, report in self._open.items():
-            if mixed := mixed_up(report.parts):
+            if mixed := mixed_up(report.said()):
                 return (
                     f"{self._called(key)} with what cannot be merged: {mixed}. Call report() with the same kinds of "
                     "metrics, `reduce` and `checkpoint` on every worker."
@@ -90,7 +146,7 @@ class ReportBook:
 
     def _called(self, key: str) -> str:
         report = self._open[key]
-        where = next((f" at {p['at']}" for p in report.parts.values() if p.get("at")), "")
+        where = next((f" at {said.at}" for said in report.said().values() if said.at), "")
         return f"report() was called at step {report.step}{where} by {_workers(report.parts)}"
 
     def checkpoint_stored(self, key: str, path: str | None, error: str | None) -> None:
@@ -101,70 +157,72 @@ class ReportBook:
 
     def uids(self, key: str) -> list[str]:
         """The members that have given their part: they hold a state of their own for the checkpoint."""
-        return [part["uid"] for part in self._open[key].parts.values()]
+        return [part.uid for part in self._open[key].parts.values()]
 
-    def writer_wanted(self, slots: list[int]) -> dict[str, int]:
+    def writer_wanted(self, slots: Collection[int]) -> dict[str, int]:
         """For each report that waits for its checkpoint only: the slot that should write it."""
         wanted = {}
         for key, report in self._open.items():
             if self._missing(key, slots):
                 continue
-            if report.checkpoint_wanted and report.checkpoint is None and report.checkpoint_error is None:
-                writers = sorted(s for s, part in report.parts.items() if s in slots and part.get("holds_snapshot"))
-                if writers:
-                    wanted[key] = writers[0]
+            if report.waits_for_checkpoint and (writers := report.holders(slots)):
+                wanted[key] = writers[0]
         return wanted
 
     def waiting_for_storage(self, slot: int) -> set[str]:
         """Open reports whose checkpoint a slot holds a snapshot of."""
-        return {key for key, report in self._open.items() if report.parts.get(slot, {}).get("holds_snapshot")}
+        return {key for key, report in self._open.items() if report.holders([slot])}
 
     def are_open(self, keys: Iterable[str]) -> bool:
         """Whether any of these reports is not whole yet."""
         return any(key in self._open for key in keys)
 
-    def are_under_way(self, slots: list[int]) -> bool:
+    def are_under_way(self, slots: Collection[int]) -> bool:
         """Whether something is being done about a report that needs no worker's training function: its checkpoint is
         written, or it is being registered."""
         return bool(self._unacknowledged) or any(not self._missing(key, slots) for key in self._open)
 
-    def settle(self, slots: list[int], *, ended: bool = False) -> list[dict[str, Any]]:
-        """Reports that have become whole, given the slots of the current members; oldest first."""
-        ready = []
+    def settle(self, slots: Collection[int], *, ended: bool = False) -> list[WholeReport | Difference]:
+        """Reports that have become whole, oldest first.
+
+        Args:
+            slots: of the current members.
+            ended: whether the run has ended, so that no more parts come.
+        """
+        settled: list[WholeReport | Difference] = []
         for key in sorted(self._open, key=order):
             report = self._open[key]
-            if self._missing(key, slots) and not ended:
-                break
-            waiting = report.checkpoint_wanted and report.checkpoint is None and report.checkpoint_error is None
-            if waiting and any(s in slots and p.get("holds_snapshot") for s, p in report.parts.items()):
+            if self._missing(key, slots) and not ended or report.waits_for_checkpoint and report.holders(slots):
                 break
             del self._open[key]
-            audits = {slot: part["audit"] for slot, part in report.parts.items() if "audit" in part}
+            audits = {slot: said.audit for slot, said in report.said().items() if said.audit is not None}
             if len(audits) > 1 and (what := difference(audits)) is not None:
-                ready.append({"step": report.step, "differs": what})
-                continue  # It is told to nobody: its checkpoint is not a good one.
-            parts = [report.parts[s] for s in sorted(report.parts)]
-            entry = {
-                "seq": self._next_seq,
-                "key": key,
-                "step": report.step,
-                "epoch": report.epoch,
-                "metrics": reduce_metrics(parts),
-                "since_last": add_up(parts),
-                "lr": parts[0].get("lr"),
-                "checkpoint": report.checkpoint,
-                "checkpoint_error": report.checkpoint_error,
-                "num_workers": len(parts),
-            }
-            if waiting:
-                entry["checkpoint_error"] = "every worker that held the snapshot was lost before it was stored"
+                settled.append(Difference(report.step, what))
+                continue
+            whole = self._whole(key, report)
             self._next_seq += 1
-            self._done.append(entry)
-            self._unacknowledged[key] = entry
-            ready.append(entry)
-        return ready
+            self._done.append(whole)
+            self._unacknowledged[key] = whole
+            settled.append(whole)
+        return settled
 
-    def _missing(self, key: str, slots: list[int]) -> list[int]:
+    def _whole(self, key: str, report: _OpenReport) -> WholeReport:
+        parts = [said for _, said in sorted(report.said().items())]
+        lost = "every worker that held the snapshot was lost before it was stored"
+        return WholeReport(
+            seq=self._next_seq,
+            key=key,
+            step=report.step,
+            epoch=report.epoch,
+            metrics=reduce_metrics(parts),
+            since_last=add_up(parts),
+            lr=parts[0].lr,
+            checkpoint=report.checkpoint,
+            checkpoint_error=lost if report.waits_for_checkpoint else report.checkpoint_error,
+            num_workers=len(parts),
+        )
+
+    def _missing(self, key: str, slots: Collection[int]) -> list[int]:
         """Current members that have neither given their part nor gone past it."""
         parts = self._open[key].parts
         passed = self._passing.without(key, parts)
@@ -176,13 +234,13 @@ class ReportBook:
         self._passing.forget(slot)
         for report in self._open.values():
             if slot in report.parts:
-                report.parts[slot] = report.parts[slot] | {"holds_snapshot": False}
+                report.parts[slot].holds_snapshot = False
 
     def joined(self, slot: int, life: int, step: int) -> None:
         """A slot's process takes part from after this step: nothing is to be expected of it for reports up to there."""
         self._last_order[slot] = max(self._last_order.get(slot, ()), (life, step, sys.maxsize))
 
-    def untaken(self) -> list[dict[str, Any]]:
+    def untaken(self) -> list[WholeReport]:
         """Whole reports that nobody has acknowledged, oldest first."""
         return list(self._unacknowledged.values())
 
@@ -194,9 +252,9 @@ class ReportBook:
         for key in list(self._acknowledged)[:-MAX_REPORTS]:
             del self._acknowledged[key]
 
-    def since(self, seq: int) -> list[dict[str, Any]]:
+    def since(self, seq: int) -> list[WholeReport]:
         """All whole reports from a sequence number on."""
-        return [r for r in self._done if r["seq"] >= seq]
+        return [r for r in self._done if r.seq >= seq]
 
 
 def _workers(slots: Iterable[int]) -> str:

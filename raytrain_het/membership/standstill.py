@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from raytrain_het.membership.peers import Peer
 from raytrain_het.membership.whereabouts import STEP
 
-TELL_AFTER_S = 5.0
+LOG_AFTER_S = 5.0
 """Somebody who waits for so long, and for several typical steps, is told about."""
 TYPICAL_STEPS = 4
 ASK_AGAIN_S = 1.0

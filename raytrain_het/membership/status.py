@@ -2,59 +2,91 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
 
 from raytrain_het.balance.gradient_weights import effective_batch_size
 from raytrain_het.membership.peers import Peer
+from raytrain_het.membership.protocol import Stats
 from raytrain_het.membership.record import Record
-from raytrain_het.membership.state import Membership
+from raytrain_het.membership.state import RunState
 from raytrain_het.membership.table_keeper import TableKeeper
 
 
-def status(core: Membership, tables: TableKeeper, stats: dict[int, dict[str, Any]], num_slots: int) -> dict[str, Any]:
-    """The run's state, plain enough for JSON.
+class RunStatus(TypedDict):
+    """A run's state, plain enough for JSON. Unknown figures are None."""
+
+    generation: int
+    """Of the record in force; 0 before the first."""
+    state: str
+    """forming, running, ended or failed."""
+    failure: str | None
+    vacant: list[int]
+    """Slots without a worker, those aside that have finished."""
+    dead_slots: list[int]
+    num_joined: dict[int, int]
+    """By slot: how many processes have come."""
+    table: int
+    """Version of the table in force; 0 without one."""
+    effective_batch_size: float | None
+    fraction_of_aggregate: float | None
+    samples_per_s: float | None
+    predicted_samples_per_s: float | None
+    expected_samples_per_s: float | None
+    step: int
+    epoch: int
+    samples: int
+    members: list[dict[str, Any]]
+    """By slot: the fields of :class:`~raytrain_het.membership.protocol.Stats`, whether it is ``alive`` and has
+    ``finished``; and of those that are alive what :func:`_of_peer` adds."""
+
+
+def status(run: RunState, tables: TableKeeper, stats: dict[int, tuple[str, Stats]]) -> RunStatus:
+    """How a run stands.
 
     Args:
-        core: who takes part.
+        run: who takes part.
         tables: how fast they are, and their shares.
-        stats: by slot: what its worker said last of itself.
-        num_slots: slots of the run, those that nobody is in included.
+        stats: by slot: the uid of its worker, and what that has said last of itself.
     """
-    record, board = core.record, tables.board
+    record, board = run.record, tables.board
     samples = tables.samples(record)
-    peers = {p.member.slot: p for p in core.peers.values()}
+    peers = {p.member.slot: p for p in run.peers.values()}
     scores = board.scores(samples)
     solo = {slot: board.solo_samples_per_s(slot, b) for slot, b in samples.items()}
     members = []
     for slot in sorted(set(stats) | set(peers)):
-        entry: dict[str, Any] = {"slot": slot, "finished": slot in core.finished_slots, "alive": slot in peers}
-        entry |= {k: v for k, v in stats.get(slot, {}).items() if k != "type"}
+        entry: dict[str, Any] = {"slot": slot, "finished": slot in run.finished_slots, "alive": slot in peers}
+        if slot in stats:
+            uid, said = stats[slot]
+            entry |= msgspec.structs.asdict(said) | {"uid": uid, "told": None}
         if slot in peers:
             entry |= _of_peer(peers[slot], record)
             entry |= {"score": scores.get(slot), "solo_samples_per_s": solo.get(slot)}
         members.append(entry)
-    return {
-        "generation": record.number if record else 0,
-        "state": core.state,
-        "failure": core.failure,
-        "vacant": sorted(set(range(num_slots)) - core.finished_slots - set(peers)),
-        "dead_slots": sorted(core.dead_slots),
-        "num_joined": dict(core.num_joined),
-        "table": record.table if record else 0,
-        "effective_batch_size": (
-            effective_batch_size(list(samples.values()), record.lr_scales, normalised=record.normalised)
-            if record
-            else None
-        ),
-        "fraction_of_aggregate": fraction_of_aggregate(tables, record),
-        "samples_per_s": board.samples_per_s,
-        "predicted_samples_per_s": board.predicted_samples_per_s(samples),
-        "expected_samples_per_s": board.expected_samples_per_s(samples),
-        "step": max((m.get("step", 0) for m in members), default=0),
-        "epoch": max((m.get("epoch", 0) for m in members), default=0),
-        "samples": max((m.get("global_samples", 0) for m in members), default=0),
-        "members": members,
-    }
+    return RunStatus(
+        generation=record.number if record else 0,
+        state=run.phase,
+        failure=run.failure,
+        vacant=sorted(set(range(run.context.num_slots)) - run.finished_slots - set(peers)),
+        dead_slots=sorted(run.dead_slots),
+        num_joined=dict(run.num_joined),
+        table=record.table if record else 0,
+        effective_batch_size=_effective_batch_size(record, samples) if record else None,
+        fraction_of_aggregate=fraction_of_aggregate(tables, record),
+        samples_per_s=board.samples_per_s,
+        predicted_samples_per_s=board.predicted_samples_per_s(samples),
+        expected_samples_per_s=board.expected_samples_per_s(samples),
+        step=max((m.get("step", 0) for m in members), default=0),
+        epoch=max((m.get("epoch", 0) for m in members), default=0),
+        samples=max((m.get("global_samples", 0) for m in members), default=0),
+        members=members,
+    )
+
+
+def _effective_batch_size(record: Record, samples: dict[int, int]) -> float:
+    return effective_batch_size(list(samples.values()), record.gradient_weights, normalised=record.normalised)
 
 
 def _of_peer(peer: Peer, record: Record | None) -> dict[str, Any]:
@@ -67,13 +99,13 @@ def _of_peer(peer: Peer, record: Record | None) -> dict[str, Any]:
         "healed": peer.healed,
         "phase": peer.phase.value,
         "share": record.shares[rank] / total if record and rank is not None and total else 0.0,
-        "lr_scale": record.lr_scales[rank] if record and rank is not None else None,
+        "lr_scale": record.gradient_weights[rank] if record and rank is not None else None,
         "codec": record.codecs[rank] if record and rank is not None else None,
     }
 
 
 def fraction_of_aggregate(tables: TableKeeper, record: Record | None) -> float | None:
-    """What all do together over the sum of what each would do by itself; who has no samples does not count."""
+    """What all do together over the sum of what each would do by itself. Workers without samples do not count."""
     board, samples = tables.board, tables.samples(record)
     together, alone = board.samples_per_s, [board.solo_samples_per_s(s, b) for s, b in samples.items() if b > 0]
     known = [speed for speed in alone if speed is not None]

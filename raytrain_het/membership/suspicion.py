@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from raytrain_het.config import HetConfig
 from raytrain_het.membership.peers import Peer
-from raytrain_het.membership.settings import HubSettings
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Round:
 class Suspicion:
     """The rounds of one run, and since when the step under way is waited for."""
 
-    def __init__(self, settings: HubSettings) -> None:
-        self.settings = settings
+    def __init__(self, config: HetConfig) -> None:
+        self.config = config
         self.round: Round | None = None
         self.since: tuple[int, int, float] | None = None
         """Generation and step in which somebody is waited for, and since when."""
@@ -59,7 +59,7 @@ class Suspicion:
 
     def dead(self, peers: Sequence[Peer], now: float) -> list[Peer]:
         """Whom to drop as dead. Ends the round if it has lasted long enough."""
-        if self.round is None or now - self.round.began < self.settings.silence_s:
+        if self.round is None or now - self.round.began < self.config.silence_s:
             return []
         silent = self.round.silent(peers)
         self.round = None
@@ -74,7 +74,7 @@ class Suspicion:
 
     def late(self, peers: Sequence[Peer], now: float) -> list[Peer]:
         """Who answers, but has been behind the others in a step for longer than anybody has to wait."""
-        if self.since is None or now - self.since[2] < self.settings.hang_limit_s:
+        if self.since is None or now - self.since[2] < self.config.hang_limit_s:
             return []
         furthest = max(p.position for p in peers)
         return [p for p in peers if p.position < furthest]

@@ -1,68 +1,77 @@
-"""Which table of shares and rates a run has: what workers took for their steps goes in, a better table comes out."""
+"""Which table of shares a run has: what workers' steps and messages take goes in, a better table comes out."""
 
 from __future__ import annotations
+
+import msgspec
 
 from raytrain_het.balance.auto_compression import Compression
 from raytrain_het.balance.batch_shares import apportion
 from raytrain_het.balance.scoreboard import Scoreboard, Table
+from raytrain_het.config import HetConfig
+from raytrain_het.membership.message_parts import Known
 from raytrain_het.membership.protocol import Timing
 from raytrain_het.membership.record import Record
-from raytrain_het.membership.settings import HubSettings
-from raytrain_het.membership.state import Membership
+from raytrain_het.membership.state import RunState
 
 
 class TableKeeper:
-    """Stands between a run's scoreboard, which knows speeds, and its membership, which knows who takes part."""
+    """Stands between a run's scoreboard, which knows speeds, and its membership, which knows who takes part.
 
-    def __init__(self, settings: HubSettings, core: Membership) -> None:
-        self.board = Scoreboard(
-            alpha=settings.alpha,
-            balance=settings.balance,
-            shares=settings.shares,
-            spares=settings.warm_spares,
-            policy=settings.score_policy,
-            compression=(
-                Compression(settings.compression_error, hierarchy=settings.hierarchy)
-                if settings.compression_error is not None
-                else None
-            ),
-        )
-        self._core = core
-        self._follows = bool(settings.balance or settings.alpha or self.board.compression)
-        core.table_for = self._table_for
+    Args:
+        config: the run's settings.
+        run: who takes part, and the table in force; it is only read here.
+    """
 
-    def observe(self, slot: int, global_batch_size: int, steps: list[tuple[int, float, float]], now: float) -> None:
-        """What a worker took for its steps may make another table better than the one in force."""
-        board, core = self.board, self._core
-        board.global_batch_size = global_batch_size
-        for samples, own_s, cycle_s in steps:
-            board.observe(slot, samples, own_s, cycle_s)
-        record = core.record
+    def __init__(self, config: HetConfig, run: RunState) -> None:
+        error = config.compression_error
+        compression = Compression(error, hierarchy=config.given_hierarchy) if error is not None else None
+        self.board = Scoreboard(config, compression)
+        self._run = run
+        self._follows_speeds = config.shares == "auto" or config.alpha != 0 or compression is not None
+
+    def introduce(self, slot: int, known: Known) -> None:
+        """A worker has come, with what it knows of its speed."""
+        self.board.global_batch_size = known.global_batch_size
+        self.board.introduce(slot, known.profile)
+        if self.board.compression is not None and known.codecs is not None:
+            self.board.compression.introduce(slot, msgspec.structs.asdict(known.codecs))
+
+    def fitting(self, slots: list[int]) -> Table | None:
+        """See :meth:`Scoreboard.fitting`."""
+        self._adopt_predecessors()
+        return self.board.fitting(slots)
+
+    def better(self, slot: int, timing: Timing) -> Table | None:
+        """Learn from what a worker's steps took; return a table that is better than the one in force, if there is one.
+
+        Raises:
+            ValueError: no other table can be made, for example since ``alpha`` is too large for the scores.
+        """
+        board, run, record = self.board, self._run, self._run.record
+        self._observe(slot, timing)
         if record is None:
-            return
-        if core.forming or record.unhealed or record.fresh or not self._follows:
+            return None
+        if run.forming or record.unhealed or record.fresh or not self._follows_speeds:
             board.round_is_over(m.slot for m in record.members if m.uid not in record.unhealed)
-            return
+            return None
         self._adopt_predecessors()
         slots, leaders = [m.slot for m in record.members], record.leaders if record.is_hierarchical else []
         board.place(
             {m.slot: m.host for m in record.members}, dict(zip(slots, (slots[k] for k in leaders), strict=False))
         )
-        try:
-            table = board.better([m.slot for m in record.members], self.samples(record))
-        except ValueError as error:  # A run that is under way goes on as it is.
-            core.keep_table(str(error), now)
-            return
-        if table is not None:
-            core.follow(table, now)
+        return board.better(slots, self.samples(record))
 
-    def heard_of_messages(self, slot: int, told: Timing) -> None:
-        """How long a worker's messages were on the way, and how much of them its codec has lost."""
-        if (sent := told.paths) is not None:
-            self.board.observe_paths(slot, {peer: (part, s) for peer, part, s in sent.to}, sent.gradient_bytes)
-        if self.board.compression is not None:
-            for word, error in told.errors:
-                self.board.compression.observe_error(slot, word, error)
+    def _observe(self, slot: int, timing: Timing) -> None:
+        """How long a worker's steps and messages took, and how much of its messages its codec has lost."""
+        board = self.board
+        if (sent := timing.paths) is not None:
+            board.observe_paths(slot, {peer: (part, s) for peer, part, s in sent.to}, sent.gradient_bytes)
+        if board.compression is not None:
+            for word, error in timing.errors:
+                board.compression.observe_error(slot, word, error)
+        board.global_batch_size = timing.global_batch_size
+        for samples, own_s, cycle_s in timing.steps:
+            board.observe(slot, samples, own_s, cycle_s)
 
     def samples(self, record: Record | None) -> dict[int, int]:
         """By slot: samples of a full global batch."""
@@ -71,11 +80,7 @@ class TableKeeper:
         counts = apportion(self.board.global_batch_size, record.shares)
         return {m.slot: b for m, b in zip(record.members, counts, strict=True)}
 
-    def _table_for(self, slots: list[int]) -> Table | None:
-        self._adopt_predecessors()
-        return self.board.fitting(slots)
-
     def _adopt_predecessors(self) -> None:
-        """After a restart, the table of this actor's predecessor is the one in force."""
+        """After a restart, the table of an earlier hub is the one in force."""
         if self.board.table is None:
-            self.board.table = self._core.table
+            self.board.table = self._run.table

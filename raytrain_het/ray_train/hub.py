@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import RunFailedError
 from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.run_context import RunContext
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +32,14 @@ class Parts:
     """What the lower layers give: named here so that tests can put others in their place."""
 
     actor: type
-    settings: Callable[..., Any]
     run_worker: Callable[..., Any]
 
     @staticmethod
     def default() -> Parts:
         """The real ones."""
-        from raytrain_het.membership.actor import MembershipActor
-        from raytrain_het.membership.settings import HubSettings
+        from raytrain_het.membership.server import Hub as MembershipHub
 
-        return Parts(actor=MembershipActor, settings=HubSettings, run_worker=_run_worker)
+        return Parts(actor=MembershipHub, run_worker=_run_worker)
 
 
 def _run_worker(*args: Any, **keywords: Any) -> Any:
@@ -73,34 +72,18 @@ class Hub:
         checkpoint: str | None,
         checkpoint_cursor: Cursor | None,
     ) -> None:
-        context = ray.get_runtime_context()
-        settings = parts.settings(
+        context = RunContext(
             run_id=f"{run_id}-{attempt}",
             num_slots=num_slots,
-            shares=config.given_shares,
-            balance=config.shares == "auto",
-            warm_spares=config.warm_spares,
-            score_policy=config.score_policy,
-            alpha=config.alpha,
-            lr_scale_normalisation=config.lr_scale_normalisation,
-            codecs=config.codecs_for(num_slots),
-            compression_error=config.compression_error,
-            hierarchy=config.given_hierarchy,
-            backend=config.backend,
             host=ray.util.get_node_ip_address(),
-            silence_s=config.silence_s,
-            hang_limit_s=config.hang_limit_s,
-            start_timeout_s=config.start_timeout_s,
             checkpoint=checkpoint,
             checkpoint_cursor=checkpoint_cursor,
         )
-        self.handle = (
-            ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(parts.actor)
-            .options(
-                name=hub_name(run_id, attempt), label_selector={ray._raylet.RAY_NODE_ID_KEY: context.get_node_id()}
-            )
-            .remote(settings)
-        )
+        here = ray.get_runtime_context().get_node_id()
+        actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(parts.actor)
+        self.handle = actor.options(
+            name=hub_name(run_id, attempt), label_selector={ray._raylet.RAY_NODE_ID_KEY: here}
+        ).remote(config, context)
         self.status: dict[str, Any] = {}
         self._pending: tuple[Any, Any] | None = None
         self._acknowledged: dict[str, None] = {}

@@ -26,8 +26,8 @@ import cloudpickle
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import HetError
 from raytrain_het.files import write_whole
+from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.server import Hub
-from raytrain_het.membership.settings import HubSettings
 from raytrain_het.testing import faults as fault_kit
 from raytrain_het.testing.cgroups import CpuQuota
 from raytrain_het.testing.lab_worker import (
@@ -120,7 +120,8 @@ class ProcessLab:
         slots: How many workers there are, and where.
         config: The run's settings.
         faults: The script of faults.
-        settings: Settings of the hub that differ from what follows from the config (a checkpoint to resume from).
+        context: Fields of the run's :class:`RunContext` that differ from their defaults, such as a checkpoint to resume
+            from.
         files: What workers write.
 
     Raises:
@@ -140,15 +141,15 @@ class ProcessLab:
         *,
         config: HetConfig | None = None,
         faults: Sequence[fault_kit.Fault] = (),
-        settings: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
         files: WorkerFiles = _DEFAULT_FILES,
     ) -> None:
         self.directory, self.slots, self.config = str(directory), slots, config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
-        self.settings = dataclasses.replace(hub_settings(self.config, slots.num_slots), **(settings or {}))
+        self.context = RunContext(run_id="lab", num_slots=slots.num_slots, **(context or {}))
         self._network = slots.make_network()
         if self._network is not None:
-            self.settings = dataclasses.replace(self.settings, host=self._network.host)
+            self.context = dataclasses.replace(self.context, host=self._network.host)
         self._pickled_task = cloudpickle.dumps(
             WorkerTask(
                 train_fn=train_fn,
@@ -172,7 +173,7 @@ class ProcessLab:
         self.events: list[dict[str, Any]] = []
         self.reports: list[dict[str, Any]] = []
         self.failure: str | None = None
-        self.hub = Hub(self.settings)
+        self.hub = Hub(self.config, self.context)
         self._address_file = Path(self.directory) / HUB_ADDRESS
         self.publish()
 
@@ -183,7 +184,7 @@ class ProcessLab:
     def restart_hub(self) -> None:
         """Kill the hub as a crash of its actor would, and start a new one."""
         self._shut_down_hub()
-        self.hub = Hub(self.settings)
+        self.hub = Hub(self.config, self.context)
         self.publish()
 
     def start(self, slot: int) -> BaseProcess:
@@ -291,26 +292,6 @@ class ProcessLab:
             self.start(slot)
         else:
             self.hub.slot_vacant(slot, "the lab does not refill")
-
-
-def hub_settings(config: HetConfig, num_slots: int) -> HubSettings:
-    """The hub's settings that follow from a run's configuration."""
-    return HubSettings(
-        run_id="lab",
-        num_slots=num_slots,
-        shares=config.given_shares,
-        codecs=config.codecs_for(num_slots),
-        compression_error=config.compression_error,
-        balance=config.shares == "auto",
-        warm_spares=config.warm_spares,
-        score_policy=config.score_policy,
-        alpha=config.alpha,
-        lr_scale_normalisation=config.lr_scale_normalisation,
-        silence_s=config.silence_s,
-        hang_limit_s=config.hang_limit_s,
-        start_timeout_s=config.start_timeout_s,
-        hierarchy=config.given_hierarchy,
-    )
 
 
 @contextlib.contextmanager

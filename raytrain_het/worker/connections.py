@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.events import Warned
 from raytrain_het.membership.protocol import Event
 from raytrain_het.membership.record import Record
 from raytrain_het.worker.context import HubAddress
@@ -44,7 +45,7 @@ class Connections:
     def tell_warning(self, text: str, *, everybody_says_it: bool = True) -> None:
         """A warning that this worker's log has already, for the run's."""
         if self.agent.member.slot == 0 or not everybody_says_it:
-            self.agent.tell(Event(event={"kind": "warning", "text": text}))
+            self.agent.tell(Event(event=Warned(text=text)))
 
     def close(self) -> None:
         """Let go of threads and sockets."""

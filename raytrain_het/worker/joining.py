@@ -12,7 +12,7 @@ from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.agent import MemberAgent
-from raytrain_het.membership.protocol import Codecs
+from raytrain_het.membership.message_parts import Codecs
 from raytrain_het.membership.record import Member
 from raytrain_het.probing.cores import cpu_limit
 from raytrain_het.worker.checks.codec_warnings import warnings_of_epochs, warnings_of_model

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from raytrain_het.allreduce import points
-from raytrain_het.membership.protocol import ReplicaAudit
+from raytrain_het.membership.message_parts import ReplicaAudit
 from raytrain_het.membership.protocol import Report as ReportPart
 from raytrain_het.membership.record import Record
 from raytrain_het.worker.checks.call_site import call_site

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runs import run_of
 
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.server import Hub
-from raytrain_het.membership.settings import HubSettings
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.lab_worker import WorkerFiles
 from raytrain_het.testing.ledger import LedgerReport, check_exactly_once, read_ledgers
@@ -111,10 +111,10 @@ def alone(
     num_slots: int = 1,
     config: HetConfig | None = None,
     acknowledge: bool = False,
-    **settings: Any,
+    **context: Any,
 ) -> Any:
     """Run a training function as the only worker, in this very process."""
-    hub = Hub(HubSettings(run_id="alone", num_slots=num_slots, **settings))
+    hub = Hub(*run_of(num_slots, **context))
     over = threading.Event()
 
     def keep_acknowledging() -> None:

@@ -39,7 +39,7 @@ def test_a_run_resumed_at_the_cursor_ends_like_one_that_was_not_interrupted(tmp_
     half = dataclasses.replace(TASK, epochs=2)
     run(half, tmp_path / "first", num_slots=first)
     path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
-    done = run(TASK, tmp_path / "second", num_slots=second, settings=resume_from(path))
+    done = run(TASK, tmp_path / "second", num_slots=second, context=resume_from(path))
     assert relative_error(done.parameters, plain(TASK)) < 1e-12
     assert {e.step for e in read_ledgers(tmp_path / "second")} == set(range(2 * STEPS, TASK.num_steps))
 
@@ -50,7 +50,7 @@ def test_a_resumed_run_heals_too_and_goes_back_to_the_newest_checkpoint(tmp_path
     (path,) = (tmp_path / "first" / "storage").iterdir()
     task = dataclasses.replace(TASK, patience_s=0.05)
     faults = [Fault(slot=0, step=STEPS + 1, point="backward"), Fault(slot=1, step=2 * STEPS + 3, point="updated")]
-    done = run(task, tmp_path / "second", faults=faults, settings=resume_from(path))
+    done = run(task, tmp_path / "second", faults=faults, context=resume_from(path))
     assert relative_error(done.parameters, plain(TASK)) < 1e-9
 
 
@@ -335,7 +335,7 @@ def test_a_run_that_goes_on_with_other_settings_says_which_are_in_force(tmp_path
     (path,) = (tmp_path / "first" / "storage").iterdir()
     for name, lr in (("same", task.lr), ("other", 0.01)):
         again = dataclasses.replace(task, epochs=2, lr=lr)
-        done = run(again, tmp_path / name, num_slots=1, settings=resume_from(path))
+        done = run(again, tmp_path / name, num_slots=1, context=resume_from(path))
         assert {rate for _, rate in done.results[0]["rates"]} == {task.lr}
         said = [e["text"] for e in done.kinds("warning")]
         if name == "same":

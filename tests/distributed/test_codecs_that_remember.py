@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from labs import run
-from remembering import Counting
+from labs import SMALL_BUCKETS, run
+from remembering import Counting, CountingConfig
 
 from raytrain_het.allreduce import layout
 from raytrain_het.allreduce.codecs import RESIDUAL
@@ -23,7 +23,7 @@ from raytrain_het.worker import session as sessions
 from raytrain_het.worker.state.checkpoint import read_meta
 from raytrain_het.worker.state.handing_on import HandingOn
 
-SETTINGS = {"codecs": ("counting",)}
+CONFIG = CountingConfig(bucket_mib=SMALL_BUCKETS.bucket_mib, shares=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def used(directory, skipped=()):
 def test_a_step_counts_once_though_it_was_done_again_or_taken_over(tmp_path, point):
     task = dataclasses.replace(TASK, nan_steps=(20,), nan_slot=0, patience_s=0.05)
     faults = [Fault(slot=1, step=7, point=point), Fault(slot=2, step=13, point=point)]
-    done = run(task, tmp_path, faults=faults, settings=SETTINGS)
+    done = run(task, tmp_path, faults=faults, config=CONFIG)
     done.check(task)
     expected = used(tmp_path, skipped={20})
     assert {r["uid"]: r["counts"] for r in done.results.values()} == {
@@ -67,13 +67,13 @@ def test_a_step_counts_once_though_it_was_done_again_or_taken_over(tmp_path, poi
 
 
 def test_a_resumed_run_goes_on_with_what_each_worker_remembered(tmp_path):
-    run(dataclasses.replace(TASK, epochs=2), tmp_path / "first", settings=SETTINGS)
+    run(dataclasses.replace(TASK, epochs=2), tmp_path / "first", config=CONFIG)
     path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
-    settings = SETTINGS | {
+    context = {
         "checkpoint": str(path),
         "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"]),
     }
-    done = run(TASK, tmp_path / "second", num_slots=4, settings=settings)
+    done = run(TASK, tmp_path / "second", num_slots=4, config=CONFIG, context=context)
     half = TASK.num_steps / 2
     assert [done.results[slot]["counts"] for slot in range(4)] == [[2 * half]] * 3 + [[half]], "the fourth is new"
 
@@ -105,8 +105,8 @@ def test_a_smaller_fleet_takes_over_what_those_that_are_gone_had_left_out(tmp_pa
     config = HetConfig(compression={"topk": {"density": 0.1}}, shares=None)
     first = run(LeavingOut(epochs=2), tmp_path / "first", num_slots=4, config=config)
     path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
-    settings = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
-    done = run(LeavingOut(), tmp_path / "second", num_slots=3, config=config, settings=settings)
+    context = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
+    done = run(LeavingOut(), tmp_path / "second", num_slots=3, config=config, context=context)
     left = {slot: result["left"] for slot, result in first.results.items()}
     for name in left[0]:
         begun = [done.results[slot]["begun"].get(name) for slot in range(3)]

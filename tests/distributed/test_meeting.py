@@ -6,12 +6,12 @@ import threading
 
 import pytest
 from labs import wait_until
+from runs import run_of
 
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.meeting import MeetingPlace
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.server import Hub
-from raytrain_het.membership.settings import HubSettings
 
 
 class Place:
@@ -22,7 +22,7 @@ class Place:
         self.agents = []
 
     def new_hub(self):
-        return Hub(HubSettings(run_id="meeting", num_slots=3))
+        return Hub(*run_of(3))
 
     def join(self, slot):
         member = Member(uid=f"{slot}-uid", slot=slot, host="127.0.0.1", state_port=1, device="cpu")

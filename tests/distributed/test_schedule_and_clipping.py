@@ -88,8 +88,8 @@ def test_a_resumed_run_goes_on_where_its_schedule_stood(tmp_path):
     config = config_of(task)
     run(dataclasses.replace(task, epochs=2), tmp_path / "first", config=config)
     path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
-    settings = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
-    done = run(task, tmp_path / "second", config=config, settings=settings)
+    context = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
+    done = run(task, tmp_path / "second", config=config, context=context)
     for result in done.results.values():
         task.check_rates(result["rates"])
         assert min(step for step, _ in result["rates"]) == task.num_steps // 2
@@ -100,10 +100,10 @@ def test_a_run_that_goes_on_without_its_schedule_has_its_own_rate_again(tmp_path
     task = Decaying(schedule=_Hashable({"linear": {}}), epochs=2)
     run(task, tmp_path / "first", config=config_of(task))
     path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
-    settings = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
+    context = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
     longer = dataclasses.replace(task, epochs=3)
     config = dataclasses.replace(config_of(task), schedule=None)
-    done = run(longer, tmp_path / "second", config=config, settings=settings)
+    done = run(longer, tmp_path / "second", config=config, context=context)
     assert {rate for result in done.results.values() for _, rate in result["rates"]} == {task.lr}
 
 

@@ -74,7 +74,7 @@ def test_a_channels_last_model_with_a_fused_optimizer_heals_and_resumes_as_in_on
     assert [e["slot"] for e in done.kinds("healed")] == [1]
     run(half, tmp_path / "first", num_slots=2, config=CONFIG)
     path = sorted((tmp_path / "first" / "storage").iterdir())[-1]
-    settings = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
-    again = run(task, tmp_path / "again", num_slots=2, config=CONFIG, settings=settings)
+    context = {"checkpoint": str(path), "checkpoint_cursor": Cursor.from_dict(read_meta(str(path))["cursor"])}
+    again = run(task, tmp_path / "again", num_slots=2, config=CONFIG, context=context)
     for parameters in (done.parameters, again.parameters):
         assert relative_error(parameters, task.plain()) < 1e-12

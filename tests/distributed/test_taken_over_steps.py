@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 
 import torch
-from labs import run, wait_until
-from remembering import Counting
+from labs import SMALL_BUCKETS, run, wait_until
+from remembering import Counting, CountingConfig
 
 from raytrain_het.allreduce.reducers import Reducer
 from raytrain_het.testing.faults import Fault
@@ -74,7 +74,12 @@ class TakenOverAndPassedOn:
 def test_who_has_taken_a_step_over_passes_it_on_when_its_source_dies(tmp_path):
     faults = [Fault(slot=3, step=STEP, point="updated")]
     done = run(
-        TakenOverAndPassedOn(), tmp_path, num_slots=4, faults=faults, refill=False, settings={"codecs": ("counting",)}
+        TakenOverAndPassedOn(),
+        tmp_path,
+        num_slots=4,
+        faults=faults,
+        refill=False,
+        config=CountingConfig(bucket_mib=SMALL_BUCKETS.bucket_mib, shares=None),
     )
     task = Regression(report=False)
     done.check(task)

@@ -110,9 +110,7 @@ def start(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., FakeRun]]:
     ) -> FakeRun:
         run_config = kwargs.pop("run_config", None) or ray.train.RunConfig(name=name, storage_path=str(tmp_path))
         trainer = HetTrainer(train_fn, scaling_config=HetScalingConfig(workers), run_config=run_config, **kwargs)
-        trainer.parts = Parts(
-            actor=ray_fakes.FakeMembership, settings=ray_fakes.HubSettings, run_worker=ray_fakes.run_fake_worker
-        )
+        trainer.parts = Parts(actor=ray_fakes.FakeMembership, run_worker=ray_fakes.run_fake_worker)
         runs.append(FakeRun(trainer))
         return runs[-1]
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import ray
 
+from raytrain_het.config import HetConfig
 from raytrain_het.membership.cursor import Cursor
-from raytrain_het.membership.settings import HubSettings
+from raytrain_het.membership.run_context import RunContext
 
 current: FakeSession | None = None
 
@@ -22,8 +23,8 @@ current: FakeSession | None = None
 class FakeMembership:
     """Does what it is told by the workers and by the test."""
 
-    def __init__(self, settings: HubSettings) -> None:
-        self.settings = settings
+    def __init__(self, config: HetConfig, context: RunContext) -> None:
+        self.context = context
         self.members: dict[int, dict[str, Any]] = {}
         self.joins: list[dict[str, Any]] = []
         self.lost: list[tuple[int, str]] = []
@@ -62,7 +63,7 @@ class FakeMembership:
             "samples": 10 * len(self.all_reports),
             "state": self.state,
             "failure": self.failure,
-            "vacant": [s for s in range(self.settings.num_slots) if s not in self.members],
+            "vacant": [s for s in range(self.context.num_slots) if s not in self.members],
             "dead_slots": self.dead,
             "num_joined": dict(Counter(j["slot"] for j in self.joins)),
             "members": list(self.members.values()),
@@ -82,7 +83,7 @@ class FakeMembership:
     def join(self, member: dict[str, Any]) -> dict[str, Any]:
         self.joins.append(member)
         self.members[member["slot"]] = member
-        return {"checkpoint": self.settings.checkpoint, "step": (self.settings.checkpoint_cursor or Cursor()).step}
+        return {"checkpoint": self.context.checkpoint, "step": (self.context.checkpoint_cursor or Cursor()).step}
 
     def done(self, slot: int) -> None:
         if slot in self.members:
@@ -95,7 +96,7 @@ class FakeMembership:
         return self.orders.get(slot)
 
     def tell(self, order: str, *slots: int) -> None:
-        for slot in slots or range(self.settings.num_slots):
+        for slot in slots or range(self.context.num_slots):
             self.orders[slot] = order
 
     def set(self, **values: Any) -> None:

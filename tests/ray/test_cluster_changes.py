@@ -120,8 +120,7 @@ def train_fn():
 ray.init(address=sys.argv[1])
 trainer = HetTrainer(train_fn, scaling_config=HetScalingConfig([WorkerSpec(count=2)]),
                      run_config=ray.train.RunConfig(name="c", storage_path=folder))
-trainer.parts = Parts(actor=ray_fakes.FakeMembership, settings=ray_fakes.HubSettings,
-                      run_worker=ray_fakes.run_fake_worker)
+trainer.parts = Parts(actor=ray_fakes.FakeMembership, run_worker=ray_fakes.run_fake_worker)
 try:
     trainer.fit()
 except KeyboardInterrupt:

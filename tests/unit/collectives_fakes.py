@@ -34,7 +34,7 @@ def record_of(
             "group": "g",
             "members": members,
             "shares": tuple(shares),
-            "lr_scales": (1.0,) * len(shares),
+            "gradient_weights": (1.0,) * len(shares),
             "normalised": True,
             "table": 0,
             "owners": tuple(owners or [1.0] * len(shares)),

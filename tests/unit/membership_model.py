@@ -25,12 +25,14 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+from runs import run_of
+
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.event_log import EventLog
-from raytrain_het.membership.peers import Peer, Phase
+from raytrain_het.membership.logic import Membership
+from raytrain_het.membership.peers import Peer, Phase, Standing
 from raytrain_het.membership.record import Member, Record
-from raytrain_het.membership.settings import HubSettings
-from raytrain_het.membership.state import Membership
+from raytrain_het.membership.state import RunState
 from raytrain_het.membership.suspicion import Round
 
 Event = tuple[Any, ...]
@@ -200,10 +202,8 @@ class World:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self.settings = HubSettings(
-            run_id="model", num_slots=scenario.slots, silence_s=0.5, hang_limit_s=NEVER, start_timeout_s=NEVER
-        )
-        self.core = Membership(self.settings, incarnation=1)
+        self.config, self.context = run_of(scenario.slots, silence_s=0.5, hang_limit_s=NEVER, start_timeout_s=NEVER)
+        self.core = Membership(self.config, self.context, incarnation=1)
         self.workers: dict[str, Worker] = {}
         self._owned: set[str] = set()
         self.ring: dict[tuple[str, int, int], tuple[tuple[str, int], ...]] = {}
@@ -231,6 +231,11 @@ class World:
                 self.core.slot_vacant(slot, "later", 0.0)
             self._start(slot)
 
+    @property
+    def run(self) -> RunState:
+        """What the hub knows."""
+        return self.core.run
+
     def _start(self, slot: int) -> None:
         self.born += 1
         worker = Worker(f"{slot}-{self.born}", slot)
@@ -250,20 +255,20 @@ class World:
     def copy(self) -> World:
         new = World.__new__(World)
         new.__dict__.update(self.__dict__)
-        core = Membership.__new__(Membership)
-        core.__dict__.update(self.core.__dict__)
-        core.peers = {uid: _copy_peer(p) for uid, p in core.peers.items()}
-        core.log, core._outbox = EventLog(first_seq=0), []
-        core._deaths, core._suspicion = copy(core._deaths), copy(core._suspicion)
+        new.core = copy(self.core)
+        new.core.run = run = copy(self.run)
+        run.peers = {uid: _copy_peer(p) for uid, p in run.peers.items()}
+        run.log, run.outbox = EventLog(first_seq=0), []
+        for part in ("deaths", "suspicion", "next", "restart", "waits"):
+            setattr(run, part, copy(getattr(run, part)))
         for owner, names in (
-            (core, ("vacant", "dead_slots", "finished_slots", "_gone")),
-            (core._deaths, ("fruitless", "in_step", "lost")),
+            (run, ("vacant", "dead_slots", "finished_slots", "gone")),
+            (run.deaths, ("fruitless", "in_step", "lost")),
         ):
             for name in names:
                 setattr(owner, name, getattr(owner, name).copy())
-        if core._suspicion.round is not None:
-            core._suspicion.round = Round(core._suspicion.round.began, set(core._suspicion.round.suspecting))
-        new.core = core
+        if run.suspicion.round is not None:
+            run.suspicion.round = Round(run.suspicion.round.began, set(run.suspicion.round.suspecting))
         new.workers = dict(self.workers)
         new._owned = set()
         self._owned = set()
@@ -273,7 +278,7 @@ class World:
 
     def key(self) -> tuple[Any, ...]:
         """All that decides what can happen from here."""
-        core = self.core
+        run = self.run
         peers = tuple(
             (
                 u,
@@ -287,27 +292,27 @@ class World:
                 p.first_base,
                 p.position,
             )
-            for u, p in core.peers.items()
+            for u, p in run.peers.items()
         )
-        deaths, suspected = core._deaths, core._suspicion.round
+        deaths, suspected = run.deaths, run.suspicion.round
         return (
-            core.incarnation,
-            core.number,
-            id(core.record),
-            core.voided,
-            core.failure,
+            run.incarnation,
+            run.next.number,
+            id(run.record),
+            run.next.voided,
+            run.failure,
             peers,
-            tuple(sorted(core.vacant)),
-            tuple(sorted(core.finished_slots)),
-            tuple(sorted(core._gone)),
+            tuple(sorted(run.vacant)),
+            tuple(sorted(run.finished_slots)),
+            tuple(sorted(run.gone)),
             tuple(sorted(deaths.fruitless.items())),
             tuple(sorted(deaths.in_step.items())),
             len(deaths.lost),
-            id(core._recovering),
-            core._recovery_needs_void,
-            core._first_hello is None,
-            core._suspicion.since,
-            core._want_answered,
+            id(run.restart.record),
+            run.restart.needs_void,
+            run.first_hello is None,
+            run.suspicion.since,
+            run.next.some_have_answered,
             None if suspected is None else tuple(sorted(suspected.suspecting)),
             tuple(w.key() for w in self.workers.values()),
             tuple(sorted(self.ring.items())),
@@ -342,20 +347,20 @@ class World:
             if self.budget["stops"] and w.number:
                 added.append(("stop", uid))
         lost = ("dead", "out")
-        taken = {w.slot for w in self.workers.values() if w.state not in lost and w.uid not in self.core._gone}
+        taken = {w.slot for w in self.workers.values() if w.state not in lost and w.uid not in self.run.gone}
         for slot in range(self.scenario.slots):
-            if slot in taken or slot in self.core.finished_slots:
+            if slot in taken or slot in self.run.finished_slots:
                 continue
             if self.budget["refills"]:
                 own.append(("refill", slot))
-            elif slot not in self.core.vacant:
+            elif slot not in self.run.vacant:
                 own.append(("vacant", slot))
-        if self.budget["restarts"] and self.core.record is not None and self.core.failure is None:
+        if self.budget["restarts"] and self.run.record is not None and self.run.failure is None:
             added.append(("restart",))
-        if self.budget["broken_links"] and self.core.record is not None and len(self.core.record.members) > 1:
+        if self.budget["broken_links"] and self.run.record is not None and len(self.run.record.members) > 1:
             added.append(("break_link",))
-        recovering, suspected = self.core._recovering is not None, self.core._suspicion.round
-        silent = suspected is not None and suspected.silent(self.core._required())
+        recovering, suspected = self.run.recovering, self.run.suspicion.round
+        silent = suspected is not None and suspected.silent(self.run.members())
         if self.budget["hasty"] and (recovering or silent):
             added.append(("tick", True))
         if not own:
@@ -365,12 +370,12 @@ class World:
     def _time_passes(self) -> list[Event]:
         """Deadlines, which matter only when nothing else goes on."""
         found: list[Event] = []
-        peers = self.core.peers
-        if any(self.workers[uid].state == "stopped" for uid in peers) and self.core._suspicion.round is None:
+        peers = self.run.peers
+        if any(self.workers[uid].state == "stopped" for uid in peers) and self.run.suspicion.round is None:
             found += [("suspect", u) for u, w in self.workers.items() if w.state == "up" and w.connected and w.current]
-        elif any(p.phase is Phase.FINISHED for p in peers.values()) and not self.core.voided:
+        elif any(p.phase is Phase.FINISHED for p in peers.values()) and not self.run.next.voided:
             found += [("suspect", u) for u, w in self.workers.items() if w.state == "up" and w.current and w.launched]
-        if self.core._suspicion.round is not None or self.core.forming or self.core.recovering:
+        if self.run.suspicion.round is not None or self.run.forming or self.run.recovering:
             later = self.copy()
             later.happen(("tick",))
             if later.key() != self.key():
@@ -464,31 +469,31 @@ class World:
     def happen(self, event: Event) -> None:
         """Let one thing happen, and check all that must hold after it."""
         name = event[0]
-        issued = self.core.record
+        issued = self.run.record
         getattr(self, "_on_" + name)(*event[1:])
-        if self.core.record is not None and self.core.record is not issued:
-            self.core.record = Sent.of(self.core.record).record
+        if self.run.record is not None and self.run.record is not issued:
+            self.run.record = Sent.of(self.run.record).record
         self._deliver()
         self._normalise()
-        if self.core.record is not issued and self.core.record is not None and name != "restart":
-            self._check_record(self.core.record, issued)
+        if self.run.record is not issued and self.run.record is not None and name != "restart":
+            self._check_record(self.run.record, issued)
         self._check()
 
     def _now(self) -> float:
-        return 1.0 if self.core._suspicion.round is not None else 0.0
+        return 1.0 if self.run.suspicion.round is not None else 0.0
 
     def _normalise(self) -> None:
         """Only the order of times matters: keep whether a member was heard of since the round of pings began."""
-        core = self.core
-        suspicion = core._suspicion
+        run = self.run
+        suspicion = run.suspicion
         began = suspicion.round.began if suspicion.round is not None else NEVER
-        for peer in core.peers.values():
+        for peer in run.peers.values():
             peer.heard = 1.0 if peer.heard > began else 0.0
         if suspicion.round is not None:
             suspicion.round.began = 0.0
-        core._forming_since = 0.0
-        if core._first_hello is not None:
-            core._first_hello = 0.0
+        run.next.since = 0.0
+        if run.first_hello is not None:
+            run.first_hello = 0.0
         if suspicion.since is not None:
             suspicion.since = (*suspicion.since[:2], 0.0)
 
@@ -500,8 +505,8 @@ class World:
             w = self._own(uid)
             kind = message.kind
             if kind == "record":
-                assert self.core.record is not None
-                w.inbox += (("record", message.record.number, Sent.of(self.core.record)),)
+                assert self.run.record is not None
+                w.inbox += (("record", message.record.number, Sent.of(self.run.record)),)
             elif (
                 kind == "end"
                 and w.holds
@@ -524,16 +529,14 @@ class World:
             step, healed, fresh, record, answered = values
             core.hello(
                 _member(w),
-                cursor=_cursor(step),
-                healed=healed,
-                fresh=fresh,
+                Standing(cursor=_cursor(step), healed=healed, fresh=fresh),
                 now=now,
                 record=record.record if record else None,
                 answered=answered,
             )
         elif kind == "answer":
             number, step, healed, fresh = values
-            core.answer(uid, number, cursor=_cursor(step), healed=healed, fresh=fresh, now=now)
+            core.answer(uid, number, Standing(cursor=_cursor(step), healed=healed, fresh=fresh), now=now)
         elif kind == "finish":
             core.finish(uid, cursor=_cursor(values[0]), confirmed=values[1], now=now)
         elif kind == "failed":
@@ -551,12 +554,11 @@ class World:
     def _on_tick(self, added: bool = False) -> None:
         if added:
             self.budget["hasty"] -= 1
-        self.core.tick(100.0 if self.core._recovering is not None else 1.0)
+        self.core.tick(100.0 if self.run.recovering else 1.0)
 
     def _on_restart(self) -> None:
         self.budget["restarts"] -= 1
-        old = self.core
-        self.core = Membership(self.settings, incarnation=old.incarnation + 1)
+        self.core = Membership(self.config, self.context, incarnation=self.run.incarnation + 1)
         for uid in self.workers:
             w = self._own(uid)
             w.outbox = ()
@@ -740,8 +742,8 @@ class World:
 
     def _on_break_link(self) -> None:
         self.budget["broken_links"] -= 1
-        assert self.core.record is not None
-        self.unlinked = self.core.record.number
+        assert self.run.record is not None
+        self.unlinked = self.run.record.number
 
     # ---------------------------------------------------------------- what must hold
 
@@ -749,7 +751,7 @@ class World:
         workers = self.workers
         if any(w.record is record for w in workers.values()):
             return  # Put in force again by a restarted hub.
-        if self.core.failure is not None:
+        if self.run.failure is not None:
             raise Violation("a generation follows a failure")
         members = [workers[m.uid] for m in record.members]
         before = max(w.number for w in members) if self.scenario.restarts else self.highest
@@ -792,7 +794,7 @@ class World:
                 continue
             if w.state == "up" and w.record is not None and acting.setdefault(w.number, w.record) is not w.record:
                 raise Violation(f"two records have number {w.number}")
-            peer = self.core.peers.get(uid)
+            peer = self.run.peers.get(uid)
             if finished or w.holds and peer is not None and peer.phase is not Phase.JOINING:
                 if w.cursor != len(w.hist):
                     raise Violation(f"{uid} says step {w.cursor} and holds {w.hist}")
@@ -805,28 +807,28 @@ class World:
 
     def _check_nobody_is_forgotten(self) -> None:
         """What a run would end without all the same: every want is told, and every healed member gets its share."""
-        core = self.core
-        if core.record is None or core.failure is not None or core._recovering is not None:
+        run = self.run
+        if run.record is None or run.failure is not None or run.recovering:
             return
-        for uid, peer in core.peers.items():
+        for uid, peer in run.peers.items():
             w = self.workers[uid]
             if w.state != "up" or not w.connected or w.outbox or w.inbox or peer.phase is Phase.JOINING:
                 continue
-            if core.forming and max(w.want, w.answered) < core.number:
-                raise Violation(f"{uid} was not told that generation {core.number} is wanted")
-            if w.asked == w.number == core.record.number and w.need == "following" and w.fresh and not core.forming:
+            if run.forming and max(w.want, w.answered) < run.next.number:
+                raise Violation(f"{uid} was not told that generation {run.next.number} is wanted")
+            if w.asked == w.number == run.record.number and w.need == "following" and w.fresh and not run.forming:
                 raise Violation(f"{uid} is healed and nobody gives it a share")
-        joining = [u for u, p in core.peers.items() if p.phase is Phase.JOINING]
-        if joining and not core.forming:
+        joining = [u for u, p in run.peers.items() if p.phase is Phase.JOINING]
+        if joining and not run.forming:
             raise Violation(f"nobody lets {joining} in")
-        fresh = [u for u in core.record.fresh if u in core.peers and not self.workers[u].outbox]
-        settled = not core.forming and not core.record.unhealed and len(fresh) == len(core.record.fresh)
-        if fresh and settled and not any(core.peers[u].fresh for u in fresh):
+        fresh = [u for u in run.record.fresh if u in run.peers and not self.workers[u].outbox]
+        settled = not run.forming and not run.record.unhealed and len(fresh) == len(run.record.fresh)
+        if fresh and settled and not any(run.peers[u].fresh for u in fresh):
             raise Violation(f"{fresh} have compared themselves and are called fresh for good")
 
     def check_end(self) -> str:
         """Nothing goes on by itself any more: was everybody let go, in the way that befits it? Returns how it ended."""
-        scenario, core = self.scenario, self.core
+        scenario, run = self.scenario, self.run
         left = [w for w in self.workers.values() if w.state == "up"]
         if left:
             raise Violation(f"{[w.uid for w in left]} wait for ever")
@@ -838,16 +840,16 @@ class World:
                 raise Violation(f"{w.uid} has finished and was told {w.gone}")
             if w.gone == "bye" and not (w.finish_said or w.leave_said):
                 raise Violation(f"{w.uid} was let go without having asked")
-        if core.failure is not None:
+        if run.failure is not None:
             if not scenario.raises:
-                raise Violation(f"the run failed: {core.failure}")
+                raise Violation(f"the run failed: {run.failure}")
             return "failed"
         if any(w.gone == "raised" for w in self.workers.values()) and not scenario.restarts:
             raise Violation("a function has raised and the run has not failed")
         if any(w.gone == "bye" and w.finish_said for w in self.workers.values()):
             return "ended"
-        if core.peers:
-            raise Violation(f"the hub still counts on {list(core.peers)}")
+        if run.peers:
+            raise Violation(f"the hub still counts on {list(run.peers)}")
         return "empty"
 
 

@@ -5,17 +5,14 @@ import math
 import pytest
 
 from raytrain_het.membership.audit import AuditBook, difference
+from raytrain_het.membership.message_parts import ReplicaAudit
+from raytrain_het.membership.protocol import Audit
 
 LIKE, OTHER = "CPU A", "GPU B"
 
 
 def audit(kind=LIKE, numbers=(("lr of parameter group 0", 0.1),), tensors=(("fc.weight", "ab"),), **samples):
-    return {
-        "kind": kind,
-        "numbers": [list(pair) for pair in numbers],
-        "tensors": [list(pair) for pair in tensors],
-        "samples": samples,
-    }
+    return ReplicaAudit(kind=kind, numbers=list(numbers), tensors=list(tensors), samples=samples)
 
 
 def test_the_same_is_no_difference():
@@ -73,8 +70,8 @@ def test_unlike_machines_differ_within_a_part_of_the_updates(off, moved, found):
 
 def test_an_audit_waits_for_all_members_and_older_ones_are_dropped():
     book = AuditBook()
-    first, second = ({"generation": 1, "step": step, "part": 0, "audit": audit()} for step in (3, 4))
-    other = second | {"audit": audit(tensors=[("fc.weight", "cd")])}
+    first, second = (Audit(generation=1, step=step, part=0, audit=audit()) for step in (3, 4))
+    other = Audit(generation=1, step=4, part=0, audit=audit(tensors=[("fc.weight", "cd")]))
     assert book.add(0, first, [0, 1]) is None
     assert book.add(0, second, [0, 1]) is None
     assert book.add(1, other, [0, 1]) == "fc.weight is another one on each of workers 0 and 1"

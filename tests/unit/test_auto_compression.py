@@ -8,6 +8,7 @@ from raytrain_het.balance.paths import NUM_LOOKS
 from raytrain_het.balance.profile import Measurement, Profile
 from raytrain_het.balance.scoreboard import Scoreboard
 from raytrain_het.codec_options import AUTO_CODECS, used_together
+from raytrain_het.config import HetConfig
 
 WORDS = ("none", "int8", "topk")
 COSTS = {"none": [4.0, 0.0, 0.0, 0.0], "int8": [1.0, 1e-10, 1e-10, 0.006], "topk": [0.03, 3e-10, 1e-10, 0.95]}
@@ -88,7 +89,7 @@ def test_steps_that_take_much_longer_than_was_promised_are_a_reason_to_think_aga
 
 
 def test_a_scoreboard_issues_the_choice_with_shares_and_scores_as_they_are():
-    board = Scoreboard(balance=False, compression=compression(slots=range(3)))
+    board = Scoreboard(HetConfig(shares=None), compression(slots=range(3)))
     board.global_batch_size = 12
     for slot in range(3):
         board.introduce(
@@ -103,7 +104,7 @@ def test_a_scoreboard_issues_the_choice_with_shares_and_scores_as_they_are():
         table = table or board.better(range(3), dict.fromkeys(range(3), 4))
     assert table is not None
     assert table.codecs == codecs("topk", range(3))
-    assert table.shares == dict.fromkeys(range(3), 4) and set(table.lr_scales.values()) == {1.0}
+    assert table.shares == dict.fromkeys(range(3), 4) and set(table.gradient_weights.values()) == {1.0}
     now = dict.fromkeys(range(3), 4)
     assert board.expected_samples_per_s(now) == pytest.approx(12 / 0.05)  # What messages took before says nothing now.
 
@@ -162,7 +163,7 @@ def test_what_the_system_does_for_messages_counts_as_theirs_and_not_as_computing
 
 
 def test_a_choice_is_made_without_a_worker_that_was_lost_whatever_scores_are_from():
-    board = Scoreboard(balance=True, policy="flops", compression=compression(slots=range(3)))
+    board = Scoreboard(HetConfig(score_policy="flops"), compression(slots=range(3)))
     board.global_batch_size = 12
     for slot in range(3):
         board.introduce(
@@ -180,7 +181,7 @@ def test_a_choice_is_made_without_a_worker_that_was_lost_whatever_scores_are_fro
 
 
 def test_with_leaders_their_links_are_everybodys_on_their_machines():
-    board = Scoreboard(balance=False)
+    board = Scoreboard(HetConfig(shares=None))
     board.place(dict(enumerate("xxyy")), {0: 0, 1: 0, 2: 2, 3: 2})
     for _ in range(NUM_LOOKS):
         for slot, peer in ((0, 2), (2, 0)):

@@ -9,10 +9,10 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from runs import run_of
 
 from raytrain_het.balance.profile import Measurement, Profile
 from raytrain_het.membership.server import Hub
-from raytrain_het.membership.settings import HubSettings
 from raytrain_het.membership.wire import Connection, encode
 from raytrain_het.ray_train import hub as controller
 
@@ -77,7 +77,7 @@ def make_hub() -> Iterator[Callable[..., Hub]]:
     hubs: list[Hub] = []
 
     def make(num_slots: int = 2, **settings: Any) -> Hub:
-        hubs.append(Hub(HubSettings(run_id="hub", num_slots=num_slots, **settings)))
+        hubs.append(Hub(*run_of(num_slots, **settings)))
         return hubs[-1]
 
     yield make
@@ -87,7 +87,7 @@ def make_hub() -> Iterator[Callable[..., Hub]]:
 
 def started(hub: Hub) -> tuple[list[Client], dict[str, Any]]:
     """All members, and the first record."""
-    members = [Client(hub, slot) for slot in range(hub.settings.num_slots)]
+    members = [Client(hub, slot) for slot in range(hub.context.num_slots)]
     records = [m.until("record")["record"] for m in members]
     return members, records[0]
 
@@ -100,7 +100,7 @@ def test_two_members_that_wait_for_the_same_checkpoint_leave_when_it_is_stored(m
         member.report(key, checkpoint=True, holds_snapshot=True)
         member.tell("leave")
     asked = first.until("write")
-    while len(hub._leaving) < 2:
+    while len(hub._switchboard.reporting.leaving) < 2:
         hub.status()
     first.tell("stored", key=asked["key"], path="path", error=None, cursor=ZERO | {"step": 5})
     for member in (first, second):
@@ -142,7 +142,7 @@ def test_what_a_member_says_that_was_let_go_counts_for_nothing(make_hub: Any) ->
         pass
     assert [r["num_workers"] for r in whole] == [1]
     assert 0 <= time.time() - whole[0]["time"] < 60
-    assert hub._core.checkpoint is None
+    assert hub._switchboard.core.run.checkpoint is None
 
 
 @pytest.mark.parametrize("name", ["tick", "pong"])
@@ -155,7 +155,7 @@ def test_an_error_in_the_logic_fails_the_run_and_everybody_is_told(
     def fail(*args: Any) -> None:
         raise KeyError("what is not there")
 
-    monkeypatch.setattr(hub._core, name, fail)
+    monkeypatch.setattr(hub._switchboard.core, name, fail)
     first.tell("pong", position=1)
     for member in (first, second):
         assert "KeyError: 'what is not there'" in member.until("fail")["message"]
@@ -179,7 +179,7 @@ def test_a_report_that_only_one_worker_makes_fails_the_run_unless_something_has_
         hub = make_hub()
         (first, second), record = started(hub)
         told["life"] = record["life"]
-        hub._core.disturbed = disturbed
+        hub._switchboard.core.run.disturbed = disturbed
         second.tell("stats", step=6, told=told)
         first.report(f"{record['life']}.5.0", at="train.py:7")
         if not disturbed:
@@ -218,7 +218,7 @@ def hardware(name: str, gflops: float, *, bandwidth: float | None = 1e9) -> dict
 
 
 def test_a_policy_that_fails_at_the_start_ends_the_run_with_the_worker_and_its_error(make_hub: Any) -> None:
-    hub = make_hub(balance=True, score_policy=lambda p: p.host_to_device.median)
+    hub = make_hub(shares="auto", score_policy=lambda p: p.host_to_device.median)
     members = [Client(hub, slot, known=hardware("x", 1)) for slot in range(2)]
     message = members[0].until("fail")["message"]
     assert "worker 0 (x, cpu) with AttributeError" in message
@@ -237,7 +237,7 @@ def healed(first: Client, joined: Client) -> dict[str, Any]:
 
 
 def test_other_hardware_in_a_slot_has_its_own_share_once_it_is_healed(make_hub: Any) -> None:
-    hub = make_hub(balance=True, score_policy="flops")
+    hub = make_hub(shares="auto", score_policy="flops")
     first, second = [Client(hub, slot, known=hardware("x", 1)) for slot in range(2)]
     first.until("record")
     second.connection.close()
@@ -247,17 +247,17 @@ def test_other_hardware_in_a_slot_has_its_own_share_once_it_is_healed(make_hub: 
 
 
 def test_a_restarted_hub_goes_on_counting_tables_when_somebody_comes(make_hub: Any) -> None:
-    hub = make_hub(num_slots=1, balance=True, score_policy="flops")
+    hub = make_hub(num_slots=1, shares="auto", score_policy="flops")
     first = Client(hub, 0, known=hardware("x", 1))
     record = first.until("record")["record"]
-    new = make_hub(num_slots=2, balance=True, score_policy="flops")
+    new = make_hub(num_slots=2, shares="auto", score_policy="flops")
     first = Client(new, 0, record=record, cursor=ZERO | {"step": 5}, healed=True, known=hardware("x", 1))
     record = healed(first, Client(new, 1, known=hardware("y", 3)))
     assert (record["table"], record["speeds"]) == (2, [0.5, 1.5])
 
 
 def test_a_policy_that_fails_on_a_newcomer_leaves_the_run_and_its_table_as_they_are(make_hub: Any) -> None:
-    hub = make_hub(balance=True, score_policy=lambda p: p.memory_bandwidth.median)
+    hub = make_hub(shares="auto", score_policy=lambda p: p.memory_bandwidth.median)
     first, second = [Client(hub, slot, known=hardware("x", 1)) for slot in range(2)]
     assert first.until("record")["record"]["table"] == 1
     second.connection.close()

@@ -11,15 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.membership.merging import exact_sum, mixed_up, reduce_metrics
-from raytrain_het.membership.protocol import Told
+from raytrain_het.membership.message_parts import Told
+from raytrain_het.membership.protocol import Report
 from raytrain_het.membership.reports import ReportBook
 
 INF, NAN = math.inf, math.nan
 
 
+def part(metrics: dict[str, Any], **values: Any) -> Report:
+    return Report(**{"key": "1.5.0", "step": 5, "epoch": 0, "metrics": metrics, **values})
+
+
 def reduced(*parts: tuple[Any, int], how: str | None = None) -> Any:
     reduce = {"x": how} if how else {}
-    return reduce_metrics([{"metrics": {"x": v}, "samples": n, "reduce": reduce} for v, n in parts])["x"]
+    return reduce_metrics([part({"x": v}, samples=n, reduce=reduce) for v, n in parts])["x"]
 
 
 def same(a: float, b: float) -> bool:
@@ -62,10 +67,6 @@ def test_no_numbers_break_the_merging(values: list[float], samples: list[int]) -
     json.dumps(reduced(*zip(values, samples, strict=False)))
 
 
-def part(metrics: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {"metrics": metrics, "checkpoint": True, "reduce": {}, **values}
-
-
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [
@@ -76,7 +77,7 @@ def part(metrics: dict[str, Any], **values: Any) -> dict[str, Any]:
         (part({"x": 1, "y": 2}), part({"x": None, "z": 1.5}), None),
     ],
 )
-def test_what_cannot_be_merged_is_named(first: dict[str, Any], second: dict[str, Any], said: str | None) -> None:
+def test_what_cannot_be_merged_is_named(first: Report, second: Report, said: str | None) -> None:
     found = mixed_up({0: first, 2: second})
     assert found is None if said is None else found is not None and said in found
 
@@ -98,19 +99,8 @@ class Hub:
     def part(self, slot: int, key: str, before: str | None = None, **values: Any) -> str | None:
         step = int(key.split(".")[1])
         told = Told(**{"life": 1, "began": 0, "step": step, "reported": before, "complete": False, **values})
-        self.book.part(
-            slot,
-            {
-                "key": key,
-                "step": step,
-                "epoch": 0,
-                "metrics": {},
-                "samples": 1,
-                "checkpoint": False,
-                "told": told,
-                "at": "train.py:3",
-            },
-        )
+        said = part({}, key=key, step=step, samples=1, checkpoint=False, told=told, at="train.py:3")
+        self.book.add_part(slot, "u", said)
         return self.book.left_out()
 
 
@@ -174,4 +164,4 @@ def test_a_report_that_a_worker_has_left_out_is_whole_without_it() -> None:
     hub.part(0, "1.12.0")
     assert hub.book.settle([0, 1]) == []
     hub.told(1, 13)
-    assert [r["num_workers"] for r in hub.book.settle([0, 1])] == [1]
+    assert [r.num_workers for r in hub.book.settle([0, 1])] == [1]

@@ -18,7 +18,7 @@ from collectives_fakes import record_of
 
 from raytrain_het import errors
 from raytrain_het.config import HetConfig
-from raytrain_het.membership.protocol import Event, FromMember, Meet, Ping, Pong
+from raytrain_het.membership.protocol import Claim, FromMember, Meet, Ping, Pong
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.wire import Connection, decoded, encode, tune
 
@@ -49,13 +49,12 @@ def test_messages_arrive_whole_and_in_order_whatever_the_pieces() -> None:
 
 
 def test_numbers_that_are_not_finite_arrive_and_what_is_no_message_is_an_error() -> None:
-    event = Event(event={"worst": float("inf"), "none": float("nan")})
-    again = decoded(json.loads(encode(event)), FromMember)
-    assert again.event["worst"] == float("inf") and math.isnan(again.event["none"])
-    own = decoded(
-        json.loads(encode(Event(event={"x": np.float64(1.5), "y": type("Text", (str,), {})("z")}))), FromMember
-    )
-    assert own.event == {"x": 1.5, "y": "z"}
+    claim = Claim(step=0, name="x", value={"worst": float("inf"), "none": float("nan")})
+    again = decoded(json.loads(encode(claim)), FromMember)
+    assert again.value["worst"] == float("inf") and math.isnan(again.value["none"])
+    value = {"x": np.float64(1.5), "y": type("Text", (str,), {})("z")}
+    own = decoded(json.loads(encode(Claim(step=0, name="x", value=value))), FromMember)
+    assert own.value == {"x": 1.5, "y": "z"}
     for wrong in ({"type": "odd"}, {"type": "pong"}, {"type": "pong", "position": "x"}, []):
         with pytest.raises(ValueError, match=".+"):
             decoded(wrong, FromMember)
@@ -66,7 +65,7 @@ def test_a_hub_that_takes_nothing_costs_its_connection_and_not_the_senders_time(
         connection = Connection("127.0.0.1", server.getsockname()[1], send_timeout_s=0.05)
         peer, _ = server.accept()
         with pytest.raises(OSError, match=".*"):
-            connection.send(Event(event={"pad": "x" * 2**26}))
+            connection.send(Claim(step=0, name="x", value="x" * 2**26))
         with pytest.raises(OSError, match=".*"):
             connection.send(Pong(position=0))
         assert list(connection.messages()) == [], "the reader's thread goes on to a new one"

@@ -9,6 +9,7 @@ import pytest
 
 from raytrain_het.balance.paths import LEAST_S, NUM_LOOKS, WINDOW, Paths
 from raytrain_het.balance.scoreboard import LINK_ROUNDS, Scoreboard, Table
+from raytrain_het.config import HetConfig
 
 SLOTS = range(4)
 
@@ -88,7 +89,7 @@ class Fleet:
     """Four equal workers and a step of 100 ms besides the links' part of it."""
 
     def __init__(self, links_s: list[float], *, noise: float = 0.0) -> None:
-        self.board, self.links_s, self.tables = Scoreboard(), links_s, list[Table]()
+        self.board, self.links_s, self.tables = Scoreboard(HetConfig()), links_s, list[Table]()
         self.board.global_batch_size = 400
         self.noise, self.random = noise, random.Random(0)
 

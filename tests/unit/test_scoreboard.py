@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from raytrain_het.balance.batch_shares import StepCost, balanced_shares, slowest_s
-from raytrain_het.balance.gradient_weights import effective_batch_size, lr_scales, normalised_scores
+from raytrain_het.balance.gradient_weights import effective_batch_size, gradient_weights, normalised_scores
 from raytrain_het.balance.profile import Measurement, Profile
 from raytrain_het.balance.scoreboard import Scoreboard
 from raytrain_het.balance.speeds import Speeds
@@ -24,9 +24,9 @@ from raytrain_het.errors import ConfigError
 class Fleet:
     """Workers with known costs; every step gives one observation of each, with noise."""
 
-    def __init__(self, costs: list[StepCost], total: int, *, noise: float = 0.0, seed: int = 0, alpha: float = 0.0):
+    def __init__(self, costs: list[StepCost], total: int, *, noise: float = 0.0, seed: int = 0, **settings: Any):
         self.costs, self.random, self.noise = costs, random.Random(seed), noise
-        self.board = Scoreboard(alpha=alpha)
+        self.board = Scoreboard(HetConfig(**settings))
         self.board.global_batch_size = total
         self.shares = dict(enumerate(balanced_shares([StepCost(0, 1)] * len(costs), total)))
         self.changes = 0
@@ -148,7 +148,7 @@ def test_many_bad_moments_for_a_long_time_leave_estimates_where_they_are(num_tol
 
 @pytest.mark.parametrize("num_told", [1, 8, 16, 100])
 def test_a_table_comes_however_many_steps_are_told_at_once(num_told: int) -> None:
-    board = Scoreboard()
+    board = Scoreboard(HetConfig())
     board.global_batch_size = 120
     shares = {0: 60, 1: 60}
     for _ in range(20):
@@ -205,7 +205,7 @@ def test_the_fixed_part_is_learnt_from_two_batch_sizes_and_kept_when_the_machine
 
 
 def test_nothing_is_said_before_every_worker_has_been_seen() -> None:
-    board = Scoreboard()
+    board = Scoreboard(HetConfig())
     board.global_batch_size = 64
     for _ in range(10):
         board.observe(0, 32, 1.0)
@@ -216,8 +216,7 @@ def test_nothing_is_said_before_every_worker_has_been_seen() -> None:
 
 def test_a_worker_that_costs_more_than_it_gives_is_a_warm_spare_and_comes_back_when_it_is_needed() -> None:
     costs = [StepCost(0.01, 0.001), StepCost(0.01, 0.001), StepCost(0.2, 0.001)]
-    fleet = Fleet(costs, 200)
-    fleet.board.spares = True
+    fleet = Fleet(costs, 200, warm_spares=True)
     for _ in range(30):
         fleet.step()
     assert fleet.shares == {0: 100, 1: 100, 2: 0}
@@ -231,8 +230,11 @@ def test_a_worker_that_costs_more_than_it_gives_is_a_warm_spare_and_comes_back_w
 
 def test_a_spare_that_is_fast_again_gets_samples_again() -> None:
     usual = StepCost(0.004, 0.001)
-    fleet = Fleet([StepCost(0, 0.001), StepCost(0, 0.001), StepCost(20 * usual.fixed_s, 20 * usual.per_sample_s)], 100)
-    fleet.board.spares = True
+    fleet = Fleet(
+        [StepCost(0, 0.001), StepCost(0, 0.001), StepCost(20 * usual.fixed_s, 20 * usual.per_sample_s)],
+        100,
+        warm_spares=True,
+    )
     for _ in range(30):
         fleet.step()
     assert fleet.shares[2] == 0
@@ -243,8 +245,7 @@ def test_a_spare_that_is_fast_again_gets_samples_again() -> None:
 
 
 def test_a_spare_whose_slot_is_taken_by_unknown_hardware_does_not_stop_the_others_tables() -> None:
-    fleet = Fleet([StepCost(0, 0.001), StepCost(0, 0.001), StepCost(0.2, 0.001)], 100)
-    fleet.board.spares = True
+    fleet = Fleet([StepCost(0, 0.001), StepCost(0, 0.001), StepCost(0.2, 0.001)], 100, warm_spares=True)
     for slot in range(3):
         fleet.board.introduce(slot, Profile(hardware="x", device="cpu", cores=1.0, num_threads=1))
     for _ in range(30):
@@ -276,7 +277,7 @@ def test_neighbouring_steps_that_are_slow_together_make_an_estimate_less_certain
 
 
 def test_a_table_that_keeps_the_shares_promises_what_these_take() -> None:
-    board = Scoreboard(alpha=1.0)
+    board = Scoreboard(HetConfig(alpha=1.0))
     board.global_batch_size = 100
     for _ in range(6):
         for slot, samples in ((0, 51), (1, 49)):
@@ -293,7 +294,7 @@ def test_what_is_expected_after_twenty_noisy_steps_is_what_the_next_ones_take() 
     off = []
     for seed in range(20):
         costs, shares, rng = [StepCost(0.01, 0.001 / s) for s in (4, 2, 1)], [27, 27, 26], random.Random(seed)
-        board = Scoreboard()
+        board = Scoreboard(HetConfig())
         board.global_batch_size = 80
         taken, expected = [], 0.0
         for step in range(120):
@@ -329,7 +330,7 @@ def test_a_table_is_looked_for_once_in_a_round_of_observations(monkeypatch: pyte
     judged: list[int] = []
     balanced = Scoreboard._balanced
     monkeypatch.setattr(Scoreboard, "_balanced", lambda *args, **more: judged.append(1) or balanced(*args, **more))
-    board = Scoreboard()
+    board = Scoreboard(HetConfig())
     board.global_batch_size = 80
     for _ in range(10):
         for slot in range(8):
@@ -351,7 +352,7 @@ def profile(gflops: float, step: StepCost | None = None, gbytes: float = 10.0, h
 
 
 def board_of(*profiles: Profile, total: int = 100, **settings: Any) -> Scoreboard:
-    board = Scoreboard(**settings)
+    board = Scoreboard(HetConfig(**settings))
     board.global_batch_size = total
     for slot, known in enumerate(profiles):
         board.introduce(slot, known)
@@ -385,7 +386,7 @@ def test_a_run_starts_from_the_step_times_of_earlier_runs_if_all_are_known() -> 
 
 
 def test_a_policy_of_the_users_own_sets_scores_and_shares_and_they_stay() -> None:
-    board = board_of(profile(1, gbytes=30), profile(1, gbytes=10), policy=lambda p: p.memory_bandwidth.median)
+    board = board_of(profile(1, gbytes=30), profile(1, gbytes=10), score_policy=lambda p: p.memory_bandwidth.median)
     table = board.fitting([0, 1])
     assert table is not None
     assert table.shares == {0: 75, 1: 25} or table.shares == {0: 74, 1: 26}
@@ -400,7 +401,7 @@ def test_a_policy_of_the_users_own_sets_scores_and_shares_and_they_stay() -> Non
 
 
 def test_other_hardware_in_a_slot_is_scored_anew_and_the_same_is_not() -> None:
-    board = board_of(profile(30), profile(10), policy="flops")
+    board = board_of(profile(30), profile(10), score_policy="flops")
     table = board.fitting([0, 1])
     assert table is not None
     assert table.scores == pytest.approx({0: 1.5, 1: 0.5})
@@ -451,75 +452,76 @@ def test_who_comes_and_is_not_known_at_all_leaves_the_table_as_it_is() -> None:
 
 
 def test_a_policy_that_needs_what_was_not_measured_names_the_worker() -> None:
-    board = board_of(profile(1), dataclasses.replace(profile(1), memory_bandwidth=None), policy="memory_bandwidth")
+    board = board_of(
+        profile(1), dataclasses.replace(profile(1), memory_bandwidth=None), score_policy="memory_bandwidth"
+    )
     with pytest.raises(ConfigError, match="memory_bandwidth.*worker 1"):
         board.fitting([0, 1])
     with pytest.raises(ValueError, match="worker 0 is 0.0"):
-        board_of(profile(1), profile(1), policy=lambda p: 0.0).fitting([0, 1])
+        board_of(profile(1), profile(1), score_policy=lambda p: 0.0).fitting([0, 1])
 
 
 def test_given_shares_and_no_alpha_need_no_first_table() -> None:
-    assert board_of(profile(1), profile(9), balance=False).fitting([0, 1]) is None
-    table = board_of(profile(1), profile(3), balance=False, alpha=1.0).fitting([0, 1])
+    assert board_of(profile(1), profile(9), shares=None).fitting([0, 1]) is None
+    table = board_of(profile(1), profile(3), shares=None, alpha=1.0).fitting([0, 1])
     assert table is not None
     assert table.shares == {0: 50, 1: 50}
-    assert table.lr_scales[0] / table.lr_scales[1] == pytest.approx(3.0)
+    assert table.gradient_weights[0] / table.gradient_weights[1] == pytest.approx(3.0)
 
 
 def test_a_first_table_tells_of_the_shares_that_were_given() -> None:
-    table = board_of(profile(1), profile(3), balance=False, shares=(3, 1), alpha=1.0).fitting([0, 1])
+    table = board_of(profile(1), profile(3), shares=(3, 1), alpha=1.0).fitting([0, 1])
     assert table is not None
     assert table.shares == {0: 75, 1: 25}
 
 
 def test_a_policy_gives_scores_beside_given_shares_and_without_alpha() -> None:
     assert HetConfig(shares=(3, 1), score_policy="flops").follows_speeds, "else no hardware is measured"
-    board = board_of(profile(1), profile(3), balance=False, shares=(3, 1), policy="flops")
+    board = board_of(profile(1), profile(3), shares=(3, 1), score_policy="flops")
     table = board.fitting([0, 1])
     assert table is not None
     assert table.shares == {0: 75, 1: 25}
-    assert table.lr_scales == {0: 1.0, 1: 1.0}
+    assert table.gradient_weights == {0: 1.0, 1: 1.0}
     assert board.scores([0, 1]) == pytest.approx({0: 0.5, 1: 1.5})
 
 
 def test_alpha_makes_a_table_where_shares_stay() -> None:
-    fleet = Fleet([StepCost(0, 0.001 / s) for s in (4, 1)], 100, alpha=1.0)
-    fleet.board.balance = False
+    fleet = Fleet([StepCost(0, 0.001 / s) for s in (4, 1)], 100, alpha=1.0, shares=None)
     for _ in range(5):
         fleet.step()
     table = fleet.board.table
     assert table is not None
     assert table.shares == {0: 50, 1: 50}
-    assert table.lr_scales[1] / table.lr_scales[0] == pytest.approx(4.0)
+    assert table.gradient_weights[1] / table.gradient_weights[0] == pytest.approx(4.0)
     assert fleet.changes == 1
 
 
-def test_learning_rate_scales_and_effective_batch_sizes_are_as_designed() -> None:
+def test_gradient_weights_and_effective_batch_sizes_are_as_designed() -> None:
     speeds = {0: 4.0, 1: 2.0, 2: 1.0, 3: 1.0}
-    assert lr_scales(speeds, 0.0) == dict.fromkeys(speeds, 1.0)
+    assert gradient_weights(speeds, 0.0) == dict.fromkeys(speeds, 1.0)
     shares = [512, 256, 128, 128]
     for alpha, part in ((0.0, 1.0), (0.5, 0.92), (-0.5, 0.92), (1.0, 0.73)):
-        scales = lr_scales(speeds, alpha)
-        assert effective_batch_size(shares, [scales[i] for i in range(4)]) / 1024 == pytest.approx(part, abs=0.02)
+        weights = gradient_weights(speeds, alpha)
+        assert effective_batch_size(shares, [weights[i] for i in range(4)]) / 1024 == pytest.approx(part, abs=0.02)
     assert sum(normalised_scores(speeds).values()) == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("score", [0.0, -1.0, math.nan, math.inf])
 def test_a_score_that_is_none_names_its_worker(score: float) -> None:
     with pytest.raises(ValueError, match="worker 7"):
-        lr_scales({1: 1.0, 7: score}, 0.5)
+        gradient_weights({1: 1.0, 7: score}, 0.5)
     with pytest.raises(ValueError, match="alpha=nan"):
-        lr_scales({1: 1.0}, math.nan)
+        gradient_weights({1: 1.0}, math.nan)
 
 
 def test_an_alpha_beyond_what_a_number_holds_is_refused_with_the_worker() -> None:
     with pytest.raises(ValueError, match=r"alpha=500.*worker 0"):
-        lr_scales({0: 0.1, 1: 1.9}, 500)
+        gradient_weights({0: 0.1, 1: 1.9}, 500)
     with pytest.raises(ValueError, match=r"alpha=-2000.*worker 0"):
-        lr_scales({0: 0.1, 1: 1.9}, -2000)
+        gradient_weights({0: 0.1, 1: 1.9}, -2000)
     with pytest.raises(ValueError, match=r"alpha=1000 .*worker 0.*single precision"):
-        lr_scales({0: 0.77, 1: 1.23}, 1000)
-    assert lr_scales({0: 0.1, 1: 1.9}, 8) == pytest.approx({0: 1e8, 1: 1.9**-8})
+        gradient_weights({0: 0.77, 1: 1.23}, 1000)
+    assert gradient_weights({0: 0.1, 1: 1.9}, 8) == pytest.approx({0: 1e8, 1: 1.9**-8})
     assert effective_batch_size([50, 50], [1e200, 1e-200]) == pytest.approx(50)
 
 
@@ -531,7 +533,7 @@ def test_the_effective_batch_size_of_a_literal_sum_counts_workers_means() -> Non
 
 def test_speeds_together_and_alone_are_from_the_same_steps() -> None:
     """The last steps are a little faster, for each and so for all: they say nothing of how well the fleet does."""
-    board = Scoreboard()
+    board = Scoreboard(HetConfig())
     board.global_batch_size = 200
     for step in range(40):
         step_s = 0.1 if step < 30 else 0.085

@@ -18,7 +18,8 @@ from raytrain_het.allreduce.jobs import Contribution, LocalBucket, StepJob
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.balance.batch_shares import StepCost
 from raytrain_het.balance.profile import Profile
-from raytrain_het.membership.protocol import Known, Timing
+from raytrain_het.membership.message_parts import Known
+from raytrain_het.membership.protocol import Timing
 from raytrain_het.worker.step import timings
 from raytrain_het.worker.step.timings import NUM_FIRST, NUM_WORTH_KEEPING, CpuSplit, KnownSpeed, Timings
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from raytrain_het.files import write_whole
 from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.server import Hub
-from raytrain_het.testing import processes
 from raytrain_het.testing.ledger import LedgerEntry, read_ledgers
 from raytrain_het.testing.programs import worker
 from raytrain_het.testing.programs.plain import Used
@@ -173,7 +173,7 @@ class _Run:
         self._resumes = ran.program.fault == "resume"
         self._refills = 0
         self._hub_restarts = 1 if ran.program.fault == "hub" else 0
-        self._settings = processes.hub_settings(jobs[0].config, len(jobs))
+        self._context = RunContext(run_id="lab", num_slots=len(jobs))
         self._hub = self._new_hub()
 
     def go(self) -> None:
@@ -237,13 +237,13 @@ class _Run:
         stored = sorted((self._directory / "storage").glob("checkpoint_*"))
         if stored:
             cursor = Cursor.from_dict(read_meta(str(stored[-1]))["cursor"])
-            self._settings = dataclasses.replace(self._settings, checkpoint=str(stored[-1]), checkpoint_cursor=cursor)
+            self._context = dataclasses.replace(self._context, checkpoint=str(stored[-1]), checkpoint_cursor=cursor)
         self._hub = self._new_hub()
         for job in self._jobs:
             self._start(dataclasses.replace(job, life=1))
 
     def _new_hub(self) -> Hub:
-        hub = Hub(self._settings)
+        hub = Hub(self._jobs[0].config, self._context)
         write_whole(self._directory / "hub.pickle", pickle.dumps(hub.address()))
         return hub
 

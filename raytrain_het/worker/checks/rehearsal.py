@@ -8,13 +8,13 @@ nothing of it counts: buffers, registered objects and settings are put back as b
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import nn
 
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ReplicaMismatchError
+from raytrain_het.membership.events import Compared
 from raytrain_het.membership.record import Record
 from raytrain_het.worker.checks.losses import LossCheck
 
@@ -47,7 +47,7 @@ class Rehearsal:
 
     def compare(
         self, step: int, means: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], record: Record
-    ) -> dict[str, Any]:
+    ) -> Compared:
         """Compare every parameter's mean gradient with that of the whole batch.
 
         Returns:
@@ -73,7 +73,7 @@ class Rehearsal:
                 "the loss is: prepare_data_loader(loss=..., weight=...); docs/training.md has what they mean."
             )
         logger.info("%s%s", text, f"; {why} would explain that" if error > TOLERANCE else "")
-        return {"kind": "compared", "step": step, "error": error, "parameter": worst[0], "explained_by": why}
+        return Compared(step=step, error=error, parameter=worst[0], explained_by=why)
 
     def compare_buffers(
         self, step: int, got: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], record: Record

@@ -9,7 +9,8 @@ from raytrain_het.allreduce.sums import Sums
 from raytrain_het.errors import ReplicaMismatchError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.cursor import Cursor
-from raytrain_het.membership.protocol import Audit, Claim, Event, ReplicaAudit
+from raytrain_het.membership.message_parts import ReplicaAudit
+from raytrain_het.membership.protocol import Audit, Claim, Event
 from raytrain_het.worker.checks.body_watch import BodyWatch
 from raytrain_het.worker.checks.losses import LossCheck, Root
 from raytrain_het.worker.checks.rehearsal import Rehearsal

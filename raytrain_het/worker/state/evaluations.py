@@ -7,7 +7,8 @@ from typing import Any
 
 from raytrain_het.errors import ConfigError, ForeignError
 from raytrain_het.membership.agent import Impatience, MemberAgent
-from raytrain_het.membership.protocol import Evaluate, Raise
+from raytrain_het.membership.message_parts import Raise
+from raytrain_het.membership.protocol import Evaluate
 from raytrain_het.worker.checks.call_site import call_site
 from raytrain_het.worker.state.last_words import packed, traceback_of, unpacked
 

@@ -10,6 +10,7 @@ from raytrain_het.allreduce.codecs import RESIDUAL, State
 from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.errors import CheckpointError
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.events import HandedOn
 from raytrain_het.membership.protocol import Event
 from raytrain_het.worker.state.state_server import StateServer
 
@@ -56,5 +57,5 @@ class HandingOn:
             if left_out is None or self._gone or agent.gone is not None:
                 return False
             norm = self._states.inherit(left_out)
-        agent.tell(Event(event={"kind": "handed_on", "by": leaver["slot"], "norm": norm}))
+        agent.tell(Event(event=HandedOn(by=leaver["slot"], norm=norm)))
         return True

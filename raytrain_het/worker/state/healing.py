@@ -16,6 +16,7 @@ import torch
 
 from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.errors import EvictedError, ReplicaMismatchError
+from raytrain_het.membership import events
 from raytrain_het.membership.agent import Impatience, MemberAgent
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.protocol import Event, Healed, Verified
@@ -196,7 +197,7 @@ class Healing:
         held = self._hold(record, cursor=record.cursor, healed=True, fresh=False)
         if held:
             self._agent.tell(Verified())
-            self._agent.tell(Event(event={"kind": "healed", "step": record.base, "by": how}))
+            self._agent.tell(Event(event=events.Healed(step=record.base, by=how)))
         return held
 
     def _hold(self, record: Record, *, cursor: Cursor | None, healed: bool, fresh: bool) -> bool:

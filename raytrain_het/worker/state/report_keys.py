@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raytrain_het.membership.protocol import Told
+from raytrain_het.membership.message_parts import Told
 
 
 class Keys:

@@ -13,6 +13,8 @@ from typing import Any
 from raytrain_het.membership import protocol
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.events import CheckpointFailed
+from raytrain_het.membership.message_parts import Told
 from raytrain_het.membership.record import Record
 from raytrain_het.worker.state import checkpoint as files
 from raytrain_het.worker.state.report_keys import Keys
@@ -63,7 +65,7 @@ class Reporter:
         """Its loop has committed a step."""
         self._keys.went_on(life, step)
 
-    def told(self, *, complete: bool = False) -> protocol.Told | None:
+    def told(self, *, complete: bool = False) -> Told | None:
         """What the hub sees from that this worker has left a report out; ``complete``: its loop is at its end."""
         return self._keys.told(complete=complete)
 
@@ -154,8 +156,7 @@ class Reporter:
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
             logger.warning("the checkpoint of step %d could not be stored, the run goes on: %s", report.step, error)
-            event = {"kind": "checkpoint_failed", "step": report.step, "error": error}
-            self._agent.tell(protocol.Event(event=event))
+            self._agent.tell(protocol.Event(event=CheckpointFailed(step=report.step, error=error)))
         cursor = Cursor.from_dict(report.meta["cursor"])
         report.stored = protocol.Stored(key=report.key, path=path, error=error, cursor=cursor)
         self._agent.tell(report.stored)

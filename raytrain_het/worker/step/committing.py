@@ -14,6 +14,7 @@ from raytrain_het.allreduce.jobs import ResyncJob
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.events import Drift
 from raytrain_het.membership.protocol import Event
 from raytrain_het.membership.record import Record
 from raytrain_het.worker.checks.step_checks import StepChecks
@@ -117,7 +118,7 @@ class Committing:
         self._checks.replica.replicas_are_the_same()
         if not mine:
             drift = replica.unpack_parameters(data)
-            agent.tell(Event(event={"kind": "drift", "step": step, "largest_difference": drift}))
+            agent.tell(Event(event=Drift(step=step, largest_difference=drift)))
 
 
 def resync_due(every: int, record: Record, step: int) -> bool:

@@ -74,7 +74,7 @@ class OpenStep:
     @property
     def gradient_weight(self) -> float:
         """``r_i``: by which this worker's gradients are weighed beside its samples."""
-        return self.record.lr_scales[self.rank]
+        return self.record.gradient_weights[self.rank]
 
     @property
     def weight(self) -> float:

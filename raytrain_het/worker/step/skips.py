@@ -9,6 +9,7 @@ import torch
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.errors import NonFiniteGradientError
 from raytrain_het.membership.agent import MemberAgent
+from raytrain_het.membership.events import Skipped
 from raytrain_het.membership.protocol import Event
 from raytrain_het.worker.data.data_plan import DataPlan
 from raytrain_het.worker.step.gradients import Gradients
@@ -51,8 +52,7 @@ class Skips:
             names = self._gradients.nonfinite_parameters()
             text = f"worker {slot}, parameters {names[:3]}{self._bad_samples(step)}"
             logger.warning("step %d: gradient not finite on %s; the update is skipped", step.number, text)
-            event = {"kind": "skipped", "step": step.number, "parameters": names[:10]}
-            self._agent.tell(Event(event=event))
+            self._agent.tell(Event(event=Skipped(step=step.number, parameters=names[:10])))
         limit = self._most_in_a_row
         if limit and self._in_a_row >= limit:
             raise NonFiniteGradientError(

@@ -12,7 +12,8 @@ import torch
 from raytrain_het.balance.batch_shares import StepCost
 from raytrain_het.balance.step_time import StepTimeModel
 from raytrain_het.membership.agent import MemberAgent
-from raytrain_het.membership.protocol import Codecs, Known, Paths, Timing
+from raytrain_het.membership.message_parts import Codecs, Known, Paths
+from raytrain_het.membership.protocol import Timing
 from raytrain_het.probing.probes import hardware_key, known_or_probed
 from raytrain_het.probing.profile_store import ProfileStore
 

@@ -1,0 +1,245 @@
+"""What the hub does with what members say: each message goes to the part of the hub that it concerns.
+
+:class:`~raytrain_het.membership.server.Hub` reads messages and calls this from its one thread. There are no sockets in
+here: messages to members go out through ``send``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from raytrain_het.config import HetConfig
+from raytrain_het.membership import audit, events, protocol
+from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.evaluation_book import EvaluationBook
+from raytrain_het.membership.last_groups import LastGroups
+from raytrain_het.membership.logic import Membership
+from raytrain_het.membership.peers import Standing
+from raytrain_het.membership.record import Member
+from raytrain_het.membership.reporting import Reporting
+from raytrain_het.membership.run_context import RunContext
+from raytrain_het.membership.status import RunStatus, status
+from raytrain_het.membership.table_keeper import TableKeeper
+from raytrain_het.membership.whereabouts import Place
+
+Send = Callable[[str, protocol.Message], None]
+"""Send a message to the member with this uid, if it is connected."""
+
+
+class Switchboard:
+    """The parts of one run's hub, and what each hears.
+
+    Args:
+        config: the run's settings.
+        context: what else there is to know of the run.
+        now: the hub's clock, seconds.
+        send: sends a message to a member.
+        connected: uids of all that are connected.
+    """
+
+    def __init__(
+        self,
+        config: HetConfig,
+        context: RunContext,
+        *,
+        now: Callable[[], float],
+        send: Send,
+        connected: Callable[[], list[str]],
+    ) -> None:
+        self.core = Membership(config, context, incarnation=time.time_ns())
+        self.tables = TableKeeper(config, self.core.run)
+        self.core.run.table_for = self.tables.fitting
+        self.reporting = Reporting(self.core, self.tables, send)
+        self.core.run.under_way = self.reporting.is_under_way
+        self._now, self._send, self._connected = now, send, connected
+        self._evaluations = EvaluationBook()
+        self._audits = audit.AuditBook()
+        self._meetings: LastGroups[protocol.Meet] = LastGroups()
+        """What members have said to each other while they make a process group."""
+        self._stats: dict[int, tuple[str, protocol.Stats]] = {}
+        """By slot: the uid of its worker, and what that has said last of itself."""
+        self._next_event = self.core.run.log.next_seq
+
+    # ---------------------------------------------------------------- what the hub hears
+
+    def hello(self, hello: protocol.Hello) -> None:
+        """A member has connected."""
+        member, known, run = hello.member, hello.known, self.core.run
+        if known is not None:
+            self.tables.introduce(member.slot, known)
+        self.core.hello(
+            member,
+            Standing(cursor=hello.cursor, healed=hello.healed, fresh=hello.fresh),
+            now=self._now(),
+            record=hello.record,
+            answered=hello.answered,
+            fingerprint=hello.fingerprint,
+        )
+        if hello.checkpoint and hello.checkpoint_cursor is not None:
+            self._note_checkpoint(hello.checkpoint, hello.checkpoint_cursor)
+        if run.checkpoint is not None:
+            self._send(member.uid, self._newest_checkpoint())
+        for _, _, words in self._meetings:
+            self._send(member.uid, words)
+
+    def hear(self, member: Member, message: protocol.Message) -> None:
+        """A member has said something."""
+        if member.uid not in self.core.run.peers:
+            return  # It was let go: what it still says belongs to a run that the others have left behind.
+        self._hear_of_generations(member.uid, member.slot, message)
+
+    def tick(self) -> None:
+        """Time has passed."""
+        self.core.tick(self._now())
+
+    def closed(self, uid: str) -> None:
+        """A member's connection has closed."""
+        self.core.closed(uid, self._now())
+
+    def slot_lost(self, slot: int, reason: str) -> None:
+        """Ray says that the worker in a slot is dead."""
+        self.core.slot_lost(slot, reason, self._now())
+
+    def slot_vacant(self, slot: int, reason: str) -> None:
+        """No worker can be placed in this slot at the moment."""
+        self.core.slot_vacant(slot, reason, self._now())
+
+    def status(self) -> RunStatus:
+        """Who takes part, and how far they are."""
+        return status(self.core.run, self.tables, self._stats)
+
+    # ---------------------------------------------------------------- by what it concerns
+
+    def _hear_of_generations(self, uid: str, slot: int, message: protocol.Message) -> None:
+        core, now = self.core, self._now()
+        match message:
+            case protocol.Answer() as m:
+                standing = Standing(cursor=m.cursor, healed=m.healed, fresh=m.fresh)
+                core.answer(uid, m.number, standing, batch=m.batch, now=now)
+            case protocol.Failed() as m:
+                core.failed(uid, m.generation, m.reason, now)
+            case protocol.Suspect() as m:
+                core.suspect(uid, m.generation, m.step, now)
+            case protocol.Waiting():
+                core.waiting(uid, now)
+            case protocol.Healed():
+                core.healed(uid, now)
+            case protocol.Verified():
+                core.verified(uid, now)
+            case protocol.Meet() as m:
+                self._pass_on(uid, m)
+            case _:
+                self._hear_of_progress(uid, slot, message)
+
+    def _hear_of_progress(self, uid: str, slot: int, message: protocol.Message) -> None:
+        match message:
+            case protocol.Pong() as m:
+                self.core.pong(uid, m.position, self._now(), m.place or Place())
+                self.reporting.book.told(slot, m.told)
+            case protocol.Stats() as m:
+                self.core.progress(uid, m.step, self._now(), m.left_out, m.step_s)
+                self.reporting.book.told(slot, m.told)
+                self._stats[slot] = uid, m
+            case protocol.Timing() as m:
+                self._hear_times(slot, m)
+            case protocol.Event() as m:
+                self.core.run.log.note(m.event, slot=slot)
+            case _:
+                self._hear_of_an_end(uid, slot, message)
+
+    def _hear_of_an_end(self, uid: str, slot: int, message: protocol.Message) -> None:
+        match message:
+            case protocol.Leave():
+                self.reporting.let_leave_when_stored(uid, slot)
+            case protocol.Returning():
+                self.core.returning(uid, self._now())
+            case protocol.Finish() as m:
+                self.core.finish(uid, cursor=m.cursor, confirmed=m.confirmed, now=self._now())
+                self.reporting.book.told(slot, m.told)
+            case protocol.Raised() as m:
+                self.core.raised(uid, m.error, self._now())
+            case _:
+                self._hear_of_results(uid, slot, message)
+
+    def _hear_of_results(self, uid: str, slot: int, message: protocol.Message) -> None:
+        match message:
+            case protocol.Report() as m:
+                self.reporting.add_part(uid, slot, m)
+            case protocol.Stored() as m:
+                self.reporting.book.checkpoint_stored(m.key, m.path, m.error)
+                if m.path is not None:
+                    self._note_checkpoint(m.path, m.cursor)
+            case protocol.Evaluate() as m:
+                key = f"{self.core.run.life}/{m.key}"
+                self._send(uid, self._evaluations.next(key, uid, m))
+            case _:
+                self._hear_of_replicas(slot, message)
+
+    def _hear_of_replicas(self, slot: int, message: protocol.Message) -> None:
+        run = self.core.run
+        match message:
+            case protocol.Audit() as m:
+                if run.record is not None and m.generation == run.record.number:
+                    slots = [p.member.slot for p in run.holders()]
+                    if (what := self._audits.add(slot, m, slots)) is not None:
+                        self.core.replicas_differ(audit.message(m.step, what))
+            case protocol.Claim() as m:
+                if (what := self._audits.claim(slot, f"{m.name}, step {m.step + 1},", m.value)) is not None:
+                    self.core.replicas_differ(audit.message_of_losses(what))
+
+    def _hear_times(self, slot: int, timing: protocol.Timing) -> None:
+        """What steps and messages take may make another table better than the one in force."""
+        try:
+            table = self.tables.better(slot, timing)
+        except ValueError as error:  # A run that is under way goes on as it is.
+            self.core.keep_table(str(error))
+            return
+        if table is not None:
+            self.core.follow(table, self._now())
+
+    def _pass_on(self, uid: str, message: protocol.Meet) -> None:
+        """Pass on what a member says to all who meet in a group, and keep it for those that connect again."""
+        if not self._meetings.keep(message.group, message.key, message):
+            return
+        for other in self._connected():
+            if other != uid:
+                self._send(other, message)
+
+    def _note_checkpoint(self, path: str, cursor: Cursor) -> None:
+        """Keep the newest checkpoint, in whatever order members tell of them."""
+        run = self.core.run
+        if run.checkpoint is None or cursor.step >= run.checkpoint_cursor.step:
+            run.checkpoint, run.checkpoint_cursor = path, cursor
+            for uid in run.peers:
+                self._send(uid, self._newest_checkpoint())
+
+    def _newest_checkpoint(self) -> protocol.Checkpoint:
+        return protocol.Checkpoint(path=self.core.run.checkpoint, cursor=self.core.run.checkpoint_cursor)
+
+    # ---------------------------------------------------------------- what follows from it
+
+    def settle(self) -> None:
+        """Send what was decided, stamp what was logged, and see what follows for reports."""
+        for entry in self.core.run.log.since(self._next_event):
+            entry.time = time.time()
+            event = entry.event
+            if isinstance(event, events.Gone):
+                self._evaluations.forget(event.uid)
+                if not isinstance(event, events.Finished | events.Raised):
+                    self.reporting.forget(event.slot)
+        self._next_event = self.core.run.log.next_seq
+        self.send_all()
+        if self.core.run.recovering:
+            return  # A member that has not come back yet is not lost: its part of a report may be on its way.
+        self.reporting.settle()
+        self.send_all()
+        if free := self.reporting.free_to_leave():
+            for uid in free:
+                self.core.leave(uid, self._now())
+            self.settle()
+
+    def send_all(self) -> None:
+        """Send what the logic has decided."""
+        for uid, message in self.core.drain():
+            self._send(uid, message)
