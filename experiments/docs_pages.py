@@ -12,6 +12,7 @@ from raytrain_het.jobs.keys import key_rows
 from raytrain_het.jobs.table import KINDS, config_class
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -21,9 +22,15 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Files beside the docs have no page here: their names stay, without a link."""
-    return re.sub(r"\[([^\]]+)\]\(\.\./(?!docs/)[^)]*\)", r"\1", markdown)
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Files outside of the docs have no page on the site: their names stay, without a link."""
+    folder = (DOCS / page.file.src_uri).parent
+
+    def without_link(link: re.Match[str]) -> str:
+        inside = (folder / link[2]).resolve().is_relative_to(DOCS)
+        return link[0] if inside else link[1]
+
+    return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]*)[^)]*\)", without_link, markdown)
 
 
 def settings_page() -> str:

@@ -62,4 +62,4 @@ def test_every_page_has_its_place_in_the_site() -> None:
 
     text = re.sub(r"!!python/name:\S+", "x", (ROOT / "mkdocs.yml").read_text())
     named = set(pages(yaml.safe_load(text)["nav"]))
-    assert named == {page.name for page in DOCS.glob("*.md")} | MADE
+    assert named == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} | MADE
