@@ -48,19 +48,24 @@ def settings_page() -> str:
     return "\n".join(parts)
 
 
+ENTRY = re.compile(r"^- (\d{4}-\d\d-\d\d)\. \*\*(Positive|Negative|Bug): (.*)\*\*$", flags=re.M)
+"""The first line of an entry of the log: its day, its kind and its verdict."""
+
+_LOOKS = {"Positive": "success", "Negative": "failure", "Bug": "bug"}
+"""How an entry looks on the site."""
+
+
 def log_page() -> str:
-    """The log, newest first, a heading a day."""
-    text = (ROOT / "experiments" / "LOG.md").read_text()
-    head, *entries = re.split(r"^- (?=\d{4}-\d\d-\d\d\. )", text, flags=re.M)
+    """The log, newest day first: of each entry the verdict, and the text when one opens it."""
+    head, *parts = ENTRY.split((ROOT / "experiments" / "LOG.md").read_text())
     days: dict[str, list[str]] = {}
-    for entry in entries:
-        day, rest = entry[:10], " ".join(entry[12:].split())
-        days.setdefault(day, []).append(rest)
-    parts = [head.strip()]
+    for day, kind, verdict, text in zip(*(parts[k::4] for k in range(4)), strict=True):
+        title = f"{kind}: {verdict}".replace('"', "'")
+        days.setdefault(day, []).append(f'??? {_LOOKS[kind]} "{title}"\n\n    {" ".join(text.split())}\n')
+    lines = [head.strip()]
     for day in sorted(days, reverse=True):
-        parts.append(f"\n## {day}\n")
-        parts += [f"- {entry}" for entry in reversed(days[day])]
-    return "\n".join(parts) + "\n"
+        lines += [f"\n## {day}\n", *reversed(days[day])]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments import docs_pages
 from raytrain_het.allreduce.codecs import CODECS, KINDS
 from raytrain_het.codec_options import OPTIONS
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
@@ -63,3 +64,18 @@ def test_every_page_has_its_place_in_the_site() -> None:
     text = re.sub(r"!!python/name:\S+", "x", (ROOT / "mkdocs.yml").read_text())
     named = set(pages(yaml.safe_load(text)["nav"]))
     assert named == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} | MADE
+
+
+def test_each_entry_of_the_log_has_a_kind_and_a_verdict_in_a_line() -> None:
+    text = (ROOT / "experiments" / "LOG.md").read_text()
+    entries = re.findall(r"^- (\d{4}-\d\d-\d\d.*)$", text, flags=re.M)
+    with_verdict = [match[0] for match in docs_pages.ENTRY.finditer(text)]
+    assert [f"- {entry}" for entry in entries] == with_verdict
+    assert max(len(line) for line in with_verdict) <= 150, "a verdict is a line"
+
+
+def test_the_site_has_each_entry_of_the_log_under_its_day() -> None:
+    page = docs_pages.log_page()
+    for match in docs_pages.ENTRY.finditer((ROOT / "experiments" / "LOG.md").read_text()):
+        day = page[page.index(f"## {match[1]}") :].partition("\n## ")[0]
+        assert match[3].replace('"', "'") in day
