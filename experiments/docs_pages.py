@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from raytrain_het.jobs.table import KINDS, config_class
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+LOG = ROOT / "experiments" / "LOG.md"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -23,14 +25,17 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Files outside of the docs have no page on the site: their names stay, without a link."""
+    """Called by mkdocs for each page. Of the files outside of the docs only the log has a page: other names lose their
+    link."""
     folder = (DOCS / page.file.src_uri).parent
 
-    def without_link(link: re.Match[str]) -> str:
-        inside = (folder / link[2]).resolve().is_relative_to(DOCS)
-        return link[0] if inside else link[1]
+    def on_the_site(link: re.Match[str]) -> str:
+        target = (folder / link[2]).resolve()
+        if target == LOG:
+            return f"[{link[1]}]({os.path.relpath(DOCS / 'log.md', folder)})"
+        return link[0] if target.is_relative_to(DOCS) else link[1]
 
-    return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]*)[^)]*\)", without_link, markdown)
+    return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]*)[^)]*\)", on_the_site, markdown)
 
 
 def settings_page() -> str:
@@ -57,7 +62,7 @@ _LOOKS = {"Positive": "success", "Negative": "failure", "Bug": "bug"}
 
 def log_page() -> str:
     """The log, newest day first: of each entry the verdict, and the text when one opens it."""
-    head, *parts = ENTRY.split((ROOT / "experiments" / "LOG.md").read_text())
+    head, *parts = ENTRY.split(LOG.read_text())
     days: dict[str, list[str]] = {}
     for day, kind, verdict, text in zip(*(parts[k::4] for k in range(4)), strict=True):
         title = f"{kind}: {verdict}".replace('"', "'")
