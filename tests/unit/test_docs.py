@@ -106,3 +106,16 @@ def test_the_site_has_each_entry_of_the_log_under_its_day() -> None:
     for match in docs_pages.ENTRY.finditer((ROOT / "experiments" / "LOG.md").read_text()):
         day = page[page.index(f"## {match[1]}") :].partition("\n## ")[0]
         assert match[3].replace('"', "'") in day
+
+
+@pytest.mark.parametrize("page", ["step.md", "protocol.md"])
+def test_the_code_has_the_names_that_the_concepts_tell_of(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (DOCS / page).read_text(), flags=re.M | re.S)
+    package = ROOT / "raytrain_het"
+    sources = [path.read_text() for path in package.rglob("*.py")]
+    for owner, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", text):
+        assert any(re.search(rf"^class {owner}\b.*\b{name}\b", source, re.M | re.S) for source in sources), name
+    for name in re.findall(r"`(_\w+)`", text):
+        assert any(f"def {name}(" in source for source in sources), name
+    for path in re.findall(r"`([\w/]+/[\w.]*)`", text):
+        assert (package / path).exists(), path
