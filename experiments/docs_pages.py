@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from raytrain_het.jobs.keys import key_rows
 from raytrain_het.jobs.table import JOBS
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+LOG = ROOT / "experiments" / "LOG.md"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -21,9 +24,18 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Files beside the docs have no page here: their names stay, without a link."""
-    return re.sub(r"\[([^\]]+)\]\(\.\./(?!docs/)[^)]*\)", r"\1", markdown)
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Called by mkdocs for each page. Of the files outside of the docs only the log has a page: other names lose their
+    link."""
+    folder = (DOCS / page.file.src_uri).parent
+
+    def on_the_site(link: re.Match[str]) -> str:
+        target = (folder / link[2]).resolve()
+        if target == LOG:
+            return f"[{link[1]}]({os.path.relpath(DOCS / 'log.md', folder)})"
+        return link[0] if target.is_relative_to(DOCS) else link[1]
+
+    return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]*)[^)]*\)", on_the_site, markdown)
 
 
 def settings_page() -> str:
@@ -39,19 +51,24 @@ def settings_page() -> str:
     return "\n".join(parts)
 
 
+ENTRY = re.compile(r"^- (\d{4}-\d\d-\d\d)\. \*\*(Positive|Negative|Bug): (.*)\*\*$", flags=re.M)
+"""The first line of an entry of the log: its day, its kind and its verdict."""
+
+_LOOKS = {"Positive": "success", "Negative": "failure", "Bug": "bug"}
+"""How an entry looks on the site."""
+
+
 def log_page() -> str:
-    """The log, newest first, a heading a day."""
-    text = (ROOT / "experiments" / "LOG.md").read_text()
-    head, *entries = re.split(r"^- (?=\d{4}-\d\d-\d\d\. )", text, flags=re.M)
+    """The log, newest day first: of each entry the verdict, and the text when one opens it."""
+    head, *parts = ENTRY.split(LOG.read_text())
     days: dict[str, list[str]] = {}
-    for entry in entries:
-        day, rest = entry[:10], " ".join(entry[12:].split())
-        days.setdefault(day, []).append(rest)
-    parts = [head.strip()]
+    for day, kind, verdict, text in zip(*(parts[k::4] for k in range(4)), strict=True):
+        title = f"{kind}: {verdict}".replace('"', "'")
+        days.setdefault(day, []).append(f'??? {_LOOKS[kind]} "{title}"\n\n    {" ".join(text.split())}\n')
+    lines = [head.strip()]
     for day in sorted(days, reverse=True):
-        parts.append(f"\n## {day}\n")
-        parts += [f"- {entry}" for entry in reversed(days[day])]
-    return "\n".join(parts) + "\n"
+        lines += [f"\n## {day}\n", *reversed(days[day])]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(text: str) -> str:

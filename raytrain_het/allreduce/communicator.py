@@ -110,12 +110,9 @@ class Communicator:
         self._jobs.append(job)
         self._poller.wake()
 
-    def hand_over(self, job: StepJob, contribution: Contribution, buckets: Sequence[LocalBucket]) -> None:
-        """These buckets of a submitted job are full too, and may be sent."""
-        last = len(job.buckets) + len(buckets) == len(self.layout.buckets)
-        job.hand_over(contribution, buckets, last=last)
-        if buckets:
-            self._poller.wake()
+    def wake(self) -> None:
+        """A submitted job has more full buckets."""
+        self._poller.wake()
 
     def close(self) -> None:
         """Stop the thread, which leaves the group."""

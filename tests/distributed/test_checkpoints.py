@@ -77,7 +77,7 @@ def test_what_is_in_a_checkpoint(tmp_path):
 def test_a_checkpoint_is_used_as_the_documents_say_without_this_package(tmp_path):
     _, settings = written(tmp_path, 3)
     path = settings["checkpoint"]
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
     (snippet,) = re.findall(r"```python\n(path = .*?weights_only=True.*?)```", text, flags=re.DOTALL)
     lines = [line if not line.startswith("path = ") else f"path = {path!r}" for line in snippet.splitlines()]
     code = ["import sys, torch", "build_model = lambda: torch.nn.Linear(1, 1)", *lines]

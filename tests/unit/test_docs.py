@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import pydantic
 import pytest
 import yaml
 
+from experiments import docs_pages
 from raytrain_het.codec_options import CODECS
 from raytrain_het.jobs.table import JOBS
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
 from raytrain_het.score_policies import SCORE_POLICIES
+from raytrain_het.sweeps import SweepConfig, make_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 MADE = {"settings.md", "log.md"}
 """Pages that are made of the code and of the log."""
+GUIDES = {
+    "Training function": "training.md",
+    "Unequal fleets": "shares.md",
+    "Compression": "compression.md",
+    "Faults and resuming": "faults.md",
+    "Sweeps": "sweeps.md",
+    "Probing": "probing.md",
+    "Simulation": "lab.md",
+}
 
 
 def python_blocks(page: str) -> list[str]:
@@ -48,10 +61,22 @@ def test_an_example_of_an_extension_runs_as_it_stands(
     assert [v.__name__ for v in defined if hasattr(v, "__name__")], "it defines something of its own"
 
 
-@pytest.mark.parametrize("page", ["start.md", "training.md"])
+@pytest.mark.parametrize("page", sorted(page.name for page in DOCS.glob("*.md") if "```python" in page.read_text()))
 def test_scripts_of_the_docs_are_python(page: str) -> None:
     blocks = python_blocks(page)
     assert blocks and all(compile(block, f"{page}, block {k + 1}", "exec").co_code for k, block in enumerate(blocks))
+
+
+@pytest.mark.parametrize("page", ["start.md", *GUIDES.values()])
+def test_the_first_example_of_a_guide_runs_as_it_stands(page: str) -> None:
+    """All of it but what a script does when it is started: training functions are run by tests/distributed."""
+    exec(compile(python_blocks(page)[0], page, "exec"), {"__name__": "first_example"})
+
+
+def test_the_first_sweep_of_the_guide_is_one() -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "sweeps.md").read_text(), flags=re.M | re.S)
+    config = pydantic.TypeAdapter(SweepConfig).validate_python(yaml.safe_load(block))
+    assert make_sweep(dataclasses.replace(config, job=None)).config.trials == 12
 
 
 def test_every_page_has_its_place_in_the_site() -> None:
@@ -62,5 +87,36 @@ def test_every_page_has_its_place_in_the_site() -> None:
             yield from pages(item)
 
     text = re.sub(r"!!python/name:\S+", "x", (ROOT / "mkdocs.yml").read_text())
-    named = set(pages(yaml.safe_load(text)["nav"]))
-    assert named == {page.name for page in DOCS.glob("*.md")} | MADE
+    nav = yaml.safe_load(text)["nav"]
+    (guides,) = [entry["Guides"] for entry in nav if "Guides" in entry]
+    assert GUIDES.items() <= {title: page for entry in guides for title, page in entry.items()}.items()
+    named = set(pages(nav))
+    assert named == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} | MADE
+
+
+def test_each_entry_of_the_log_has_a_kind_and_a_verdict_in_a_line() -> None:
+    text = (ROOT / "experiments" / "LOG.md").read_text()
+    entries = re.findall(r"^- (\d{4}-\d\d-\d\d.*)$", text, flags=re.M)
+    with_verdict = [match[0] for match in docs_pages.ENTRY.finditer(text)]
+    assert [f"- {entry}" for entry in entries] == with_verdict
+    assert max(len(line) for line in with_verdict) <= 150, "a verdict is a line"
+
+
+def test_the_site_has_each_entry_of_the_log_under_its_day() -> None:
+    page = docs_pages.log_page()
+    for match in docs_pages.ENTRY.finditer((ROOT / "experiments" / "LOG.md").read_text()):
+        day = page[page.index(f"## {match[1]}") :].partition("\n## ")[0]
+        assert match[3].replace('"', "'") in day
+
+
+@pytest.mark.parametrize("page", ["step.md", "protocol.md"])
+def test_the_code_has_the_names_that_the_concepts_tell_of(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (DOCS / page).read_text(), flags=re.M | re.S)
+    package = ROOT / "raytrain_het"
+    sources = [path.read_text() for path in package.rglob("*.py")]
+    for owner, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", text):
+        assert any(re.search(rf"^class {owner}\b.*\b{name}\b", source, re.M | re.S) for source in sources), name
+    for name in re.findall(r"`(_\w+)`", text):
+        assert any(f"def {name}(" in source for source in sources), name
+    for path in re.findall(r"`([\w/]+/[\w.]*)`", text):
+        assert (package / path).exists(), path

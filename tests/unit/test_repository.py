@@ -48,8 +48,41 @@ def test_the_quickstarts_are_at_most_eight_lines_apart() -> None:
     assert sum(line.startswith("- ") for line in diff) <= 8
 
 
-def test_every_path_of_the_readmes_file_map_is_in_the_repository() -> None:
-    paths = re.findall(r"^\| `([^`]+)` \|", (ROOT / "README.md").read_text(), flags=re.M)
+def paths_of_the_file_tree() -> list[str]:
+    """The tree is indented by two spaces a folder; a folder ends with a slash."""
+    text = (ROOT / "README.md").read_text()
+    (tree,) = re.findall(r"^```text\n(raytrain_het/\n.*?)^```", text, flags=re.M | re.S)
+    paths, folders = [], [""]
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        paths.append(folders[depth] + name)
+        if name.endswith("/"):
+            folders[depth + 1 :] = [folders[depth] + name]
+    return paths
+
+
+def test_every_path_of_the_readmes_file_tree_is_in_the_repository() -> None:
+    paths = paths_of_the_file_tree()
     assert len(paths) > 10
     for path in paths:
-        assert list(ROOT.glob(path.rstrip("/"))), path
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+
+
+def test_every_folder_of_the_package_has_its_line_in_the_readmes_file_tree() -> None:
+    with_code = {path.parent for path in (ROOT / "raytrain_het").rglob("*.py")} - {ROOT / "raytrain_het"}
+    shown = {ROOT / path for path in paths_of_the_file_tree()}
+    parts_of_one_line = {"testing", "jobs", "optim"}
+    folders = {str(folder) for folder in with_code if folder.parent.name not in parts_of_one_line}
+    assert folders <= {str(path) for path in shown}
+        str(path) for path in shown
+    }
+
+
+def test_each_line_of_the_readmes_diff_is_a_line_of_a_quickstart() -> None:
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    for sign, name in (("-", "ray"), ("+", "het")):
+        script = (ROOT / "experiments" / f"quickstart_{name}.py").read_text().splitlines()
+        lines = [line[1:] for line in diff.splitlines() if line.startswith(sign)]
+        assert len(lines) == 5
+        assert [line for line in lines if line not in script] == []

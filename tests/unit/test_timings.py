@@ -90,15 +90,15 @@ def waited(comm: Communicator, clock: Clock, job: StepJob, events: list[tuple[fl
 def test_waiting_is_counted_from_when_the_last_bucket_was_ready(comm: Communicator, clock: Clock) -> None:
     """A wait for an early bucket that began during the backward pass is no wait until that pass is over."""
     job = StepJob(0, 1)
-    comm.hand_over(job, Contribution(), [LocalBucket()])
-    ends = [(103.0, lambda: comm.hand_over(job, Contribution(), [LocalBucket()])), (104.0, lambda: None)]
+    job.hand_over(Contribution(), [LocalBucket()], last=False)
+    ends = [(103.0, lambda: job.hand_over(Contribution(), [LocalBucket()], last=True)), (104.0, lambda: None)]
     assert waited(comm, clock, job, ends) == pytest.approx(1.0)
     assert waited(comm, clock, job, [(104.5, lambda: None)]) == pytest.approx(0.5)
 
 
 def test_a_wait_that_is_over_before_the_last_bucket_is_ready_is_none(comm: Communicator, clock: Clock) -> None:
     job = StepJob(0, 1)
-    comm.hand_over(job, Contribution(), [LocalBucket()])
+    job.hand_over(Contribution(), [LocalBucket()], last=False)
     assert waited(comm, clock, job, [(103.0, lambda: None)]) == 0.0
 
 

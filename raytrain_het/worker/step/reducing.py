@@ -59,8 +59,10 @@ class Reducing:
 
     def _hand_over(self, step: OpenStep, buckets: Sequence[LocalBucket]) -> None:
         contribution = step.job.contribution or self._contribution(step)
-        self._comm.hand_over(step.job, contribution, buckets)
-        if len(step.job.buckets) == len(self._gradients.layout.buckets):
+        last = len(step.job.buckets) + len(buckets) == len(self._gradients.layout.buckets)
+        step.job.hand_over(contribution, buckets, last=last)
+        self._comm.wake()
+        if last:
             step.submitted = time.monotonic()
 
     def _contribution(self, step: OpenStep) -> Contribution:
