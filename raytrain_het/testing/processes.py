@@ -1,6 +1,6 @@
 """A lab: a run without Ray, whose workers are processes of this machine and whose hub is in this process.
 
-Processes come from a fork server that has imported torch, so a refill takes tens of milliseconds.
+Processes come from a fork server that has imported what workers need, so a refill takes tens of milliseconds.
 """
 
 from __future__ import annotations
@@ -45,8 +45,21 @@ MAX_STILLBORN = 3
 """If so many processes of a slot have ended before they began their work, the lab fails."""
 
 _letters = itertools.cycle("zyxwvutsrqponmlkjihgfedcba")
+PRELOADED = (
+    "raytrain_het.testing.lab_worker",
+    "raytrain_het.testing.regression",
+    "raytrain_het.worker.user",
+    "raytrain_het.worker.data.data_loader",
+    "raytrain_het.worker.step.optimizer",
+    "raytrain_het.allreduce.codecs.kernels",
+    "torch.profiler._cupti_monitor",
+    "torch.utils.serialization.config",
+    "encodings.idna",
+)
+"""What a worker imports until its first checkpoint is written: the fork server does it once, for all workers."""
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["raytrain_het.testing.lab_worker"])
+_context.set_forkserver_preload(list(PRELOADED))
 _DEFAULT_FILES = WorkerFiles()
 
 

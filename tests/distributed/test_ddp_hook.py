@@ -77,7 +77,7 @@ def reference():
 def test_codecs_under_ddp_give_the_weighted_mean_and_identical_replicas(tmp_path):
     many, one = 0.001, 25
     codecs = {"none": many, "bf16": one, "int8" + FED: many, "topk(density=0.2)": many, "sign": one, "lowrank": many}
-    mp.start_processes(train, (str(tmp_path), list(codecs.items())), nprocs=SIZE, start_method="spawn")
+    mp.start_processes(train, (str(tmp_path), list(codecs.items())), nprocs=SIZE, start_method="forkserver")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(SIZE)]
     expected = reference()
     for codec in codecs:

@@ -14,7 +14,9 @@ from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
 from raytrain_het.worker.session import current
 from raytrain_het.worker.state.checkpoint import LocalStorage
 
-TASK = Regression(patience_s=0.05)
+TASK = Regression(patience_s=0.05, epochs=3)
+"""An epoch before that of the faults, and one after it."""
+LONGER = dataclasses.replace(TASK, epochs=4)
 STEPS = TASK.plan.steps_per_epoch
 
 
@@ -92,7 +94,7 @@ def test_several_faults_in_one_run(tmp_path):
         Fault(slot=0, step=22, point="slice", when_stored=True),
         Fault(slot=1, step=30, point="between_buckets", when_stored=True),
     ]
-    run(TASK, tmp_path, faults=faults).check(TASK)
+    run(LONGER, tmp_path, faults=faults).check(LONGER)
 
 
 @pytest.mark.parametrize("second", ["backward", "updated", "decoded"])
@@ -114,8 +116,8 @@ def test_all_workers_killed_at_once_start_again_from_the_last_checkpoint(tmp_pat
             killed.append(step)
             lab.kill()
 
-    done = run(dataclasses.replace(TASK, pace_s=0.02), tmp_path, on_poll=power_cut)
-    done.check(TASK)
+    done = run(dataclasses.replace(LONGER, pace_s=0.02), tmp_path, on_poll=power_cut)
+    done.check(LONGER)
     assert killed
     first, second = [e["base"] for e in done.kinds("formed") if e["reset"]]
     assert first == 0

@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 import pytest
+from labs import run
 
+from raytrain_het.allreduce import layout
+from raytrain_het.config import HetConfig
 from raytrain_het.testing import processes
 from raytrain_het.testing.cgroups import LabError
 from raytrain_het.testing.processes import LabSlots, ProcessLab
+from raytrain_het.testing.regression import Regression
 
 SCRIPT = """
 import os, sys, time
@@ -46,6 +50,21 @@ def test_a_script_without_the_main_guard_is_told_so(tmp_path):
     done = subprocess.run(script(tmp_path, "if True:"), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "if __name__ == '__main__'" in done.stderr.splitlines()[-1]
+
+
+class NotesImports:
+    """Returns the names of the modules that this worker has imported itself, the fork server has not."""
+
+    def __call__(self, directory):
+        layout.SMALL = 1  # Parameters as small as its are compressed too.
+        before = set(sys.modules)
+        Regression(epochs=1)(directory)
+        return sorted(set(sys.modules) - before)
+
+
+def test_a_worker_imports_nothing_until_its_run_ends_since_the_fork_server_has(tmp_path):
+    done = run(NotesImports(), tmp_path, num_slots=2, config=HetConfig(compression="int8"))
+    assert done.results == {0: [], 1: []}
 
 
 class FakeQuota:

@@ -88,6 +88,10 @@ class FakeRun:
 
         return eventually(there, f"{count} workers", timeout_s)
 
+    def is_under_way(self) -> bool:
+        """Whether ``fit`` has not ended yet."""
+        return self._thread.is_alive()
+
     def join(self, timeout_s: float = 60) -> Any:
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), "fit did not end"
@@ -95,9 +99,20 @@ class FakeRun:
             raise self.error
         return self.result
 
+    def clear_away(self) -> None:
+        """End the run, if it has not ended by itself, by force if its test has failed: the next ones need its place."""
+        if self._thread.is_alive():
+            self.call("tell", "finish")
+            self._thread.join(30)
+        if self._thread.is_alive():
+            for member in self.call("peek", "joins"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member["pid"], signal.SIGKILL)
+            self._thread.join(30)
 
-@pytest.fixture
-def start(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., FakeRun]]:
+
+@contextlib.contextmanager
+def fake_runs(folder: Path) -> Iterator[Callable[..., FakeRun]]:
     """Starts runs with the fakes; each must give back all it took."""
     before = eventually(lambda: free() if free()["CPU"] >= 4 else None, "the last test's resources")
     runs: list[FakeRun] = []
@@ -108,7 +123,7 @@ def start(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., FakeRun]]:
         name: str = "run",
         **kwargs: Any,
     ) -> FakeRun:
-        run_config = kwargs.pop("run_config", None) or ray.train.RunConfig(name=name, storage_path=str(tmp_path))
+        run_config = kwargs.pop("run_config", None) or ray.train.RunConfig(name=name, storage_path=str(folder))
         trainer = HetTrainer(train_fn, scaling_config=HetScalingConfig(workers), run_config=run_config, **kwargs)
         trainer.parts = Parts(actor=ray_fakes.FakeMembership, run_worker=ray_fakes.run_fake_worker)
         runs.append(FakeRun(trainer))
@@ -116,12 +131,19 @@ def start(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., FakeRun]]:
 
     yield start
     for run in runs:
-        if run._thread.is_alive():
-            run.call("tell", "finish")
-            run._thread.join(30)
-        if run._thread.is_alive():  # Its test has failed; the next ones are to have their resources.
-            for member in run.call("peek", "joins"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(member["pid"], signal.SIGKILL)
-            run._thread.join(30)
+        run.clear_away()
     eventually(lambda: free() == before, f"free resources as before ({before})", 30)
+
+
+@pytest.fixture
+def start(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., FakeRun]]:
+    """Starts runs that end with the test."""
+    with fake_runs(tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_shared(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., FakeRun]]:
+    """Starts runs that several tests of a module make use of. :func:`start` waits until such runs have ended."""
+    with fake_runs(tmp_path_factory.mktemp("shared")) as start:
+        yield start

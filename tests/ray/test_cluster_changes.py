@@ -1,83 +1,21 @@
-"""Nodes that go and come, controllers that die, and Ctrl-C: nothing is left behind."""
+"""Nodes that go and come, and Ctrl-C: nothing is left behind."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ray
-from ray.util.placement_group import placement_group_table
-from ray_waiting import eventually, free
+from ray_waiting import alive, eventually, free, placed
 
+from raytrain_het.ray_train.failures import TrainFunctionError
 from raytrain_het.ray_train.scaling import WorkerSpec
-
-
-def placed() -> list[dict[str, Any]]:
-    return [t for t in placement_group_table().values() if t["state"] != "REMOVED"]
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def test_a_killed_nodes_slot_is_refilled_on_a_node_that_comes(cluster: Any, start: Any) -> None:
-    extra = cluster.add_node(num_cpus=1, resources={"spare": 1})
-    run = start(workers=[WorkerSpec(), WorkerSpec(resources={"CPU": 1, "spare": 1})])
-    before = run.members(2)
-    cluster.remove_node(extra, allow_graceful=False)
-    eventually(lambda: run.call("peek", "lost"), "the loss is told")
-    eventually(lambda: run.call("peek", "vacant"), "the hub is told that nobody comes", 30)
-    new = cluster.add_node(num_cpus=1, resources={"spare": 1})
-    after = run.members(2, joins=3)
-    assert after[1]["node_id"] == new.node_id != before[1]["node_id"]
-    assert after[0]["pid"] == before[0]["pid"]
-    run.call("tell", "finish")
-    run.join()
-    cluster.remove_node(new)
-    eventually(lambda: free()["CPU"] <= 4, "the node is gone")
-
-
-def test_a_run_starts_with_the_slots_that_have_room(start: Any) -> None:
-    holder = ray.remote(num_cpus=2)(Holder).remote()
-    ray.get(holder.ready.remote())
-    run = start(workers=[WorkerSpec(count=2, resources={"CPU": 2})])
-    (first,) = run.members(1)
-    vacant = eventually(lambda: run.call("peek", "vacant"), "the hub is told that nobody comes for now")
-    assert set(vacant) == {0, 1} - {first}
-    ray.kill(holder)
-    assert set(run.members(2)) == {0, 1}
-    run.call("tell", "finish")
-    run.join()
-
-
-class Holder:
-    """Holds resources."""
-
-    def ready(self) -> None:
-        """Answers once the resources are held."""
-
-
-def test_all_placement_groups_go_when_the_controller_is_killed(cluster: Any, start: Any) -> None:
-    run = start()
-    pids = [m["pid"] for m in run.members(3).values()]
-    assert len(placed()) == 3
-    run.call("set", state="running")
-    # With the address: Ray would ask the newest cluster of this machine, whoever's it is.
-    actors = ray.util.state.list_actors(address=cluster.address)
-    controllers = [a for a in actors if "HetController" in a.class_name and a.state == "ALIVE"]
-    os.kill(controllers[0].pid, signal.SIGKILL)
-    eventually(lambda: not placed(), "placement groups removed", 30)
-    eventually(lambda: not any(alive(p) for p in pids), "worker processes gone", 30)
-    run._thread.join(30)
-    assert isinstance(run.error, ray.exceptions.RayActorError)
 
 
 def test_ctrl_c_ends_the_run_and_leaves_nothing(cluster: Any, tmp_path: Path) -> None:
@@ -128,3 +66,73 @@ except KeyboardInterrupt:
     groups = [t for t in placement_group_table().values() if t["state"] != "REMOVED"]
     print("interrupted, tidy:", not groups)
 """
+
+
+class Holder:
+    """Holds resources."""
+
+    def ready(self) -> None:
+        """Answers once the resources are held."""
+
+
+@dataclass
+class TwoSlots:
+    """A run whose second slot needs a node of its own, which was taken when the run started."""
+
+    run: Any
+    node: Any
+    """The second slot's."""
+    early: set[int]
+    """The slots that had workers while the node was taken."""
+    vacant: list[int]
+    """The slots that the hub was told of meanwhile."""
+
+
+@pytest.fixture(scope="module")
+def two_slots(cluster: Any, start_shared: Callable[..., Any]) -> Iterator[TwoSlots]:
+    node = cluster.add_node(num_cpus=1, resources={"spare": 1})
+    holder = ray.remote(num_cpus=1, resources={"spare": 1})(Holder).remote()
+    ray.get(holder.ready.remote())
+    run = start_shared(workers=[WorkerSpec(), WorkerSpec(resources={"CPU": 1, "spare": 1})])
+    early = set(run.members(1))
+    vacant = eventually(lambda: run.call("peek", "vacant"), "the hub is told that nobody comes for now")
+    ray.kill(holder)
+    two = TwoSlots(run, node, early, list(vacant))
+    yield two
+    run.clear_away()
+    cluster.remove_node(two.node)
+    eventually(lambda: free()["CPU"] <= 4, "the node is gone")
+
+
+def test_a_run_starts_with_the_slots_that_have_room(two_slots: TwoSlots) -> None:
+    assert two_slots.early == {0}
+    assert set(two_slots.vacant) == {1}
+    assert set(two_slots.run.members(2)) == {0, 1}
+
+
+def test_a_killed_nodes_slot_is_refilled_on_a_node_that_comes(cluster: Any, two_slots: TwoSlots) -> None:
+    run, before = two_slots.run, two_slots.run.members(2)
+    num_joins, num_vacant = len(run.call("peek", "joins")), len(run.call("peek", "vacant"))
+    cluster.remove_node(two_slots.node, allow_graceful=False)
+    eventually(lambda: run.call("peek", "lost"), "the loss is told")
+    eventually(lambda: len(run.call("peek", "vacant")) > num_vacant, "the hub is told that nobody comes", 30)
+    two_slots.node = cluster.add_node(num_cpus=1, resources={"spare": 1})
+    after = run.members(2, joins=num_joins + 1)
+    assert after[1]["node_id"] == two_slots.node.node_id != before[1]["node_id"]
+    assert after[0]["pid"] == before[0]["pid"]
+
+
+def test_the_training_functions_own_traceback_comes_first(two_slots: TwoSlots) -> None:
+    run = two_slots.run
+    run.members(2)
+    run.call("tell", "raise", 1)
+    with pytest.raises(TrainFunctionError) as caught:
+        run.join()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert "ray_fakes.py" in lines[1]
+    assert "in obey" in lines[1]
+    assert lines[-2] == "ValueError: the user's own mistake"
+    assert "world rank 1" in lines[-1]
+    assert isinstance(caught.value, ray.train.TrainingFailedError)
+    assert isinstance(caught.value.worker_failures[1], ValueError)

@@ -5,59 +5,80 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import torch
 from ray_waiting import eventually
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
 from raytrain_het.ray_train.hub import hub_name
+from raytrain_het.worker.data.data_plan import DataPlan
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+LR, MOMENTUM, BATCH = 0.1, 0.9, 48
 
 
-def train_fn(config: dict[str, Any]) -> str:
-    """A small net in fp64. Epochs wait for a go, so that what a test does falls between two known steps."""
-    import time
-
-    import torch
-    from torch.nn import functional as F
-    from torch.utils.data import DataLoader, TensorDataset
-
+def build() -> tuple[torch.nn.Module, TensorDataset]:
+    """A small net in fp64, and its data."""
     torch.manual_seed(0)
     x = torch.randn(480, 8, dtype=torch.float64)
     y = torch.tanh(x @ torch.randn(8, 1, dtype=torch.float64))
-    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    return net.double(), TensorDataset(x, y)
+
+
+def train_fn(config: dict[str, Any]) -> str:
+    """Some epochs wait for a go, so that what a test does falls between two known steps."""
+    net, data = build()
     model = het.prepare_model(net)
-    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
-    loader = het.prepare_data_loader(DataLoader(TensorDataset(x, y), shuffle=True), global_batch_size=48)
+    optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM))
+    loader = het.prepare_data_loader(DataLoader(data, shuffle=True), global_batch_size=BATCH)
     for epoch in loader.epochs(config["epochs"]):
-        while epoch >= 2 and config.get("go") and not os.path.exists(config["go"]):
+        while epoch in config["gates"] and not os.path.exists(config["gates"][epoch]):
             time.sleep(0.02)
         for a, b in loader:
+            # The next worker of a slot is there before the end, and before a gate at which nobody could let it in.
+            time.sleep(0.25 if het.num_participants() < config["count"] else 0.0)
             loss = F.mse_loss(model(a), b)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        whole = het.evaluate(
-            lambda batch: {"mse": F.mse_loss(model(batch[0]), batch[1], reduction="sum")}, TensorDataset(x, y)
-        )
+        whole = het.evaluate(lambda batch: {"mse": F.mse_loss(model(batch[0]), batch[1], reduction="sum")}, data)
         het.report(
             {"loss": loss.item(), **whole, "participants": het.num_participants()}, reduce={"participants": "max"}
         )
     return "done"
 
 
+def plain(num_epochs: int) -> list[float]:
+    """The errors on all samples after each epoch of one process, with torch alone."""
+    net, data = build()
+    x, y = data.tensors
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=MOMENTUM)
+    plan = DataPlan(dataset_size=len(x), global_batch_size=BATCH, shuffle=True, drop_last=False, seed=0)
+    errors = []
+    for epoch in range(num_epochs):
+        for batch in torch.from_numpy(plan.permutation(epoch).copy()).split(BATCH):
+            optimizer.zero_grad()
+            F.mse_loss(net(x[batch]), y[batch]).backward()
+            optimizer.step()
+        errors.append(F.mse_loss(net(x), y).item())
+    return errors
+
+
 class Run:
     """A real ``fit`` in a thread."""
 
-    def __init__(self, path: Path, *, epochs: int = 6, name: str = "run", count: int = 3, **config: Any) -> None:
-        self.go = path / f"go_{name}_{epochs}"
+    def __init__(self, path: Path, *, epochs: int, count: int = 3, gates: tuple[int, ...] = ()) -> None:
+        """``gates``: the epochs that wait for :meth:`open_gate`."""
+        self.path, self._gates = path, {epoch: str(path / f"gate_{epoch}") for epoch in gates}
         self.events: list[dict[str, Any]] = []
         self.reports: list[dict[str, Any]] = []
         self.status: dict[str, Any] = {}
@@ -65,10 +86,10 @@ class Run:
         self.error: BaseException | None = None
         self.trainer = het.HetTrainer(
             train_fn,
-            train_loop_config={"epochs": epochs, "go": str(self.go)},
-            het_config=het.HetConfig(shares=(4, 2, 1)[:count], **config),
+            train_loop_config={"epochs": epochs, "count": count, "gates": self._gates},
+            het_config=het.HetConfig(shares=(4, 2, 1)[:count]),
             scaling_config=het.HetScalingConfig(workers=[het.WorkerSpec(count=count)]),
-            run_config=ray.train.RunConfig(name=name, storage_path=str(path)),
+            run_config=ray.train.RunConfig(name="run", storage_path=str(path)),
             on_update=self._update,
         )
         self._thread = threading.Thread(target=self._fit, daemon=True)
@@ -98,111 +119,92 @@ class Run:
     def kinds(self, kind: str) -> list[dict[str, Any]]:
         return [e for e in self.events if e["kind"] == kind]
 
+    def open_gate(self, epoch: int) -> None:
+        Path(self._gates[epoch]).touch()
+
     def end(self) -> Any:
-        self.go.touch()
+        for epoch in self._gates:
+            self.open_gate(epoch)
         self._thread.join(90)
         assert not self._thread.is_alive(), self.status
         if self.error is not None:
             raise self.error
         return self.result
 
+    def errors(self) -> list[float]:
+        """The errors on all samples, by report."""
+        return [r["metrics"]["mse"] for r in self.reports]
+
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The held-out errors of a run in which nothing happens, by epoch."""
-    run = Run(tmp_path_factory.mktemp("undisturbed"))
+def undisturbed(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of four epochs in which nothing happens."""
+    run = Run(tmp_path_factory.mktemp("undisturbed"), epochs=4)
     run.end()
-    return [r["metrics"]["mse"] for r in run.reports]
+    return run
 
 
-def test_a_killed_worker_is_refilled_and_changes_no_number(
-    cluster: Any, tmp_path: Path, undisturbed: list[float]
-) -> None:
-    run = Run(tmp_path)
-    run.reported(2)
-    before = run.pids()
-    os.kill(before[0], signal.SIGKILL)  # slot 0 is the one that writes checkpoints
-    run.go.touch()
-    eventually(lambda: [e for e in run.kinds("healed") if e["slot"] == 0] or run.result or run.error, "slot 0 healed")
-    result = run.end()
-    assert [r["metrics"]["mse"] for r in run.reports] == pytest.approx(undisturbed, rel=1e-9)
-    assert all(r["checkpoint"] for r in run.reports)
-    assert result.metrics["mse"] == run.reports[-1]["metrics"]["mse"]
-    after = {m["slot"]: m["pid"] for m in run.status["members"]}
-    assert {s: after[s] for s in (1, 2)} == {s: before[s] for s in (1, 2)}
-    assert [e["slot"] for e in run.kinds("lost")] == [0]
+def test_unequal_workers_train_as_one_process_does(undisturbed: Run) -> None:
+    assert undisturbed.errors() == pytest.approx(plain(4), rel=1e-9)
 
 
-def test_training_goes_on_while_the_membership_actor_restarts_and_it_still_heals(
-    cluster: Any, tmp_path: Path, undisturbed: list[float]
-) -> None:
-    run = Run(tmp_path)
-    run.reported(2)
-    ray.kill(run.hub(), no_restart=False)
-    eventually(lambda: run.kinds("recovered"), "the restarted actor has heard all members")
-    os.kill(eventually(lambda: run.pids().get(2), "worker 2 has told the new actor of itself"), signal.SIGKILL)
-    result = run.end()
-    assert run.kinds("lost")
-    assert result.metrics["mse"] == pytest.approx(undisturbed[-1], rel=1e-9)
-
-
-def test_the_same_name_goes_on_where_the_run_ended_with_other_workers(
-    cluster: Any, tmp_path: Path, undisturbed: list[float]
-) -> None:
-    Run(tmp_path, epochs=2, name="again").end()
-    run = Run(tmp_path, epochs=4, name="again", count=2)
-    run.end()
-    assert [r["step"] for r in run.reports] == [30, 40]
-    assert [r["metrics"]["mse"] for r in run.reports] == pytest.approx(undisturbed[2:4], rel=1e-9)
-
-
-def test_the_summary_has_what_the_run_did(cluster: Any, tmp_path: Path) -> None:
-    run = Run(tmp_path, epochs=2)
-    run.end()
-    summary = run.trainer.summary
-    assert (summary["steps"], summary["samples"]) == (20, 960)
+def test_the_summary_has_what_the_run_did(undisturbed: Run) -> None:
+    summary = undisturbed.trainer.summary
+    assert (summary["steps"], summary["samples"]) == (40, 1920)
     assert [w["batch_share"] for w in summary["workers"]] == [27, 14, 7]
     assert all(w["bytes_sent"] > 0 and w["device"] == "cpu" for w in summary["workers"])
     json.dumps(summary)
 
 
-def test_the_default_job_learns_the_digits_on_unequal_workers(cluster: Any, tmp_path: Path) -> None:
-    code = "import sys; from raytrain_het.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", "--json", "--storage", str(tmp_path), "--name", "digits"],
-        env={**os.environ, "RAY_ADDRESS": cluster.address},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads(done.stdout)
-    assert summary["metrics"]["accuracy"] >= 0.97
-    assert [w["world_rank"] for w in summary["workers"]] == [0, 1]
-    # On a machine that stood still one may have been taken for lost: then the other has all of the batch.
-    events = [json.loads(line) for line in (tmp_path / "digits" / "events.jsonl").read_text().splitlines()]
-    formed = [event["slots"] for event in events if event["kind"] == "formed"]
-    assert formed[0] == [0, 1]
-    last = [next(slots for slots in reversed(formed) if slot in slots) for slot in (0, 1)]
-    shares = [w["batch_share"] for w in summary["workers"]]
-    assert shares == [share if len(slots) == 2 else 64 for share, slots in zip((48, 16), last, strict=True)]
-    times = [json.loads(line)["time"] for line in (tmp_path / "digits" / "metrics.jsonl").read_text().splitlines()]
-    assert times[-1] - times[0] < 120
-    kept = {path.name for path in (tmp_path / "digits").iterdir()}
-    assert {"job.yaml", "config.json", "metrics.jsonl", "events.jsonl"} <= kept
-    (board,) = (tmp_path / "digits").glob("events.out.tfevents*")
-    assert b"worker_0/bytes_sent_per_step" in board.read_bytes()
+def test_the_same_name_goes_on_where_the_run_ended_with_other_workers(undisturbed: Run) -> None:
+    run = Run(undisturbed.path, epochs=6, count=2)
+    run.end()
+    assert [r["step"] for r in run.reports] == [50, 60]
+    assert run.errors() == pytest.approx(plain(6)[4:], rel=1e-9)
 
 
-@pytest.mark.parametrize("script", ["quickstart_ray.py", "quickstart_het.py"])
-def test_both_quickstarts_run(cluster: Any, script: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXPERIMENTS / script)],
-        env={**os.environ, "RAY_ADDRESS": cluster.address, "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "epoch 4" in done.stdout + done.stderr
+@dataclass
+class Disturbed:
+    """A run whose first worker is killed after two epochs, its hub and its last worker after four."""
+
+    run: Run
+    result: Any
+    before: dict[int, int]
+    """Process ids by slot, before anything happened."""
+    healed: dict[int, int]
+    """The same when the first worker's successor had been healed."""
+    lost: list[int]
+    """The slots that had lost a worker by then."""
+
+
+@pytest.fixture(scope="module")
+def disturbed(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    run = Run(tmp_path_factory.mktemp("disturbed"), epochs=6, gates=(2, 4))
+    run.reported(2)
+    before = run.pids()
+    os.kill(before[0], signal.SIGKILL)  # slot 0 is the one that writes checkpoints
+    eventually(lambda: [e["slot"] for e in run.kinds("joined")].count(0) == 2 or run.error, "slot 0 has a new worker")
+    run.open_gate(2)
+    eventually(lambda: [e for e in run.kinds("healed") if e["slot"] == 0] or run.error, "slot 0 healed")
+    run.reported(4)
+    eventually(lambda: run.pids().get(0, before[0]) != before[0], "the driver is told of worker 0's successor")
+    healed, lost = run.pids(), [e["slot"] for e in run.kinds("lost")]
+    ray.kill(run.hub(), no_restart=False)
+    eventually(lambda: run.kinds("recovered"), "the restarted actor has heard all members")
+    os.kill(eventually(lambda: run.pids().get(2), "worker 2 has told the new actor of itself"), signal.SIGKILL)
+    return Disturbed(run, run.end(), before, healed, lost)
+
+
+def test_a_killed_worker_is_refilled_and_changes_no_number(disturbed: Disturbed) -> None:
+    run = disturbed.run
+    assert run.errors() == pytest.approx(plain(6), rel=1e-9)
+    assert all(r["checkpoint"] for r in run.reports)
+    assert disturbed.result.metrics["mse"] == run.reports[-1]["metrics"]["mse"]
+    assert disturbed.healed[0] != disturbed.before[0]
+    assert {s: disturbed.healed[s] for s in (1, 2)} == {s: disturbed.before[s] for s in (1, 2)}
+    assert disturbed.lost == [0]
+
+
+def test_training_goes_on_while_the_membership_actor_restarts_and_it_still_heals(disturbed: Disturbed) -> None:
+    assert 2 in [e["slot"] for e in disturbed.run.kinds("lost")]
+    assert disturbed.result.metrics["mse"] == pytest.approx(plain(6)[-1], rel=1e-9)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from ray_waiting import eventually, free
 
+from raytrain_het import cli
 from raytrain_het.jobs.config import Workers
 from raytrain_het.sweeps import SweepConfig, load_sweep, make_sweep, run_sweep
 from raytrain_het.sweeps.folders import folder_of
@@ -33,14 +34,33 @@ SWEEP = {
 }
 
 
-def command(folder: Path, address: str, *more: str) -> subprocess.Popen[str]:
-    arguments = ["sweep", str(folder / "s.yaml"), "--storage", str(folder), "--name", "x", "--address", address, *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "raytrain_het.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Command:
+    """``raytrain-het sweep`` on the session's cluster."""
+
+    def __init__(self, folder: Path, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+        self._arguments = ["sweep", str(folder / "s.yaml"), "--storage", str(folder), "--name", "x"]
+        self._arguments += ["--address", address]
+        self._capsys = capsys
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        """In a process of its own, which a test can end."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "raytrain_het.cli", *self._arguments, *more],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *more: str) -> tuple[int, str, str]:
+        """In this process, to its end: the exit status, stdout and stderr."""
+        self._capsys.readouterr()
+        status = cli.main([*self._arguments, *more])
+        return status, *self._capsys.readouterr()
+
+
+@pytest.fixture
+def command(cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(tmp_path, cluster.address, capsys)
 
 
 def statuses(folder: Path) -> list[str]:
@@ -59,12 +79,12 @@ def all_free(cluster: Any) -> Any:
 
 @pytest.mark.timeout(900)
 def test_a_sweep_that_is_killed_and_interrupted_goes_on_and_runs_nothing_twice(
-    cluster: Any, all_free: Any, tmp_path: Path
+    command: Command, all_free: Any, tmp_path: Path
 ) -> None:
     """Of four trials one is pruned and one raises; the driver is killed in the second, and Ctrl-C comes later."""
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP))
     folder = tmp_path / "x"
-    driver = command(tmp_path, cluster.address)
+    driver = command.start()
     try:
         eventually(lambda: num_ended(folder) == 1 and len(statuses(folder)) == 2, "one and a half", 280)
         first = [entry.run for entry in read_ledger(folder).values()][0]
@@ -73,10 +93,9 @@ def test_a_sweep_that_is_killed_and_interrupted_goes_on_and_runs_nothing_twice(
         driver.send_signal(signal.SIGKILL)
         driver.communicate()
     all_free()
-    refused = command(tmp_path, cluster.address)
-    assert "is there already. Write --resume to go on with it, or another --name" in refused.communicate()[1]
+    assert "is there already. Write --resume to go on with it, or another --name" in command.run()[2]
 
-    driver = command(tmp_path, cluster.address, "--resume")
+    driver = command.start("--resume")
     eventually(lambda: num_ended(folder) == 3 and len(statuses(folder)) == 4, "all but the last", 280)
     driver.send_signal(signal.SIGINT)
     out, said = driver.communicate(timeout=120)
@@ -85,9 +104,8 @@ def test_a_sweep_that_is_killed_and_interrupted_goes_on_and_runs_nothing_twice(
     all_free()
     assert sorted(pd.read_parquet(folder / "trials.parquet")["status"])[-1] == "unfinished"
 
-    driver = command(tmp_path, cluster.address, "--resume", "--json")
-    out, progress = driver.communicate(timeout=280)
-    assert driver.returncode == 0, progress
+    status, out, progress = command.run("--resume", "--json")
+    assert status == 0, progress
     result = json.loads(out)
     entries = list(read_ledger(folder).values())
     assert [entry.status for entry in entries][:3] == ["complete", "pruned", "failed"], progress
@@ -103,9 +121,8 @@ def test_a_sweep_that_is_killed_and_interrupted_goes_on_and_runs_nothing_twice(
     assert best["lr"] == table["lr"].iloc[0] and best["name"] is None
     assert_tensorboard_shows_settings_and_metrics(folder)
 
-    driver = command(tmp_path, cluster.address, "--resume", "--retry-failed")
-    out, said = driver.communicate(timeout=280)
-    assert driver.returncode == 0, out + said
+    status, out, said = command.run("--resume", "--retry-failed")
+    assert status == 0, out + said
     again = list(read_ledger(folder).values())
     assert [e.num_starts for e in again] == [e.num_starts + (e.status == "failed") for e in entries]
     assert [e.status for e in again] == [e.status for e in entries], "it raises again, by the same number"
@@ -169,12 +186,12 @@ def test_a_sweep_ends_when_its_time_is_used_up_and_can_go_on(
     assert folder_of(another, "x", resume=True) == results.folder
 
 
-def test_a_trial_that_no_node_holds_is_refused_before_anything_starts(cluster: Any, tmp_path: Path) -> None:
+def test_a_trial_that_no_node_holds_is_refused_before_anything_starts(command: Command, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP | {"workers": [{"count": 9}]}))
-    driver = command(tmp_path, cluster.address)
-    assert "ask for 9 CPU together, the cluster has 4" in driver.communicate()[1]
-    assert driver.returncode == 2 and not (tmp_path / "x").exists()
+    status, _, said = command.run()
+    assert "ask for 9 CPU together, the cluster has 4" in said
+    assert status == 2 and not (tmp_path / "x").exists()
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(SWEEP))
-    driver = command(tmp_path, cluster.address, "--resume")
-    assert "--resume: there is no sweep in" in driver.communicate()[1]
-    assert driver.returncode == 2 and os.listdir(tmp_path) == ["s.yaml"]
+    status, _, said = command.run("--resume")
+    assert "--resume: there is no sweep in" in said
+    assert status == 2 and os.listdir(tmp_path) == ["s.yaml"]

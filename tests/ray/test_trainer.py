@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-import ray_fakes
 
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import CheckpointError, ConfigError, ResourceError, RunFailedError
@@ -63,22 +63,57 @@ def test_a_storage_path_that_cannot_be_written_is_named(start: Any, tmp_path: Pa
         run.join(20)
 
 
-def test_auto_takes_the_gpu_node_and_the_cpu_node(start: Any) -> None:
-    run = start(workers="auto")
+@dataclass
+class AutoRun:
+    """A run with a worker on each node, which its membership actor has declared failed."""
+
+    members: dict[int, dict[str, Any]]
+    error: BaseException | None
+
+
+@pytest.fixture(scope="module")
+def auto_run(start_shared: Callable[..., Any]) -> AutoRun:
+    run = start_shared(workers="auto")
     members = run.members(2)
-    assert [len(members[i]["gpu_ids"]) for i in range(2)] == [1, 0]
-    assert [members[i]["threads"] for i in range(2)] == ["2", "2"]
-    run.call("tell", "finish")
-    run.join()
+    run.call("set", state="failed", failure="three workers died on samples 3 to 5")
+    with pytest.raises(Exception):  # noqa: B017 - which one it is, and what it says, is a test of its own
+        run.join()
+    return AutoRun(members, run.error)
 
 
-def test_what_ray_has_for_equal_workers_is_refused_by_name(start: Any) -> None:
-    run = start(train_fn=call_rays_own, workers=[WorkerSpec()])
+def test_auto_takes_the_gpu_node_and_the_cpu_node(auto_run: AutoRun) -> None:
+    assert [len(auto_run.members[i]["gpu_ids"]) for i in range(2)] == [1, 0]
+    assert [auto_run.members[i]["threads"] for i in range(2)] == ["2", "2"]
+
+
+def test_the_reason_of_a_failed_run_is_raised(auto_run: AutoRun) -> None:
+    with pytest.raises(RunFailedError, match="samples 3 to 5"):
+        raise auto_run.error or AssertionError("the run has not failed")
+
+
+@pytest.fixture(scope="module")
+def failure(start_shared: Callable[..., Any]) -> str:
+    """What a run says whose worker has raised what Ray's own functions told it, in an exception that cannot be sent."""
+    run = start_shared(train_fn=call_rays_own, workers=[WorkerSpec()])
     with pytest.raises(ray.train.TrainingFailedError) as caught:
         run.join()
+    return str(caught.value)
+
+
+def test_what_ray_has_for_equal_workers_is_refused_by_name(failure: str) -> None:
     for row in ("ray.train.report", "ray.train.get_checkpoint", "ray.train.torch.prepare_model"):
-        assert TABLE[row].what in str(caught.value)
-        assert TABLE[row].way_out in str(caught.value)
+        assert TABLE[row].what in failure
+        assert TABLE[row].way_out in failure
+
+
+def test_the_text_and_the_traceback_of_an_exception_that_cannot_be_sent_arrive(failure: str) -> None:
+    assert "SeveralArguments: 404: no labels for shard 7" in failure
+    assert 'raise SeveralArguments(404, "no labels for shard 7", said)' in failure
+
+
+class SeveralArguments(Exception):
+    def __init__(self, code: int, detail: str, said: list[str]) -> None:
+        super().__init__("\n".join([f"{code}: {detail}", *said]))
 
 
 def call_rays_own() -> None:
@@ -90,61 +125,7 @@ def call_rays_own() -> None:
             call()
         except RuntimeError as error:
             said.append(str(error))
-    raise RuntimeError("\n".join(said))
-
-
-class TwoArguments(Exception):
-    def __init__(self, code: int, detail: str) -> None:
-        super().__init__(f"{code}: {detail}")
-
-
-def raises_what_cannot_be_sent() -> None:
-    raise TwoArguments(404, "no labels for shard 7")
-
-
-def test_the_text_and_the_traceback_of_an_exception_that_cannot_be_sent_arrive(start: Any) -> None:
-    run = start(train_fn=raises_what_cannot_be_sent, workers=[WorkerSpec()])
-    with pytest.raises(ray.train.TrainingFailedError, match="TwoArguments: 404: no labels for shard 7") as caught:
-        run.join()
-    assert 'raise TwoArguments(404, "no labels for shard 7")' in str(caught.value)
-
-
-def test_the_reason_of_a_failed_run_is_raised(start: Any) -> None:
-    run = start(workers=[WorkerSpec()])
-    run.members(1)
-    run.call("set", state="failed", failure="three workers died on samples 3 to 5")
-    with pytest.raises(RunFailedError, match="samples 3 to 5"):
-        run.join()
-
-
-def test_the_driver_is_told_of_updates(start: Any) -> None:
-    seen: list[tuple] = []
-    run = start(workers=[WorkerSpec()], on_update=lambda *update: seen.append(update))
-    run.members(1)
-    run.call("add_report", 5, {"loss": 1.0}, None)
-    run.call("tell", "finish")
-    result = run.join()
-    assert result.metrics == {"loss": 1.0} == result.het_summary["metrics"]
-    assert [r["step"] for _, _, reports in seen for r in reports] == [5]
-    assert [e["slot"] for _, events, _ in seen for e in events] == [0]
-
-
-def test_a_checkpoint_of_another_library_is_refused(start: Any, tmp_path: Path) -> None:
-    run = start(train_fn=report_once, workers=[WorkerSpec()])
-    run.join()
-    checkpoint = tmp_path / "run" / "checkpoint_step_00000001"
-    assert json.loads((checkpoint / "het.json").read_text()) == {"cursor": {"epoch": 0, "offset": 0, "step": 1}}
-    (checkpoint / "het.json").unlink()
-    again = start(train_fn=report_once, workers=[WorkerSpec()])
-    with pytest.raises(CheckpointError, match="het.json does not exist.*another RunConfig"):
-        again.join()
-
-
-def report_once() -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as directory:
-        ray_fakes.current.report(1, {"loss": 1.0}, directory)
+    raise SeveralArguments(404, "no labels for shard 7", said)
 
 
 def test_a_scaling_config_prints_its_workers() -> None:

@@ -75,8 +75,6 @@ def test_every_folder_of_the_package_has_its_line_in_the_readmes_file_tree() -> 
     parts_of_one_line = {"testing", "jobs", "optim"}
     folders = {str(folder) for folder in with_code if folder.parent.name not in parts_of_one_line}
     assert folders <= {str(path) for path in shown}
-        str(path) for path in shown
-    }
 
 
 def test_each_line_of_the_readmes_diff_is_a_line_of_a_quickstart() -> None:
