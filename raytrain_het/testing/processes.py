@@ -51,12 +51,11 @@ PRELOADED = (
     "raytrain_het.worker.user",
     "raytrain_het.worker.data.data_loader",
     "raytrain_het.worker.step.optimizer",
-    "raytrain_het.allreduce.codecs.kernels",
     "torch.profiler._cupti_monitor",
     "torch.utils.serialization.config",
     "encodings.idna",
 )
-"""What a worker imports until its first checkpoint is written: the fork server does it once, for all workers."""
+"""What a worker without codecs imports until its first checkpoint is written: the fork server does it once, for all."""
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(PRELOADED))

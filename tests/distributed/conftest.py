@@ -1,12 +1,19 @@
+import importlib
 import multiprocessing
+import pkgutil
 from pathlib import Path
 
 import pytest
 
+from raytrain_het.allreduce import codecs
 from raytrain_het.testing.processes import PRELOADED
 
-# Each worker imports the program that has started it once more, and that is pytest here.
-multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, "pytest"])
+CODECS = [module.name for module in pkgutil.iter_modules(codecs.__path__, f"{codecs.__name__}.")]
+# Where their inner loops have to be compiled first, it is done here: no time limit counts yet.
+for name in CODECS:
+    importlib.import_module(name)
+# Each worker imports the program that has started it once more, which is pytest here, and many use a codec.
+multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, *CODECS, "pytest"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
