@@ -10,7 +10,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from raytrain_het.jobs.keys import key_rows
-from raytrain_het.jobs.table import KINDS, config_class
+from raytrain_het.jobs.table import JOBS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -44,11 +44,9 @@ def settings_page() -> str:
         "# Settings and job keys\n",
         "`raytrain-het train --keys [JOB.yaml]` prints the same. `het.*` are the fields of `HetConfig`.\n",
     ]
-    for kind in KINDS:
+    for kind, job in JOBS.items():
         parts.append(f"## kind: {kind}\n\n| key | default | meaning |\n|---|---|---|")
-        parts += [
-            f"| `{key}` | `{default}` | {_cell(meaning)} |" for key, default, meaning in key_rows(config_class(kind))
-        ]
+        parts += [f"| `{key}` | `{default}` | {_cell(meaning)} |" for key, default, meaning in key_rows(job)]
         parts.append("")
     return "\n".join(parts)
 

@@ -1,4 +1,4 @@
-"""The command line: argument wiring only."""
+"""The command line: it reads arguments and calls the functions that do the work."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def _add_schedule(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     named = {"name": arguments.name, "storage": arguments.storage}
-    # Their own options are shorthands, and are checked alike. In JSON's quotes they are texts, whatever they look like.
+    # --name and --storage are short for --set, and are checked as such. JSON's quotes keep `--name 12` a text.
     overrides = [*arguments.overrides, *(f"{k}={json.dumps(v)}" for k, v in named.items() if v is not None)]
     return _guarded(arguments, lambda: _run_train(arguments, overrides))
 
@@ -216,7 +216,7 @@ def _run_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _guarded(arguments: argparse.Namespace, run: Callable[[], int]) -> int:
-    """The exit status of a command that runs something, whatever becomes of it."""
+    """Run a command; returns its exit status, and reports any error."""
     from raytrain_het.jobs.failure import describe
     from raytrain_het.jobs.interrupted import Interrupted
 
@@ -234,10 +234,10 @@ def _guarded(arguments: argparse.Namespace, run: Callable[[], int]) -> int:
 
 def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
     if sys.stderr.isatty() and "Traceback" not in message:
-        from raytrain_het.jobs.lines import write
+        from raytrain_het.jobs.lines import print_text
 
-        write(message, sys.stderr)
-    else:  # A line for each mistake, for whoever searches a log.
+        print_text(message, sys.stderr)
+    else:  # Not wrapped: each mistake stays one line, which a log can be searched for.
         print(message, file=sys.stderr, flush=True)
     if arguments.as_json:
         print(json.dumps({"error": message.removeprefix("raytrain-het: ")}), flush=True)
@@ -245,7 +245,7 @@ def _failed(arguments: argparse.Namespace, message: str, code: int) -> int:
 
 
 def _check_overrides(arguments: argparse.Namespace) -> None:
-    """`--set epochs 3`: what follows is read as the job file, which is not the mistake."""
+    """Refuse `--set epochs 3`, where argparse takes `3` for the job file."""
     for override in arguments.overrides:
         if "=" not in override and arguments.job is not None and not os.path.exists(arguments.job):
             raise ConfigError(f"--set {override} {arguments.job}: did you mean --set {override}={arguments.job}?")
@@ -253,14 +253,14 @@ def _check_overrides(arguments: argparse.Namespace) -> None:
 
 def _print_keys(path: str | None) -> int:
     from raytrain_het.jobs.keys import key_lines
-    from raytrain_het.jobs.table import config_class, load_job
+    from raytrain_het.jobs.table import load_job
 
-    print("\n".join(key_lines(config_class(load_job(path).kind))))
+    print("\n".join(key_lines(type(load_job(path)))))
     return 0
 
 
 class _Version(argparse.Action):
-    """Looked up when asked for: it takes as long as reading a job file."""
+    """``--version``. The version is looked up only here, since that takes as long as to read a job file."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from importlib import metadata
@@ -301,9 +301,9 @@ def _probe(arguments: argparse.Namespace) -> int:
     from raytrain_het.jobs.table import load_job
 
     def say(line: str) -> None:
-        from raytrain_het.jobs.lines import write
+        from raytrain_het.jobs.lines import print_text
 
-        write(line, sys.stderr)
+        print_text(line, sys.stderr)
 
     try:
         if arguments.overrides and arguments.model is None:
@@ -312,10 +312,10 @@ def _probe(arguments: argparse.Namespace) -> int:
         job = check_before_torch(job, address=arguments.address, compression=arguments.compression)
 
         from raytrain_het.jobs.probe import run_probe
-        from raytrain_het.jobs.probe_report import show
+        from raytrain_het.jobs.probe_report import print_probe
 
         found = run_probe(job=job, address=arguments.address, say=say, compression=arguments.compression)
-        show(found, as_json=arguments.as_json)
+        print_probe(found, as_json=arguments.as_json)
     except (ConfigError, ResourceError) as error:
         return _failed(arguments, f"raytrain-het: {error}", 2)
     except HetError as error:
@@ -341,7 +341,7 @@ def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
         overrides = [*overrides, f"simulate={json.dumps(simulation.parse_speeds(arguments.simulate))}"]
     sweep = load_sweep(arguments.sweep, overrides)
 
-    from raytrain_het.jobs.lines import write
+    from raytrain_het.jobs.lines import print_text
     from raytrain_het.probing.cores import cpu_limit
     from raytrain_het.sweeps.command import sweep_command
     from raytrain_het.testing.throttle import slow_workers
@@ -357,7 +357,7 @@ def _run_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
     simulation.check_alone(workers=None, address=arguments.address)
     cores = simulation.fitting_cores(sweep.config.simulate, cpu_limit().cores)
     with slow_workers(cores) as slow:
-        write(simulation.announcement(cores, slow.how), sys.stderr)
+        print_text(simulation.announcement(cores, slow.how), sys.stderr)
         return sweep_command(sweep, address="local", at_start=slow, **options)
 
 
@@ -375,7 +375,7 @@ def _schedule(arguments: argparse.Namespace) -> int:
             schedules.draw(chosen, epochs=arguments.epochs, lr=arguments.lr, out=arguments.out)
             print(arguments.out, file=sys.stderr)
         if arguments.out is None or arguments.as_json:
-            schedules.show(chosen, epochs=arguments.epochs, lr=arguments.lr, as_json=arguments.as_json)
+            schedules.print_rates(chosen, epochs=arguments.epochs, lr=arguments.lr, as_json=arguments.as_json)
     except ConfigError as error:
         return _failed(arguments, f"raytrain-het: {error}", 2)
     return 0

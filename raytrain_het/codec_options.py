@@ -1,7 +1,14 @@
-"""What can be written for ``compression``: the codecs' names and options, and how a record says them in one word."""
+"""What can be written for ``compression``: the table of codecs, the options of each, and how a record names one.
+
+Settings are checked before torch is loaded, so nothing here imports torch. An entry of the table names the class that
+encodes as text, and :func:`raytrain_het.allreduce.codecs.codec_of` imports it. A new codec is one file in
+``raytrain_het/allreduce/codecs/`` and one line in :data:`CODECS`; its options, if it has any, are declared here once:
+the same object is checked, shown, swept over, and given to the codec.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -11,52 +18,129 @@ from typing import Any
 from raytrain_het.errors import ConfigError
 from raytrain_het.plain import is_number, nearest
 
+# ---------------------------------------------------------------- options
+
+
+def option(default: Any, allowed: str, fits: Callable[[Any], bool]) -> Any:
+    """A field of an options class.
+
+    Args:
+        default: its value where none is written.
+        allowed: what is allowed, in words for an error message.
+        fits: whether a value is allowed.
+    """
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "fits": fits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecOptions:
+    """The options of one codec. This base class has none."""
+
+    @property
+    def used_together(self) -> bool:
+        """Whether all workers must use the codec if one does."""
+        return False
+
+
+def option_names(options: type[CodecOptions]) -> list[str]:
+    """The names of all options, in their order."""
+    return [field.name for field in dataclasses.fields(options)]
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _switch() -> Any:
+    return option(False, "true or false", lambda value: isinstance(value, bool))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockwiseOptions(CodecOptions):
+    """Options of ``int8`` and ``int4``."""
+
+    error_feedback: bool = _switch()
+    """Not needed for convergence. It lessens the noise, and takes one fp32 number of memory an element."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseOptions(CodecOptions):
+    """Options of codecs that keep a part of the elements."""
+
+    density: float = option(
+        0.01, "a number from 1e-6 to 1: the kept fraction", lambda value: is_number(value) and 1e-6 <= value <= 1
+    )
+    """The kept fraction."""
+
+    warmup_epochs: int = option(
+        0,
+        "a whole number from 0 to 1000: the epochs in which the density falls from 0.25",
+        lambda value: _is_whole(value, 0, 1000),
+    )
+    """The epochs in which more is kept, see :func:`raytrain_het.allreduce.codecs.warmup.warm_densities`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKOptions(SparseOptions):
+    """Options of ``topk``."""
+
+    all_gather: bool = _switch()
+    """Whether every worker's payload goes to all workers, who all add them up."""
+
+    @property
+    def used_together(self) -> bool:
+        return self.all_gather
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankOptions(CodecOptions):
+    """Options of ``lowrank``."""
+
+    rank: int = option(4, "a whole number from 1 to 1024", lambda value: _is_whole(value, 1, 1024))
+    """Rows of each of the two factors of a matrix."""
+
+    @property
+    def used_together(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoOptions(CodecOptions):
+    """Options of ``auto``, which is no codec: it chooses one for each worker."""
+
+    error: float = option(
+        0.2, "a number from 0 to 1: |x - decoded(x)| / |x|", lambda value: is_number(value) and 0 <= value <= 1
+    )
+    """The most that a codec may lose of a message."""
+
+
+# ---------------------------------------------------------------- the table
+
 
 @dataclass(frozen=True)
-class Option:
-    """One option of a codec."""
+class CodecEntry:
+    """A codec in the table."""
 
-    default: Any
-    allowed: str
-    fits: Callable[[Any], bool]
-
-
-def _is_density(value: Any) -> bool:
-    return is_number(value) and 1e-6 <= value <= 1
+    implementation: str
+    """``module:Class``. The class takes its options as its only argument."""
+    options: type[CodecOptions] = CodecOptions
 
 
-def _is_number_of_epochs(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1000
+_FOLDER = "raytrain_het.allreduce.codecs"
 
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1024
-
-
-_DENSITY = Option(0.01, "a number from 1e-6 to 1: the kept fraction", _is_density)
-_WARMUP = Option(
-    0, "a whole number from 0 to 1000: the epochs in which the density falls from 0.25", _is_number_of_epochs
-)
-_SWITCH = Option(False, "true or false", lambda value: isinstance(value, bool))
-
-OPTIONS: dict[str, dict[str, Option]] = {
-    "none": {},
-    "bf16": {},
-    "fp16": {},
-    "int8": {"error_feedback": _SWITCH},
-    "int4": {"error_feedback": _SWITCH},
-    "sign": {},
-    "topk": {"density": _DENSITY, "warmup_epochs": _WARMUP, "all_gather": _SWITCH},
-    "randomk": {"density": _DENSITY, "warmup_epochs": _WARMUP},
-    "lowrank": {"rank": Option(4, "a whole number from 1 to 1024", _is_rank)},
+CODECS: dict[str, CodecEntry] = {
+    "none": CodecEntry(f"{_FOLDER}.dense:NoCodec"),
+    "bf16": CodecEntry(f"{_FOLDER}.dense:Bf16"),
+    "fp16": CodecEntry(f"{_FOLDER}.fp16:Fp16"),
+    "int8": CodecEntry(f"{_FOLDER}.blockwise:Int8", BlockwiseOptions),
+    "int4": CodecEntry(f"{_FOLDER}.blockwise:Int4", BlockwiseOptions),
+    "sign": CodecEntry(f"{_FOLDER}.sign:Sign"),
+    "topk": CodecEntry(f"{_FOLDER}.topk:TopK", TopKOptions),
+    "randomk": CodecEntry(f"{_FOLDER}.randomk:RandomK", SparseOptions),
+    "lowrank": CodecEntry(f"{_FOLDER}.lowrank:LowRank", LowRankOptions),
 }
-"""By codec: its options."""
-TOGETHER = frozenset({"lowrank"})
-"""Codecs of which all workers add up the parts: used by all of them or by none, as is what they all gather."""
+"""All codecs, by the name that is written."""
 
-_ERROR = Option(0.2, "a number from 0 to 1: |x - decoded(x)| / |x|", lambda value: is_number(value) and 0 <= value <= 1)
-AUTO: dict[str, Option] = {"error": _ERROR}
-"""Options of ``auto``, which is no codec: it chooses one for each worker."""
 AUTO_CODECS = (
     "none",
     "bf16",
@@ -68,65 +152,76 @@ AUTO_CODECS = (
     "topk(density=0.03)",
     "topk",
 )
-"""What ``auto`` chooses from: what loses nothing first. Those that need other hyperparameters are not among them."""
+"""What ``auto`` chooses from. The one that loses nothing comes first; codecs that need other hyperparameters are not
+among them."""
+
+# ---------------------------------------------------------------- words
+
+
+def options_by_name(*, auto: bool = False) -> dict[str, type[CodecOptions]]:
+    """The options class of each codec, and of ``auto`` if that is asked for."""
+    found = {name: entry.options for name, entry in CODECS.items()}
+    return {**found, "auto": AutoOptions} if auto else found
 
 
 def one_word(value: str | Mapping[str, Any], *, auto: bool = False) -> str:
-    """``int8``, or ``topk(density=0.01)``: the codec with those of its options that are not the default.
+    """``int8``, or ``topk(density=0.002)``: the codec with those of its options that are not the default.
 
     Args:
         value: a codec's name, ``{name: {option: value}}``, or what this function has returned.
-        auto: whether it may be ``auto``, too.
+        auto: whether ``auto`` is allowed, too.
 
     Raises:
-        ConfigError: no such codec or option, or a value that is not allowed.
+        ConfigError: there is no such codec or option, or a value is not allowed.
+
+    Example:
+        >>> one_word({"topk": {"density": 0.002}})
+        'topk(density=0.002)'
     """
-    name, options = _taken_apart(value)
-    choices = {**OPTIONS, "auto": AUTO} if auto else OPTIONS
+    name, options = parsed(value)
+    choices = options_by_name(auto=auto)
     if name not in choices:
         near = nearest(name, choices)
         raise ConfigError(
             f"compression={value!r} is not valid: allowed is {', '.join(choices)}, or one of them with options. Write "
             f"compression={near or 'int8'!r}, or compression={{'topk': {{'density': 0.01}}}}."
         )
-    known = choices[name]
-    for option, chosen in options.items():
-        if option not in known:
-            right = {name: {k: o.default for k, o in known.items()}} if known else name
+    known: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(choices[name])}
+    defaults: dict[str, Any] = {key: field.default for key, field in known.items()}
+    for key, chosen in options.items():
+        if key not in known:
+            right = {name: defaults} if known else name
             raise ConfigError(
-                f"compression={value!r} is not valid: {name!r} has no option {option!r}; allowed is "
+                f"compression={value!r} is not valid: {name!r} has no option {key!r}; allowed is "
                 f"{' and '.join(known) or 'none'}. Write compression={right!r}."
             )
-        if not known[option].fits(chosen):
+        if not known[key].metadata["fits"](chosen):
             raise ConfigError(
-                f"compression={value!r} is not valid: allowed for {option!r} is {known[option].allowed}. "
-                f"The default is {known[option].default!r}."
+                f"compression={value!r} is not valid: allowed for {key!r} is {known[key].metadata['allowed']}. "
+                f"The default is {defaults[key]!r}."
             )
     said = [
-        f"{k}={json.dumps(type(option.default)(options[k]))}"
-        for k, option in known.items()
-        if k in options and options[k] != option.default
+        f"{key}={json.dumps(type(default)(options[key]))}"
+        for key, default in defaults.items()
+        if key in options and options[key] != default
     ]
     return f"{name}({', '.join(said)})" if said else name
 
 
-def used_together(word: str) -> bool:
-    """Whether all workers have to use it, if one does."""
-    name, options = parsed(word)
-    return name in TOGETHER or bool(options.get("all_gather"))
+def parsed(value: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of a codec, and the options that are written.
 
+    Args:
+        value: a codec's name, ``{name: {option: value}}``, or what :func:`one_word` has returned.
 
-def parsed(word: str) -> tuple[str, dict[str, Any]]:
-    """The inverse: name and options of a codec, defaults left out."""
-    return _taken_apart(word)
-
-
-def _taken_apart(value: Any) -> tuple[str, dict[str, Any]]:
+    Raises:
+        ConfigError: it is none of these.
+    """
     if isinstance(value, str):
         word = re.fullmatch(r"(\w+)\((.*)\)", value)
         try:
             pairs = [pair.split("=") for pair in word[2].split(", ")] if word else []
-            return (word[1] if word else value), {option: json.loads(chosen) for option, chosen in pairs}
+            return (word[1] if word else value), {key: json.loads(chosen) for key, chosen in pairs}
         except ValueError:
             return value, {}
     if isinstance(value, Mapping) and len(value) == 1:
@@ -135,6 +230,21 @@ def _taken_apart(value: Any) -> tuple[str, dict[str, Any]]:
         if isinstance(name, str) and named:
             return name, dict(options or {})
     raise ConfigError(
-        f"compression={value!r} is not valid: allowed is the name of one codec ({', '.join(OPTIONS)}), or one "
+        f"compression={value!r} is not valid: allowed is the name of one codec ({', '.join(CODECS)}), or one "
         "with its options. Write compression={'topk': {'density': 0.01}}."
     )
+
+
+def options_of(word: str) -> CodecOptions:
+    """The options that a word says, those left out at their defaults.
+
+    Args:
+        word: what :func:`one_word` has returned.
+    """
+    name, options = parsed(word)
+    return options_by_name(auto=True)[name](**options)
+
+
+def used_together(word: str) -> bool:
+    """Whether all workers must use this codec if one does."""
+    return options_of(word).used_together

@@ -1,4 +1,4 @@
-"""HetConfig: everything about a run that is neither Ray's nor the model's."""
+"""HetConfig: the settings of a run that are neither Ray's nor the model's."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from raytrain_het.codec_options import AUTO, AUTO_CODECS, one_word, parsed, used_together
+from raytrain_het.codec_options import AUTO_CODECS, AutoOptions, one_word, options_of, used_together
 from raytrain_het.errors import ConfigError
+from raytrain_het.named_options import ABOVE_0, FINITE, TRUE_OR_FALSE, Allowed, one_of, whole_number_from
 from raytrain_het.optim import Schedule, schedule_of
 from raytrain_het.plain import is_number, nearest, plain
+from raytrain_het.score_policies import SCORE_POLICIES
 
 
 def _require(condition: bool, field: str, value: object, allowed: str, fix: str) -> None:
@@ -19,16 +21,19 @@ def _require(condition: bool, field: str, value: object, allowed: str, fix: str)
         raise ConfigError(f"{field}={value!r} is not valid: allowed is {allowed}. {fix}")
 
 
-def _is_whole(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
 Config = TypeVar("Config")
 
 
 def refuse_unknown(owner: str, named: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises:
-    ConfigError: a keyword of ``owner`` is none of those ``known``; it names the nearest right one.
+    """Refuse keywords that a class does not have.
+
+    Args:
+        owner: The class's name, for the message.
+        named: The keywords that were given, with their values.
+        known: The keywords that there are.
+
+    Raises:
+        ConfigError: A keyword is unknown; the message has the nearest right one.
     """
     for name in sorted(named.keys() - set(known)):
         near = nearest(name, known)
@@ -39,7 +44,7 @@ def refuse_unknown(owner: str, named: Mapping[str, Any], known: Sequence[str]) -
 
 
 def names_unknown_fields(cls: type[Config]) -> type[Config]:
-    """A dataclass that answers to a misspelt field with a :class:`ConfigError` that names the nearest right one."""
+    """Decorate a dataclass: a misspelt field raises a :class:`ConfigError` that has the nearest right one."""
     init = cls.__init__
 
     @functools.wraps(init)
@@ -57,7 +62,7 @@ class HetConfig:
     """Settings of the step protocol and of membership.
 
     Raises:
-        ConfigError: a value is out of range; the message says which and what to write.
+        ConfigError: A value is not allowed; the message says which, and what to write.
     """
 
     shares: Literal["auto"] | tuple[float, ...] | None = "auto"
@@ -67,12 +72,13 @@ class HetConfig:
     Or relative shares by world rank (any non-negative numbers, they are normalised); a worker
     with share 0 takes part but trains on nothing. ``None`` is equal shares."""
 
-    score_policy: Literal["train_step", "flops", "memory_bandwidth"] | Callable[[Any], float] = "train_step"
+    score_policy: str | Callable[[Any], float] = "train_step"
     """How a worker's measurements become its score. ``train_step``: samples per second of the real
     model, learnt from the run's own steps, which start from kept step times or the hardware. With
-    another one, or a function from a ``raytrain_het.balance.profile.Profile`` to a number above 0,
-    scores come from the hardware alone, and ``shares="auto"`` is in proportion to them; given
-    shares stay, and scores are shown beside them."""
+    ``flops`` or ``memory_bandwidth``, or with a function from a
+    ``raytrain_het.balance.profile.Profile`` to a number above 0, scores come from the hardware alone,
+    and ``shares="auto"`` is in proportion to them; given shares stay, and scores are shown beside
+    them."""
 
     warm_spares: bool = False
     """Whether ``shares="auto"`` may hold a worker that costs more than it gives at a share of 0. It
@@ -156,8 +162,8 @@ class HetConfig:
         object.__setattr__(self, "compression", self.codecs if each else self.codecs[0])
         if self.schedule is not None:
             schedule_of(self.schedule)
-        for name, (is_allowed, allowed, fix) in _ALLOWED.items():
-            _require(is_allowed(getattr(self, name)), name, getattr(self, name), allowed, fix)
+        for name, (allowed, fix) in _RULES.items():
+            _require(allowed.holds(getattr(self, name)), name, getattr(self, name), allowed.words, fix)
         _require(
             not self.warm_spares or self.shares == "auto",
             "warm_spares",
@@ -191,9 +197,9 @@ class HetConfig:
 
     @property
     def compression_error(self) -> float | None:
-        """How much ``auto`` may lose of a message; None where codecs are given."""
-        name, options = parsed(self.codecs[0])
-        return float(options.get("error", AUTO["error"].default)) if name == "auto" else None
+        """How much of a message ``auto`` may lose; None if codecs are given."""
+        options = options_of(self.codecs[0])
+        return float(options.error) if isinstance(options, AutoOptions) else None
 
     @property
     def decay(self) -> Schedule | None:
@@ -202,16 +208,16 @@ class HetConfig:
 
     @property
     def given_hierarchy(self) -> bool | None:
-        """None where it is chosen together with codecs."""
+        """``hierarchy`` as true or false; None if ``auto`` chooses it together with the codecs."""
         if isinstance(self.hierarchy, bool):
             return self.hierarchy
         return None if self.compression_error is not None else False
 
     def codecs_for(self, num_workers: int) -> tuple[str, ...]:
-        """A codec for each of so many workers, with which the run starts.
+        """The codecs that a run of so many workers starts with: one for all of them, or one for each.
 
         Raises:
-            ConfigError: there are several, and not as many.
+            ConfigError: There are several codecs, but not one for each worker.
         """
         codecs = self.codecs if self.compression_error is None else AUTO_CODECS[:1]
         _require(
@@ -225,28 +231,23 @@ class HetConfig:
 
     @property
     def possible_codecs(self) -> tuple[str, ...]:
-        """All that some worker may use."""
+        """Every codec that some worker may come to use."""
         return self.codecs if self.compression_error is None else AUTO_CODECS
 
     @property
     def follows_speeds(self) -> bool:
-        """Whether anything depends on how fast workers are."""
+        """Whether any setting depends on how fast workers are."""
         by_speed = self.shares == "auto" or self.alpha != 0 or self.score_policy != "train_step"
         return by_speed or self.compression_error is not None
 
     @property
     def given_shares(self) -> tuple[float, ...] | None:
-        """The shares that were given; None where they are equal, or follow speeds."""
+        """The relative shares that were given; None if shares are equal, or follow speeds."""
         return None if self.shares == "auto" else self.shares
 
 
-_DEFAULTS = {f.name: f.default for f in dataclasses.fields(HetConfig)}
-Rule = tuple[Callable[[Any], bool], str, str]
-"""Whether a value is allowed, what is, and what to write."""
-
-
 def _checked_shares(given: Any) -> tuple[float, ...]:
-    # Of a dictionary the keys would be taken, and a set has no order.
+    # A dictionary would give its keys, and a set has no order.
     ordered = isinstance(given, Iterable) and not isinstance(given, Mapping | Set)
     shares = tuple(map(plain, given)) if ordered else ()
     _require(
@@ -266,48 +267,41 @@ def _is_clip(clip: Any) -> bool:
     return len(clip) > 0 and set(clip) <= {"norm", "value"} and all(is_number(x) and x > 0 for x in limits)
 
 
-def _above_0(name: str) -> Rule:
-    return lambda value: is_number(value) and value > 0, "a number above 0", f"The default is {_DEFAULTS[name]}."
+def _is_micro_batch_size(value: Any) -> bool:
+    return value is None or whole_number_from(1).holds(value)
 
 
-def _from_0(name: str) -> Rule:
-    return lambda value: _is_whole(value, 0), "a whole number from 0", f"The default is {_DEFAULTS[name]}."
+def _by_default(name: str, allowed: Allowed) -> tuple[Allowed, str]:
+    (default,) = (f.default for f in dataclasses.fields(HetConfig) if f.name == name)
+    return allowed, f"The default is {default}."
 
 
-_ALLOWED: dict[str, Rule] = {
-    "alpha": (is_number, "a finite number", "The default is 0.0: the plain mean."),
-    "lr_scale_normalisation": (
-        lambda value: value in ("mean", "none"),
-        "'mean' or 'none'",
-        "Write lr_scale_normalisation='mean'.",
-    ),
+_RULES: dict[str, tuple[Allowed, str]] = {
+    "alpha": (FINITE, "The default is 0.0: the plain mean."),
+    "lr_scale_normalisation": (one_of("mean", "none"), "Write lr_scale_normalisation='mean'."),
     "hierarchy": (
-        lambda value: isinstance(value, bool) or value == "auto",
-        "true, false or 'auto'",
+        Allowed("true, false or 'auto'", lambda value: isinstance(value, bool) or value == "auto"),
         "Write hierarchy='auto'.",
     ),
-    "backend": (lambda value: value in ("tcp", "nccl"), "'tcp' or 'nccl'", "Write backend='tcp'."),
+    "backend": (one_of("tcp", "nccl"), "Write backend='tcp'."),
     "micro_batch_size": (
-        lambda value: value is None or _is_whole(value, 1),
-        "a whole number from 1, or None",
+        Allowed("a whole number from 1, or None", _is_micro_batch_size),
         "Leave it out for one batch.",
     ),
-    "clip": (_is_clip, "None, or a 'norm' or 'value' above 0, or both", "Write clip={'norm': 1.0}."),
+    "clip": (Allowed("None, or a 'norm' or 'value' above 0, or both", _is_clip), "Write clip={'norm': 1.0}."),
     "score_policy": (
-        lambda value: callable(value) or value in ("train_step", "flops", "memory_bandwidth"),
-        "'train_step', 'flops', 'memory_bandwidth', or a function from a Profile to a number",
+        Allowed(
+            f"{', '.join(map(repr, SCORE_POLICIES))}, or a function from a Profile to a number",
+            lambda value: callable(value) or (isinstance(value, str) and value in SCORE_POLICIES),
+        ),
         "Write score_policy='train_step'.",
     ),
     "warm_spares": (
-        lambda value: isinstance(value, bool),
-        "true or false, and true with shares='auto' only",
+        Allowed("true or false, and true with shares='auto' only", TRUE_OR_FALSE.holds),
         "Write warm_spares=False.",
     ),
-    "check": (
-        lambda value: value in ("rolling", "every_step"),
-        "'rolling' or 'every_step'",
-        "Write check='every_step' to look for an error.",
-    ),
-    **{name: _above_0(name) for name in ("bucket_mib", "silence_s", "hang_limit_s", "start_timeout_s")},
-    **{name: _from_0(name) for name in ("replica_check_steps", "max_skipped_steps", "seed")},
+    "check": (one_of("rolling", "every_step"), "Write check='every_step' to look for an error."),
+    **{name: _by_default(name, ABOVE_0) for name in ("bucket_mib", "silence_s", "hang_limit_s", "start_timeout_s")},
+    **{name: _by_default(name, whole_number_from(0)) for name in ("replica_check_steps", "max_skipped_steps", "seed")},
 }
+"""By field: what is allowed, and what to write instead."""

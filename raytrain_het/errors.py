@@ -16,11 +16,11 @@ class ResourceError(HetError, ValueError):
 
 
 class LoopOrderError(HetError, RuntimeError):
-    """The training loop was used in an order that the step does not know."""
+    """The training loop calls things in an order that a step cannot follow."""
 
 
 class NotSupportedError(LoopOrderError, ConfigError):
-    """The program does what is not supported: one row of docs/training.md's table, with a way out."""
+    """The program uses something unsupported. The message is a row of docs/training.md's table, with a way out."""
 
 
 class NonFiniteGradientError(HetError, ArithmeticError):
@@ -40,27 +40,24 @@ class DataProcessError(HetError, RuntimeError):
 
 
 class EvictedError(HetError, RuntimeError):
-    """This worker was dropped from the run: its peers had to go on without it."""
+    """This worker was dropped from the run, and its peers go on without it."""
 
 
 class ProtocolError(HetError, RuntimeError):
-    """A peer sent what the protocol does not allow; the step fails, nothing is applied."""
+    """A peer sent a message that the protocol does not allow. The step fails, and nothing of it is applied."""
 
 
 class ForeignError(HetError, RuntimeError):
-    """Stands for an exception of the training function that cannot be sent to another process as it is.
-
-    Its text begins with the class of that one.
-    """
+    """Replaces an exception of the training function that cannot be pickled. Its text begins with that one's class."""
 
 
 class RunFailedError(HetError, RuntimeError):
-    """The run cannot go on: the membership actor ended it, with the reason.
+    """The run cannot go on. The membership actor has ended it, for the reason that the message gives.
 
     Args:
         message: The reason.
-        poison: Where workers died again and again: step, slots, and their ranks and the shares
-            of their last generation.
+        poison: Where workers died again and again: the step and the slots, with their ranks and shares in
+            their last generation.
     """
 
     def __init__(self, message: str, poison: dict | None = None) -> None:

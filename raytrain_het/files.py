@@ -1,4 +1,4 @@
-"""Files that are written as a whole."""
+"""Replacing a file as a whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file as a whole: who reads it finds the old one or the new one; on a full disk the old one stays.
+    """Replace a file as a whole. A reader finds the old contents or the new ones; on a full disk the old ones stay.
 
     Raises:
         OSError: It could not be written.

@@ -1,4 +1,4 @@
-"""Small questions about values that every layer asks."""
+"""Small functions on plain values, which every layer uses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number; a flag is none."""
+    """Whether a value is a finite number. A bool is not a number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def nearest(name: Any, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """Which of the known names somebody may have meant.
+    """The known name that is most like a misspelt one; None if none is like it.
 
     Example:
         >>> nearest("momentun", ["lr", "momentum"])
@@ -24,11 +24,10 @@ def nearest(name: Any, known: Iterable[str], cutoff: float = 0.5) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Values of numpy and torch as Python's own, without knowing either.
+    """Convert numpy's and torch's values to Python's own, without importing either.
 
-    A scalar, an array or a tensor becomes numbers, also inside of dictionaries, lists and tuples.
-
-    Anything else is given back as it is. Arrays become tuples.
+    A scalar becomes a number, an array or a tensor becomes nested tuples of numbers; also inside dictionaries, lists
+    and tuples. Any other value is returned as it is.
     """
     if isinstance(value, Mapping):
         return {plain(k): plain(v) for k, v in value.items()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import Codec, Stamp, State
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
+from raytrain_het.codec_options import CODECS, CodecEntry
 
 
 class Counting(Codec):
@@ -24,8 +25,13 @@ class Counting(Codec):
         if state:
             torch.add(state["count"], 1, out=new_state["count"])
 
+    @classmethod
+    def register(cls) -> None:
+        """Put it into this process's table of codecs."""
+        CODECS[cls.name] = CodecEntry(f"{cls.__module__}:{cls.__name__}")
+
     @staticmethod
-    def counts(states: CodecStates) -> list[float]:
+    def counts(states: ErrorFeedback) -> list[float]:
         """The different counts of all elements: one, if all goes well."""
         return torch.cat([state["count"] for state in states.by_parameter().values()]).unique().tolist()
 

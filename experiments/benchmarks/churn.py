@@ -23,7 +23,8 @@ from typing import Any
 
 from experiments.benchmarks import common
 from raytrain_het.allreduce import points
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.session import current
 
 VICTIM = 2
@@ -120,7 +121,7 @@ def main() -> None:
     with common.scratch() as directory:
         refills = directory / "refills"
         refills.touch()
-        lab = ProcessLab(train, directory, num_slots=3, ledger=False)
+        lab = ProcessLab(train, directory, LabSlots(num_slots=3), files=WorkerFiles(ledger=False))
         lost: list[dict[str, Any]] = []
         meter = Meter(directory / "usage_hub.jsonl", refills)
 

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from experiments.benchmarks import common
-from raytrain_het.allreduce.codecs import CODECS, KINDS, LowRank, Stamp
+from raytrain_het.allreduce.codecs import Stamp, codec_of
+from raytrain_het.allreduce.codecs.lowrank import LowRank
 from raytrain_het.allreduce.layout import Layout
-from raytrain_het.allreduce.reducers.low_rank import Factors
+from raytrain_het.allreduce.reducers.low_rank import MatrixFactors
+from raytrain_het.codec_options import CODECS
 
 WORDS = [
-    *KINDS,
+    *CODECS,
     "int8(error_feedback=true)",
     "int4(error_feedback=true)",
     "topk(density=0.001)",
@@ -34,7 +36,7 @@ WORDS = [
 
 def pieces(word: str, x: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None], int]:
     """Encoding, decoding, and the payload's bytes."""
-    codec = CODECS[word]
+    codec = codec_of(word)
     if isinstance(codec, LowRank):
         return pieces_of_factors(codec, x)
     payload = torch.empty(codec.capacity_bytes(x.numel(), x.dtype), dtype=torch.uint8, device=x.device)
@@ -54,7 +56,7 @@ def pieces_of_factors(codec: LowRank, x: torch.Tensor) -> tuple[Callable[[], Non
     side = math.isqrt(x.numel())
     x = x[: side * side]
     (bucket,) = Layout([("w", x.view(side, side))], [], 1 << 40).buckets
-    factors = Factors(bucket, codec, second=1, seed=0, device=x.device)
+    factors = MatrixFactors(bucket, codec, second=1, seed=0, device=x.device)
     residual, y, out = torch.zeros_like(x), torch.empty_like(x), torch.empty_like(x)
 
     def encode() -> None:
@@ -62,7 +64,7 @@ def pieces_of_factors(codec: LowRank, x: torch.Tensor) -> tuple[Callable[[], Non
         factors.p.copy_(factors.project(y))
         factors.orthonormalise()
         factors.q.copy_(factors.project_back(y))
-        factors.leave(y, 64.0)
+        factors.subtract_sent(y, 64.0)
 
     encode()
     return encode, lambda: factors.multiply(out), 4 * codec.num_travelling((side, side))

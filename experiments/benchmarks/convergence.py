@@ -8,7 +8,6 @@ it has chosen is told. All others run without such links, since the bytes that c
 
 from __future__ import annotations
 
-import importlib
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,10 @@ import torch
 
 import raytrain_het as het
 from experiments.benchmarks import common
+from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.table import load_job
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 
 JOBS = Path(__file__).parents[1] / "jobs"
 METRIC = {"digits": ("accuracy", 100.0, "points"), "char_lm": ("bits_per_character", 1.0, "bits per character")}
@@ -31,12 +32,12 @@ SIZE = 4
 class Train:
     """A job's training function in a worker without Ray."""
 
-    kind: str
+    job: type[JobConfig]
     config: dict[str, Any]
 
     def __call__(self, directory: str) -> None:
         ray.train.torch.get_device = lambda: torch.device("cpu")
-        getattr(importlib.import_module(f"raytrain_het.jobs.{self.kind}"), f"train_{self.kind}")(self.config)
+        self.job.train(self.config)
 
 
 def run(kind: str, seed: int, compression: str, *, rate: float, overrides: list[str]) -> dict[str, Any]:
@@ -47,12 +48,11 @@ def run(kind: str, seed: int, compression: str, *, rate: float, overrides: list[
     rates = [rate] * SIZE if compression == "auto" else None
     with common.scratch() as directory:
         lab = ProcessLab(
-            Train(kind, job.train_loop_config()),
+            Train(type(job), job.train_loop_config()),
             directory,
-            num_slots=SIZE,
+            LabSlots(num_slots=SIZE, rates_mbit=rates),
             config=config,
-            ledger=False,
-            rates_mbit=rates,
+            files=WorkerFiles(ledger=False),
         )
         lab.run(timeout_s=1800)
     name, factor, _ = METRIC[kind]

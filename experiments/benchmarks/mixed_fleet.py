@@ -36,10 +36,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
-import raytrain_het as het
 from experiments.benchmarks import common
 from raytrain_het.balance.batch_shares import apportion
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.session import current
 
 SAMPLES = 16384
@@ -233,7 +233,7 @@ def measure(args: Any) -> dict[str, Any]:
         )
 
     with common.scratch() as directory:
-        lab = ProcessLab(run, directory, num_slots=size, config=het.HetConfig(), ledger=False, cores=args.cores)
+        lab = ProcessLab(run, directory, LabSlots(num_slots=size, cores=args.cores), files=WorkerFiles(ledger=False))
         rounds = lab.run(timeout_s=3600)[0]
     settings = {name: value for name, value in vars(args).items() if name != "json"}
     figures: dict[str, Any] = {"cores": args.cores, "global_batch": total, "settings": settings}

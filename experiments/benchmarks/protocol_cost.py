@@ -39,10 +39,12 @@ from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from experiments.benchmarks import common
-from raytrain_het.allreduce.patience import Patience
-from raytrain_het.allreduce.reducers.owner_shards import Messages
+from raytrain_het.allreduce.reducers.owner_shards import OwnerShardsReducer
+from raytrain_het.allreduce.reducers.to_owners import ShardsToOwners
 from raytrain_het.allreduce.transport.tcp import TcpGroup
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.allreduce.waiting import Waiter
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.step import gradients as gradients_module
 
 WORKERS = 4
@@ -90,17 +92,17 @@ class PeersStopwatch(Stopwatch):
     def __init__(self) -> None:
         super().__init__((selectors.DefaultSelector, "select"))
         self.counts = False
-        wait = Patience.until
+        wait = Waiter.until
 
-        def told_apart(patience: Patience, *args: Any, peers: bool) -> None:
+        def told_apart(waiter: Waiter, *args: Any, peers: bool) -> None:
             self.counts = peers
             try:
-                wait(patience, *args, peers=peers)
+                wait(waiter, *args, peers=peers)
             finally:
                 self.counts = False
 
-        self._bare.append((Patience, "until", wait))
-        self._timed.append((Patience, "until", told_apart))
+        self._bare.append((Waiter, "until", wait))
+        self._timed.append((Waiter, "until", told_apart))
 
 
 def thread_cpu_s() -> dict[str, float]:
@@ -115,7 +117,8 @@ def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> 
     """Runs in every worker; milliseconds per step by part."""
     on_gradients = Stopwatch((gradients_module.Gradients, "_gather"), (gradients_module, "is_finite"))
     on_messages = Stopwatch(
-        *((Messages, name) for name in ("_encode_shard", "_sum_shard", "decode")),
+        (ShardsToOwners, "_encode"),
+        *((OwnerShardsReducer, name) for name in ("_encode_own_mean", "decode")),
         *((TcpGroup, name) for name in ("_serve", "_give")),
     )
     on_waiting = PeersStopwatch()
@@ -198,7 +201,13 @@ def main() -> None:
             return train(directory, size=size, batch=batch, blocks=blocks, steps=steps)
 
         with common.scratch() as directory:
-            lab = ProcessLab(run, directory, num_slots=WORKERS, ledger=False, config=het.HetConfig(shares=None))
+            lab = ProcessLab(
+                run,
+                directory,
+                LabSlots(num_slots=WORKERS),
+                config=het.HetConfig(shares=None),
+                files=WorkerFiles(ledger=False),
+            )
             workers = list(lab.run(timeout_s=1800).values())
         parts = {name: statistics.median(w[name] for w in workers) for name in workers[0]}
         rows.append({"model": size, **parts, "passes": parts["protocol"] <= 2.0})

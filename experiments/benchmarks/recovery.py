@@ -30,7 +30,8 @@ import raytrain_het as het
 from experiments.benchmarks import common
 from raytrain_het.allreduce import points
 from raytrain_het.testing.faults import Fault
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.session import current
 
 WORKERS = 4
@@ -78,7 +79,7 @@ def run_faults(directory: Path, point: str, args: Any) -> list[dict[str, Any]]:
     def run(where: str) -> None:
         train(where, epochs=epochs, steps_per_epoch=apart, batch=batch)
 
-    lab = ProcessLab(run, directory, num_slots=WORKERS, faults=faults, ledger=False)
+    lab = ProcessLab(run, directory, LabSlots(num_slots=WORKERS), faults=faults, files=WorkerFiles(ledger=False))
     stopped: dict[Path, tuple[int, int, float]] = {}
 
     def end_the_stopped() -> None:

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 import raytrain_het as het
 from experiments.benchmarks import common
 from experiments.benchmarks.mixed_fleet import make_data, make_net
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.session import current
 from raytrain_het.worker.step.step_record import StepRecord
 
@@ -110,7 +111,7 @@ def once(args: Any) -> dict[str, Any]:
             changed.append(time.time())
 
     with common.scratch() as directory:
-        lab = ProcessLab(run, directory, num_slots=size, config=het.HetConfig(), ledger=False, cores=args.cores)
+        lab = ProcessLab(run, directory, LabSlots(num_slots=size, cores=args.cores), files=WorkerFiles(ledger=False))
         seen = lab.run(timeout_s=1800, on_poll=slow_down)[0]
     after = [shares for at, shares in seen if at > changed[0]]
     before = [shares for at, shares in seen if at <= changed[0]]

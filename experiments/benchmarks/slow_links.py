@@ -38,8 +38,9 @@ import raytrain_het as het
 from experiments.benchmarks import common
 from raytrain_het.balance.scoreboard import Table
 from raytrain_het.codec_options import AUTO_CODECS
+from raytrain_het.testing.lab_worker import WorkerFiles
 from raytrain_het.testing.networks import sent
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.session import current
 from raytrain_het.worker.step.open_step import OpenStep
 
@@ -195,7 +196,7 @@ class Switch:
         def follow() -> None:
             hub._core.settings = dataclasses.replace(hub._core.settings, hierarchy=hierarchy)
             before = hub._core.table
-            slots = range(lab.num_slots)
+            slots = range(lab.slots.num_slots)
             equal = dict.fromkeys(slots, 1.0)
             hub._core.follow(
                 Table(
@@ -237,7 +238,11 @@ def measure(args: Any) -> dict[str, Any]:
     with common.scratch() as directory:
         config = het.HetConfig(compression={"auto": {"error": args.error}}, shares=None, replica_check_steps=0)
         lab = ProcessLab(
-            run, directory, num_slots=size, config=config, ledger=False, rates_mbit=rates, machines=machines
+            run,
+            directory,
+            LabSlots(num_slots=size, rates_mbit=rates, machines=machines),
+            config=config,
+            files=WorkerFiles(ledger=False),
         )
         result = lab.run(timeout_s=7200, on_poll=lambda: switch(lab))[0]
         tables = [e for e in lab.events if e["kind"] == "table" and e["reason"] != "a benchmark"]

@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import raytrain_het as het
 from experiments.benchmarks import common
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.session import current
 
 SAMPLES = 32768
@@ -118,7 +119,13 @@ def measure(args: Any) -> dict[str, Any]:
         return train(directory, size=size, blocks=blocks, steps=steps, step_s=step_s, batch=batch, config={})
 
     with common.scratch() as directory:
-        lab = ProcessLab(run, directory, num_slots=size, config=het.HetConfig(**args.config), ledger=False)
+        lab = ProcessLab(
+            run,
+            directory,
+            LabSlots(num_slots=size),
+            config=het.HetConfig(**args.config),
+            files=WorkerFiles(ledger=False),
+        )
         results = lab.run(timeout_s=3600)
     rows = results[0]
     pair = {side: [r for r in rows if r["side"] == side] for side in ("het", "ddp")}

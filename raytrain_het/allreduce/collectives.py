@@ -11,9 +11,9 @@ from raytrain_het.allreduce import points
 from raytrain_het.allreduce.header import Header, header_bytes, read_header, write_header
 from raytrain_het.allreduce.jobs import ConfirmJob, Contribution, LocalBucket, ResyncJob, StepJob
 from raytrain_het.allreduce.layout import Bucket, Layout
-from raytrain_het.allreduce.reducers.exchange import Exchange, Exchanges
+from raytrain_het.allreduce.reducers import Reducer, ReducerByEpoch
 from raytrain_het.allreduce.sums import Sums
-from raytrain_het.allreduce.transport.group import Operation, Parts
+from raytrain_het.allreduce.transport.group import Operation, PeerBuffers
 from raytrain_het.allreduce.transport.one_to_all import one_to_all
 from raytrain_het.allreduce.waiting import Waiter
 from raytrain_het.membership.agent import MemberAgent
@@ -40,14 +40,14 @@ class Collectives:
         ProtocolError: (each of its methods) a peer is at another step.
     """
 
-    def __init__(self, reducers: Exchanges, layout: Layout, agent: MemberAgent, waiter: Waiter) -> None:
+    def __init__(self, reducers: ReducerByEpoch, layout: Layout, agent: MemberAgent, waiter: Waiter) -> None:
         self.reducers = reducers
         self._layout, self._agent, self._waiter = layout, agent, waiter
         self._num_positions = len(layout.buckets) + 1
         """Of a step: its buckets, and its confirmation."""
 
     @property
-    def reducer(self) -> Exchange:
+    def reducer(self) -> Reducer:
         """That of the last step."""
         return self.reducers.current
 
@@ -61,8 +61,8 @@ class Collectives:
         reducer, buckets = self.reducers.open(job.cursor.epoch), self._layout.buckets
         sums, waited_s = Sums(step=job.step), 0.0
         under_way: list[_UnderWay] = []
-        reducer.expect()
-        expected_weight = reducer.states.expected_weight(job.num_samples)
+        reducer.expect_step()
+        expected_weight = reducer.feedback.expected_weight(job.num_samples)
         k = 0
         while k < len(buckets) or under_way:
             before, under_way = under_way, []
@@ -77,11 +77,11 @@ class Collectives:
                 if following is not None:
                     under_way.append(_UnderWay(bucket.rest, following))
             k += 1
-        reducer.states.saw_weight(sums.total_weight, job.num_samples)
+        reducer.feedback.observe_weight(sums.total_weight, job.num_samples)
         return sums, waited_s
 
     def _begin(
-        self, job: StepJob, bucket: Bucket, reducer: Exchange, sums: Sums, expected_weight: float
+        self, job: StepJob, bucket: Bucket, reducer: Reducer, sums: Sums, expected_weight: float
     ) -> Iterator[Operation]:
         """Wait until the training thread has filled the bucket, and begin its all-reduce."""
         k = bucket.index
@@ -117,14 +117,14 @@ class Collectives:
             write_header(header, 0, message[rank * length : (rank + 1) * length])
         self._waiter.position = (job.step + 1) * self._num_positions - 1
         lengths = [length] * size
-        operation = reducer.group.all_to_all(Parts(out, lengths), Parts(message, lengths))
+        operation = reducer.group.all_to_all(PeerBuffers(out, lengths), PeerBuffers(message, lengths))
         self._waiter.finish(operation, job.generation, job.step)
         reducer.traffic.sent += (size - 1) * length
         reducer.traffic.received += (size - 1) * length
         want = 0
         for rank in range(size):
             theirs = read_header(out[rank * length :], 0)
-            reducer.messages.check(theirs, _CONFIRM, job.step, rank)
+            reducer.check_header(theirs, _CONFIRM.index, job.step, rank)
             want = max(want, theirs.want)
         return want
 

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from raytrain_het.allreduce import kept_step, points
-from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.collectives import Collectives
-from raytrain_het.allreduce.fidelity import Fidelity
+from raytrain_het.allreduce.compression_error import CompressionErrorMeter
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.followed import FollowedStep, FollowedSteps
 from raytrain_het.allreduce.jobs import (
     ABORTED,
@@ -38,7 +38,7 @@ from raytrain_het.allreduce.jobs import (
 )
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.path_watch import PathWatch
-from raytrain_het.allreduce.reducers.exchange import Exchange, Exchanges
+from raytrain_het.allreduce.reducers import ReducerByEpoch, reducer_for
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.allreduce.transport.building import GroupBuilder
 from raytrain_het.allreduce.transport.group import Group, GroupError
@@ -82,14 +82,14 @@ class Communicator:
         self.moved = BytesMoved()
         """Replaced by the communication thread."""
         self.followed = FollowedSteps(layout, agent.condition)
-        self.codec_states = CodecStates(layout)
+        self.codec_states = ErrorFeedback(layout)
         """The communication thread's while a step's job is under way, the training thread's between steps."""
         self._resync_due, self._advance, self._resync_bytes = resync_due, advance, resync_bytes
         self._scratch = [torch.zeros(b.numel, dtype=b.dtype) for b in layout.buckets]
         """Means of steps that this member only follows."""
         self._poller = Poller()
         self._waiter = Waiter(agent, self._poller, hang_limit_s=hang_limit_s)
-        self._paths, self._fidelity = PathWatch(), Fidelity()
+        self._paths, self._error_meter = PathWatch(), CompressionErrorMeter()
         self._jobs: collections.deque[Job] = collections.deque()
         self._group: Group | None = None
         self._collectives: Collectives | None = None
@@ -242,13 +242,13 @@ class Communicator:
             self._waiter.step_s = 0.0
         self._count_traffic()
         self._paths.forget(new_group=group is not before)
-        make = functools.partial(Exchange, record, rank, self.layout, group, self.codec_states, self._fidelity)
-        reducers = Exchanges(record, make)
+        make = functools.partial(reducer_for, record, rank, self.layout, group, self.codec_states, self._error_meter)
+        reducers = ReducerByEpoch(record, make)
         self._collectives = Collectives(reducers, self.layout, self.agent, self._waiter)
         replayed = self._replay(record, rank, group) if record.behind else None
         if self.agent.uid in record.unhealed:
             self.followed.start_at(record.cursor)
-        entered = Entered(record=record, replayed=replayed, send_buffers=reducers.current.wires)
+        entered = Entered(record=record, replayed=replayed, send_buffers=reducers.current.send_buffers)
         with self.agent.condition:
             self.entered = entered
             self.agent.condition.notify_all()
@@ -314,13 +314,13 @@ class Communicator:
             send_buffers=self._next_send_buffers(job.cursor, collectives),
             waited_s=waited_s,
             paths=self._paths.take(),
-            errors=self._fidelity.take(),
+            errors=self._error_meter.take(),
         )
 
     def _next_send_buffers(self, cursor: Cursor, collectives: Collectives) -> SendBuffers | None:
         """Those of the step after this one; None where a codec that warms up has messages of other sizes then."""
         after, _ = self._advance(cursor)
-        return collectives.reducer.wires if collectives.reducers.are_the_same_in(after.epoch) else None
+        return collectives.reducer.send_buffers if collectives.reducers.is_unchanged_in(after.epoch) else None
 
     def _confirm(self, job: ConfirmJob) -> ConfirmResult:
         return ConfirmResult(want=self._joined().confirm(job))

@@ -1,7 +1,7 @@
 """The codecs as a communication hook of torch's plain ``DistributedDataParallel`` (and so of what builds on it).
 
-A hook's future is completed by one thread of the state's own, which launches all collectives in the order of the
-buckets, on a process group of its own, and never waits inside of a callback: so nothing hangs, however many buckets.
+One thread of the state's own completes the hook's futures. It launches all collectives in the order of the buckets, on
+a process group of its own, and never waits inside of a callback. So nothing hangs, however many buckets there are.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS, State
+from raytrain_het.allreduce.codecs import State, codec_of
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout, is_finite
-from raytrain_het.allreduce.reducers.exchange import Exchange, Exchanges
+from raytrain_het.allreduce.reducers import ReducerByEpoch, reducer_for
 from raytrain_het.allreduce.sums import Sums
-from raytrain_het.allreduce.transport.group import Parts
+from raytrain_het.allreduce.transport.group import PeerBuffers
 from raytrain_het.codec_options import one_word
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Member, Record
@@ -44,8 +44,8 @@ class CompressedState:
     Args:
         model: the module that is wrapped, for the names of its parameters.
         compression: one codec, as ``HetConfig.compression``.
-        process_group: a group of the same processes as the ``DistributedDataParallel``'s that is used for nothing
-            else. Left out, one of all processes is made, which all have to come for: at once, or in the first
+        process_group: a group of the same processes as the ``DistributedDataParallel``'s, used for nothing else. Left
+            out, a group of all processes is made, in which all must take part: at once, or in the first
             ``backward()`` where torch's default group is made later, as frameworks do.
 
     Raises:
@@ -60,24 +60,24 @@ class CompressedState:
     ) -> None:
         self.codec = one_word(compression)
         self.weight = 1.0
-        """This process's weight ``w_i`` in ``g = sum w_i g_i / sum w_i``, such as the samples of its batch. To be set
+        """This process's weight ``w_i`` in ``g = sum w_i g_i / sum w_i``, such as the samples of its batch. Set it
         before ``backward()`` where batches differ."""
         self.loss_scale = 1.0
         """What the loss was multiplied by (``scaler.get_scale()``): error feedback is kept without it."""
         self.epoch = 0
-        """For codecs that warm up: to be set by all processes before each epoch's first ``backward()``."""
-        CODECS[self.codec].prepare()
+        """For codecs that warm up: all processes set it before each epoch's first ``backward()``."""
+        codec_of(self.codec).prepare()
         self._given = process_group
         self._peers: _Peers | None = None
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._buckets: dict[tuple[str, ...], _Bucket] = {}
         self._loaded: dict[str, State] = {}
-        self._num_dealt = 0
+        self._num_buckets_made = 0
         if process_group is not None or dist.is_initialized():
-            self._meet()
+            self._connected()
 
-    def _meet(self) -> _Peers:
-        """The other processes: those that there are when this is first asked for."""
+    def _connected(self) -> _Peers:
+        """The other processes: those of the default group at the first call."""
         if self._peers is None:
             self._peers = _Peers(self._given or dist.new_group(backend=dist.get_backend()), self.codec)
             weakref.finalize(self, self._peers.worker.stop)
@@ -85,21 +85,21 @@ class CompressedState:
 
     @property
     def bytes_sent(self) -> int:
-        """To other processes so far, headers included."""
+        """Bytes sent to other processes so far, headers included."""
         return self._peers.worker.bytes_sent if self._peers is not None else 0
 
     def state_dict(self) -> dict[str, State]:
-        """What this process's codec remembers, by parameter: for a checkpoint of each process."""
+        """What this process's codec remembers, by parameter. Each process keeps its own in a checkpoint."""
         found = dict(self._loaded)
         for bucket in self._buckets.values():
-            found |= bucket.states.by_parameter()
+            found |= bucket.feedback.by_parameter()
         return found
 
     def load_state_dict(self, state: Mapping[str, State]) -> None:
-        """The inverse; for buckets that come to be later too."""
+        """The inverse of :meth:`state_dict`, also for buckets that are made later."""
         self._loaded = dict(state)
         for names, bucket in self._buckets.items():
-            bucket.states.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
+            bucket.feedback.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
 
     def reduce(
         self, index: int, parameters: Sequence[torch.Tensor], flat: torch.Tensor, gradients: Sequence[torch.Tensor]
@@ -116,29 +116,29 @@ class CompressedState:
             )
         names = tuple(self._names[id(p)] for p in parameters)
         if names not in self._buckets:
-            self._deal(names, parameters)
+            self._make_bucket(names, parameters)
         future: Any = torch.futures.Future(devices=[flat.device] if flat.is_cuda else None)
         if flat.is_cuda:
             torch.cuda.current_stream(flat.device).synchronize()
         bucket = self._buckets[names]
         work = _Work(bucket, index, flat, gradients, self.weight, self.loss_scale, self.epoch, future)
-        self._meet().worker.do(work)
+        self._connected().worker.do(work)
         return future
 
-    def _deal(self, names: tuple[str, ...], parameters: Sequence[torch.Tensor]) -> None:
-        """``DistributedDataParallel`` deals the parameters out once more after the first step."""
+    def _make_bucket(self, names: tuple[str, ...], parameters: Sequence[torch.Tensor]) -> None:
+        """``DistributedDataParallel`` puts the parameters into other buckets after the first step."""
         for other in [other for other in self._buckets if set(other) & set(names)]:
-            self._loaded |= self._buckets.pop(other).states.by_parameter()
-        peers = self._meet()
+            self._loaded |= self._buckets.pop(other).feedback.by_parameter()
+        peers = self._connected()
         bucket = _Bucket(
             list(zip(names, parameters, strict=True)),
             peers.record,
             peers.group,
-            first_step=self._num_dealt << 40,
-            small_apart=CODECS[self.codec].spares_small,
+            first_step=self._num_buckets_made << 40,
+            small_apart=codec_of(self.codec).spares_small,
         )
-        self._num_dealt += 1
-        bucket.states.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
+        self._num_buckets_made += 1
+        bucket.feedback.load({name: self._loaded.pop(name) for name in names if name in self._loaded})
         self._buckets[names] = bucket
 
 
@@ -156,7 +156,7 @@ def compressed_hook(state: CompressedState, bucket: dist.GradBucket) -> torch.fu
     return state.reduce(bucket.index(), bucket.parameters(), bucket.buffer(), bucket.gradients())
 
 
-# DistributedDataParallel compares them with these very objects, and not with their names.
+# DistributedDataParallel compares the annotations with these objects, and not with their names.
 compressed_hook.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
 
 
@@ -173,7 +173,7 @@ class _Work:
 
 
 class _Peers:
-    """A process group, the record that its exchanges go by, and the thread that speaks in it."""
+    """A process group, the record that its all-reduces go by, and the thread that calls it."""
 
     def __init__(self, group: Any, codec: str) -> None:
         self.group = _TorchGroup(group)
@@ -182,7 +182,7 @@ class _Peers:
 
 
 class _Worker:
-    """The thread. Knows nothing of the state that gives it work, so that this can go when nobody needs it."""
+    """The thread. It has no reference to the state that gives it work, so the state can be freed."""
 
     def __init__(self, group: _TorchGroup) -> None:
         self.bytes_sent = 0
@@ -194,11 +194,11 @@ class _Worker:
         self._thread.start()
 
     def do(self, work: _Work) -> None:
-        """After what was given before."""
+        """Queue a bucket's all-reduce."""
         self._waiting.put(work)
 
     def stop(self) -> None:
-        """After all that was given. At the end of the process too, which torch aborts where a thread is left."""
+        """End the thread once its queue is done. At the end of the process too: torch aborts it if a thread is left."""
         self._waiting.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(10)
@@ -207,7 +207,7 @@ class _Worker:
         torch.set_num_threads(1)  # As the communication thread's: a pool of its own would fight the training's.
         while (work := self._waiting.get()) is not None:
             try:
-                if self._failed is not None:  # Nothing more: peers would take it for something else.
+                if self._failed is not None:  # Do nothing more: peers would take it for another operation.
                     raise self._failed
                 if work.index == 0:
                     total = torch.tensor([work.weight], dtype=torch.float64, device=self._group.device)
@@ -220,11 +220,11 @@ class _Worker:
             except Exception as error:
                 self._failed = error
                 work.future.set_exception(error)
-            del work  # Else the last bucket's gradients would live until the next one comes.
+            del work  # Else the last bucket's gradients would stay in memory until the next bucket.
 
 
 class _Bucket:
-    """One of ``DistributedDataParallel``'s buckets, with its messages and its state."""
+    """One of ``DistributedDataParallel``'s buckets, with its reducer and its state."""
 
     def __init__(
         self,
@@ -236,17 +236,17 @@ class _Bucket:
         small_apart: bool,
     ) -> None:
         self.layout = Layout(named, [], _WHOLE, small_apart=small_apart)
-        self.states = CodecStates(self.layout)
-        make = functools.partial(Exchange, record, group.rank, self.layout, group, self.states, None)
-        self._exchanges = Exchanges(record, make)
+        self.feedback = ErrorFeedback(self.layout)
+        make = functools.partial(reducer_for, record, group.rank, self.layout, group, self.feedback, None)
+        self._reducers = ReducerByEpoch(record, make)
         self._place = {name: k for k, (name, _) in enumerate(named)}
-        self._step = first_step  # Of its own for each bucket: random numbers follow from it.
+        self._step = first_step  # Other steps in each bucket, since random numbers follow from them.
 
     def all_reduce(self, work: _Work, total_weight: float) -> int:
-        """In place; returns the bytes sent."""
-        exchange, gradients, sums = self._exchanges.open(work.epoch), work.gradients, Sums(step=self._step)
-        before = exchange.traffic.sent
-        exchange.expect()
+        """Write the mean into the gradients. Returns the bytes sent."""
+        reducer, gradients, sums = self._reducers.open(work.epoch), work.gradients, Sums(step=self._step)
+        before = reducer.traffic.sent
+        reducer.expect_step()
         finite = all(is_finite(g) for g in gradients)
         outs = []
         for bucket in self.layout.buckets:
@@ -265,7 +265,7 @@ class _Bucket:
             )
             outs.append(torch.empty_like(local))
             local.mul_(work.weight / work.loss_scale)
-            for operation in exchange.all_reduce(bucket, header, local, outs[-1], sums, expected_weight=total_weight):
+            for operation in reducer.all_reduce(bucket, header, local, outs[-1], sums, expected_weight=total_weight):
                 operation.result()
         for bucket, out in zip(self.layout.buckets, outs, strict=True):
             for k, segment in enumerate(bucket.segments):
@@ -276,24 +276,24 @@ class _Bucket:
                     values = out[segment.offset : segment.stop].view(segment.shape)
                     gradient.copy_(values.mul_(work.loss_scale))
                 else:
-                    gradient.zero_()  # Nobody used it, or all weights are 0.
+                    gradient.zero_()  # No process used it, or all weights are 0.
         if sums.applies:
-            self.states.commit(self._step, sums.total_weight, sums.used)
+            self.feedback.commit(self._step, sums.total_weight, sums.used)
         self._step += 1
-        return exchange.traffic.sent - before
+        return reducer.traffic.sent - before
 
 
-class _Over:
-    """An operation that has been waited for."""
+class _DoneOperation:
+    """An operation that is over."""
 
     done = True
 
     def result(self) -> None:
-        """Nothing to raise: what failed raised at once."""
+        """Nothing: a failure was raised when the operation was launched."""
 
 
 class _TorchGroup:
-    """A process group of torch as a ``Group`` (``transport/group.py``); it waits for each operation."""
+    """A process group of torch as a ``Group`` (``transport/group.py``). It waits for each operation."""
 
     poll_s: float | None = None
 
@@ -304,22 +304,24 @@ class _TorchGroup:
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     def join(self, poller: Any) -> None:
-        """Nobody else waits."""
+        """Nothing to do: operations are over when they have been launched."""
 
     def leave(self) -> None:
-        """It is torch's."""
+        """Nothing to do: the process group belongs to torch."""
 
-    def expect(self, out: Parts) -> None:
-        """Nothing comes in before both sides have launched."""
+    def expect(self, out: PeerBuffers) -> None:
+        """Nothing to do: torch transfers nothing before both sides have launched."""
 
     def sent(self) -> dict[int, tuple[int, float]]:
         """Not known."""
         return {}
 
-    def all_to_all(self, out: Parts, inp: Parts, expected: Any = None, *, flush: bool = True) -> _Over:
+    def all_to_all(
+        self, out: PeerBuffers, inp: PeerBuffers, expected: Any = None, *, flush: bool = True
+    ) -> _DoneOperation:
         """See :class:`raytrain_het.allreduce.transport.group.Group`."""
         dist.all_to_all_single(out.buffer, inp.in_a_row(), out.lengths, inp.lengths, group=self.group)
-        return _Over()
+        return _DoneOperation()
 
 
 def _record(size: int, codec: str) -> Record:

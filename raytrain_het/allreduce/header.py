@@ -1,4 +1,4 @@
-"""The header in front of every bucket's message: small, of fixed size, sent to every member."""
+"""The header in front of every message of a bucket. It is small, has a fixed size, and goes to every member."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FINITE, CONTRIBUTES = 1, 2
 
 
 HeaderPlace = torch.Tensor | memoryview
-"""Where a header is: on a device, or plain bytes on a CPU, which cost a tenth of a tensor's handling."""
+"""A header's memory: a tensor on a device, or plain bytes on a CPU, which are ten times as cheap to handle."""
 
 
 class Header(NamedTuple):
@@ -26,29 +26,29 @@ class Header(NamedTuple):
     generation: int
     bucket: int
     want: int
-    """Highest generation number that the sender was told of."""
+    """The highest generation number that the sender was told of."""
     weight: float
-    """Its gradient's weight ``w_i``: the samples behind it (or the user's measure)."""
+    """The weight ``w_i`` of its gradient: the samples behind it (or the user's measure)."""
     finite: bool
     contributes: bool
-    """False with an empty share: the payload is to be dropped, not multiplied by 0."""
+    """False with an empty share: the payload is dropped, and not multiplied by 0."""
     digest: int
-    """Digest of a part of its replica when the step was opened, when a comparison is due; else 0."""
+    """Digest of a part of its replica when the step was opened; 0 where no comparison is due."""
     used: int
     """Bit ``k`` is set if parameter ``k`` of the bucket had a gradient."""
     numbers: int = 0
-    """Digest of the settings and numbers that it goes by in this step, when a comparison is due; else 0."""
+    """Digest of the settings and numbers that it goes by in this step; 0 where no comparison is due."""
     loss: int = 0
     """What its loss is a mean over, as 16 bits; 0 where that is not known."""
 
 
 def header_bytes(num_segments: int) -> int:
-    """Size of the header of a bucket with so many tensors."""
+    """Bytes of the header of a bucket with so many tensors."""
     return aligned(_FIXED.size + (num_segments + 7) // 8)
 
 
 def header_place(message: torch.Tensor, num_segments: int) -> HeaderPlace:
-    """Where the header of a message (uint8) is, to be written and read there again and again."""
+    """The memory of a message's header (uint8), to be written and read again and again."""
     place = message[: header_bytes(num_segments)]
     return place.numpy().data if place.device.type == "cpu" else place
 
@@ -84,7 +84,7 @@ def read_header(message: HeaderPlace, num_segments: int) -> Header:
     """Unpack the first bytes of a message.
 
     Raises:
-        ProtocolError: it is no header of ours.
+        ProtocolError: they are no header.
     """
     if isinstance(message, torch.Tensor):
         message = message[: header_bytes(num_segments)].cpu().numpy().data

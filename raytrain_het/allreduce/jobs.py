@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from raytrain_het.allreduce.reducers.owner_shards import Wire
+from raytrain_het.allreduce.reducers import SendBuffer
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.protocol import Paths
 from raytrain_het.membership.record import Record
 
-SendBuffers = Sequence[list[Wire] | None]
+SendBuffers = Sequence[list[SendBuffer] | None]
 """By bucket: the places in its outgoing message where a gradient can be gathered, so that nothing is left to encode;
 None where it cannot."""
 

@@ -6,7 +6,7 @@ import torch
 
 from raytrain_het.allreduce.header import Header, header_bytes, read_header, write_header
 from raytrain_het.allreduce.layout import Layout
-from raytrain_het.allreduce.reducers.exchange import Exchange
+from raytrain_het.allreduce.reducers import Reducer
 from raytrain_het.allreduce.sums import Sums
 
 _ALIGNMENT = 16
@@ -17,14 +17,14 @@ def packed_bytes(layout: Layout) -> int:
     return sum(header_bytes(len(b.segments)) + _padded(b.numel * b.dtype.itemsize) for b in layout.buckets)
 
 
-def pack(sums: Sums, exchange: Exchange, layout: Layout) -> torch.Tensor:
-    """A kept step as (packed_bytes,) uint8. ``exchange`` still holds what the owners sent."""
+def pack(sums: Sums, reducer: Reducer, layout: Layout) -> torch.Tensor:
+    """A kept step as (packed_bytes,) uint8. ``reducer`` still holds what the owners sent."""
     data, place = torch.zeros(packed_bytes(layout), dtype=torch.uint8), 0
     for bucket in layout.buckets:
         size = header_bytes(len(bucket.segments))
         header = Header(
             step=sums.step,
-            generation=exchange.record.number,
+            generation=reducer.record.number,
             bucket=bucket.index,
             want=0,
             weight=sums.total_weight,
@@ -36,7 +36,7 @@ def pack(sums: Sums, exchange: Exchange, layout: Layout) -> torch.Tensor:
         write_header(header, len(bucket.segments), data[place : place + size])
         place += size
         values = torch.empty(bucket.numel, dtype=bucket.dtype)
-        exchange.decode(bucket, values)
+        reducer.decode(bucket, values)
         raw = values.view(torch.uint8)
         data[place : place + raw.numel()] = raw
         place += _padded(raw.numel())

@@ -1,6 +1,6 @@
-"""Which element travels where: pure functions of the parameters' names and sizes and of the record.
+"""Which element travels where: pure functions of the parameters' names and sizes, and of the record.
 
-Never torch DDP's own layout, which changes after the first backward pass, so that a joiner's would not match.
+Torch DDP's own layout changes after the first backward pass, so a joiner's would not match. This one does not.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from functools import cached_property
 import torch
 
 ALIGN_BYTES = 16
-"""Messages and their parts start at multiples of this, so that every dtype can be viewed in place."""
+"""Messages and their parts start at multiples of so many bytes, so every dtype can be viewed in place."""
 
 SMALL = 1024
-"""A parameter of fewer elements saves nothing by being compressed, and loses as much as any."""
+"""Compressing a parameter of fewer elements saves next to nothing, and loses as much as for any other."""
 
 
 def aligned(num_bytes: int) -> int:
-    """Round up to :data:`ALIGN_BYTES`."""
+    """Round up to a multiple of :data:`ALIGN_BYTES`."""
     return -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES
 
 
@@ -48,9 +48,10 @@ class Bucket:
     dtype: torch.dtype
     segments: tuple[Segment, ...]
     is_state: bool = False
-    """Holds the model's buffers (running statistics) and not gradients: always dense, not checked for finiteness."""
+    """Whether it holds the model's buffers (running statistics), and not gradients. Then it is dense, and not checked
+    for finiteness."""
     is_dense: bool = False
-    """Travels as it is, whatever the codec."""
+    """Whether it travels as it is, whatever the codec."""
 
     @cached_property
     def numel(self) -> int:
@@ -65,10 +66,10 @@ def wire_dtype(dtype: torch.dtype) -> torch.dtype:
 
 class Layout:
     """Buckets of gradients in reverse order of the parameters (about the order in which they become ready), then
-    those of small parameters if these are kept apart, then buffers.
+    those of small parameters if these are kept apart, then those of buffers.
 
     Args:
-        parameters: (name, tensor) of all that are trained, in the model's order.
+        parameters: (name, tensor) of all parameters that are trained, in the model's order.
         buffers: (name, tensor) of the model's buffers.
         bucket_bytes: target size of a bucket; a larger parameter has one of its own.
         small_apart: parameters of one dimension or of fewer than :data:`SMALL` elements have dense buckets.
@@ -110,12 +111,12 @@ class Layout:
 
     @property
     def num_compressed(self) -> int:
-        """Elements that do not travel as they are whatever the codec."""
+        """Elements that a codec encodes."""
         return sum(map(math.prod, self.compressed_shapes))
 
     @property
     def compressed_shapes(self) -> list[tuple[int, ...]]:
-        """Of those tensors."""
+        """The shapes of all tensors that a codec encodes."""
         return [segment.shape for bucket in self.buckets if not bucket.is_dense for segment in bucket.segments]
 
     @cached_property

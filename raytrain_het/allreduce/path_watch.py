@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from raytrain_het.allreduce.reducers.exchange import Exchange
+from raytrain_het.allreduce.reducers import Reducer
 from raytrain_het.membership.protocol import Paths
 
 LOOK_AGAIN_S = 0.5
@@ -25,19 +25,19 @@ class PathWatch:
         if new_group:
             self._sent = {}
 
-    def look(self, exchange: Exchange) -> None:
+    def look(self, reducer: Reducer) -> None:
         """After a step."""
         now = time.monotonic()
         if now - self._looked_at < LOOK_AGAIN_S or self._seen:
             return
-        self._looked_at, before, members = now, self._sent, exchange.record.members
+        self._looked_at, before, members = now, self._sent, reducer.record.members
         size_before = self._gradient_bytes
-        self._sent, self._gradient_bytes = exchange.group.sent(), exchange.messages.gradient_bytes
+        self._sent, self._gradient_bytes = reducer.group.sent(), reducer.gradient_bytes
         if size_before not in (0, self._gradient_bytes):
             return  # Some of what was sent was of another size.
         for rank, (num_bytes, busy_s) in self._sent.items():
             bytes_before, busy_before_s = before.get(rank, (0, 0.0))
-            gradients = (num_bytes - bytes_before) / exchange.messages.gradient_bytes
+            gradients = (num_bytes - bytes_before) / reducer.gradient_bytes
             self._seen.append((members[rank].slot, gradients, busy_s - busy_before_s))
 
     def take(self) -> Paths | None:

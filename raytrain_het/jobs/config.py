@@ -1,10 +1,16 @@
-"""JobConfig: what every job says, whatever it trains. Each kind of job adds its own fields."""
+"""JobConfig: the base of every job. It has the keys of all jobs, and says what a job has to know to be run.
+
+No job's class needs torch or Ray, so a mistake in a job file is answered at once. What trains is imported in the
+methods that need it.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pydantic
 import yaml
@@ -13,6 +19,11 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.validation import RUN_NAME, plural
 from raytrain_het.optim import optimizer_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from raytrain_het.jobs.training_step import TrainingStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +53,28 @@ WorkerList = Annotated[
 
 
 OptimizerChoice = str | dict[str, dict[str, Any] | None]
-"""Its name, or one with options: :func:`raytrain_het.optim.optimizer_of`."""
+"""An optimizer's name, or its name with options: :func:`raytrain_het.optim.optimizer_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
-    """What every job says.
+class JobConfig(abc.ABC):
+    """A job: its fields are the keys of its file, its class is a line in :data:`raytrain_het.jobs.table.JOBS`.
 
     Raises:
         ConfigError: Two fields contradict each other; the message says which and what to write.
     """
+
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Modules of the extra ``jobs`` that the training imports."""
+
+    model_keys: ClassVar[tuple[str, ...]] = ()
+    """Fields that change the model or the samples: a run of the same name cannot go on with others."""
+
+    optimizer_keys: ClassVar[tuple[str, ...]] = ()
+    """Fields that are part of the optimizer's state, which a resumed run takes from its checkpoint."""
+
+    path_keys: ClassVar[tuple[str, ...]] = ()
+    """Fields that name a file, or a URI. Workers have other working directories: a path is made absolute."""
 
     kind: str
     """Which job: a name in the table of :mod:`raytrain_het.jobs.table`."""
@@ -90,12 +113,68 @@ class JobConfig:
 
     @property
     def num_workers(self) -> int | None:
-        """How many workers, or ``None`` where only the cluster can say."""
+        """How many workers, or None where only the cluster can say."""
         return None if isinstance(self.workers, str) else sum(spec.count for spec in self.workers)
+
+    @property
+    def run_name(self) -> str:
+        """``name``, once :func:`raytrain_het.jobs.runner.resolve` has given the job one.
+
+        Raises:
+            ValueError: The job has no name yet.
+        """
+        if self.name is None:
+            raise ValueError(f"this {self.kind!r} job has no name yet: resolve(job) gives it one")
+        return self.name
+
+    @staticmethod
+    @abc.abstractmethod
+    def train(config: dict[str, Any]) -> None:
+        """The training function, which every worker calls.
+
+        Args:
+            config: What :meth:`train_loop_config` gives.
+        """
+
+    @staticmethod
+    @abc.abstractmethod
+    def make_step(config: dict[str, Any], device: torch.device) -> TrainingStep:
+        """The job's training step by itself, for measurements.
+
+        Args:
+            config: What :meth:`train_loop_config` gives.
+            device: Where the step runs.
+        """
 
     def metrics(self) -> dict[str, Literal["min", "max"]]:
         """What the job reports, and which way is better."""
         return {}
+
+    def glance_at_data(self) -> None:
+        """See in a moment whether the data is there at all. Loads neither torch nor Ray.
+
+        Raises:
+            ConfigError: A file on this machine does not exist.
+        """
+        for key in self.path_keys:
+            path = getattr(self, key)
+            if path is not None and "://" not in path and not Path(path).expanduser().exists():
+                raise ConfigError(f"{key}={path!r} does not exist: allowed is a CSV or Parquet file. Look at its path.")
+
+    def check_data(self) -> list[str]:
+        """Read the data before any worker is started. Loads neither torch nor Ray.
+
+        Returns:
+            Warnings, a line each.
+
+        Raises:
+            ConfigError: The data is not what the job needs.
+        """
+        return []
+
+    def num_samples(self) -> int | None:
+        """How many samples the job trains on, once its data is checked; None if that is unknown."""
+        return None
 
     def train_loop_config(self) -> dict[str, Any]:
         """The fields of this kind of job, and the seed: what the training function is given."""

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on. Drawn in the driver: bars from workers garble each other."""
+"""What a person sees during a run. The driver draws it: progress bars of several workers would garble each other."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import IO, Any, Protocol
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
-from raytrain_het.jobs.lines import Sentence, show, wrapped, write
+from raytrain_het.jobs.lines import Sentence, print_tables, print_text, wrapped
 from raytrain_het.jobs.summary import final_tables, to_json, worker_table
-from raytrain_het.ray_train.narration import event_line, number, report_line, told
+from raytrain_het.ray_train.narration import event_line, number, report_line, sentences
 
 Status = Mapping[str, Any]
 Records = Sequence[Mapping[str, Any]]
 
 
 class Display(Protocol):
-    """A context manager that is fed with what the driver learns, and closes with the summary."""
+    """A context manager that shows what the driver learns of a run, and its summary at the end."""
 
     def __enter__(self) -> Display: ...
 
@@ -30,16 +30,16 @@ class Display(Protocol):
     ) -> None: ...
 
     def say(self, line: str) -> None:
-        """One line for the reader, such as where the run's folder is."""
+        """Show a line, such as where the run's folder is."""
 
     def on_update(self, status: Status, events: Records, reports: Records) -> None:
-        """The membership actor's status, and the events and reports since the last call."""
+        """Show the membership actor's status, and the events and reports since the last call."""
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
-        """The end of a run that succeeded."""
+        """Show the summary of a run that succeeded."""
 
     def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
-        """The end of a run that had nothing left to do."""
+        """Show that the run had nothing left to do."""
 
 
 def make_display(*, as_json: bool = False, stdout: IO[str] | None = None, stderr: IO[str] | None = None) -> Display:
@@ -71,10 +71,10 @@ class PlainDisplay:
         self.stream.flush()
 
     def say(self, line: str) -> None:
-        write(line, self.stream)
+        print_text(line, self.stream)
 
     def on_update(self, status: Status, events: Records, reports: Records) -> None:
-        for line in told(events, reports):
+        for line in sentences(events, reports):
             self.say(line)
         if any(event["kind"] == "joined" for event in events):
             self.say_if_waiting(status)
@@ -85,7 +85,7 @@ class PlainDisplay:
             self.say(f"{starting_line(time.monotonic() - self.began)}: {waiting}")
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
-        show(final_tables(summary, folder), self.stream)
+        print_tables(final_tables(summary, folder), self.stream)
 
     def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
         self.say(line)
@@ -116,7 +116,7 @@ class LiveDisplay:
         self.events: deque[str] = deque(maxlen=num_events)
         self.rate = Rate()
         self.speeds: dict[int, dict[str, Any]] = {}
-        """By slot: what was last known, since a worker that has gone has no speed."""
+        """By slot, the last known speeds. They stay when a worker is gone."""
         self.live = Live(console=self.console, refresh_per_second=4, transient=True, get_renderable=self.picture)
 
     def __enter__(self) -> Display:
@@ -141,7 +141,7 @@ class LiveDisplay:
         self.rate.of(status.get("samples", 0))
 
     def picture(self, status: Status | None = None) -> RenderableType:
-        """The whole of what is redrawn, a few times a second: seconds count while nothing else happens."""
+        """The table, drawn several times a second; the seconds in it count on while nothing else happens."""
         status = self.status if status is None else status
         waiting = waiting_line(status)
         if waiting is not None or not (status.get("members") or status.get("generation")):
@@ -162,7 +162,7 @@ class LiveDisplay:
 
     def finish(self, summary: Mapping[str, Any], folder: str) -> None:
         self.live.stop()
-        show(final_tables(summary, folder), self.stream)
+        print_tables(final_tables(summary, folder), self.stream)
 
     def end_at_once(self, summary: Mapping[str, Any], line: str) -> None:
         self.live.stop()

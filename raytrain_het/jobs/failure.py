@@ -1,4 +1,4 @@
-"""What to show of a run that failed: the traceback of the training function first, not Ray's noise."""
+"""A failed run in words: the traceback of the training function, without Ray's own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from raytrain_het.errors import HetError
 
 
 def describe(error: BaseException) -> str:
-    """The failure in words, with the cause first and our own line last.
+    """A failure in words: the cause first, a line of ours last.
 
-    The text of a ``TrainingFailedError`` begins with what the training function raised; the
-    traceback of this process, which only waited, would bury it. Other errors of this package say
-    in their message what is wrong. Anything else is a mistake of ours and shown in full.
+    The text of a ``TrainingFailedError`` begins with the training function's error. The traceback of this process,
+    which only waited, is left out. The message of any other error of this package is enough. An error of another
+    class is a bug of this package, and shown in full.
     """
     from ray.train import TrainingFailedError  # Late: a refused job file needs no Ray.
 

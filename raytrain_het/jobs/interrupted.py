@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: how a run that a signal ends is told from others."""
+"""Ctrl-C and SIGTERM: one exception for every way in which a signal ends a run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Interrupted(Exception):
     """The run was ended by a signal.
 
     Args:
-        exit_code: What the process should end with: 128 and the signal's number.
+        exit_code: The exit status of the process: 128 plus the signal's number.
 
     Attributes:
-        hint: How to go on, where there is a checkpoint.
+        hint: How to resume the run, if it has a checkpoint.
     """
 
     hint: str = ""
@@ -30,9 +30,12 @@ class Interrupted(Exception):
 _terminated = threading.Event()
 
 
-def take_back_sigterm() -> None:
-    """Undo what Ray's C++ code does on SIGTERM: it prints where the process was, a paragraph for each thread, and has
-    the process aborted three seconds later, whatever it still tidies up. What Python does with it stays."""
+def restore_sigterm() -> None:
+    """Replace the SIGTERM handler of Ray's C++ code by Python's own, which was there before.
+
+    Ray's handler prints the stack of every thread, and aborts the process three seconds later even if it is still
+    cleaning up.
+    """
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or before is None:
         return
@@ -48,10 +51,10 @@ def take_back_sigterm() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn every way in which a signal ends a run into ``Interrupted``.
+    """Raise ``Interrupted`` for every way in which a signal ends the block.
 
-    Ray Train puts a handler of its own in place while it runs, which aborts the controller and then
-    leaves by ``sys.exit(0)``; Ray's for SIGTERM leaves by ``sys.exit(15)``.
+    While Ray Train runs, its own handler aborts the controller and calls ``sys.exit(0)``; Ray's handler for SIGTERM
+    calls ``sys.exit(15)``.
     """
     _terminated.clear()
     in_main = threading.current_thread() is threading.main_thread()
@@ -61,7 +64,7 @@ def interruptible() -> Iterator[None]:
     except KeyboardInterrupt:
         raise Interrupted(128 + signal.SIGINT) from None
     except SystemExit as leave:
-        # By way of Ray's Ctrl-C handler, or out of `ray.get`, the status is 0 or 1, and says nothing.
+        # Ray's handler for Ctrl-C, and `ray.get`, exit with 0 or 1, which says nothing about the signal.
         by_sigterm = leave.code == signal.SIGTERM or _terminated.is_set()
         raise Interrupted(128 + (signal.SIGTERM if by_sigterm else signal.SIGINT)) from None
     finally:

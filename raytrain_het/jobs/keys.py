@@ -12,13 +12,13 @@ from typing import Any
 from raytrain_het.config import HetConfig
 from raytrain_het.jobs.config import JobConfig, Workers
 from raytrain_het.jobs.lines import COLUMNS, wrapped
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.validation import yaml_text
 
 _BELOW: dict[str, tuple[str, type]] = {"workers": ("workers.0", Workers), "het": ("het", HetConfig)}
 
 
 def key_lines(cls: type[JobConfig]) -> Iterator[str]:
-    """Text for reading: ``key = default``, and below it what it means."""
+    """Lines for people: ``key = default``, and below it the key's meaning."""
     for key, default, meaning in key_rows(cls):
         yield from wrapped(f"{key} = {default}", COLUMNS)
         yield from textwrap.wrap(
@@ -46,8 +46,8 @@ def _default(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        return shown([dataclasses.asdict(item) for item in value])
-    return shown(value)
+        return yaml_text([dataclasses.asdict(item) for item in value])
+    return yaml_text(value)
 
 
 def _meanings(cls: type) -> dict[str, str]:

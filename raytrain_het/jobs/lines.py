@@ -1,4 +1,4 @@
-"""Lines that fit where they are read: a terminal's width, or 80 columns in a file or a pipe, and no colours there."""
+"""Printing that fits its reader: a terminal's width, or 80 columns without colours in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 COLUMNS = 80
-"""Where there is no terminal, unless the environment's COLUMNS says otherwise."""
+"""The width without a terminal, unless the environment's COLUMNS says otherwise."""
 _LEAST = 40
 _LABEL = re.compile(r"[\w' ]{1,40}: (raytrain-het \w+ )?\S*/\S*")
 _INDENT = "  "
@@ -28,10 +28,10 @@ def columns(stream: IO[str]) -> int:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """A line as lines of so many characters at most; those after the first are indented.
+    """Break each line of a text into lines of at most so many characters. All but the first are indented.
 
-    It is broken between words, or where two spaces separate parts, between those. What is to be copied stays whole and
-    may be longer: a path, with what a line begins with before it, and an option with its value.
+    A line is broken between words, or between parts if two spaces separate parts. Text that people copy stays whole,
+    and may be longer: a path with the label before it, and an option with its value.
     """
     lines: list[str] = []
     for line in text.split("\n"):
@@ -39,7 +39,7 @@ def wrapped(text: str, width: int) -> list[str]:
         indent = start.group() if start else ""
         gap = "  " if "  " in line.strip() else " "
         if gap == "  " and len(line) > width >= len(indent) + len(single := " ".join(line.split())):
-            lines.append(f"{indent}{single}")  # It is only just too long.
+            lines.append(f"{indent}{single}")  # Single spaces are enough to make it fit.
             continue
         current = ""
         for part in _parts(line.strip(), gap):
@@ -55,7 +55,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def _parts(line: str, gap: str) -> Iterator[str]:
-    """What is not broken."""
+    """The parts between which a line may be broken."""
     if gap == "  ":
         yield from re.split(r" {2,}", line)
         return
@@ -77,13 +77,13 @@ def _parts(line: str, gap: str) -> Iterator[str]:
     yield held
 
 
-def write(text: str, stream: IO[str]) -> None:
-    """Write a text in lines that fit, at once."""
+def print_text(text: str, stream: IO[str]) -> None:
+    """Print a text in lines that fit, and flush the stream."""
     print("\n".join(wrapped(text, columns(stream))), file=stream, flush=True)
 
 
 class Sentence:
-    """A text among tables of rich's, broken as :func:`wrapped` does."""
+    """A text among rich's tables, broken into lines as by :func:`wrapped`."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -94,14 +94,14 @@ class Sentence:
 
 
 def console_for(stream: IO[str]) -> Console:
-    """rich's console: as the terminal is, or plain and of a fixed width."""
+    """rich's console: the terminal's, or plain and of a fixed width."""
     if stream.isatty():
         return Console(file=stream, highlight=False)
     return Console(file=stream, highlight=False, width=columns(stream), force_terminal=False, color_system=None)
 
 
-def show(what: RenderableType, stream: IO[str]) -> None:
-    """Write tables and sentences, without spaces at the ends of lines where that is no terminal."""
+def print_tables(what: RenderableType, stream: IO[str]) -> None:
+    """Print tables and sentences. Without a terminal, lines have no spaces at their ends."""
     console = console_for(stream)
     if stream.isatty():
         console.print(what, crop=False)
@@ -112,6 +112,6 @@ def show(what: RenderableType, stream: IO[str]) -> None:
 
 
 def fits(what: RenderableType, width: int) -> bool:
-    """Whether a table is no wider than that without breaking what is in its cells."""
+    """Whether a table fits without any of its cells being broken."""
     console: Any = Console(width=10 * COLUMNS, color_system=None)
     return bool(console.measure(what).maximum <= width)

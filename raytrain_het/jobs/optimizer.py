@@ -1,4 +1,4 @@
-"""A job's optimizer, by what its file says."""
+"""From ``optimizer:`` in a job file to torch's optimizer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _NORMS = (
 
 
 def make_optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
-    """torch's optimizer of ``config["optimizer"]`` at the rate ``config["lr"]``, with a second parameter group for
-    what does not decay, if anything decays.
+    """torch's optimizer of ``config["optimizer"]`` at the rate ``config["lr"]``.
+
+    If weights decay, the parameters that do not are in a second parameter group.
 
     Args:
-        config: what the training function is given.
-        model: whose parameters.
+        config: What the training function is given.
+        model: The model whose parameters it updates.
     """
     optimizer = optimizer_of(config["optimizer"])
     spared = set() if optimizer.decay_all or not optimizer.weight_decay else names_that_do_not_decay(model)
@@ -37,7 +38,8 @@ def make_optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Opti
 
 
 def names_that_do_not_decay(model: nn.Module) -> set[str]:
-    """Biases, and what normalisation layers learn: a decay of scales and offsets is no help against large weights."""
+    """Names of biases, and of the parameters of normalisation layers: to shrink offsets and scales does not make
+    weights smaller."""
     of_norms = {id(p) for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters(False)}
     return {
         name for name, p in model.named_parameters() if id(p) in of_norms or name.rpartition(".")[2].endswith("bias")

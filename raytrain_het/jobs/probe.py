@@ -13,13 +13,13 @@ import torch
 
 from raytrain_het.balance.codec_choice import CodecCost, Fleet
 from raytrain_het.balance.profile import Profile
-from raytrain_het.codec_options import AUTO, AUTO_CODECS
+from raytrain_het.codec_options import AUTO_CODECS, AutoOptions
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
+from raytrain_het.jobs.job_data import check_data, with_fitting_batch
 from raytrain_het.jobs.probe_checks import check_before_torch
 from raytrain_het.jobs.probe_places import Handle, Say, call_all, counted, local_workers, ray_workers, this_node
 from raytrain_het.jobs.probe_worker import ProbeWorker
-from raytrain_het.jobs.table import check_data, with_fitting_batch
 from raytrain_het.probing.codec_advice import CodecAdvice, codec_advice
 from raytrain_het.probing.links import Link, probe_links, slowest_link
 from raytrain_het.probing.prediction import Advice, Machine, advice
@@ -42,7 +42,7 @@ class Device:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What was measured of a job, and what follows."""
+    """What was measured of a job, and what that predicts."""
 
     job: JobConfig
     global_batch_size: int
@@ -60,7 +60,7 @@ class ProbeResult:
 
     devices: list[Device]
     links: Links
-    """By the names of two nodes. Of one node alone: the link between two processes on it, if it has two workers."""
+    """By the names of two nodes. With a single node: the link between two processes on it, if it has two workers."""
     model: ModelResult | None
 
 
@@ -118,7 +118,7 @@ def _finish(
 
 
 def _warn_if_busy(say: Say) -> None:
-    load, cores = 0.0, os.cpu_count() or 1  # Of the whole machine, both.
+    load, cores = 0.0, os.cpu_count() or 1  # Both are the whole machine's.
     with contextlib.suppress(OSError, AttributeError):
         load = os.getloadavg()[0]
     if load > cores:
@@ -138,7 +138,7 @@ def _local_hardware(seconds_each: float, say: Say) -> list[Device]:
 
 
 def _hardware_of(workers: Sequence[Handle], seconds_each: float, say: Say) -> list[Device]:
-    """Every GPU, and on every node the CPU, by the first worker that is there."""
+    """Every GPU, and the CPU of every node, which the node's first worker measures."""
     asked: list[tuple[Handle, list[str]]] = []
     seen: set[str] = set()
     for worker in workers:
@@ -176,7 +176,7 @@ def _model(
         )
     say(f"preparing the job {job.kind!r} on {counted(count, 'worker')}")
     config = job.train_loop_config()
-    gradient_bytes = max(call_all(workers, "prepare", job.kind, config, job.het))
+    gradient_bytes = max(call_all(workers, "prepare", type(job), config, job.het))
     equal = batch // count
     sizes = sorted({max(1, equal // 4), equal, min(batch, 2 * equal), batch})
     say(f"measuring its training step on all workers at once, with {', '.join(map(str, sizes))} samples")
@@ -223,7 +223,7 @@ def _codecs(
         compute_s=advised.prediction.compute_s + advised.prediction.chance_s,
     )
     error = job.het.compression_error
-    return codec_advice(fleet, AUTO_CODECS, error if error is not None else AUTO["error"].default)
+    return codec_advice(fleet, AUTO_CODECS, error if error is not None else AutoOptions().error)
 
 
 def _global_batch_size(job: JobConfig) -> int:

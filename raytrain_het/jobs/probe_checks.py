@@ -1,4 +1,4 @@
-"""What `raytrain-het probe` checks before torch and Ray are loaded, which takes seconds."""
+"""The checks of `raytrain-het probe` that come before torch and Ray are loaded, which takes seconds."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
+from raytrain_het.jobs.job_data import with_absolute_paths
 from raytrain_het.jobs.ray_session import check_before_ray
-from raytrain_het.jobs.table import glance_at_data, with_absolute_paths
 
 
 def check_before_torch(job: JobConfig | None, *, address: str | None, compression: bool) -> JobConfig | None:
-    """The job with its files found from any working directory.
+    """The job, with absolute paths of its files.
 
     Raises:
-        ConfigError: ``compression`` without a job; or there is no such cluster, or the job's data is not there.
+        ConfigError: ``compression`` is asked for without a job; or the cluster or the job's data is not there.
     """
     if compression and job is None:
         raise ConfigError("--compression predicts steps of a job: add --model JOB.yaml")
@@ -22,5 +22,5 @@ def check_before_torch(job: JobConfig | None, *, address: str | None, compressio
         check_before_ray(address)
     if job is not None:
         job = with_absolute_paths(job)
-        glance_at_data(job)
+        job.glance_at_data()
     return job

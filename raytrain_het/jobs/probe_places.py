@@ -1,4 +1,4 @@
-"""Where `raytrain-het probe` measures: processes of our own on this machine, or actors on a cluster."""
+"""Where `raytrain-het probe` measures: local processes on this machine, or actors on a cluster."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Handle(abc.ABC):
     """A :class:`ProbeWorker` in another process.
 
     Attributes:
-        node: the machine it is on; what several nodes of one machine are called is told apart.
-        device: as it is shown.
+        node: The machine that it is on. Several nodes of one machine have different names.
+        device: The device, for people.
     """
 
     node: str
@@ -46,23 +46,23 @@ class Handle(abc.ABC):
 
     @abc.abstractmethod
     def result(self) -> Any:
-        """Wait for it; raises what it raised."""
+        """Wait for the call's value. Raises the call's error."""
 
     def listen(self) -> Address:
-        """See :class:`raytrain_het.probing.links.Member`."""
+        """See :class:`raytrain_het.probing.links.LinkEnd`."""
         self.start("listen")
         address: Address = self.result()
         return address
 
     def link_to(self, address: Address) -> Link | None:
-        """See :class:`raytrain_het.probing.links.Member`."""
+        """See :class:`raytrain_het.probing.links.LinkEnd`."""
         self.start("link_to", address)
         link: Link | None = self.result()
         return link
 
 
 def call_all(workers: Iterable[Handle], method: str, *args: Any) -> list[Any]:
-    """The same call on all, at the same time."""
+    """Make the same call on all workers at the same time."""
     workers = list(workers)
     for worker in workers:
         worker.start(method, *args)
@@ -70,17 +70,17 @@ def call_all(workers: Iterable[Handle], method: str, *args: Any) -> list[Any]:
 
 
 class LocalProcess(Handle):
-    """In a process of our own on this machine. It ends with :meth:`close`, and with this process."""
+    """A local process. It ends with :meth:`close`, and with this process."""
 
     def __init__(self, *, node: str, device: str, num_threads: int) -> None:
         self.node, self.device = node, device
-        # Not forked: this process has threads, and perhaps a GPU, that a fork would copy in whatever state they are.
+        # Not forked: a fork would copy the state of this process's threads, and perhaps of a GPU, in mid-use.
         context = multiprocessing.get_context("spawn")
         self._pipe, far = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(far, {"device": device, "num_threads": num_threads}), daemon=True
         )
-        # Ctrl-C reaches the whole group, and is the parent's to answer: a process starts with the mask of its parent.
+        # Ctrl-C reaches the whole process group, but only the parent answers it. A child inherits the parent's mask.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
@@ -89,7 +89,7 @@ class LocalProcess(Handle):
         far.close()
 
     def start(self, method: str, *args: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # `result` says that it has died.
+        with contextlib.suppress(BrokenPipeError):  # `result` reports that the process has died.
             self._pipe.send((method, args))
 
     def result(self) -> Any:
@@ -106,7 +106,7 @@ class LocalProcess(Handle):
         return value
 
     def close(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process."""
         self._process.kill()
         self._process.join()
         self._pipe.close()
@@ -121,17 +121,17 @@ def _serve(pipe: Connection, arguments: dict[str, Any]) -> None:
                 value = getattr(worker, method)(*args)
             except Exception as error:
                 if not isinstance(error, HetError):
-                    traceback.print_exc()  # It does not travel with the error.
+                    traceback.print_exc()  # A pickled error has no traceback.
                 value = error
             pipe.send(value)
 
 
 @contextlib.contextmanager
 def local_workers(job: JobConfig | None, say: Say) -> Iterator[list[LocalProcess]]:
-    """A process in the place of each worker of the job; none without a job.
+    """A local process for each worker of the job; none without a job.
 
     Raises:
-        ConfigError: a worker wants a GPU that is not there.
+        ConfigError: A worker wants a GPU that is not there.
     """
     places = _local_places(job) if job is not None else []
     workers: list[LocalProcess] = []
@@ -198,7 +198,7 @@ class RayWorker(Handle):
 
 
 class _RayProbeWorker(ProbeWorker):
-    """Finds out from Ray where it is."""
+    """A probe worker that asks Ray where it is."""
 
     def __init__(self, *, gpu: bool, num_threads: int) -> None:
         import ray
@@ -216,10 +216,10 @@ class _RayProbeWorker(ProbeWorker):
 
 @contextlib.contextmanager
 def ray_workers(job: JobConfig | None, say: Say) -> Iterator[list[RayWorker]]:
-    """An actor in the place of each worker of the job, or of ``workers: auto`` where there is no job.
+    """An actor for each worker of the job; without a job, for each worker of ``workers: auto``.
 
     Raises:
-        ResourceError: the cluster cannot hold them, or has no room for them now.
+        ResourceError: The cluster cannot hold them, or has no room for them now.
     """
     import ray
 
@@ -229,8 +229,7 @@ def ray_workers(job: JobConfig | None, say: Say) -> Iterator[list[RayWorker]]:
     specs: Any = "auto" if job is None else job.workers
     if not isinstance(specs, str):
         specs = [WorkerSpec(**dataclasses.asdict(spec)) for spec in specs]
-    slots = settle(HetScalingConfig(specs)).slots
-    assert slots is not None
+    slots = settle(HetScalingConfig(specs)).resolved_slots
     say(f"starting {counted(len(slots), 'worker')} on the cluster")
     remote = ray.remote(_RayProbeWorker)
     workers: list[RayWorker] = []
@@ -262,7 +261,7 @@ def ray_workers(job: JobConfig | None, say: Say) -> Iterator[list[RayWorker]]:
 
 
 def _name_nodes(workers: Sequence[RayWorker], places: Sequence[tuple[str, str, str]]) -> None:
-    """By address; nodes of one address (of a cluster within a machine) by a part of their id as well."""
+    """Name each worker's node by its address, and by a part of its id if several nodes of one machine share that."""
     by_address = Counter(address for _, address in {(node, address) for node, address, _ in places})
     for worker, (node, address, device) in zip(workers, places, strict=True):
         worker.node = address if by_address[address] == 1 else f"{address}/{node[:6]}"

@@ -19,16 +19,17 @@ from raytrain_het.jobs.probe import BATCH_BOUND, ModelResult, ProbeResult
 from raytrain_het.jobs.summary import jsonable
 from raytrain_het.probing.codec_advice import CodecAdvice
 from raytrain_het.probing.links import Link
+from raytrain_het.score_policies import SCORE_POLICIES
 
-HARDWARE_POLICIES = ("flops", "memory_bandwidth")
+HARDWARE_POLICIES = [name for name, policy in SCORE_POLICIES.items() if policy.from_hardware]
 
 
-def show(result: ProbeResult, *, as_json: bool) -> None:
+def print_probe(result: ProbeResult, *, as_json: bool) -> None:
     """Print it on stdout."""
     if as_json:
         print(to_json(result))
     else:
-        lines.show(tables(result, lines.columns(sys.stdout)), sys.stdout)
+        lines.print_tables(tables(result, lines.columns(sys.stdout)), sys.stdout)
 
 
 def to_json(result: ProbeResult) -> str:

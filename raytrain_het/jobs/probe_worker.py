@@ -1,4 +1,4 @@
-"""The far end of `raytrain-het probe`: one process that measures, under Ray or started by ourselves."""
+"""The process of `raytrain-het probe` that measures: a Ray actor, or a local process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from raytrain_het.allreduce.codecs import CODECS, byte_cpu_s, codec_costs
+from raytrain_het.allreduce.codecs import byte_cpu_s, codec_costs, codec_of
 from raytrain_het.balance.codec_choice import CodecCost
 from raytrain_het.balance.profile import Profile
 from raytrain_het.codec_options import AUTO_CODECS
 from raytrain_het.config import HetConfig
-from raytrain_het.jobs.table import make_step
+from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.training_step import TrainingStep
 from raytrain_het.probing.cores import cpu_limit
 from raytrain_het.probing.links import Address, Link, LinkServer, probe_link
@@ -25,12 +25,12 @@ from raytrain_het.probing.profile_store import ProfileStore
 
 
 class ProbeWorker:
-    """Measures the place of one worker.
+    """Measures the device and the links that one worker of a run would have.
 
     Args:
-        device: where it would train: ``cpu``, ``cuda``, ``cuda:1``.
-        num_threads: as many as the worker would compute with.
-        host: the address by which peers reach it.
+        device: Where the worker would train: ``cpu``, ``cuda``, ``cuda:1``.
+        num_threads: The threads that the worker would compute with.
+        host: The address by which peers reach it.
     """
 
     def __init__(self, *, device: str, num_threads: int, host: str = "127.0.0.1") -> None:
@@ -46,16 +46,16 @@ class ProbeWorker:
             ProfileStore().keep_profile(hardware_key(device), profile)
         return profiles
 
-    def prepare(self, kind: str, config: dict[str, Any], settings: HetConfig) -> int:
-        """Make a job's training step; returns the bytes of its gradient on the wire."""
-        with one_at_a_time("prepare"):  # Not all of a machine's workers read the same data at once.
-            self._step = make_step(kind, config, self.device)
+    def prepare(self, job: type[JobConfig], config: dict[str, Any], settings: HetConfig) -> int:
+        """Make a job's training step; returns the bytes of its gradient in messages."""
+        with one_at_a_time("prepare"):  # The workers of a machine do not all read the same data at once.
+            self._step = job.make_step(config, self.device)
             self._step.micro_batch_size = settings.micro_batch_size
             self._step(1)
         return max(map(self._step.gradient_bytes, settings.possible_codecs))
 
     def step(self, sizes: Sequence[int], seconds: float) -> tuple[Profile, float]:
-        """Measure the step that was prepared, and keep its cost for the runs of this model.
+        """Measure the step that :meth:`prepare` has made, and keep its cost for runs of this model.
 
         Returns:
             The profile with the cost, and the relative spread of the step's time, the median over sizes.
@@ -73,27 +73,27 @@ class ProbeWorker:
         return profile, statistics.median(measured.spread for measured in times.values())
 
     def codecs(self) -> tuple[dict[str, CodecCost], int, float]:
-        """What ``auto``'s codecs cost here, how many elements of the prepared job's gradient they save bytes of, and
-        what a byte costs, see :func:`byte_cpu_s`."""
+        """What ``auto``'s codecs cost on this device, how many elements of the prepared job's gradient they compress,
+        and what a byte costs, see :func:`byte_cpu_s`."""
         assert self._step is not None
-        codecs, shapes = ((word, CODECS[word]) for word in AUTO_CODECS), self._step.compressed_shapes
+        codecs, shapes = ((word, codec_of(word)) for word in AUTO_CODECS), self._step.compressed_shapes
         cores = cpu_limit().cores
         return codec_costs(codecs, cores=cores, shapes=shapes), sum(map(math.prod, shapes)), byte_cpu_s(cores=cores)
 
     def listen(self) -> Address:
-        """See :class:`raytrain_het.probing.links.Member`."""
+        """See :class:`raytrain_het.probing.links.LinkEnd`."""
         self._server = self._server or LinkServer(self.host)
         return self._server.address
 
     def link_to(self, address: Address) -> Link | None:
-        """See :class:`raytrain_het.probing.links.Member`."""
+        """See :class:`raytrain_het.probing.links.LinkEnd`."""
         with contextlib.suppress(OSError):
             return probe_link(address)
         return None
 
 
 def _feasible(step: TrainingStep, sizes: Sequence[int], seconds: float) -> list[int]:
-    """Sizes that fit in memory and in the time: all that take ``seconds`` at most, the two smallest in any case."""
+    """The sizes that fit in memory and take ``seconds`` at most; the two smallest in any case."""
     chosen: list[int] = []
     slope = 0.0
     for b in sorted(set(sizes)):

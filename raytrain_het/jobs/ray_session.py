@@ -1,4 +1,4 @@
-"""A Ray to run on: the one that is there, or a quiet local one that goes away again."""
+"""A Ray to run on: a cluster that is there, or a local Ray for the length of a block."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from contextlib import contextmanager
 from typing import Any
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.interrupted import take_back_sigterm
+from raytrain_het.jobs.interrupted import restore_sigterm
 
 _ALLOWED = "Write --address HOST:6379 of a running cluster, or --address local"
 _CONNECT_S = 5.0
 
 
 def is_local(address: str | None) -> bool:
-    """Whether a Ray of one's own is started."""
+    """Whether a local Ray is started, and no cluster is named."""
     return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 
 def check_address(address: str | None) -> str:
-    """The address that counts, if somebody listens there: Ray itself would try for minutes.
+    """The address to connect to, once something listens there. Ray itself would try for minutes.
 
     Raises:
-        ConfigError: It is neither HOST:PORT nor auto nor local, or nobody listens.
+        ConfigError: The address is neither HOST:PORT nor auto nor local, or nothing listens there.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address in ("local", "auto"):
@@ -43,10 +43,10 @@ def check_address(address: str | None) -> str:
 
 
 def check_before_ray(address: str | None) -> None:
-    """The same before Ray is loaded, which takes seconds. A Ray that this process is connected to needs no address.
+    """Check an address before Ray is loaded, which takes seconds. A process that is connected to Ray needs no address.
 
     Raises:
-        ConfigError: as :func:`check_address`.
+        ConfigError: As :func:`check_address`.
     """
     loaded = sys.modules.get("ray")
     if loaded is None or not loaded.is_initialized():
@@ -62,11 +62,11 @@ def ray_session(address: str | None, *, num_cpus: float) -> Iterator[None]:
     """Connect to Ray for the length of the block, and shut down what was started.
 
     Args:
-        address: A cluster's address or ``auto``. Without one, ``RAY_ADDRESS`` counts, and without
-            that a local Ray is started, even if files of a dead one lie about: a cluster that was
-            killed hard leaves its address behind, and a plain ``ray.init()`` would try to join it.
-        num_cpus: What the workers reserve together. A local Ray is given so many at least, since a
-            small machine should run a small job slowly rather than not at all.
+        address: A cluster's address or ``auto``. The default is ``RAY_ADDRESS``, or else a local Ray. A plain
+            ``ray.init()`` would not do: a cluster that was killed leaves its address behind, and it would try to
+            join that.
+        num_cpus: What the workers reserve together. A local Ray gets at least so many: a small machine runs a
+            small job slowly, rather than not at all.
 
     Raises:
         ConfigError: No cluster answers at the address.
@@ -84,7 +84,7 @@ def ray_session(address: str | None, *, num_cpus: float) -> Iterator[None]:
             "num_cpus": max(round(num_cpus + 0.5 - 1e-9), len(os.sched_getaffinity(0))),
             "include_dashboard": False,
         }
-    # Ray's announcements of future defaults are for its callers, not for those who run a job.
+    # Ray's warnings of future defaults are for programmers, not for people who run a job.
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     try:
         try:
@@ -93,7 +93,7 @@ def ray_session(address: str | None, *, num_cpus: float) -> Iterator[None]:
             raise ConfigError(
                 f"--address {address}: no Ray cluster answers there ({_first_line(error)}). {_ALLOWED}"
             ) from None
-        take_back_sigterm()
+        restore_sigterm()
         yield
     finally:
         ray.shutdown()

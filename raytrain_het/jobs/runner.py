@@ -16,10 +16,10 @@ from raytrain_het.errors import CheckpointError, ConfigError
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.display import Display
 from raytrain_het.jobs.interrupted import Interrupted, interruptible
+from raytrain_het.jobs.job_data import check_data, with_absolute_paths, with_fitting_batch
 from raytrain_het.jobs.ray_session import check_before_ray, is_local, ray_session
-from raytrain_het.jobs.table import KINDS, check_data, glance_at_data, with_absolute_paths, with_fitting_batch
 from raytrain_het.jobs.trainer import AtStart, make_trainer, num_cpus, write_job
-from raytrain_het.jobs.validation import plural, shown
+from raytrain_het.jobs.validation import plural, yaml_text
 from raytrain_het.jobs.yaml_file import read_yaml
 from raytrain_het.probing.cores import cpu_limit
 from raytrain_het.ray_train.disk import write_some
@@ -37,24 +37,23 @@ def run_job(
     """Run a job to its end and return its summary, the object of ``--json``.
 
     Args:
-        at_start: What each worker does first, one that fills a place again too.
+        at_start: Called in each worker before its training function, also in one that refills a slot.
 
     Raises:
         ConfigError: The job cannot run here; nothing was started.
         Interrupted: Ctrl-C or SIGTERM; the workers are gone.
     """
-    # What needs neither torch nor Ray comes first: loading them takes seconds, which a typo need not wait for.
+    # Checks that need neither torch nor Ray come first: to load them takes seconds, and a typo should not wait.
     job = resolve(job)
     check_before_ray(address)
-    glance_at_data(job)
+    job.glance_at_data()
     check_reuse(job)
     notes = check_data(job)
     job = with_fitting_batch(job)
     if "://" in job.storage:
         _check_remote(job)
 
-    assert job.name is not None
-    folder = f"{job.storage}/{job.name}"
+    folder = f"{job.storage}/{job.run_name}"
     last = _last_checkpoint(job)
     about = {"name": job.name, "run_folder": folder}
     epochs = getattr(job, "epochs", None)
@@ -86,8 +85,8 @@ def run_job(
 def _telling_its_start(
     job: JobConfig, display: Display, folder: str, last: LastCheckpoint | None
 ) -> Callable[[Status, Events, Events], None]:
-    """What is called at each update: at the first one the job's file is written, since a run that cannot start leaves
-    nothing behind."""
+    """The function that is called at each update. At the first one it writes the job's file: a run that cannot start
+    leaves nothing behind."""
     started = False
 
     def on_update(status: Status, events: Events, reports: Events) -> None:
@@ -107,14 +106,13 @@ def _telling_its_start(
 
 
 def _last_checkpoint(job: JobConfig) -> LastCheckpoint | None:
-    """What a run of this name goes on from."""
-    assert job.name is not None
-    if "://" not in job.storage and not (Path(job.storage) / job.name).is_dir():
-        return None  # So that Ray is loaded while the display counts the seconds.
+    """The checkpoint that a run of this name resumes from."""
+    if "://" not in job.storage and not (Path(job.storage) / job.run_name).is_dir():
+        return None  # Ray need not be loaded yet: it is, later, while the display counts the seconds.
 
     from raytrain_het.ray_train.run_folder import last_checkpoint_of
 
-    return last_checkpoint_of(job.storage, job.name)
+    return last_checkpoint_of(job.storage, job.run_name)
 
 
 def _of_complete_run(last: LastCheckpoint) -> dict[str, Any]:
@@ -185,13 +183,12 @@ def _check_remote(job: JobConfig) -> None:
 
 
 def check_reuse(job: JobConfig) -> None:
-    """Refuse the name of a run that this job cannot go on with, before anything of it is overwritten.
+    """Refuse a name whose earlier run this job cannot resume, before anything of that run is overwritten.
 
     Raises:
-        ConfigError: It is a run of another kind, of another model or optimizer, or of a script.
+        ConfigError: The earlier run is of another kind, of another model or optimizer, or of a script.
     """
-    assert job.name is not None
-    folder = Path(job.storage) / job.name
+    folder = Path(job.storage) / job.run_name
     if "://" in job.storage or not folder.is_dir():
         return
     has_checkpoint = _last_checkpoint(job) is not None
@@ -211,13 +208,13 @@ def check_reuse(job: JobConfig) -> None:
     now = yaml.safe_load(job.to_yaml())
     for data in (before, now):
         data["het.seed"] = (data.get("het") or {}).get("seed", 0)  # The order of samples follows from it.
-    kind = KINDS[job.kind]
-    reasons = dict.fromkeys((*kind.model_keys, "het.seed"), "its checkpoints do not fit")
-    reasons |= dict.fromkeys(kind.optimizer_keys, "its checkpoints hold the old one and would bring it back")
+    reasons = dict.fromkeys((*job.model_keys, "het.seed"), "its checkpoints do not fit")
+    reasons |= dict.fromkeys(job.optimizer_keys, "its checkpoints hold the old one and would bring it back")
     for key, reason in reasons.items() if has_checkpoint else ():
         if key in before and before[key] != now[key]:
             raise ConfigError(
-                f"{folder} is a run with {key}={shown(before[key])}, this job has {key}={shown(now[key])}: {reason}. "
+                f"{folder} is a run with {key}={yaml_text(before[key])}, this job has {key}={yaml_text(now[key])}: "
+                f"{reason}. "
                 f"Write another --name, or {key} as it was"
             )
 

@@ -13,8 +13,8 @@ from rich import box
 from rich.table import Table
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.lines import show as write_table
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.lines import print_tables
+from raytrain_het.jobs.validation import yaml_text
 from raytrain_het.optim import SCHEDULES, Schedule, schedule_of
 from raytrain_het.ray_train.narration import number
 
@@ -24,10 +24,11 @@ _BAR = 30
 
 
 def parse(texts: Sequence[str]) -> dict[str, Schedule]:
-    """What was written, each with its schedule: ``cosine``, or ``{cosine: {floor: 0.01}}``. Nothing is all of them.
+    """The schedules that the command line names, ``cosine`` or ``{cosine: {floor: 0.01}}``, by what was written.
+    Without any name, all schedules.
 
     Raises:
-        ConfigError: not a schedule.
+        ConfigError: A text is not a schedule.
     """
     found = {}
     for text in texts or list(SCHEDULES):
@@ -35,22 +36,28 @@ def parse(texts: Sequence[str]) -> dict[str, Schedule]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        found[text if isinstance(value, str) else shown(value)] = schedule_of(value)
+        found[text if isinstance(value, str) else yaml_text(value)] = schedule_of(value)
     return found
 
 
 def rates(schedule: Schedule, *, epochs: int, lr: float, per_epoch: int = 1) -> list[tuple[float, float]]:
-    """(epochs done, learning rate) at the beginning of each part of an epoch, and at the end.
+    """Pairs (epochs done, learning rate) at the beginning of each part of an epoch, and at the end.
+
+    Args:
+        schedule: The schedule.
+        epochs: Of the run.
+        lr: The rate before the schedule.
+        per_epoch: So many points in an epoch.
 
     Raises:
-        ConfigError: the warm-up is as long as the run.
+        ConfigError: The warm-up is as long as the run.
     """
     schedule.check_run(epochs)
     return [(k / per_epoch, lr * schedule.factor(k / per_epoch, epochs)) for k in range(epochs * per_epoch + 1)]
 
 
-def show(schedules: dict[str, Schedule], *, epochs: int, lr: float, as_json: bool) -> None:
-    """Print them, epoch by epoch."""
+def print_rates(schedules: dict[str, Schedule], *, epochs: int, lr: float, as_json: bool) -> None:
+    """Print the rates of schedules, a line for each epoch."""
     columns = {name: rates(schedule, epochs=epochs, lr=lr) for name, schedule in schedules.items()}
     if as_json:
         print(json.dumps({"epochs": epochs, "lr": lr, "rates": {k: [r for _, r in v] for k, v in columns.items()}}))
@@ -68,14 +75,14 @@ def show(schedules: dict[str, Schedule], *, epochs: int, lr: float, as_json: boo
         if alone:
             row.append("█" * round(_BAR * alone[k][1] / highest) if highest else "")
         table.add_row(*row)
-    write_table(table, sys.stdout)
+    print_tables(table, sys.stdout)
 
 
 def draw(schedules: dict[str, Schedule], *, epochs: int, lr: float, out: str) -> None:
-    """Save a picture of them; its kind follows from the file's name.
+    """Save a picture of schedules. Its format follows from the file's name.
 
     Raises:
-        ConfigError: matplotlib is not there, or the file cannot be written.
+        ConfigError: matplotlib is not installed, or the file cannot be written.
     """
     check_picture(out)
     curves = {
@@ -90,10 +97,10 @@ def draw(schedules: dict[str, Schedule], *, epochs: int, lr: float, out: str) ->
 
 
 def check_picture(out: str) -> None:
-    """Refuse a name of no kind of picture, before matplotlib is loaded.
+    """Refuse a file name that is not a picture's, before matplotlib is loaded.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: The name has another ending, or its folder does not exist.
     """
     if Path(out).suffix not in PICTURES:
         raise ConfigError(f"--out {out}: allowed is a name that ends with {', '.join(PICTURES)}. Write --out x.png")
@@ -105,7 +112,7 @@ def new_figure(**options: Any) -> tuple[Any, Any]:
     """matplotlib's figure and axes, without a window.
 
     Raises:
-        ConfigError: matplotlib is not there.
+        ConfigError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -121,7 +128,7 @@ def save(figure: Any, out: str) -> None:
     """Write a figure.
 
     Raises:
-        ConfigError: it is of no kind that can be drawn, or the file cannot be written.
+        ConfigError: matplotlib cannot draw this format, or the file cannot be written.
     """
     kinds = figure.canvas.get_supported_filetypes()
     kind = Path(out).suffix.removeprefix(".")

@@ -1,4 +1,4 @@
-"""``--simulate 1,0.5,0.25``: which workers a job gets then, how much of a core each, and what there is to say of it."""
+"""``--simulate 1,0.5,0.25``: the workers that a job gets, each worker's part of a core, and what is printed of them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from raytrain_het.jobs.validation import plural
 
 MAX_WORKERS = 16
 MIN_CORES = 0.02
-"""Less of a core, and a worker would be taken for one that hangs."""
+"""With less of a core, a worker would look as if it hung."""
 LEFT_CORES = 0.4
-"""For Ray's own processes, the driver and the membership actor."""
+"""Cores that are left to Ray's own processes, the driver and the membership actor."""
 LARGER_BATCHES = ("global_batch_size=512", "epochs=80", "lr=0.15")
-"""For the default job, whose steps are otherwise shorter than a slow worker's rest."""
+"""Settings of the default job, whose steps would otherwise be shorter than a slow worker's pauses."""
 BELIEVABLE = 1.4
-"""Scores that are off by a larger factor have not measured the speeds."""
+"""If scores differ from the simulated speeds by a larger factor, they are not believed."""
 
 
 def parse_speeds(text: str) -> tuple[float, ...]:
     """``"1,0.5,0.25"`` as numbers.
 
     Raises:
-        ConfigError: One is not a number above 0, or there are none, or more than 16.
+        ConfigError: A speed is not a number above 0, or there are no speeds, or more than 16.
     """
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     allowed = f"1 to {MAX_WORKERS} numbers above 0, with commas between them"
@@ -51,7 +51,7 @@ def fitting_cores(speeds: Sequence[float], num_cores: float) -> tuple[float, ...
     """Each worker's part of a core: ``s_i min(1 / max s, (num_cores - 0.4) / sum s)``.
 
     Raises:
-        ConfigError: One would have less than 0.02 of a core.
+        ConfigError: A worker would have less than 0.02 of a core.
     """
     unit = min(1 / max(speeds), (num_cores - LEFT_CORES) / math.fsum(speeds))
     cores = tuple(speed * unit for speed in speeds)
@@ -65,23 +65,29 @@ def fitting_cores(speeds: Sequence[float], num_cores: float) -> tuple[float, ...
 
 
 def with_simulated_workers(given: Iterable[str], num_workers: int, *, default_job: bool) -> list[str]:
-    """``--set`` overrides around those that were given: the job's workers go, its shares unless given.
+    """The ``--set`` overrides of a simulation, around those that were given.
+
+    The simulated workers replace the job's. Shares follow speeds, unless an override sets them.
 
     Args:
-        default_job: No job was named: the digits are trained in larger batches then, unless given.
+        given: The overrides of the command line.
+        num_workers: How many workers are simulated.
+        default_job: Whether no job was named. The digits are then trained in larger batches, unless an override says
+            otherwise.
     """
     larger = LARGER_BATCHES if default_job else ()
     return ["het.shares=auto", *larger, *given, f"workers=[{{count: {num_workers}, resources: {{CPU: 1}}}}]"]
 
 
 def check_alone(*, workers: object, address: str | None) -> None:
-    """Refuse what contradicts simulated workers on this machine.
+    """Refuse settings that contradict simulated workers on this machine.
 
     Args:
-        workers: as the job would have them.
+        workers: The job's own workers.
+        address: The address of the command line.
 
     Raises:
-        ConfigError: There is an address, or the workers are what the cluster has.
+        ConfigError: There is an address, or the workers are ``auto``.
     """
     if address is not None:
         raise ConfigError(
@@ -96,7 +102,7 @@ def check_alone(*, workers: object, address: str | None) -> None:
 
 
 def announcement(cores: Sequence[float], how: str) -> str:
-    """What is being simulated."""
+    """A line that says what is simulated."""
     parts = ", ".join(f"{c:.2f}" for c in cores)
     return f"simulating {plural(len(cores), 'worker')} with {parts} of a core, each held back {how}"
 
@@ -104,11 +110,11 @@ def announcement(cores: Sequence[float], how: str) -> str:
 def verdict(summary: Mapping[str, Any], cores: Sequence[float]) -> str:
     """What equal shares would have given, computed from the scores ``p_i``: ``min p / mean p`` of the sum of speeds.
 
-    With equal shares all wait for the slowest. That leaves out what messages cost, and is as good as the scores are.
+    With equal shares all workers wait for the slowest. The formula leaves out the cost of messages.
 
     Args:
         summary: The run's.
-        cores: What the workers had, by world rank: scores that tell another tale are not believed.
+        cores: By world rank, the part of a core that a worker had. Scores that contradict it are not believed.
     """
     workers = summary["workers"]
     scores = [worker.get("score") for worker in workers]
@@ -130,5 +136,5 @@ def verdict(summary: Mapping[str, Any], cores: Sequence[float]) -> str:
 
 
 def _of_the_slowest(speeds: Sequence[float]) -> float:
-    """What all do at the pace of the slowest, as a part of what they can do."""
+    """The speed of all workers at the pace of the slowest, as a part of the sum of their own speeds."""
     return min(speeds) / (math.fsum(speeds) / len(speeds))

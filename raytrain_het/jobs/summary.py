@@ -1,4 +1,4 @@
-"""What is left to say at the end of a run: the JSON object of ``--json`` and the final tables."""
+"""The end of a run: the JSON object of ``--json``, and the final tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RUN_KEYS = (
     "workers",
 )
 MEASURED_STEPS = 30
-"""In fewer steps the workers' solo speeds are hardly known."""
+"""After fewer steps than this, the workers' own speeds are hardly known, and not compared."""
 WORKER_KEYS = (
     "world_rank",
     "device",
@@ -73,7 +73,7 @@ def jsonable(value: Any) -> Any:
 
 
 def final_tables(summary: Mapping[str, Any], folder: str) -> RenderableType:
-    """Who did what, the metrics, and where the run's files are."""
+    """The table of workers, the metrics, and where the run's files are."""
     metrics = Table(
         "metric",
         "value",
@@ -139,7 +139,7 @@ def worker_table(workers: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _known(value: Any, form: Callable[[Any], str] = str) -> str:
-    """A worker that has only just come has not told all of it."""
+    """A value, or ``-``: a worker that has just joined has not reported all of its values."""
     return "-" if value is None else form(value)
 
 

@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from raytrain_het.jobs.config import JobConfig
-from raytrain_het.jobs.table import train_function
 
 AtStart = Callable[[int], None]
 """Called in a worker, with its world rank, before the training function; picklable."""
 
 
 def write_job(job: JobConfig) -> None:
-    """The resolved job beside what the trainer writes: ``raytrain-het train <folder>/job.yaml`` goes on with it."""
+    """Write the resolved job into the run's folder: ``raytrain-het train <folder>/job.yaml`` resumes the run."""
     from raytrain_het.files import write_whole
 
-    assert job.name is not None
     if "://" not in job.storage:
-        write_whole(Path(job.storage) / job.name / "job.yaml", job.to_yaml())
+        write_whole(Path(job.storage) / job.run_name / "job.yaml", job.to_yaml())
 
 
 def num_cpus(job: JobConfig) -> float:
-    """What a job's workers reserve together."""
+    """CPUs that a job's workers reserve together."""
     if isinstance(job.workers, str):
         return 1
     return math.fsum(spec.count * spec.resources.get("CPU", 0) for spec in job.workers)
@@ -34,18 +32,17 @@ def num_cpus(job: JobConfig) -> float:
 
 @dataclass(frozen=True)
 class _TrainFn:
-    """A job's training function, loaded where it runs: what it imports takes seconds, and only workers need it."""
+    """A job's training function. What it imports takes seconds to load, and is loaded in workers alone."""
 
-    kind: str
+    job: type[JobConfig]
     at_start: AtStart | None
 
     def __call__(self, config: dict[str, Any]) -> None:
         import ray.train
 
-        train_fn = train_function(self.kind)
         if self.at_start is not None:
             self.at_start(ray.train.get_context().get_world_rank())
-        train_fn(config)
+        self.job.train(config)
 
 
 def scaling_of(job: JobConfig) -> Any:
@@ -64,7 +61,7 @@ def make_trainer(job: JobConfig, on_update: Any = None, at_start: AtStart | None
     import raytrain_het as het
 
     return het.HetTrainer(
-        _TrainFn(job.kind, at_start),
+        _TrainFn(type(job), at_start),
         train_loop_config=job.train_loop_config(),
         het_config=job.het,
         scaling_config=scaling_of(job),

@@ -1,4 +1,4 @@
-"""A job's training step by itself: no peers, any batch size. What `raytrain-het probe --model` measures."""
+"""A job's training step without peers, at any batch size: `raytrain-het probe --model` measures it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raytrain_het.allreduce.codecs import CODECS, LowRank
+from raytrain_het.allreduce.codecs import codec_of
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.worker.data.batches import to_device
 from raytrain_het.worker.data.data_plan import micro_batches
@@ -17,7 +17,7 @@ from raytrain_het.worker.step.step_key import step_key
 
 
 class TrainingStep:
-    """Called with a number of samples, it does one whole step: fetch, forward, backward, update.
+    """A call with a number of samples does one whole step: fetch, forward, backward, update.
 
     Args:
         dataset: of pairs (input, target); samples are fetched as in a run, at random places.
@@ -35,7 +35,8 @@ class TrainingStep:
         loss_of: Callable[[Tensor, Tensor], Tensor],
         device: torch.device,
     ) -> None:
-        self.model, self.optimizer, self.loss_of, self.device = model, optimizer, loss_of, device
+        self.dataset, self.model, self.optimizer = dataset, model, optimizer
+        self.loss_of, self.device = loss_of, device
         self.micro_batch_size: int | None = None
         """Most samples in one pass; ``None`` is no limit."""
         self._fetcher = SampleFetcher(dataset)
@@ -55,12 +56,12 @@ class TrainingStep:
 
     @property
     def key(self) -> str:
-        """Under which a run of this model looks for what its steps take."""
+        """The key under which a run of this model looks up how long its steps take."""
         return step_key(self.model, len(self._order), self.micro_batch_size)
 
     @property
     def compressed_shapes(self) -> list[tuple[int, ...]]:
-        """Of the tensors that codecs save bytes of."""
+        """The shapes of the tensors that codecs compress."""
         return self._layout(small_apart=True).compressed_shapes
 
     def _layout(self, *, small_apart: bool) -> Layout:
@@ -68,11 +69,9 @@ class TrainingStep:
         return Layout(named, [], 1, small_apart=small_apart)
 
     def gradient_bytes(self, codec: str) -> int:
-        """What a whole gradient takes on the wire."""
-        chosen, found = CODECS[codec], 0
-        for bucket in self._layout(small_apart=chosen.spares_small).buckets:
-            if isinstance(chosen, LowRank) and not bucket.is_dense:
-                found += sum(chosen.num_travelling(s.shape) for s in bucket.segments) * bucket.dtype.itemsize
-            else:
-                found += CODECS["none" if bucket.is_dense else codec].capacity_bytes(bucket.numel, bucket.dtype)
+        """The bytes of a whole gradient in messages."""
+        found = 0
+        for bucket in self._layout(small_apart=codec_of(codec).spares_small).buckets:
+            chosen, shapes = codec_of("none" if bucket.is_dense else codec), [s.shape for s in bucket.segments]
+            found += chosen.gradient_bytes(shapes, bucket.dtype)
         return found

@@ -1,7 +1,7 @@
-"""Plain dicts -> frozen dataclasses, with every mistake named by its path.
+"""From plain dicts to frozen dataclasses. An error names every mistake by its path.
 
-Types and ranges are pydantic's. Unknown keys are looked for here, since the message should name
-the nearest right key, and since pydantic ignores them in a stdlib dataclass.
+pydantic checks types and ranges. Unknown keys are found here: the message has the nearest right key, and pydantic
+would ignore unknown keys of a stdlib dataclass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PATTERNS = {RUN_NAME: "letters, digits, . _ -, no slash, a letter or digit firs
 
 
 def build(cls: type[T], data: dict[str, Any], *, source: Callable[[str], str] = str) -> T:
-    """A ``cls`` from ``data``, all of it checked.
+    """Make a ``cls`` of ``data``, and check all of it.
 
     Args:
         cls: A dataclass, possibly of dataclasses.
@@ -48,7 +48,7 @@ def build(cls: type[T], data: dict[str, Any], *, source: Callable[[str], str] = 
             # A list whose item is wrong is also "too short" to pydantic: the deeper mistake is the one.
             paths = [path for path, _ in problems]
             problems = [p for p in problems if not any(len(o) > len(p[0]) and o[: len(p[0])] == p[0] for o in paths)]
-    # One line for each place: of a union's branches, the first one's.
+    # One line for each place: of the branches of a union, the first.
     lines = {path: f"{source(dotted(path))}{text}" for path, text in reversed(problems)}
     lines = {path: lines[path] for path, _ in problems}
     raise ConfigError("\n".join(dict.fromkeys(lines.values())))
@@ -56,18 +56,18 @@ def build(cls: type[T], data: dict[str, Any], *, source: Callable[[str], str] = 
 
 @functools.cache
 def _adapter(cls: Any) -> pydantic.TypeAdapter[Any]:
-    """Made once: a sweep checks thousands of jobs."""
+    """pydantic's adapter of a class, made once: a sweep checks thousands of jobs."""
     return pydantic.TypeAdapter(cls)
 
 
-def shown(value: Any) -> str:
-    """A value as a job file has it: null, true, lists."""
+def yaml_text(value: Any) -> str:
+    """A value as a job file writes it: null, true, lists."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(yaml_text, value))}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}: {shown(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k}: {yaml_text(v)}" for k, v in value.items()) + "}"
     return repr(value)
 
 
@@ -95,16 +95,16 @@ def _structure(kind: Any, value: Any, path: Where) -> Iterator[tuple[Where, str]
         for i, inner in enumerate(value):
             yield from _structure(item, inner, (*path, i))
     elif isinstance(value, bool) and not _allows_bool(kind):
-        yield path, f"={shown(value)} is not valid: allowed is {_allowed(kind)}."
+        yield path, f"={yaml_text(value)} is not valid: allowed is {_allowed(kind)}."
 
 
 def _unknown(path: Where, key: object, value: object, known: list[str]) -> str:
     near = nearest(key, known)
     hint = "remove it"
     if near:
-        on_command_line = f"--set {dotted((*path, near))}={shown(value)}"
-        hint = f"did you mean {near!r}? Write {on_command_line}, in a file {near}: {shown(value)}"
-    return f"={shown(value)}: there is no such key; {hint}. Allowed: {', '.join(known)}."
+        on_command_line = f"--set {dotted((*path, near))}={yaml_text(value)}"
+        hint = f"did you mean {near!r}? Write {on_command_line}, in a file {near}: {yaml_text(value)}"
+    return f"={yaml_text(value)}: there is no such key; {hint}. Allowed: {', '.join(known)}."
 
 
 def _explain(cls: type, details: Any) -> tuple[Where, str]:
@@ -113,33 +113,33 @@ def _explain(cls: type, details: Any) -> tuple[Where, str]:
         return path, f" is missing: allowed is {_allowed(kind)}. Write {dotted(path)}: VALUE"
     cause = (details.get("ctx") or {}).get("error")
     if isinstance(cause, ValueError):
-        # The message of a dataclass's own check, complete by itself. It begins with its field.
+        # A dataclass's own check has raised this. The message is complete, and begins with its field.
         message = _in_yaml_words(str(cause))
         name, equals, rest = message.partition("=")
         if equals and name.partition(".")[0] in _fields(_dataclass_in(kind) or cls):
             return (*path, *name.split(".")), f"={rest}"
         return path, f"{': ' if path else ''}{message}"
     received, default = details["input"], None if field is None else field.default
-    text = f"={shown(received)} is not valid: allowed is "
+    text = f"={yaml_text(received)} is not valid: allowed is "
     if isinstance(received, str) and _item_in(kind) is not None:
         items = ", ".join(part.strip() for part in received.split(",") if part.strip())
         return path, f"{text}{_allowed(kind)}. Write --set {dotted(path)}='[{items}]'"
     text += f"{_range(details) or _allowed(kind)}."
     if isinstance(default, (bool, int, float, str)):
-        plain = default if isinstance(default, str) else shown(default)
+        plain = default if isinstance(default, str) else yaml_text(default)
         text += f" The default is {plain}: write --set {dotted(path)}={plain}"
     return path, text
 
 
 def _in_yaml_words(text: str) -> str:
-    """A message that speaks of Python's values, for those who write YAML."""
+    """A message with Python's values, in YAML's spelling."""
     for python, yaml in ((r"\bNone\b", "null"), (r"\bTrue\b", "true"), (r"\bFalse\b", "false")):
         text = re.sub(python, yaml, text)
     return re.sub(r"=\(([^()]*?),?\)", r"=[\1]", text)
 
 
 def _range(details: Any) -> str | None:
-    """What a constraint allows, in words; ``None`` where it is the type that is wrong."""
+    """What a constraint allows, in words; None if the type is wrong."""
     ctx = details.get("ctx") or {}
     words = {
         "greater_than": "a number above {gt}",
@@ -158,7 +158,7 @@ def _range(details: Any) -> str | None:
 
 
 def _walk(cls: Any, loc: tuple[Any, ...]) -> tuple[Where, Any, dataclasses.Field[Any] | None]:
-    """The path a user would write for pydantic's location, which also names branches of unions."""
+    """The path that a user would write for pydantic's location, which also has the names of unions' branches."""
     path: list[str | int] = []
     kind: Any = cls
     field = None

@@ -14,7 +14,7 @@ from raytrain_het.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without its two traps: a repeated key that silently wins, and 1e-3 as a string."""
+    """SafeLoader that refuses a repeated key, and reads 1e-3 as a number."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -44,9 +44,9 @@ def read_yaml(path: str | Path, *, what: str = "job", example: str = "kind: digi
     """The mapping in a YAML file.
 
     Args:
-        path: of the file.
-        what: it is, for messages.
-        example: of what it may hold.
+        path: The file.
+        what: What the file is, for messages.
+        example: What it may hold, for messages.
 
     Raises:
         ConfigError: The file is missing or unreadable, is not YAML (the message has the line), or

@@ -1,4 +1,4 @@
-"""What each codec would do to a fleet's steps, before a run: for who has to choose one, or wants to know why."""
+"""Predict, before a run, how long a fleet's steps are with each codec, and say which codecs ``auto`` would choose."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from dataclasses import dataclass
 from raytrain_het.balance.codec_choice import MIN_GAIN, Fleet, Prediction, choose, predict
 
 _SLOWEST, _FASTEST = 1e3, 1e12
-"""Bytes per second: a break-even is looked for between them."""
+"""Bytes per second: the break-even bandwidth is searched between these."""
 
 
 @dataclass(frozen=True)
 class CodecAdvice:
-    """Of a fleet whose links are not shared with anything else, and where nothing passes beside the backward pass."""
+    """The predictions for a fleet. They assume that nothing else uses its links, and that no message overlaps with the
+    backward pass."""
 
     fleet: Fleet
     by_codec: dict[str, Prediction]
-    """If all workers used it."""
+    """By codec: the prediction, if all workers use it."""
     break_even: dict[str, float | None]
-    """By codec: the bandwidth, bytes per second, of the slowest link below which it makes steps shorter, if all links
-    were as much slower or faster; None where it never does."""
+    """By codec: the codec makes steps shorter if the slowest link has less than this bandwidth, in bytes per second,
+    and all other links are slower or faster by the same factor. None if it never does."""
     chosen: tuple[str, ...]
-    """By worker what ``auto`` would choose."""
+    """By worker: the codec that ``auto`` would choose."""
     step_s: float
-    """With that."""
+    """Seconds of a step with the chosen codecs."""
     why: str
 
 
@@ -33,9 +34,9 @@ def codec_advice(fleet: Fleet, codecs: Sequence[str], error: float) -> CodecAdvi
     """Predict every codec, and choose as ``auto`` does.
 
     Args:
-        fleet: the workers, with costs of these codecs.
-        codecs: what loses nothing first.
-        error: how much ``auto`` may lose of a message.
+        fleet: The workers, with the costs of these codecs.
+        codecs: The codecs, the one that loses nothing first.
+        error: How much of a message ``auto`` may lose.
     """
     size, plain = len(fleet.costs), codecs[0]
     by_codec = {word: predict(fleet, [word] * size) for word in codecs}

@@ -1,4 +1,4 @@
-"""How many cores this process may really use: its affinity, and the CPU quota of its control groups."""
+"""How many cores this process may use, by its affinity and the CPU quotas of its control groups."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class CpuLimit:
-    """What the kernel lets this process have."""
+    """The computing time that the kernel lets this process have."""
 
     cores: float
     """The least of the affinity's cores and every quota above this process."""
     period_s: float
-    """The longest period of these quotas; 0 without one. Within it a process may run at full speed for a while: what
-    takes less than a period says nothing about the quota."""
+    """The longest period of these quotas; 0 without one. A process may run at full speed for a part of a period, so
+    work that is shorter than a period does not show the quota."""
 
 
 def cpu_limit(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> CpuLimit:
-    """The limit in force, of control groups version 1 and 2. Without Linux's files, all cores of the machine."""
+    """The limit in force, by control groups of version 1 or 2. Without Linux's files it is all cores of the machine."""
     cores = float(_affinity())
     period_s = 0.0
     for folder in _groups(cgroups, membership):
@@ -37,10 +37,10 @@ def _affinity() -> int:
 
 
 def _groups(cgroups: Path, membership: Path) -> Iterator[Path]:
-    """The folders of this process's groups with all above them.
+    """The folders of this process's groups, and all folders above them.
 
-    In a container ``membership`` may name a path of the host, whose last part is mounted at the top: folders that do
-    not exist are no error, and the top is always looked at.
+    In a container ``membership`` may name a path of the host, whose last part is mounted at the top. So a folder that
+    does not exist is no error, and the top is always among them.
     """
     try:
         lines = membership.read_text().splitlines()

@@ -18,10 +18,10 @@ TRANSFERS = 5
 TRANSFER_BYTES = 4 * 2**20
 TIMEOUT_S = 10.0
 TRANSFERS_S = 1.0
-"""A slow link has no more transfers in a direction once they have taken so long together."""
+"""Once the transfers of one direction have taken so long, no more follow: a slow link is not measured for minutes."""
 
 _REQUEST = struct.Struct("!cI")
-"""What to do, and with how many bytes: ``>`` takes them in, ``<`` sends them, each answered or begun at once."""
+"""A request and a number of bytes. ``>``: the server reads them, then answers with a byte. ``<``: it sends them."""
 
 T = TypeVar("T")
 Address = tuple[str, int]
@@ -29,7 +29,7 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True)
 class Link:
-    """From one member to another."""
+    """The measured link between two machines."""
 
     latency_s: Measurement
     """Seconds of a round trip of a few bytes."""
@@ -48,20 +48,20 @@ class LinkServer:
     """Answers :func:`probe_link` on a port of its own until it is closed, one caller at a time.
 
     Args:
-        host: the address to listen on: the one by which peers reach this machine.
+        host: The address to listen on, by which peers reach this machine.
     """
 
     def __init__(self, host: str) -> None:
         try:
             self._socket = socket.create_server((host, 0))
-        except OSError:  # Behind address translation a machine does not have the address by which it is reached.
+        except OSError:  # Behind address translation no interface of the machine has this address.
             self._socket = socket.create_server(("", 0))
         self.address: Address = (host, self._socket.getsockname()[1])
         self._thread = threading.Thread(target=self._serve, name="link-probe", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """No further callers."""
+        """Stop answering."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # Wakes `accept`, which `close` alone does not.
         self._socket.close()
@@ -87,10 +87,10 @@ class LinkServer:
 
 
 def probe_link(address: Address) -> Link:
-    """Measure the link to a :class:`LinkServer`: the round trips' median, and transfers of 4 MiB each way.
+    """Measure the link to a :class:`LinkServer`: round trips of a few bytes, and transfers of 4 MiB each way.
 
     Raises:
-        OSError: nobody answers there, or not within ``TIMEOUT_S``.
+        OSError: Nothing answers there, or not within ``TIMEOUT_S``.
     """
     with socket.create_connection(address, timeout=TIMEOUT_S) as peer:
         _set_up(peer)
@@ -109,21 +109,22 @@ def probe_link(address: Address) -> Link:
         return Link(latency, *(_speed(transfer, latency.median) for transfer in (send, receive)))
 
 
-class Member(Protocol):
-    """One end of links, here or in another process."""
+class LinkEnd(Protocol):
+    """A machine's end of its links, in this process or in another."""
 
     def listen(self) -> Address:
-        """Start a :class:`LinkServer` there, unless there is one."""
+        """Start a :class:`LinkServer` there, unless it runs already; returns its address."""
 
     def link_to(self, address: Address) -> Link | None:
         """:func:`probe_link` from there; None if it fails."""
 
 
-def probe_links(members: Sequence[Member]) -> dict[tuple[int, int], Link | None]:
-    """Each member's link with the next in a ring, one after another, since they may share a wire.
+def probe_links(members: Sequence[LinkEnd]) -> dict[tuple[int, int], Link | None]:
+    """Measure each member's link to the next one in a ring. They take turns, since links may share a wire.
 
-    By positions of its two ends. Two members have one link, a single one has none; None stands for a link over which
-    nothing comes.
+    Returns:
+        The links, by the positions of their two ends. Two members have one link, a single member has none. None stands
+        for a link that could not be measured.
     """
     if len(members) < 2:
         return {}
@@ -132,9 +133,9 @@ def probe_links(members: Sequence[Member]) -> dict[tuple[int, int], Link | None]
 
 
 def slowest_link(member: T, links: Mapping[tuple[T, T], Link | None]) -> tuple[float, float] | None:
-    """A member's latency, seconds of a round trip, and bandwidth, bytes per second: the worst of its links.
+    """A member's worst latency, in seconds of a round trip, and worst bandwidth, in bytes per second.
 
-    None if nothing is known of them.
+    None if none of its links was measured.
     """
     own = [link for ends, link in links.items() if member in ends and link is not None]
     if not own:
@@ -147,7 +148,7 @@ def _speed(transfer: Callable[[int], None], latency_s: float) -> Measurement:
     speeds: list[float] = []
     began = time.perf_counter()
     while len(speeds) < TRANSFERS and (not speeds or time.perf_counter() - began < TRANSFERS_S):
-        # The answer's way back is no part of the transfer.
+        # The time that the answer takes to come back is taken off.
         elapsed = _timed(transfer, TRANSFER_BYTES)
         speeds.append(TRANSFER_BYTES / max(elapsed - latency_s, elapsed / 10))
     return Measurement.of(speeds)

@@ -1,4 +1,4 @@
-"""Does it pay? What a fleet will do, before it does it: pure arithmetic on what has been measured."""
+"""Predict how fast a fleet trains, from measurements of its machines: pure arithmetic."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from raytrain_het.balance.batch_shares import StepCost, balanced_shares, slowest_s
 
 ENOUGH = 0.95
-"""So much of the best throughput is enough: beyond it, a larger batch buys little."""
+"""So much of the best throughput is enough: a still larger batch gains little."""
 MESSAGES_S = 1.2e-3
-"""CPU time that a step's messages take of a member, whatever their size (``experiments.benchmarks.protocol_cost``)."""
+"""CPU time that a member spends on a step's messages, whatever their size
+(``experiments.benchmarks.protocol_cost``)."""
 MESSAGES_S_PER_BYTE = 1.5e-9
-"""The same, for each byte of the gradient: collecting, checking, sending, summing and taking in (likewise)."""
+"""CPU time that a member spends on messages for each byte of the gradient (measured likewise)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,29 +23,29 @@ class Machine:
     """One worker of a fleet."""
 
     cost: StepCost
-    """Its step by itself, no communication in it."""
+    """The cost of its step alone, without communication."""
     latency_s: float = 0.0
-    """A round trip over its slowest link."""
+    """Seconds of a round trip over its slowest link."""
     bandwidth: float = math.inf
     """Bytes per second that it can send, and receive at the same time, over its slowest link."""
     cores: float = math.inf
-    """CPU cores that it computes with, which messages take time of."""
+    """The CPU cores that it computes with. Messages take time of the same cores."""
     spread: float = 0.0
     """Relative standard deviation of its step's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
+class FleetPrediction:
     """What a fleet will do at a global batch size."""
 
     shares: tuple[int, ...]
     """Samples of each machine."""
     compute_s: float
-    """The slowest machine's part of a step, its own work for messages included."""
+    """Seconds of a step that the slowest machine computes, with its work for messages."""
     communication_s: float
-    """On the way, see :func:`communication_s`."""
+    """Seconds that messages are on their way, see :func:`communication_s`."""
     chance_s: float
-    """What steps wait for whoever happens to be slowest, see :func:`chance`."""
+    """Seconds that a step waits because some machine is slower than on average, see :func:`chance`."""
 
     @property
     def step_s(self) -> float:
@@ -59,24 +60,24 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What to make of a fleet."""
+    """A fleet's prediction, and what would make it faster."""
 
-    prediction: Prediction
+    prediction: FleetPrediction
     """All machines, at the batch size that was asked for."""
     solo_samples_per_s: tuple[float, ...]
-    """What each machine does alone with its share, ``b / t(b)``."""
+    """Samples per second of each machine alone, with its share: ``b / t(b)``."""
     gains: tuple[float, ...]
     """Throughput with a machine over throughput without it; infinite for the only one."""
     costs_more: tuple[int, ...]
-    """Machines that cost more than they give, by position. Left out one at a time, the worst first, as long as one's
-    gain is 1 or less: beside a machine that holds all others up, those look useless too."""
-    without_them: Prediction
-    """The machines that are left."""
+    """Positions of machines without which the fleet is faster. They are left out one at a time, the worst first, while
+    a gain is 1 or less: beside a machine that all others wait for, those look useless too."""
+    without_them: FleetPrediction
+    """The prediction for the machines that are left."""
     best_batch_size: int
     """The global batch size with the best throughput within the bound."""
     best_samples_per_s: float
     enough_batch_size: int
-    """The least one that gives ``ENOUGH`` of it."""
+    """The smallest global batch size that reaches ``ENOUGH`` of the best throughput."""
 
     @property
     def fraction_of_aggregate(self) -> float:
@@ -85,7 +86,7 @@ class Advice:
 
 
 def communication_s(machines: Sequence[Machine], gradient_bytes: float) -> float:
-    """Seconds of a sharded all-reduce that hides behind nothing.
+    """Seconds of a sharded all-reduce that does not overlap with computation.
 
     ``2 (N-1)/N * bytes / min_i bandwidth_i + 2 max_i latency_i``: there are two exchanges, one of parts and one of
     sums. In each, every member sends, and at the same time receives, ``(N-1)/N`` of the gradient's bytes over its
@@ -105,7 +106,7 @@ def messages_s(machine: Machine, gradient_bytes: float) -> float:
 
 
 def chance(spreads: Sequence[float]) -> float:
-    """By what part the slowest of ``N`` times that are equal in the mean exceeds it, on average.
+    """By which part the largest of ``N`` times of equal mean exceeds that mean, on average.
 
     ``sqrt(mean_i spread_i^2) * Phi^-1((N - 3/8) / (N + 1/4))``: normal deviates, and Blom's approximation (1958) of the
     mean of the largest of them. 0 for a single one.
@@ -115,20 +116,20 @@ def chance(spreads: Sequence[float]) -> float:
     return largest * math.sqrt(statistics.fmean(spread**2 for spread in spreads))
 
 
-def predict(machines: Sequence[Machine], *, global_batch_size: int, gradient_bytes: float) -> Prediction:
+def predict(machines: Sequence[Machine], *, global_batch_size: int, gradient_bytes: float) -> FleetPrediction:
     """The fleet with balanced shares: ``T = (1 + chance) max_i (t_i(b_i) + messages_s_i) + communication_s``.
 
-    Nobody has messages in a fleet of one.
+    A fleet of one machine has no messages.
 
     Raises:
-        ValueError: the batch has less than a sample for each machine, or a cost is not valid.
+        ValueError: The batch has less than one sample for each machine, or a cost is not valid.
     """
     costs = [m.cost for m in machines]
     if len(machines) > 1:
         costs = [StepCost(m.cost.fixed_s + messages_s(m, gradient_bytes), m.cost.per_sample_s) for m in machines]
     shares = balanced_shares(costs, global_batch_size)
     compute_s = slowest_s(costs, shares)
-    return Prediction(
+    return FleetPrediction(
         shares=tuple(shares),
         compute_s=compute_s,
         communication_s=communication_s(machines, gradient_bytes),
@@ -139,19 +140,19 @@ def predict(machines: Sequence[Machine], *, global_batch_size: int, gradient_byt
 def advice(
     machines: Sequence[Machine], *, global_batch_size: int, gradient_bytes: float, max_batch_size: int | None = None
 ) -> Advice:
-    """Predict a fleet, and what would change it.
+    """Predict a fleet, and find machines and batch sizes that would make it faster.
 
     Args:
-        machines: one or more.
-        global_batch_size: B, at least one sample for each.
-        gradient_bytes: what a whole gradient takes on the wire.
-        max_batch_size: the largest global batch to consider, from B; default is B.
+        machines: One or more.
+        global_batch_size: B, at least one sample for each machine.
+        gradient_bytes: The bytes of a whole gradient in messages.
+        max_batch_size: The largest global batch to consider; the default is B.
 
     Raises:
-        ValueError: see :func:`predict`.
+        ValueError: See :func:`predict`.
     """
 
-    def at(members: Sequence[Machine], batch: int) -> Prediction:
+    def at(members: Sequence[Machine], batch: int) -> FleetPrediction:
         return predict(members, global_batch_size=batch, gradient_bytes=gradient_bytes)
 
     whole = at(machines, global_batch_size)

@@ -1,13 +1,12 @@
-"""Measurements: what a device can do, and what a model's training step takes on it.
+"""Measure a device: its speed, and the time of a model's training step on it.
 
-What counts is work done over tens of milliseconds of wall time, never the time of one short operation: a process
-under a CPU quota runs at full speed until it has used up its part of a period, and then stands still.
+A measurement counts the work that is done in tens of milliseconds of wall time, and never times one short operation: a
+process under a CPU quota runs at full speed until it has used its part of a period, and then stands still.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import platform
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from raytrain_het.balance.batch_shares import StepCost
 from raytrain_het.balance.profile import Measurement, Profile
@@ -30,16 +30,16 @@ BLOCKS = 5
 """Each quantity is measured so many times."""
 MIN_BLOCK_S = 0.02
 LOCK_WAIT_S = 60.0
-"""Whoever has waited for its turn for so long goes on without: a stopped process must not hold up a machine."""
+"""A process waits for its turn no longer than this, then goes on: a stopped process must not hold up a machine."""
 MIN_SLOPE = 0.01
-"""A sample takes at least this part of ``t(b) / b`` of the largest batch: a line through noise may fall."""
+"""The fitted time of a sample is at least this part of ``t(b) / b`` of the largest batch: noise may tilt the line."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MIB = 2**20
 
 
 def probe_hardware(device: str | torch.device = "cpu", *, seconds_each: float = 0.1) -> Profile:
-    """Measure a device: matrix products (fp32, bf16; fp16 on CUDA), a copy in its memory, and the way to it.
+    """Measure a device: matrix products (fp32, bf16; fp16 on CUDA), a copy in its memory, and a copy from the host.
 
     Each quantity takes about ``seconds_each``, in ``BLOCKS`` blocks of at least 20 ms; more under a CPU quota, where a
     block is at least two whole periods of it. Probes on one machine take turns.
@@ -53,7 +53,7 @@ def probe_hardware(device: str | torch.device = "cpu", *, seconds_each: float = 
             work()
             finish()
 
-        run()  # Warm: pages are mapped, kernels chosen.
+        run()  # The first run maps pages and chooses kernels.
         return Measurement.of([amount / _seconds_each(run, seconds_each / BLOCKS) for _ in range(BLOCKS)])
 
     with one_at_a_time(), torch.inference_mode():
@@ -80,13 +80,13 @@ def probe_hardware(device: str | torch.device = "cpu", *, seconds_each: float = 
 
 
 def known_or_probed(device: str | torch.device = "cpu", *, store: ProfileStore | None = None) -> Profile:
-    """The kept profile of such hardware, or else a new one, which is then kept."""
+    """The kept profile of this hardware; if there is none, a new one, which is then kept."""
     store = store or ProfileStore()
     key = hardware_key(device)
     profile = store.profile(key)
     if profile is None:
         with one_at_a_time("profile"):
-            profile = store.profile(key)  # Whoever had its turn before may have measured the same.
+            profile = store.profile(key)  # Another process may have measured it meanwhile.
             if profile is None:
                 profile = probe_hardware(device)
                 store.keep_profile(key, profile)
@@ -99,15 +99,15 @@ def probe_step(
     """Measure a training step at several batch sizes, in turns, and fit ``t(b) = c + k b``.
 
     Args:
-        run_step: does a whole step with so many samples, and returns when it is done (also on a GPU).
-        batch_sizes: different ones, from 1; two or more tell ``c`` from ``k``.
-        seconds: for all blocks together; more where blocks would be too short (see :func:`probe_hardware`).
+        run_step: Does a whole step with so many samples, and returns when it is done (also on a GPU).
+        batch_sizes: Different ones, from 1; it takes two or more to tell ``c`` from ``k``.
+        seconds: For all blocks together; more if blocks would be too short (see :func:`probe_hardware`).
 
     Returns:
         The cost, and the seconds of a step by batch size.
     """
     sizes = sorted(set(batch_sizes), reverse=True)
-    for b in sizes:  # The largest first: memory is taken once.
+    for b in sizes:  # The largest comes first, so that memory is allocated once.
         run_step(b)
     times: dict[int, list[float]] = {b: [] for b in sizes}
     for _ in range(BLOCKS):
@@ -141,22 +141,23 @@ def fit_step_cost(times: dict[int, float]) -> StepCost:
 
 @contextlib.contextmanager
 def one_at_a_time(name: str = "probe", *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
-    """Processes of this user on this machine take turns in the block."""
+    """Processes of this user on this machine take turns in the block.
+
+    A process that has waited for ``wait_s`` goes on without its turn.
+    """
     folder = Path(tempfile.gettempdir()) / f"raytrain_het-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    deadline = time.monotonic() + wait_s
-    with (folder / f"{name}.lock").open("w") as file:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
+    lock = FileLock(folder / f"{name}.lock")
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=wait_s, poll_interval=0.01)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def hardware_name(device: str | torch.device = "cpu") -> str:
-    """What a person would call it."""
+    """The hardware's name, for people."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -165,7 +166,7 @@ def hardware_name(device: str | torch.device = "cpu") -> str:
 
 
 def hardware_key(device: str | torch.device = "cpu") -> str:
-    """What a kept profile depends on: the hardware, the cores and threads that may be used, and torch's version."""
+    """The key of a kept profile: the hardware, the cores and threads that may be used, and torch's version."""
     cores, threads = f"{cpu_limit().cores:.3g} cores", f"{torch.get_num_threads()} threads"
     return f"{hardware_name(device)}, {torch.device(device).type}, {cores}, {threads}, torch {torch.__version__}"
 
@@ -181,8 +182,8 @@ def _cpu_name() -> str:
 def _seconds_each(run: Callable[[], object], block_s: float) -> float:
     """Wall seconds of one run, over a block of them.
 
-    Under a CPU quota blocks are whole periods, two or more: whatever they begin with, they hold the same computing
-    time.
+    Under a CPU quota a block is two whole periods or more: it then has the same computing time wherever in a period it
+    begins.
     """
     period_s = cpu_limit().period_s
     block_s = max(block_s, MIN_BLOCK_S)

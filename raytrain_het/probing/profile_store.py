@@ -1,4 +1,4 @@
-"""Profiles that outlive a run: known hardware and known models need not be measured again."""
+"""Profiles that outlive a run: known hardware, and known models on it, are not measured again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _keeps_nothing = False
 
 
 def keep_nothing() -> None:
-    """From now on stores in this process neither keep nor know anything, unless a folder is named.
+    """From now on, stores in this process keep nothing and know nothing, unless they name a folder.
 
-    For a process that is slowed down in a way that the key of its hardware does not show: what it measures is not
-    true of the machine.
+    A process calls this if it is slowed down in a way that the key of its hardware does not show: its measurements are
+    not those of the machine.
     """
     global _keeps_nothing
     _keeps_nothing = True
@@ -32,12 +32,12 @@ def keep_nothing() -> None:
 class ProfileStore:
     """A folder with a small JSON file per key.
 
-    It is a convenience: a store that is missing, damaged or cannot be written is one that knows nothing, never an
-    error. Files are replaced as a whole, so that several processes may use it at once.
+    A store that is missing, damaged or not writable knows nothing, and never raises an error. Files are replaced as a
+    whole, so several processes may use the store at once.
 
     Args:
-        folder: default is ``raytrain_het/profiles`` in ``$XDG_CACHE_HOME``, or else in ``~/.cache``; nowhere after
-            :func:`keep_nothing`.
+        folder: The default is ``raytrain_het/profiles`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``; after
+            :func:`keep_nothing` there is no default.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -45,7 +45,7 @@ class ProfileStore:
         self._keeps = folder is not None or not _keeps_nothing
 
     def profile(self, hardware: str) -> Profile | None:
-        """What is known of a hardware, by its key (``probes.hardware_key``)."""
+        """The profile of a hardware by its key (``probes.hardware_key``), or None."""
         with contextlib.suppress(KeyError, TypeError, AttributeError):
             data = self._read(hardware)
             profile = Profile.from_json(data) if data is not None else None
@@ -53,11 +53,11 @@ class ProfileStore:
         return None
 
     def keep_profile(self, hardware: str, profile: Profile) -> None:
-        """Replace what is known of a hardware. A step cost belongs to a model, and is not kept with it."""
+        """Keep the profile of a hardware. Its step cost belongs to a model, and is left out."""
         self._write(hardware, dataclasses.replace(profile, step=None).to_json())
 
     def step(self, hardware: str, model: str) -> StepCost | None:
-        """What is known of a model's training step on a hardware, by the model's fingerprint."""
+        """The cost of a model's training step on a hardware by the model's fingerprint, or None."""
         with contextlib.suppress(TypeError):
             data = self._read(f"{hardware}, model {model}")
             cost = StepCost(**data) if data is not None else None
@@ -66,7 +66,7 @@ class ProfileStore:
         return None
 
     def keep_step(self, hardware: str, model: str, cost: StepCost) -> None:
-        """Replace what is known of a model's training step on a hardware."""
+        """Keep the cost of a model's training step on a hardware."""
         self._write(f"{hardware}, model {model}", dataclasses.asdict(cost))
 
     def _path(self, key: str) -> Path:
@@ -98,7 +98,7 @@ def _is_number(value: Any, *, or_zero: bool = False) -> bool:
 
 
 def _is_sound(profile: Profile) -> bool:
-    """Whether it is made of what measurements can be."""
+    """Whether a profile that was read holds possible measurements."""
     measured = [*profile.flops.values(), profile.memory_bandwidth, profile.host_to_device]
     texts = (profile.hardware, profile.device)
     return (

@@ -13,10 +13,10 @@ from raytrain_het.ray_train.scaling import HetScalingConfig
 
 
 class HetScalingPolicy(FixedScalingPolicy):
-    """Asks for every slot's own bundle; without an autoscaler it asks nobody.
+    """Asks the autoscaler for every slot's own bundle.
 
-    The coordinator of Ray is an actor of its own: on a small machine without an autoscaler its
-    start would cost seconds for nothing.
+    Without an autoscaler it asks nobody: Ray's coordinator is an actor, which takes seconds to start on a small
+    machine.
     """
 
     def __init__(self, scaling_config: HetScalingConfig, *, autoscaler: bool) -> None:
@@ -26,8 +26,8 @@ class HetScalingPolicy(FixedScalingPolicy):
     def resource_request(self) -> tuple[list[dict[str, float]], list[dict[str, str]] | None]:
         """The bundles and label selectors that the autoscaler is asked for.
 
-        The pin of an ``"auto"`` slot to its node is left out: that node exists already, and when
-        it goes the slot is to be had anywhere.
+        The node of an ``"auto"`` slot is left out: that node exists already, and once it is gone the slot may be on any
+        node.
         """
         slots = self.scaling_config.slots or ()
         selectors = [slot.selector(pinned=False) for slot in slots]
@@ -51,7 +51,7 @@ class _Client(rays.TrainAutoscalingCoordinatorClient):
         self._policy = policy
 
     def send_resource_request(self, scaling_config: Any, num_workers: int) -> None:
-        """As Ray's, with the real bundles."""
+        """Ray's request, with the real bundles."""
         resources, selectors = self._policy.resource_request()
         try:
             ray.get(

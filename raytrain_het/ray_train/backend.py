@@ -1,10 +1,10 @@
 """The torch backend inside each worker, and the callback that answers for Ray Data.
 
-Every worker is a replica group of its own (that is how Ray Train lets one be replaced while the
-others go on), so that torch's default process group has one member. The group of all workers is
-made by ``training``, once per generation.
+Every worker is a replica group of its own: that is how Ray Train lets one worker be replaced while the others go on. So
+torch's default process group has one member. ``raytrain_het.worker`` makes the group of all workers, once for each
+generation.
 
-The controller loads this module, and has no use for torch: only what runs in a worker imports it.
+The controller loads this module and needs no torch: only functions that run in a worker import it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _set_up_torch(backend: str) -> None:
 
 
 class HetBackend(Backend):
-    """A default process group of one, without a port or a peer. It ends with its process."""
+    """Makes a default process group with one member, without a port or a peer. It ends with its process."""
 
     share_cuda_visible_devices: bool = True
     has_replica_groups: bool = True
@@ -45,7 +45,7 @@ class HetBackend(Backend):
 
 @dataclass
 class HetBackendConfig(BackendConfig):
-    """What Ray's ``TorchConfig`` says, with the backend above."""
+    """The settings of Ray's ``TorchConfig``, for :class:`HetBackend`."""
 
     backend: str = "gloo"
     timeout_s: int = 1800
@@ -77,7 +77,7 @@ class _NoDatasets:
 
 
 class WorkerSetup(WorkerGroupCallback, ReplicaGroupCallback):
-    """What each worker gets besides Ray's own: the answer for datasets, and the working directory."""
+    """Gives each worker an error for Ray Data's datasets, and its working directory."""
 
     def __init__(self, change_directory: bool) -> None:
         self._change_directory = change_directory

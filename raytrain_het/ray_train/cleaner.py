@@ -1,6 +1,6 @@
-"""Removes a run's placement groups whatever happens to its controller.
+"""The actor that removes a run's placement groups, whatever happens to its controller.
 
-Its process imports this module and little else, so that it costs little to have.
+Its process imports little besides this module, and so needs little memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 class PlacementCleaner:
     """A detached actor that removes a run's placement groups if its controller dies.
 
-    Ray's own knows one group per run and needs the dashboard's State API; this one knows all of
-    them and asks the control store directly.
+    Ray's own cleaner knows one group per run, and needs the dashboard's State API. This one knows all groups, and asks
+    the control store directly.
     """
 
     def __init__(self, controller_actor_id: str, interval_s: float = 1.0) -> None:

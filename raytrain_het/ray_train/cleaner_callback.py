@@ -23,9 +23,9 @@ class PlacementCleanerCallback(ControllerCallback):
         self._cleaner: Any = None
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        # By value, so that its process loads Ray and not this package with torch.
+        # The class is pickled by value: the cleaner's process loads Ray, but not this package with torch.
         cloudpickle.register_pickle_by_value(cleaner)
-        # Detached, on the head node: it must outlive the controller and the driver's actor.
+        # The cleaner is detached and on the head node, since it has to outlive the controller and the driver.
         self._cleaner = (
             ray.remote(num_cpus=0, max_concurrency=4)(cleaner.PlacementCleaner)
             .options(lifetime="detached", resources={HEAD_NODE_RESOURCE_NAME: 0.001}, scheduling_strategy="DEFAULT")
@@ -41,8 +41,8 @@ class PlacementCleanerCallback(ControllerCallback):
         self._stop()
 
     def before_controller_abort(self) -> None:
-        # The groups are removed after this callback, and a kill in between must not leak them:
-        # the cleaner sees the controller go and ends by itself.
+        # The groups are removed after this callback, and a kill in between must not leak them. So the cleaner stays: it
+        # sees the controller end, and then ends by itself.
         self._cleaner = None
 
     def _stop(self) -> None:

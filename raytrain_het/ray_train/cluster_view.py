@@ -1,4 +1,4 @@
-"""What the cluster has now, and what its autoscaler may add: the impure side of ``resources``."""
+"""What the cluster has now, and what its autoscaler may add. ``resources`` has the rules, this module asks Ray."""
 
 from __future__ import annotations
 
@@ -33,32 +33,31 @@ def settle(scaling: HetScalingConfig) -> HetScalingConfig:
     nodes = [n for n in ray.nodes() if n["Alive"]]
     if scaling.workers == "auto":
         return scaling.resolved(resolve_auto(nodes, _free_resources()))
-    assert scaling.slots is not None
+    slots = scaling.resolved_slots
     types = autoscaler_types()
     shapes = shapes_of(nodes) + (types or [])
-    # A type whose resources are not known could hold anything: the verdict is then Ray's.
+    # A node type with unknown resources could hold anything: Ray decides.
     if not any(not s.resources for s in types or []):
-        check_feasible(scaling.slots, shapes)
+        check_feasible(slots, shapes)
     return scaling
 
 
 def num_at_once(scaling: HetScalingConfig) -> int:
     """How many runs with these workers the cluster holds at the same time, with what its autoscaler may add.
 
-    With ``"auto"`` one: it takes all.
+    With ``"auto"`` it is one run, which takes the whole cluster.
 
     Raises:
-        ResourceError: Not even one.
+        ResourceError: The cluster cannot hold one run.
     """
     if scaling.workers == "auto":
         return 1
-    slots = settle(scaling).slots
-    assert slots is not None
+    slots = settle(scaling).resolved_slots
     return num_fitting(slots, shapes_of([n for n in ray.nodes() if n["Alive"]]) + (autoscaler_types() or []))
 
 
 def _free_resources() -> dict[str, dict[str, float]]:
-    """What is free by node id. A run that has just ended gives back within a moment: wait for it."""
+    """Free resources, by node id. A run that has just ended returns its resources within a moment: wait for them."""
     deadline = time.monotonic() + _SETTLE_S
     best = ray_state.available_resources_per_node()
     while time.monotonic() < deadline:
@@ -115,7 +114,7 @@ def node_alive(node_id: str | None) -> bool:
 
 
 def describe_free(slots: Sequence[SlotSpec]) -> str:
-    """For the line that tells a user what a pending worker waits for."""
+    """The free amounts of the resources that some slots need, for a message to the user."""
     names = {name for slot in slots for name in slot.resources}
     free: dict[str, float] = dict.fromkeys(sorted(names), 0.0)
     for node in ray_state.available_resources_per_node().values():

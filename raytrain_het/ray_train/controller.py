@@ -1,4 +1,4 @@
-"""The controller: Ray's, with the group of slots, its membership actor, and the last report as the result."""
+"""The controller: Ray Train's, with a worker group of slots, a membership actor, and the last report as the result."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ META_FILE = "het.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """What the controller needs beside Ray's own contexts."""
+class RunSettings:
+    """The settings of a run that the controller needs besides Ray's own contexts."""
 
     config: HetConfig
     parts: Parts
@@ -46,8 +46,8 @@ class HetController(TrainController):
 
     worker_group_cls = HetWorkerGroup
 
-    def __init__(self, *, plan: RunPlan, callbacks: list[Any], **rays: Any) -> None:
-        # It is an async actor whose poll waits for its workers by design, as Ray's own does.
+    def __init__(self, *, plan: RunSettings, callbacks: list[Any], **rays: Any) -> None:
+        # This is an async actor whose poll blocks, as Ray's own controller does. Ray would warn of that.
         ray._private.worker.blocking_get_inside_async_warned = True
         self._plan = plan
         self._attempt = -1
@@ -89,7 +89,7 @@ class HetController(TrainController):
         group.start()
 
     def _latest_checkpoint(self) -> tuple[str | None, Cursor | None]:
-        """Where the run goes on: the path of its last registered checkpoint, and the cursor in it."""
+        """The path of the run's last registered checkpoint, and the cursor in it; or (None, None)."""
         latest = self._checkpoint_manager.latest_checkpoint_result
         if latest is None:
             return None, None
@@ -108,7 +108,7 @@ class HetController(TrainController):
         self._last_word = last_word
 
     def last_word(self) -> dict[str, Any]:
-        """Status, events and reports of the last attempt, after its end, and the full texts of errors."""
+        """After the run's end: status, events and reports of the last attempt, and the full texts of errors."""
         return self._last_word
 
     def _build_result(self) -> Result:

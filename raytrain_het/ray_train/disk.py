@@ -1,4 +1,4 @@
-"""Whether a folder can be written to. Without Ray, so that a wrong one is refused before Ray is loaded."""
+"""Whether a folder can be written to. It needs no Ray: a wrong folder is refused before Ray is loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_some(folder: Path) -> None:
-    """Write some KiB into a folder and remove them: on a full disk an empty file can still be made.
+    """Write 64 KiB into a folder and remove them. An empty file would not do: a full disk still takes one.
 
     Raises:
         OSError: They could not be written.

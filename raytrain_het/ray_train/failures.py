@@ -1,4 +1,4 @@
-"""What an error means, and what ``fit`` raises for it."""
+"""What a worker's error means for the run, and what ``fit`` raises for it."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ class TrainFunctionError(HetError, WorkerGroupError):
         return f"{self._error_message.rstrip()}\n(raised by the training function on world rank {ranks})"
 
 
-class Verdict(enum.Enum):
+class ErrorMeaning(enum.Enum):
     """What an error of a worker's training function means for the run."""
 
     LEFT = "left"
     """The worker was dropped; the run goes on without it."""
     RUN_FAILED = "run failed"
-    """It only passes on that the run failed; the reason is elsewhere."""
+    """The worker only reports that the run has failed; another error has the reason."""
     USER = "user"
     """The training function itself raised."""
 
 
-def judge(error: Exception) -> Verdict:
-    """What this error of a worker's status means."""
+def meaning_of(error: Exception) -> ErrorMeaning:
+    """What an error in a worker's status means."""
     cause = error._base_exc if isinstance(error, UserExceptionWithTraceback) else error
     if isinstance(cause, EvictedError):
-        return Verdict.LEFT
+        return ErrorMeaning.LEFT
     if isinstance(cause, RunFailedError):
-        return Verdict.RUN_FAILED
-    return Verdict.USER
+        return ErrorMeaning.RUN_FAILED
+    return ErrorMeaning.USER
 
 
 def foremost(errors: dict[int, Exception]) -> dict[int, Exception]:
-    """The errors to show: the training function's own before those that only pass it on."""
-    users = {slot: e for slot, e in errors.items() if judge(e) is Verdict.USER}
+    """The errors to show: the training function's own, or all errors if there are none of its own."""
+    users = {slot: e for slot, e in errors.items() if meaning_of(e) is ErrorMeaning.USER}
     return users or errors
 
 
@@ -57,8 +57,8 @@ def to_raise(error: TrainingFailedError, texts: dict[int, str]) -> BaseException
     """The exception that ``fit`` raises for Ray's.
 
     Args:
-        error: Of the ``Result``.
-        texts: The tracebacks by world rank, in full.
+        error: The error in Ray's ``Result``.
+        texts: The full tracebacks, by world rank.
     """
     if isinstance(error, ControllerError) and isinstance(error.controller_failure, HetError):
         return error.controller_failure

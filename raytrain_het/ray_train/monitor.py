@@ -1,4 +1,4 @@
-"""The driver's thread that watches a run: it fills the run folder and feeds a live display."""
+"""The driver's thread that watches a run: it polls the membership actor, writes the run folder and calls a display."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Monitor:
 
     Args:
         run_id: Ray Train's id of the run.
-        folder: Where to write; may write nothing.
+        folder: Writes the run's files.
         on_update: Called from this thread with (status, new events, new reports).
-        resumed: What the run goes on from: its samples are not this process's.
+        resumed: The checkpoint that the run resumes from. Its samples do not count as this process's.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class Monitor:
         self._checkpoint = resumed.path if resumed is not None else None
         self._num_checkpoints = self._num_failed = 0
         self._steps = self._clipped = 0
-        """Of the epochs that were reported."""
+        """Steps, and steps with clipped gradients, of the epochs that were reported."""
         self._attempt = 0
         self._handle: Any = None
         self._events_seen = self._reports_seen = 0
         self._stopped = threading.Event()
         self._workers: dict[int, dict[str, Any]] = {}
         self._sent: dict[int, tuple[str, int, int]] = {}
-        """By slot: the process, its steps, and the bytes that it had sent, when they were last written down."""
+        """By slot: the worker's uid, its steps, and the bytes that it had sent, when they were last written."""
         self._status: dict[str, Any] = {}
         self._last_report: dict[str, Any] = {}
         self._speeds: dict[str, float | None] = dict.fromkeys(_RUN_SPEEDS)
@@ -61,11 +61,11 @@ class Monitor:
         self._thread.start()
 
     def finish(self, last_word: dict[str, Any] | None) -> None:
-        """Stop, and take in what the membership actor said last."""
+        """Stop the thread, and take in the membership actor's last word."""
         self._stopped.set()
         self._thread.join(5)
         if last_word:
-            self._take(
+            self._take_in(
                 last_word.get("status") or {},
                 [e for e in last_word.get("events", []) if e["seq"] >= self._events_seen],
                 [r for r in last_word.get("reports", []) if r["seq"] >= self._reports_seen],
@@ -73,10 +73,10 @@ class Monitor:
         self._folder.close()
 
     def summary(self, metrics: dict[str, Any] | None) -> dict[str, Any]:
-        """The figures of the run, the last known of every worker.
+        """The figures of the run, and the last known ones of every worker.
 
         Args:
-            metrics: Of the ``Result``.
+            metrics: The metrics of the ``Result``; None takes those of the last report.
         """
         throughput = 0.0
         if self._started and self._ended and self._ended[0] > self._started[0]:
@@ -104,12 +104,12 @@ class Monitor:
             except (RayError, TimeoutError):
                 self._handle = None
             except ValueError:
-                self._handle = None  # no such actor: not yet, or no longer
+                self._handle = None  # There is no such actor yet, or no longer.
             except Exception as error:
                 self._complain(error)
 
     def _complain(self, error: Exception) -> None:
-        """Once for each kind of error, and where it is the disk's, in a line."""
+        """Warn of an error, once for each class of error; in one line, if it is the disk's."""
         if type(error) in self._complained:
             return
         self._complained.add(type(error))
@@ -121,16 +121,16 @@ class Monitor:
     def _poll(self) -> None:
         if self._handle is None:
             self._handle = self._find()
-        # Without retries: questions that are open when the actor is ended would be complained about.
+        # Without retries: Ray would print an error for each call that is open when the actor ends.
         asked = {"status": (), "events": (self._events_seen,), "reports": (self._reports_seen,)}
         status, events, reports = ray.get(
             [getattr(self._handle, name).options(max_task_retries=0).remote(*args) for name, args in asked.items()],
             timeout=2,
         )
-        self._take(status, events, reports)
+        self._take_in(status, events, reports)
 
     def _find(self) -> Any:
-        """The actor of the latest attempt. Its counters start anew."""
+        """The actor of the latest attempt. Its events and reports are counted from 0."""
         try:
             handle = ray.get_actor(hub_name(self._run_id, self._attempt + 1))
             self._attempt += 1
@@ -139,7 +139,7 @@ class Monitor:
         except ValueError:
             return ray.get_actor(hub_name(self._run_id, self._attempt))
 
-    def _take(self, status: dict[str, Any], events: list[dict[str, Any]], reports: list[dict[str, Any]]) -> None:
+    def _take_in(self, status: dict[str, Any], events: list[dict[str, Any]], reports: list[dict[str, Any]]) -> None:
         self._events_seen = max([self._events_seen, *(e["seq"] + 1 for e in events)])
         self._reports_seen = max([self._reports_seen, *(r["seq"] + 1 for r in reports)])
         self._folder.add_events(events)
@@ -155,10 +155,10 @@ class Monitor:
             self._clipped += since.get("clipped_steps", 0)
         if status:
             samples = int(status.get("samples", 0))
-            # What a resumed run had done before comes with the first word of a worker.
+            # A resumed run's earlier samples come with the first answer of a worker.
             first = None if self._started is None else self._started[1]
             if first is None or first == samples or (first == 0 and self._resumed is not None):
-                self._started = (time.monotonic(), samples)  # the first step has not been done yet
+                self._started = (time.monotonic(), samples)  # No step has been done yet.
             if samples > self._status.get("samples", 0):
                 self._ended = (time.monotonic(), samples)
             self._status = status
@@ -166,12 +166,12 @@ class Monitor:
                 slot = member["slot"]
                 before = self._workers.get(slot, {})
                 self._workers[slot] = {"world_rank": slot} | {key: member.get(key) for key in _WORKER_KEYS}
-                # Not known any more once a worker has gone: what was last known of it stays.
+                # A worker that is gone has no speed: the last known one stays.
                 self._workers[slot] |= {
                     k: v if (v := member.get(k)) is not None else before.get(k) for k in _LASTING_KEYS
                 }
                 self._note_traffic(member)
-            # Not known any more at the end, when workers go: what was last known stays.
+            # At the end, when workers are gone, speeds are unknown: the last known ones stay.
             self._speeds |= {k: status[k] for k in _RUN_SPEEDS if status.get(k) is not None}
         log_update(events, reports)
         if self._on_update is not None:
@@ -181,7 +181,7 @@ class Monitor:
                 self._complain(error)
 
     def _note_traffic(self, member: dict[str, Any]) -> None:
-        """What a worker's messages take by step, since it last told."""
+        """Write down a worker's bytes per step since the last time."""
         told = (member.get("uid", ""), member.get("steps", 0), member.get("bytes_sent", 0))
         uid, steps, sent = self._sent.get(member["slot"], ("", 0, 0))
         if told[0] != uid:

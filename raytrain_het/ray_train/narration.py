@@ -1,4 +1,4 @@
-"""A run in sentences: what the log says of events and reports, and what the command line shows of them."""
+"""A run in sentences: events and reports, as the log and the command line print them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOT_WRITTEN = re.compile(
 
 
 def number(value: Any) -> str:
-    """A metric for reading: four digits, thousands written out, or as it is when it is no number."""
+    """A value for people: a number with four digits and without an exponent below 1e15, anything else as it is."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
@@ -42,7 +42,7 @@ def _without_class(error: str) -> str:
 
 
 def _cause(error: str) -> str:
-    """Of a checkpoint that could not be written: events.jsonl has all of the message, which comes with each of them."""
+    """Why a checkpoint could not be written, in short. The whole message is the same each time, and in events.jsonl."""
     text = _without_class(error)
     found = _NOT_WRITTEN.match(text)
     if found is None:
@@ -52,7 +52,7 @@ def _cause(error: str) -> str:
 
 
 def _in_a_line(message: str) -> str:
-    """Without a traceback: what has happened, and the error itself."""
+    """A message without its traceback: the first line, and the error."""
     first, *rest = message.strip().splitlines()
     return f"{first} {rest[-1]}" if rest else first
 
@@ -101,11 +101,11 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     ),
 }
 _SILENT = ("void", "wanted", "raised")
-"""What a formed generation, or the run's failure, tells as well."""
+"""Events that are not printed: the formed generation, or the run's failure, says the same."""
 
 
 def event_line(event: Mapping[str, Any]) -> str | None:
-    """A membership event as a sentence; None for what is told by another."""
+    """A membership event as a sentence; None if another event says the same."""
     if event["kind"] in _SILENT or event.get("expected"):
         return None
     try:
@@ -117,16 +117,16 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         return f"{event['kind']}: " + ", ".join(f"{name} {value}" for name, value in rest.items())
 
 
-def told(events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Both as sentences, in the order of what happened."""
+def sentences(events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Events and reports as sentences, in order of time."""
     lines = [(event.get("time", 0.0), event_line(event)) for event in events]
     lines += [(report.get("time", 0.0), report_line(report)) for report in reports]
     return [line for _, line in sorted(lines, key=lambda timed: timed[0]) if line is not None]
 
 
 def log_update(events: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]]) -> None:
-    """The same through the logger ``raytrain_het``, at INFO: where a display shows them, nobody has asked for these."""
-    for line in told(events, reports):
+    """Log events and reports as sentences, at INFO. A program with a display leaves the logger at WARNING."""
+    for line in sentences(events, reports):
         logger.info(line)
 
 

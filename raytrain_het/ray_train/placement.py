@@ -11,7 +11,7 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
 from ray.types import ObjectRef
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from raytrain_het.ray_train.resources import SlotSpec, pin_lost, scarcity
+from raytrain_het.ray_train.resources import SlotSpec, scarcity, without_node
 
 
 class SlotPlacement(PlacementGroupHandle):
@@ -19,7 +19,7 @@ class SlotPlacement(PlacementGroupHandle):
 
     Args:
         slots: What each slot needs.
-        on_created: Told of every group made, now and later, so that a cleaner knows all of them.
+        on_created: Called with every group that is made, now and later: a cleaner has to know all of them.
     """
 
     def __init__(self, slots: Sequence[SlotSpec], on_created: Callable[[PlacementGroup], None]) -> None:
@@ -28,12 +28,12 @@ class SlotPlacement(PlacementGroupHandle):
         self._lock = threading.Lock()
         self._closed = False
         self.groups: list[PlacementGroup | None] = [None] * len(self._specs)
-        # The scarcest first: Ray places in the order it is asked.
+        # The slots that fewest nodes can hold come first: Ray places groups in this order.
         for slot in sorted(range(len(self._specs)), key=lambda i: scarcity(self._specs[i])):
             self.request(slot)
 
     def request(self, slot: int) -> PlacementGroup | None:
-        """Ask for the slot's group, unless it is there or the run is over."""
+        """Ask Ray for the slot's group, unless there is one; returns the group, or None if the run is over."""
         with self._lock:
             if self._closed or self.groups[slot] is not None:
                 return self.groups[slot]
@@ -49,10 +49,10 @@ class SlotPlacement(PlacementGroupHandle):
         return group
 
     def give_up_node(self, slot: int) -> None:
-        """The slot's node is gone: remove its group; the next one may be anywhere."""
+        """Remove the group of a slot whose node is gone. The next group may be on any node."""
         with self._lock:
             group, self.groups[slot] = self.groups[slot], None
-            self._specs[slot] = pin_lost(self._specs[slot])
+            self._specs[slot] = without_node(self._specs[slot])
         if group is not None:
             remove_placement_group(group)
 
@@ -68,12 +68,12 @@ class SlotPlacement(PlacementGroupHandle):
 
     @property
     def id(self) -> str:
-        """For log lines of Ray's callbacks."""
+        """The groups' ids, for log lines of Ray's callbacks."""
         return ",".join(group.id.hex() for group in self.groups if group is not None)
 
     @property
     def placement_group(self) -> SlotPlacement:
-        """Itself: whoever wants one group wants something with an ``id``."""
+        """Itself: Ray's callbacks only use the ``id`` of a group."""
         return self
 
     def ready(self) -> ObjectRef:

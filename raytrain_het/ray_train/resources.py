@@ -1,7 +1,6 @@
 """From nodes to slots: pure functions over the dictionaries that ``ray.nodes()`` gives.
 
-A *slot* is the place of one worker. Nothing here talks to a cluster, so that every rule can be
-tested with plain dictionaries.
+A *slot* is the place of one worker. Nothing here talks to a cluster: every rule is tested with plain dictionaries.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from raytrain_het.errors import ResourceError
 
 Resources = dict[str, float]
 NODE_ID_LABEL = "ray.io/node-id"
-_SEARCH_LIMIT = 20_000  # placements tried before the packing check gives its verdict to Ray
+_SEARCH_LIMIT = 20_000
+"""After so many tried placements the packing check leaves the decision to Ray."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,10 @@ class SlotSpec:
     resources: Resources
     labels: dict[str, str] = field(default_factory=dict)
     node_id: str | None = None
-    """The node it was made for (``workers="auto"``). Dropped when that node is gone."""
+    """The node that the slot was made for (``workers="auto"``); None once that node is gone."""
 
     origin: str = "workers"
-    """The setting it came from, for messages."""
+    """The setting that the slot comes from, for messages."""
 
     def selector(self, *, pinned: bool = True) -> dict[str, str]:
         """The label selector of its placement group."""
@@ -67,8 +67,8 @@ def resolve_auto(
 
     Args:
         nodes: As ``ray.nodes()`` gives them.
-        available: What is free, by node id; ``None`` takes all that the nodes have. What the
-            driver, a Tune trial or another job holds is not free, and so is left to them.
+        available: Free resources, by node id; None takes all that the nodes have. Resources that the driver, a
+            Tune trial or another job holds are not free, and are left to them.
 
     Returns:
         The slots, those with a GPU first, in the order of the nodes.
@@ -118,11 +118,11 @@ def fits(resources: Mapping[str, float], node: Mapping[str, float]) -> bool:
 
 
 def check_feasible(slots: Sequence[SlotSpec], shapes: Sequence[NodeShape]) -> None:
-    """Raise where the nodes can never hold the slots, busy or not.
+    """Refuse slots that the nodes can never hold, even if nothing else runs on them.
 
     Args:
-        slots: What is asked for.
-        shapes: The live nodes and what the autoscaler may add.
+        slots: The slots of the run.
+        shapes: The live nodes, and those that the autoscaler may add.
 
     Raises:
         ResourceError: It names the spec, the resource and what the cluster has.
@@ -218,19 +218,19 @@ def _packs(slots: Sequence[SlotSpec], shapes: Sequence[NodeShape]) -> bool:
 
 
 def scarcity(slot: SlotSpec) -> tuple[float, ...]:
-    """Sorts those first that fewest nodes can hold, so that a CPU worker does not take a GPU node's CPUs."""
+    """A sort key: slots that fewer nodes can hold come first. So a CPU worker does not take a GPU node's CPUs."""
     r = slot.resources
     special = sum(amount for name, amount in r.items() if name not in ("CPU", "GPU", "memory"))
     return (-r.get("GPU", 0), -special, -len(slot.labels), -r.get("CPU", 0))
 
 
-def pin_lost(slot: SlotSpec) -> SlotSpec:
-    """The same slot, free to go to any node."""
+def without_node(slot: SlotSpec) -> SlotSpec:
+    """The same slot without its node: it may be on any node."""
     return dataclasses.replace(slot, node_id=None)
 
 
 def describe_nodes(shapes: Sequence[NodeShape], *, labels: bool = False) -> str:
-    """One short line on what the cluster has."""
+    """A short line that lists what the nodes have."""
     parts = []
     for s in shapes[:8]:
         shown = {k: v for k, v in s.resources.items() if not k.startswith(("node:", "object_store_memory"))}

@@ -1,4 +1,4 @@
-"""The run's folder: the resolved configuration, what happened, line by line, and where a run of this name goes on."""
+"""The run's folder: the resolved configuration, reports and events line by line, and the last checkpoint."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ MAX_DEPTH = 50
 
 @dataclass(frozen=True, kw_only=True)
 class LastCheckpoint:
-    """The checkpoint that a run of this name goes on from."""
+    """The checkpoint that a run of this name resumes from."""
 
     path: str
     epoch: int
     """Epochs that are complete."""
     step: int
     offset: int
-    """Samples of the next epoch that are used up."""
+    """Samples of the current epoch that are used."""
     metrics: dict[str, Any]
-    """Of its report."""
+    """The metrics of its report."""
 
     def __str__(self) -> str:
         return f"{Path(self.path).name} (step {self.step}, epoch {self.epoch})"
 
 
 def last_checkpoint(context: StorageContext) -> LastCheckpoint | None:
-    """The last checkpoint that Ray Train has registered for this run; None where there is none that can be read."""
+    """The last checkpoint that Ray Train has registered for this run; None if there is none, or it cannot be read."""
     files = context.storage_filesystem
     try:
         with files.open_input_stream(context.checkpoint_manager_snapshot_path) as stream:
@@ -59,15 +59,15 @@ def last_checkpoint(context: StorageContext) -> LastCheckpoint | None:
 
 
 def last_checkpoint_of(storage: str, name: str) -> LastCheckpoint | None:
-    """The same for a run that is not under way; nothing is written."""
+    """The last checkpoint of a run that is not under way. Nothing is written."""
     try:
         return last_checkpoint(StorageContext(storage, name, read_only=True))
-    except Exception:  # A URI without its library, or out of reach: what writes there says so.
+    except Exception:  # A URI that cannot be reached, or whose library is missing: a write there raises an error.
         return None
 
 
 def append_lines(path: Path, text: str) -> None:
-    """Add whole lines to a file whose last one a full disk or a killed process may have left unfinished.
+    """Append whole lines to a file. A full disk or a killed process may have left its last line unfinished.
 
     Raises:
         OSError: They could not be written.
@@ -81,8 +81,8 @@ def append_lines(path: Path, text: str) -> None:
 class RunFolder:
     """Writes ``config.json``, ``metrics.jsonl``, ``events.jsonl`` and TensorBoard events.
 
-    A run that goes on under the same name appends. On remote storage nothing is written, with one
-    warning. An error while writing (a full disk) is warned about once and never ends the run.
+    A resumed run appends to the files. On remote storage nothing is written, after one warning. An error in writing,
+    such as a full disk, is warned of once, and never ends the run.
 
     Args:
         context: Ray Train's storage of this run.
@@ -101,7 +101,7 @@ class RunFolder:
             )
 
     def write_config(self, config: HetConfig, scaling: HetScalingConfig, train_loop_config: Any) -> None:
-        """The settings as they were resolved."""
+        """Write the resolved settings."""
         slots = scaling.slots or ()
         content = {
             "het_config": {field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
@@ -118,7 +118,7 @@ class RunFolder:
                 self._give_up(error)
 
     def add_reports(self, reports: list[dict[str, Any]]) -> None:
-        """One line per report, and its numbers as TensorBoard scalars."""
+        """Write a line for each report, and its numbers as TensorBoard scalars."""
         self._append("metrics.jsonl", "".join(json.dumps(for_json(r)) + "\n" for r in reports))
         for report in reports:
             for name, value in {**report.get("metrics", {}), **_of_training(report)}.items():
@@ -126,11 +126,11 @@ class RunFolder:
                     self._add_scalar(name, _as_float(value), int(report.get("step", 0)))
 
     def add_bytes_per_step(self, world_rank: int, num_bytes: float, step: int) -> None:
-        """What a worker has sent in each of its last steps, as a TensorBoard scalar."""
+        """Write the bytes that a worker has sent in each of its last steps, as a TensorBoard scalar."""
         self._add_scalar(f"worker_{world_rank}/bytes_sent_per_step", num_bytes, step)
 
     def add_events(self, events: list[dict[str, Any]]) -> None:
-        """One line per membership event."""
+        """Write a line for each membership event."""
         self._append("events.jsonl", "".join(json.dumps(for_json(e)) + "\n" for e in events))
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class RunFolder:
             if self._tensorboard is None:
                 from tensorboardX import SummaryWriter
 
-                # It warns of each number that is not finite; the display shows them anyway.
+                # tensorboardX warns of each number that is not finite. The display shows those numbers anyway.
                 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
                 self._tensorboard = SummaryWriter(logdir=str(self._path))
             self._tensorboard.add_scalar(name, value, step)
@@ -174,7 +174,7 @@ def _as_float(value: Any) -> float:
 
 
 def _of_training(report: dict[str, Any]) -> dict[str, Any]:
-    """What is drawn of a report besides its metrics."""
+    """The figures of a report that become scalars, besides its metrics."""
     since = report.get("since_last") or {}
     drawn = {"training/lr": report.get("lr"), "training/fraction_of_aggregate": report.get("fraction_of_aggregate")}
     if since.get("seconds"):
@@ -186,8 +186,8 @@ def _of_training(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def for_json(value: Any, depth: int = 0) -> Any:
-    """Anything at all as what JSON holds: numbers of numpy and torch as Python's, small arrays as lists, other keys
-    and values as text. What contains itself, or goes too deep, is cut."""
+    """Any value as JSON can hold it: numbers of numpy and torch as Python's, small arrays as lists, other keys and
+    values as texts. A value that contains itself, or is nested too deeply, is cut."""
     if value is None or isinstance(value, bool | str):
         return value
     if depth > MAX_DEPTH:
@@ -207,7 +207,7 @@ def for_json(value: Any, depth: int = 0) -> Any:
 
 
 def _as_key(key: Any) -> str:
-    """A dictionary's key; JSON has texts only."""
+    """A dictionary's key as a text: JSON has no other keys."""
     if isinstance(key, bool) or key is None:
         return json.dumps(key)
     key = key.item() if hasattr(key, "item") and getattr(key, "size", 1) == 1 else key

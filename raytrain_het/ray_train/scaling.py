@@ -1,4 +1,4 @@
-"""HetScalingConfig: which workers a run has. Unlike Ray's, they need not be alike."""
+"""HetScalingConfig: the workers of a run, which may differ from each other."""
 
 from __future__ import annotations
 
@@ -113,11 +113,22 @@ class HetScalingConfig(ScalingConfig):
                 )
         self.workers: Literal["auto"] | tuple[WorkerSpec, ...] = "auto" if isinstance(workers, str) else tuple(workers)
         self.slots: tuple[SlotSpec, ...] | None = None if self.workers == "auto" else _slots_of(self.workers)
-        # 0 would mean Ray's local mode, so that "auto" stands as 1 until it is resolved.
+        # "auto" counts as 1 worker until it is resolved: 0 would mean Ray's local mode.
         super().__init__(num_workers=len(self.slots) if self.slots else 1)
 
+    @property
+    def resolved_slots(self) -> tuple[SlotSpec, ...]:
+        """``slots``, once they are known: ``workers="auto"`` has none before :meth:`resolved`.
+
+        Raises:
+            ValueError: They are not known yet.
+        """
+        if self.slots is None:
+            raise ValueError("workers='auto' has not been resolved yet")
+        return self.slots
+
     def resolved(self, slots: Sequence[SlotSpec]) -> HetScalingConfig:
-        """A copy whose workers are settled."""
+        """A copy with these slots."""
         other = copy.copy(self)
         other.slots = tuple(slots)
         other.num_workers = len(slots)
@@ -127,7 +138,7 @@ class HetScalingConfig(ScalingConfig):
 
     @property
     def _resources_per_worker_not_none(self) -> dict[str, float]:
-        """What every worker has at least: Ray multiplies it by the number of workers."""
+        """The resources that every worker has at least. Ray multiplies them by the number of workers."""
         slots = self.slots or ()
         names = set.intersection(*(set(s.resources) for s in slots)) if slots else set()
         return {name: min(s.resources[name] for s in slots) for name in sorted(names)}

@@ -1,7 +1,7 @@
-"""One slot: the place of one worker, and the thread that brings a worker into it.
+"""One slot: the place of one worker, and the thread that starts a worker in it.
 
-Starting a worker takes seconds, and so happens in a thread of its own: the controller's poll
-only looks whether it is done. First start and refill are the same.
+To start a worker takes seconds. A thread of its own does it, and the controller's poll only looks whether it is done.
+The first start and a refill are the same.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ MAX_START_FAILURES = 3
 
 
 class SlotState(enum.Enum):
-    """Where a slot stands."""
+    """What a slot is doing."""
 
     STARTING = "starting"
     LIVE = "live"
     FINISHED = "finished"
-    """Its worker came to the end, or the run ended without it."""
+    """The slot's worker has finished, or the run has ended without it."""
     DEAD = "dead"
-    """Not to be refilled: workers keep dying here."""
+    """The slot is not refilled, since its workers keep dying."""
 
 
 class StartCancelled(Exception):
@@ -61,29 +61,29 @@ class Slot:
     start: Start | None = None
     start_failures: int = 0
     answer: WorkerStatus | RayActorError | None = None
-    """Of this round's poll; None when there was none in time."""
+    """The worker's answer to this round's poll; None if it did not answer in time."""
     was_member: bool = False
     """Whether this worker has joined the others."""
     num_joined: int = 0
-    """How many processes of this slot had done so when this one was begun."""
+    """How many earlier workers of this slot had joined the others when this one was started."""
     vacant_told: bool = False
     user_told: bool = False
     lost_reason: str = ""
     waiting_since: float = field(default_factory=time.monotonic)
 
-    def begin(self, plan: StartPlan, *, delay_s: float = 0.0) -> None:
-        """Begin to bring a worker in."""
+    def begin(self, plan: StartContext, *, delay_s: float = 0.0) -> None:
+        """Begin to start a worker."""
         self.state, self.waiting_since = SlotState.STARTING, time.monotonic()
         self.vacant_told = self.user_told = False
         self.start = Start(self, plan, delay_s=delay_s)
 
     def go_live(self, worker: Worker, callbacks: list[Any]) -> None:
-        """The worker is up and runs the training function."""
+        """Take over a worker that runs the training function."""
         self.state, self.worker, self.was_member, self.start_failures = SlotState.LIVE, worker, False, 0
         self.replica_group = ReplicaGroup([worker], dict(self.spec.resources), callbacks)
 
     def drop_worker(self) -> None:
-        """Forget the worker and end its process; nobody waits for that."""
+        """Forget the worker and kill its process, without waiting."""
         if self.replica_group is not None:
             self.replica_group._active = False
         if self.worker is not None:
@@ -91,42 +91,43 @@ class Slot:
         self.worker = self.replica_group = self.ongoing_poll = self.answer = None
 
     def stop_start(self) -> None:
-        """Give up bringing a worker in."""
+        """Give up the start that is under way, if there is one."""
         if self.start is not None:
             self.start.cancel()
             self.start = None
 
     def finish(self, return_value: Any) -> None:
-        """The slot's part of the run is over."""
+        """Mark the slot as finished."""
         self.stop_start()
         self.state, self.return_value = SlotState.FINISHED, return_value
 
 
 @dataclass(kw_only=True)
-class StartPlan:
-    """What every start of a run has in common; the group gives it."""
+class StartContext:
+    """What all starts of a run have in common. The worker group makes it."""
 
     placement: SlotPlacement
     runtime_env: dict[str, Any] | None
     worker_cls: type
     init_worker: Callable[[Worker], None]
-    """Ray Train's context on a worker, its callbacks, and the membership actor's handle."""
+    """Gives a worker Ray Train's context, the callbacks and the membership actor's handle."""
 
     run_worker: Callable[[Worker], None]
+    """Calls the training function on a worker."""
     ranks: LocalRanks
     world_size: int
 
 
 class LocalRanks:
-    """Local ranks by node. A slot keeps its own while its node stays the same."""
+    """Local ranks, by node. A slot keeps its local rank as long as it stays on its node."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._of: dict[int, tuple[str, int]] = {}
         self._nodes: list[str] = []
 
-    def take(self, slot: int, node_id: str) -> tuple[int, int, int]:
-        """Returns local rank, local world size as known now, and node rank."""
+    def assign(self, slot: int, node_id: str) -> tuple[int, int, int]:
+        """Assign a local rank; returns it, the local world size as known now, and the node's rank."""
         with self._lock:
             if node_id not in self._nodes:
                 self._nodes.append(node_id)
@@ -138,9 +139,9 @@ class LocalRanks:
 
 
 class Start:
-    """One attempt to bring a worker into a slot."""
+    """One attempt to start a worker in a slot, in a thread of its own."""
 
-    def __init__(self, slot: Slot, plan: StartPlan, *, delay_s: float = 0.0) -> None:
+    def __init__(self, slot: Slot, plan: StartContext, *, delay_s: float = 0.0) -> None:
         self._slot, self._plan, self._delay_s = slot.index, plan, delay_s
         self._resources = slot.spec.resources
         self._cancelled = threading.Event()
@@ -156,7 +157,7 @@ class Start:
         return not self._thread.is_alive()
 
     def cancel(self) -> None:
-        """Give up; returns at once."""
+        """Give up the attempt. Does not wait."""
         self._cancelled.set()
         if self._actor is not None:
             ray.kill(self._actor)
@@ -167,13 +168,13 @@ class Start:
     def _run(self) -> None:
         try:
             self._cancelled.wait(self._delay_s)
-            self.worker = self._bring_up()
+            self.worker = self._start_worker()
         except BaseException as error:
             self.error = error
             if self._actor is not None:
                 ray.kill(self._actor)
 
-    def _bring_up(self) -> Worker:
+    def _start_worker(self) -> Worker:
         while True:
             node_id = self._wait_for_place()
             actor = self._actor = (
@@ -192,7 +193,7 @@ class Start:
                 break
             ray.kill(actor)
         worker = Worker(actor, metadata, dict(self._resources), placement_group_bundle_index=0)
-        local_rank, local_size, node_rank = self._plan.ranks.take(self._slot, metadata.node_id)
+        local_rank, local_size, node_rank = self._plan.ranks.assign(self._slot, metadata.node_id)
         worker.distributed_context = DistributedContext(
             world_rank=self._slot,
             world_size=self._plan.world_size,
@@ -221,7 +222,7 @@ class Start:
                 self._plan.placement.give_up_node(self._slot)
 
     def _await(self, ref: Any, node_id: str) -> Any:
-        """The answer, or None when the node went away, so that the slot needs another place."""
+        """The answer; None if the node is gone. The slot then needs another place."""
         while True:
             self._check()
             try:

@@ -1,4 +1,4 @@
-"""Checkpoints on the run's storage: a checkpoint is there as a whole or not at all."""
+"""Checkpoints on the run's storage. A checkpoint is there as a whole, or not at all."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from raytrain_het.worker.state.storage import StagedStorage, Wanted
 logger = logging.getLogger(__name__)
 
 SEEN_WITHIN_S = 3.0
-_RENAMES = ("local", "hdfs", "subtree")  # where a move is a rename, and so all or nothing
+_RENAMES = ("local", "hdfs", "subtree")
+"""File systems on which a move is a rename, which happens as a whole or not at all."""
 
 
 class RayStorage(StagedStorage):
-    """``training.storage.Storage`` on Ray Train's storage context.
+    """A :class:`~raytrain_het.worker.state.storage.Storage` on Ray Train's storage.
 
     Args:
-        context: Ray Train's, of this run.
+        context: Ray Train's storage of this run.
     """
 
     def __init__(self, context: StorageContext) -> None:
@@ -46,11 +47,11 @@ class RayStorage(StagedStorage):
         return str(self._root)
 
     def check_seen(self, node: str) -> None:
-        """Look from a worker whether this is the storage that the driver prepared: any worker may have to write, and
-        each reads.
+        """Check on a worker that this is the storage that the driver has prepared. Every worker reads there, and any
+        may have to write.
 
         Raises:
-            ConfigError: It is not, as with a local folder and workers on several nodes.
+            ConfigError: It is another storage, such as a local folder of another node.
         """
         deadline = time.monotonic() + SEEN_WITHIN_S
         while True:
@@ -62,7 +63,7 @@ class RayStorage(StagedStorage):
                     continue
                 missing = error
             except OSError:
-                return None  # Out of reach for now, and no sign of another folder: whoever writes there will tell.
+                return None  # It cannot be reached now, but may well be the same: a write there raises an error.
             raise ConfigError(
                 f"the run's folder {self._root!r}, which the driver has prepared, is not there on node {node}: with "
                 "workers on several nodes it must be a folder that all of them share, or a URI. Write "
@@ -89,7 +90,8 @@ class RayStorage(StagedStorage):
         """Store a checkpoint as ``<storage>/<run>/<name>``. Others are not touched.
 
         Returns:
-            The path on the storage. Where it cannot rename, letters of the checkpoint's own stand behind the name.
+            The path on the storage. If the storage cannot rename, letters that no other checkpoint has are added to the
+            name.
 
         Raises:
             CheckpointError: It could not be written; nothing of it is left.
@@ -141,7 +143,7 @@ class RayStorage(StagedStorage):
         self._fs.move(path, to)
 
     def _remove(self, path: str) -> None:
-        """A directory or file that was half written, or has stepped aside."""
+        """Remove a directory or file that was half written, or was moved aside."""
         try:
             kind = self._fs.get_file_info(path).type
             if kind == FileType.Directory:
@@ -164,10 +166,10 @@ class RayStorage(StagedStorage):
 
 
 def check_writable(run_config: RunConfig) -> StorageContext:
-    """Raise before anything starts where the run's folder cannot be written.
+    """Refuse a run's folder that cannot be written, before anything starts.
 
     Raises:
-        CheckpointError: It names the path and the fix.
+        CheckpointError: The message has the path and the fix.
     """
     try:
         context = run_config.storage_context
@@ -183,7 +185,7 @@ def check_writable(run_config: RunConfig) -> StorageContext:
 
 
 def write_atomically(context: StorageContext, path: str, content: bytes) -> None:
-    """Replace a file as a whole: an error in between leaves the old one.
+    """Replace a file as a whole. After an error the old file is there.
 
     Raises:
         CheckpointError: It could not be written.
@@ -206,7 +208,7 @@ def write_atomically(context: StorageContext, path: str, content: bytes) -> None
 
 
 def snapshot_writer(manager: Any) -> Any:
-    """Ray's checkpoint manager overwrites its list in place; this one replaces it as a whole."""
+    """A function that writes the checkpoint manager's list as a whole. Ray's own overwrites the list in place."""
 
     def write() -> None:
         context = manager._storage_context

@@ -29,7 +29,7 @@ from raytrain_het.errors import ConfigError
 from raytrain_het.ray_train.autoscaling import HetScalingPolicy
 from raytrain_het.ray_train.backend import HetBackendConfig, WorkerSetup
 from raytrain_het.ray_train.cluster_view import autoscaler_types, settle
-from raytrain_het.ray_train.controller import HetController, RunPlan
+from raytrain_het.ray_train.controller import HetController, RunSettings
 from raytrain_het.ray_train.failures import to_raise
 from raytrain_het.ray_train.hub import Parts
 from raytrain_het.ray_train.monitor import Monitor, OnUpdate
@@ -42,7 +42,7 @@ from raytrain_het.ray_train.worker_entry import WorkerEntry
 
 _ABORT_S = 15.0
 _RAYS = ["datasets", "dataset_config", "validation_config", "metadata", "resume_from_checkpoint"]
-"""What Ray's own takes besides."""
+"""Arguments of Ray's ``TorchTrainer`` that ``HetTrainer`` passes on."""
 
 
 class HetTrainer(TorchTrainer):
@@ -50,12 +50,12 @@ class HetTrainer(TorchTrainer):
 
     Args:
         train_loop_per_worker: The training function; takes nothing, or one ``config`` dict.
-        train_loop_config: What it is called with.
+        train_loop_config: The argument of the training function.
         het_config: How steps and membership work.
-        scaling_config: Which workers; ``HetScalingConfig()`` takes what the cluster has.
-        run_config: Ray's; ``name`` and ``storage_path`` name the run's folder. A run whose name has
-            a checkpoint there goes on from it.
-        torch_config: Ray's. It shapes torch's default process group, which has one member here.
+        scaling_config: The workers; ``HetScalingConfig()`` takes what the cluster has.
+        run_config: Ray's; ``name`` and ``storage_path`` name the run's folder. If there is a checkpoint in that
+            folder, the run resumes from it.
+        torch_config: Ray's, for torch's default process group, which has one member here.
         on_update: Called about twice a second during ``fit``, from a thread of the driver, with
             (status, new membership events, new reports). Without it the run is told in INFO lines of the logger
             ``raytrain_het``, on stderr where the program has not set up logging.
@@ -69,7 +69,7 @@ class HetTrainer(TorchTrainer):
     """
 
     parts: Parts | None = None
-    """The lower layers; None takes the real ones. Tests set it."""
+    """The parts below this layer. None takes the real ones; tests replace them."""
 
     def __init__(
         self,
@@ -138,9 +138,9 @@ class HetTrainer(TorchTrainer):
             ray.init(logging_level=logging.WARNING)
         parts = self.parts or Parts.default()
         scaling = settle(self.scaling_config)
-        assert scaling.slots is not None
-        _check_per_worker(self.het_config, len(scaling.slots))
-        _check_backend(self.het_config, scaling.slots)
+        slots = scaling.resolved_slots
+        _check_per_worker(self.het_config, len(slots))
+        _check_backend(self.het_config, slots)
         context = TrainRunContext(
             run_config=self.run_config,
             train_loop_config=self.train_loop_config,
@@ -158,11 +158,9 @@ class HetTrainer(TorchTrainer):
         folder = RunFolder(storage)
         folder.write_config(self.het_config, scaling, self.train_loop_config)
         monitor = Monitor(context.run_id, folder, self.on_update, resumed)
-        entry = WorkerEntry(
-            train_fn=self._get_train_func(), config=self.het_config, parts=parts, num_slots=len(scaling.slots)
-        )
+        entry = WorkerEntry(train_fn=self._get_train_func(), config=self.het_config, parts=parts, num_slots=len(slots))
         controller = self._controller = self._start_controller(
-            plan=RunPlan(config=self.het_config, parts=parts),
+            plan=RunSettings(config=self.het_config, parts=parts),
             train_fn_ref=ObjectRefWrapper(entry),
             scaling_policy=HetScalingPolicy(scaling, autoscaler=autoscaler_types() is not None),
             failure_policy=create_failure_policy(self.run_config.failure_config),
@@ -180,7 +178,7 @@ class HetTrainer(TorchTrainer):
         return result
 
     def _run(self, controller: Any, monitor: Monitor) -> tuple[Any, dict[str, Any]]:
-        """To its end: Ray's result, and what the membership actor said last."""
+        """Run to the end; returns Ray's result, and the membership actor's last word."""
         last_word: dict[str, Any] = {}
         monitor.start()
         try:
@@ -197,7 +195,7 @@ class HetTrainer(TorchTrainer):
         return result, last_word
 
     def abort(self) -> None:
-        """End a ``fit`` that is under way in another thread, which then raises; returns when its processes are gone."""
+        """End a ``fit`` in another thread, which then raises. Returns when the run's processes are gone."""
         controller = self._controller
         if controller is not None:
             _abort(controller)
@@ -232,14 +230,14 @@ class HetTrainer(TorchTrainer):
             .options(
                 num_cpus=0,
                 label_selector={ray._raylet.RAY_NODE_ID_KEY: node_id},
-                # Without one, Ray takes a process that it keeps ready, a second sooner.
+                # Without a runtime environment Ray takes a process that it keeps ready, a second sooner.
                 runtime_env={"env_vars": env_vars} if (env_vars := get_env_vars_to_propagate()) else None,
             )
             .remote(**arguments)
         )
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Ray's, less those that assume equal workers, Ray Data, or one placement group."""
+        """Ray's callbacks without those that assume equal workers, Ray Data, or one placement group; and our own."""
         ours = (DatasetsCallback, PlacementGroupCleanerCallback, WorkingDirectorySetupCallback)
         callbacks = [c for c in super()._create_default_callbacks() if not isinstance(c, ours)]
         return [*callbacks, WorkerSetup(change_directory=env_bool(RAY_CHDIR_TO_TRIAL_DIR, True))]
@@ -252,14 +250,14 @@ def _abort(controller: Any) -> None:
         with contextlib.suppress(RayError, TimeoutError):
             ray.get(controller.abort.remote(), timeout=_ABORT_S)
 
-    # In a thread, so that a second Ctrl-C ends the waiting and not the tidying.
+    # A thread does it: a second Ctrl-C ends the waiting, but not the clean-up.
     thread = threading.Thread(target=end, daemon=True)
     thread.start()
     thread.join(_ABORT_S + 1)
 
 
 def _quiet(run_config: RunConfig) -> RunConfig:
-    """Ray Train's own logs from WARNING on. ``LoggingConfig(log_level="DEBUG")`` shows all."""
+    """The run config with Ray Train's log at WARNING, unless it sets another level than the default."""
     if run_config.logging_config.log_level != "INFO":
         return run_config
     run_config = copy.copy(run_config)

@@ -1,7 +1,7 @@
-"""The one place that knows which Ray this package was written for.
+"""The Ray versions that this package supports.
 
-The mixed worker group needs private modules of Ray Train, which move between minor versions.
-They are imported in ``raytrain_het/ray_train`` only, after this check.
+The worker group of unlike workers needs private modules of Ray Train, which change between minor versions. Only
+``raytrain_het/ray_train`` imports them, after this check.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ SUPPORTED_RAY = ">=2.60,<2.61"
 
 
 def check_ray(installed: str | None = None) -> None:
-    """Raise if the installed Ray is not one that this package supports.
+    """Refuse a Ray that this package does not support.
 
     Args:
-        installed: The version to check; ``None`` looks it up.
+        installed: The version to check; None looks it up.
 
     Raises:
-        ConfigError: It names the installed and the supported versions and the command to type.
+        ConfigError: The message has the installed and the supported versions, and the command to type.
     """
     fix = f'Write: pip install "ray[default,train,tune]{SUPPORTED_RAY}"'
     if installed is None:

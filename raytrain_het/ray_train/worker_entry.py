@@ -1,4 +1,4 @@
-"""Where a worker begins: it gathers what Ray knows and hands over to the training session."""
+"""The first function of a worker: it collects what Ray knows of it, and starts the training session."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _hub: Any = None
 
 
 def set_hub(handle: Any) -> None:
-    """Called on the worker by the controller, before the training function starts."""
+    """The controller calls this on the worker, before the training function starts."""
     global _hub
     _hub = handle
 
@@ -41,7 +41,7 @@ class WorkerEntry:
         try:
             return self._run()
         except BaseException as error:
-            # Ray leaves out the first three frames, of which this is the last.
+            # Ray leaves out the first three frames of a traceback. This frame is the third.
             of_user = error.with_traceback(_users_part(error.__traceback__))
             sent = portable(of_user)
             if sent is of_user:
@@ -66,7 +66,7 @@ class WorkerEntry:
         except ConfigError as error:
             if not ray.get(hub.status.remote())["generation"]:
                 raise
-            # The others are training already: this worker can help, as long as it need not write.
+            # The others are already training. This worker can take part, as long as it does not have to write.
             logger.warning("%s", error)
         result = self.parts.run_worker(
             self.train_fn,
@@ -94,7 +94,7 @@ def _check_can_be_sent(result: Any) -> None:
 
 
 def _users_part(traceback: TracebackType | None) -> TracebackType | None:
-    """The traceback below the call of the user's function, or all of it where that was not reached."""
+    """The part of a traceback below the call of the user's function; all of it, if that was not reached."""
     at = traceback
     while at is not None:
         code = at.tb_frame.f_code
@@ -105,14 +105,14 @@ def _users_part(traceback: TracebackType | None) -> TracebackType | None:
 
 
 def _quieten() -> None:
-    """``fit`` raises the training function's error with its traceback: not twice."""
+    """Silence Ray's log of the training function's error: ``fit`` raises that error with its traceback."""
     for handler in logging.getLogger("ray.train").handlers:
         if not hasattr(handler, "get_log_file_path"):
             handler.addFilter(lambda record: not record.getMessage().startswith("Error in training function"))
 
 
 def _utils() -> Any:
-    """Ray's functions for the training function, less those that wait for every rank or know nothing of this run."""
+    """Ray's functions for the training function. Those that wait for every rank, or do not know this run, raise."""
     from ray.train.v2._internal.execution.train_fn_utils import DistributedTrainFnUtils
 
     def refused(row: str) -> Any:
@@ -133,8 +133,8 @@ def _utils() -> Any:
 
 
 def _refuse_rays_preparing() -> None:
-    """``ray.train.torch.prepare_model`` and ``prepare_data_loader``, however they were imported: both note their use
-    first, through a name of their module."""
+    """Make ``ray.train.torch.prepare_model`` and ``prepare_data_loader`` raise, however they were imported. Both first
+    record their use through a name of their module, which is replaced."""
     from ray._common.usage.usage_lib import TagKey
     from ray.train.v2.torch import train_loop_utils
 

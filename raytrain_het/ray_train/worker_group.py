@@ -1,8 +1,8 @@
 """The worker group of slots: its workers differ, and each comes and goes without the others.
 
-Ray Train sees a constant world size. A slot whose worker died reads "running" while others run,
-its replica group is inactive so that nobody calls it, and it is refilled beside the polls. The
-membership actor, not Ray, tells the other workers.
+The controller's poll runs everything here, except the starts, which have threads of their own. Ray Train sees a
+constant world size: a slot without a worker reads as "running" while others run. Its replica group is inactive, so that
+nobody calls it, and it is refilled between polls. The membership actor, not Ray, tells the other workers.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from ray.util.placement_group import PlacementGroup
 
 from raytrain_het.errors import RunFailedError
 from raytrain_het.ray_train.cluster_view import describe_free
-from raytrain_het.ray_train.failures import Verdict, foremost, judge
+from raytrain_het.ray_train.failures import ErrorMeaning, foremost, meaning_of
 from raytrain_het.ray_train.hub import Hub
 from raytrain_het.ray_train.placement import SlotPlacement
-from raytrain_het.ray_train.slots import MAX_START_FAILURES, LocalRanks, Slot, SlotState, StartCancelled, StartPlan
+from raytrain_het.ray_train.slots import MAX_START_FAILURES, LocalRanks, Slot, SlotState, StartCancelled, StartContext
 from raytrain_het.ray_train.worker_entry import set_hub
 
 logger = logging.getLogger(__name__)
 
-_STOPPED_S = 1.0  # a worker that does not answer for so long and has left its generation is replaced
+_STOPPED_S = 1.0
+"""A worker that its generation has dropped is replaced, if it has not answered a poll for so long."""
 _REASON_S = 3.0
 _TELL_VACANT_S = 5.0
 _TELL_USER_S = 15.0
@@ -48,8 +49,8 @@ class HetWorkerGroup(WorkerGroup):
         worker_group_context: Ray Train's.
         callbacks: Ray Train's.
         hub: The membership actor of this attempt.
-        on_group: Told of every placement group.
-        on_end: Told the membership actor's last word.
+        on_group: Called with every placement group.
+        on_end: Called at the end with the membership actor's last word.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class HetWorkerGroup(WorkerGroup):
         self.slots = [Slot(i, spec) for i, spec in enumerate(train_run_context.scaling_config.slots)]
         self._errors: dict[int, Exception] = {}
         self._failing_since: float | None = None
-        # Its queues are filled and emptied within one poll, so that a refill has nothing to reset.
+        # A report handler's queues are filled and emptied within one poll: a refill has nothing to reset.
         self._replica_group_callbacks: list[Any] = [
             c for c in self._replica_group_callbacks if not isinstance(c, ReportCallbackHandler)
         ]
@@ -75,12 +76,12 @@ class HetWorkerGroup(WorkerGroup):
     # Start
 
     def start(self) -> None:
-        """Ask for all places and begin to start the workers. Does not wait for them."""
+        """Ask for all placement groups, and begin to start the workers. Does not wait for the workers."""
         self._assert_inactive()
         for callback in self._callbacks:
             callback.before_worker_group_start(self._worker_group_context)
         placement = SlotPlacement([slot.spec for slot in self.slots], self._on_group)
-        self._plan = StartPlan(
+        self._plan = StartContext(
             placement=placement,
             runtime_env=_or_none(self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)),
             worker_cls=self._worker_cls,
@@ -94,7 +95,7 @@ class HetWorkerGroup(WorkerGroup):
             for slot in self.slots:  # in the order of the slots, so that local ranks follow it
                 node_id = placement.node_of(slot.index)
                 if node_id:
-                    self._plan.ranks.take(slot.index, node_id)
+                    self._plan.ranks.assign(slot.index, node_id)
         for slot in self.slots:
             slot.begin(self._plan)
         for callback in self._callbacks:
@@ -103,7 +104,7 @@ class HetWorkerGroup(WorkerGroup):
             callback.after_worker_group_training_start(self)
 
     def _init_worker(self, worker: Worker) -> None:
-        """Runs in a slot's thread."""
+        """Prepare a new worker. Runs in the thread of the slot's start."""
         ray.get(worker.actor.execute.remote(set_hub, self._hub.handle))
         self._init_train_context([worker], None)
         group = ReplicaGroup([worker], dict(worker.resources), self._replica_group_callbacks)
@@ -118,8 +119,8 @@ class HetWorkerGroup(WorkerGroup):
     def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
         """One round: ask the workers, then the membership actor; refill; pass reports on to Ray.
 
-        The order matters at the end: a report was finished before its workers returned, so that an
-        answer asked for after all have returned holds the last one.
+        The membership actor is asked last: workers finish a report before they return, so an answer that was asked for
+        after all have returned has the last report.
         """
         self._assert_active()
         timeout = timeout or 0.5
@@ -154,11 +155,11 @@ class HetWorkerGroup(WorkerGroup):
                 try:
                     slot.answer = ray.get(task.task)
                 except ActorUnavailableError:
-                    slot.ongoing_poll = None  # out of reach for now: asked again
+                    slot.ongoing_poll = None  # The worker cannot be reached now; the next round asks again.
                 except RayActorError as error:
                     slot.answer = error
                 except Exception as error:
-                    # What the worker told the others first, with its traceback, counts before this.
+                    # If the worker has already told the others of its error, with a traceback, that one is shown.
                     failure = RunFailedError(
                         f"what worker {slot.index}'s training function returned or raised could not be brought here: "
                         f"{type(error).__name__}: {_short(error)}"
@@ -166,7 +167,7 @@ class HetWorkerGroup(WorkerGroup):
                     slot.answer = WorkerStatus(running=False, error=failure)
 
     def _collect_starts(self) -> None:
-        """Take over the workers that have come up, and try those again that have not."""
+        """Take over the workers that have started, and start those again that have not."""
         for slot in self.slots:
             if slot.state is not SlotState.STARTING or slot.start is None:
                 continue
@@ -193,7 +194,11 @@ class HetWorkerGroup(WorkerGroup):
                 slot.state = SlotState.DEAD
 
     def _settle(self, *, fresh: bool) -> None:
-        """Decide what the answers mean."""
+        """Decide what the answers mean for each slot.
+
+        Args:
+            fresh: Whether the membership actor has answered in this round.
+        """
         status = self._hub.status
         ended, failed = status.get("state") == "ended", status.get("state") == "failed"
         members = {m["slot"]: m for m in status.get("members", [])} if fresh else {}
@@ -202,7 +207,7 @@ class HetWorkerGroup(WorkerGroup):
                 continue
             member = members.get(slot.index)
             present = member is not None and member.get("alive", True)
-            # It may have come and been dropped between two looks.
+            # It may have joined and been dropped between two polls.
             slot.was_member |= present or status.get("num_joined", {}).get(slot.index, 0) > slot.num_joined
             answer = slot.answer
             if isinstance(answer, RayActorError):
@@ -210,7 +215,7 @@ class HetWorkerGroup(WorkerGroup):
             elif answer is None:
                 self._check_hanging(slot, fresh and not present, ended or failed)
             elif answer.error is not None:
-                if judge(answer.error) is Verdict.LEFT:
+                if meaning_of(answer.error) is ErrorMeaning.LEFT:
                     self._lose(slot, "it was dropped by its peers", refill=not (ended or failed), over=ended)
                 else:
                     self._errors.setdefault(slot.index, answer.error)
@@ -240,7 +245,7 @@ class HetWorkerGroup(WorkerGroup):
             self._lose(slot, f"its peers dropped it, and it has not answered for {silent_s:.1f} s", refill=not over)
 
     def _lose(self, slot: Slot, reason: str, *, refill: bool, over: bool = False) -> None:
-        """The slot has no worker any more."""
+        """Drop a slot's worker, and refill the slot or not."""
         self._hub.slot_lost(slot.index, reason)
         logger.warning("Worker %d is lost: %s.%s", slot.index, reason, " It is started anew." if refill else "")
         slot.drop_worker()
@@ -283,9 +288,9 @@ class HetWorkerGroup(WorkerGroup):
             return {0: RunFailedError("No worker is left: " + "; ".join(reasons) + ".")}
         if not self._errors and self._failing_since is None:
             return {}
-        if any(judge(error) is Verdict.USER for error in self._errors.values()):
+        if any(meaning_of(error) is ErrorMeaning.USER for error in self._errors.values()):
             return foremost(self._errors)
-        # Others pass on that the run failed, often before the worker that knows why.
+        # Workers that only report a failure often come before the one that knows the reason: wait for that one.
         self._failing_since = self._failing_since or time.monotonic()
         if time.monotonic() - self._failing_since < _REASON_S:
             return {}
@@ -304,7 +309,7 @@ class HetWorkerGroup(WorkerGroup):
         self, *, running: bool, report: _TrainingReport | None = None, errors: dict[int, Exception] | None = None
     ) -> WorkerGroupPollStatus:
         errors = errors or {}
-        # Slot 0 may have ended without a worker: Result.return_value is then another's.
+        # Ray takes Result.return_value from slot 0, which may have ended without a worker.
         value = next((slot.return_value for slot in self.slots if slot.return_value is not None), None)
         return WorkerGroupPollStatus(
             worker_statuses={
@@ -334,7 +339,7 @@ class HetWorkerGroup(WorkerGroup):
             callback.after_worker_group_shutdown(self._worker_group_context)
 
     def abort(self) -> None:
-        """As ``shutdown``, for Ctrl-C."""
+        """Stop all workers at once, after Ctrl-C."""
         self._assert_active()
         for callback in self._callbacks:
             callback.before_worker_group_abort(self._worker_group_context)
@@ -378,5 +383,5 @@ def _short(error: BaseException) -> str:
 
 
 def _or_none(runtime_env: dict[str, Any]) -> dict[str, Any] | None:
-    """Without a runtime environment Ray takes a process that it keeps ready."""
+    """None instead of an empty runtime environment: Ray then takes a process that it keeps ready."""
     return runtime_env if any(runtime_env.values()) else None

@@ -1,4 +1,4 @@
-"""Tune's ASHA, which forgets what it has seen when a sweep is resumed, and this one, which does not."""
+"""ASHA that remembers ended trials when a sweep is resumed. Tune's own forgets them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from raytrain_het.sweeps.ledger import results_before
 
 
 class RememberingASHA(ASHAScheduler):
-    """A trial that ended before is told to the rungs again, when Tune puts it on its list."""
+    """Adds the results of a trial that has ended to the rungs, when Tune adds the trial again."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Tune's: a new trial, or one of before."""
+        """Tune's hook for a new trial, or for one from before the resume."""
         super().on_trial_add(tune_controller, trial)
         for epoch, value in results_before(trial.trial_id):
             known = SimpleNamespace(trial_id=trial.trial_id)

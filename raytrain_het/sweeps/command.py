@@ -1,4 +1,4 @@
-"""What ``raytrain-het sweep`` does with a sweep, and shows of it."""
+"""The command ``raytrain-het sweep``: it runs a checked sweep and prints the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def run_sweep(sweep: Sweep, **options: Any) -> Results:
-    """:func:`raytrain_het.sweeps.driver.run_sweep`, loaded here: Ray Tune takes seconds, which a typo need not wait."""
+    """:func:`raytrain_het.sweeps.driver.run_sweep`, which loads Ray Tune. That takes seconds, so a typo is
+    refused before."""
     from raytrain_het.sweeps.driver import run_sweep as run
 
     return run(sweep, **options)
@@ -34,10 +35,13 @@ def sweep_command(
     as_json: bool,
     at_start: AtStart | None = None,
 ) -> int:
-    """Run it and show the results; returns the exit status, 1 if all trials have ended and none has a value.
+    """Run a sweep and print the results.
+
+    Returns:
+        The exit status: 1 if all trials have ended and none has a value, else 0.
 
     Raises:
-        ConfigError, ResourceError, Interrupted: as :func:`~raytrain_het.sweeps.driver.run_sweep`.
+        ConfigError, ResourceError, Interrupted: As :func:`~raytrain_het.sweeps.driver.run_sweep`.
     """
     if resume and sweep.config.name is None:
         there = sweeps_in(Path(sweep.config.storage))
@@ -57,14 +61,14 @@ def sweep_command(
         to_stderr=as_json,
     )
     stream = sys.stderr if as_json else sys.stdout
-    lines.show(results.table(lines.columns(stream)), stream)
+    lines.print_tables(results.table(lines.columns(stream)), stream)
     where = results.folder
     if results.best is None:
         none = "no trial has a value" if sweep.objective.target is None else "no trial has reached the target"
-        lines.write(f"{none}: see {where / 'trials.csv'}", stream)
+        lines.print_text(f"{none}: see {where / 'trials.csv'}", stream)
     else:
-        lines.write(f"all trials and epochs: {where}/trials.parquet, epochs.parquet (and .csv)", stream)
-        lines.write(f"the best again: raytrain-het train {where / 'best.yaml'}", stream)
+        lines.print_text(f"all trials and epochs: {where}/trials.parquet, epochs.parquet (and .csv)", stream)
+        lines.print_text(f"the best again: raytrain-het train {where / 'best.yaml'}", stream)
     if as_json:
         print(results.to_json(), flush=True)
     return 0 if results.best is not None or not results.is_finished else 1

@@ -1,4 +1,4 @@
-"""From a checked sweep to its results: a ``Tuner`` of Ray Tune's, and what is around it."""
+"""From a checked sweep to its results: it runs Ray Tune's ``Tuner``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ray import cloudpickle
 from raytrain_het.errors import ConfigError
 from raytrain_het.files import write_whole
 from raytrain_het.jobs.interrupted import Interrupted, interruptible
-from raytrain_het.jobs.lines import write
+from raytrain_het.jobs.job_data import check_data
+from raytrain_het.jobs.lines import print_text
 from raytrain_het.jobs.ray_session import ray_session
-from raytrain_het.jobs.table import check_data
 from raytrain_het.jobs.trainer import AtStart, num_cpus, scaling_of
 from raytrain_het.jobs.validation import plural
 from raytrain_het.sweeps.folders import SWEEP, check_before_ray
@@ -32,11 +32,11 @@ from raytrain_het.sweeps.time_budget import TimeBudget
 TUNE = "tune"
 """Ray Tune's own folder, below the sweep's."""
 _ENVIRONMENT = {
-    # What a driver that is killed has not saved is searched for again.
+    # A killed driver loses what Tune has not saved yet, and searches for it again.
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    # Its tables, which name a folder that will not stay.
+    # Tune's tables name a folder that does not stay.
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
@@ -54,23 +54,21 @@ def run_sweep(
     """Run a sweep to its end.
 
     Args:
-        sweep: what :func:`~raytrain_het.sweeps.load_sweep` gives.
-        name: of its folder, unless it has one of its own.
-        resume: whether it goes on where one of this name was interrupted.
-        address: of a Ray cluster; as for ``raytrain-het train``.
-        at_start: what each worker does first.
-        retry_failed: whether trials that have failed are tried again, with ``resume``.
-        to_stderr: where lines for people go, instead of stdout.
+        sweep: From :func:`~raytrain_het.sweeps.load_sweep` or :func:`~raytrain_het.sweeps.make_sweep`.
+        name: The name of its folder, unless the sweep has a name.
+        resume: Whether to resume the interrupted sweep of this name.
+        address: A Ray cluster, as for ``raytrain-het train``.
+        at_start: Called in each worker before its training function.
+        retry_failed: With ``resume``: whether failed trials are tried again.
+        to_stderr: Whether lines for people go to stderr instead of stdout.
 
     Returns:
-        What was found, also written into the folder.
+        The results, which are also written into the folder. If the time budget is used up, some trials are unfinished
+        or have not begun (:attr:`~raytrain_het.sweeps.Results.is_finished`).
 
     Raises:
-        ConfigError, ResourceError: it cannot run here; nothing was started.
-        Interrupted: Ctrl-C or SIGTERM. The workers are gone, results so far are written.
-
-    When its time budget is used up it returns, with trials that are unfinished or have not begun
-    (:attr:`~raytrain_het.sweeps.Results.is_finished`).
+        ConfigError, ResourceError: The sweep cannot run here; nothing was started.
+        Interrupted: Ctrl-C or SIGTERM. The workers are gone, and the results so far are written.
     """
     if sweep.config.simulate is not None and at_start is None:
         raise ConfigError("simulate: it is the command line's. Write run_sweep(..., at_start=...) for what slows down.")
@@ -104,7 +102,7 @@ def run_sweep(
 
 
 def _as_far_as_it_came(end: Interrupted, folder: Path, budget: TimeBudget, say: Callable[[str], None]) -> Results:
-    """Results of an interrupted sweep, where its time was used up; else the interruption goes on."""
+    """The results of a sweep whose time budget is used up; any other interruption is raised again."""
     go_on = f"the same command with --name {folder.name} --resume goes on"
     if not (folder / SWEEP).exists():
         raise end
@@ -119,10 +117,10 @@ def _as_far_as_it_came(end: Interrupted, folder: Path, budget: TimeBudget, say: 
 
 
 def max_concurrent(sweep: Sweep) -> int:
-    """Trials at once: as many as the cluster holds, of those with the most workers.
+    """How many trials run at once: as many as the cluster holds, counted with the most workers that a trial has.
 
     Raises:
-        ResourceError: it cannot hold one.
+        ResourceError: The cluster cannot hold one.
     """
     from raytrain_het.ray_train.cluster_view import num_at_once
 
@@ -134,10 +132,10 @@ def make_tuner(sweep: Sweep, folder: Path, at_once: int, *, at_start: AtStart | 
     """The ``ray.tune.Tuner`` of a sweep. Ray is running.
 
     Args:
-        sweep: what it does.
-        folder: where it goes.
-        at_once: most trials at once.
-        at_start: what each worker does first.
+        sweep: The sweep.
+        folder: The sweep's folder.
+        at_once: Most trials at once.
+        at_start: Called in each worker before its training function.
     """
     from ray import tune
 
@@ -170,7 +168,8 @@ def _trial_name(trial: Any) -> str:
 
 
 def _trainable(sweep: Sweep, folder: Path, at_once: int, at_start: AtStart | None) -> Any:
-    """Trials reserve nothing but a sliver of this node, where they stay: their workers reserve for themselves."""
+    """Tune's trainable. A trial reserves almost nothing, which keeps it on this node; its workers reserve for
+    themselves."""
     import ray
     from ray import tune
 
@@ -184,8 +183,10 @@ def _trainable(sweep: Sweep, folder: Path, at_once: int, at_start: AtStart | Non
 
 
 def _restored(sweep: Sweep, folder: Path, at_once: int, at_start: AtStart | None, retry_failed: bool) -> Any:
-    """The Tuner of a sweep that was interrupted; None where what it has saved is not whole. Then it begins anew: with
-    the same seed come the same settings, and a run that is complete is not run again."""
+    """The Tuner of an interrupted sweep; None if the files that Tune has saved are not whole.
+
+    The search then begins anew. The same seed gives the same settings, and a run that is complete is not run again.
+    """
     from ray import tune
 
     if retry_failed:
@@ -206,7 +207,7 @@ def _restored(sweep: Sweep, folder: Path, at_once: int, at_start: AtStart | None
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all that Tune has saved can be read: it overwrites its files in place, and a kill may leave half."""
+    """Whether all files of Tune can be read. Tune overwrites them in place, and a kill may leave half a file."""
     state = max(folder.glob("experiment_state-*.json"), default=folder / "none")
     session = state.name.removeprefix("experiment_state-")
     searchers = [folder / f"{name}-{session}" for name in ("basic-variant-state", "search_gen_state")]  # Pickles too.
@@ -233,13 +234,12 @@ def _cpus(sweep: Sweep) -> float:
 def _teller(to_stderr: bool) -> Callable[[str], None]:
     import sys
 
-    return lambda text: write(text, sys.stderr if to_stderr else sys.stdout)
+    return lambda text: print_text(text, sys.stderr if to_stderr else sys.stdout)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Tune's settings for the length of the block, and its log from errors on: what a sweep does is told by the
-    ledger."""
+    """Set Tune's environment variables and silence its log for the length of the block. The ledger reports a sweep."""
     before = {key: os.environ.get(key) for key in _ENVIRONMENT}
     os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]

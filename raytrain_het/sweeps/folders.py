@@ -1,4 +1,4 @@
-"""A sweep's folder: where it is, and whether it can be begun or gone on with. Checked before Ray is loaded."""
+"""A sweep's folder: where it is, and whether a sweep can begin or resume there. Checked before Ray is loaded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import yaml
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import ray_session
 from raytrain_het.jobs.runner import check_writable
-from raytrain_het.jobs.table import glance_at_data
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.validation import yaml_text
 from raytrain_het.jobs.yaml_file import read_yaml
 from raytrain_het.sweeps.sweep import Sweep
 
@@ -19,23 +18,23 @@ SWEEP = "sweep.yaml"
 
 
 def check_before_ray(sweep: Sweep, *, name: str, resume: bool, address: str | None) -> Path:
-    """What can be known of a sweep before Ray is loaded, which takes seconds; returns its folder.
+    """Check what can be checked before Ray is loaded, which takes seconds; returns the sweep's folder.
 
     Raises:
-        ConfigError: as :func:`folder_of`; or there is no such address, or a trial's data is not there.
+        ConfigError: As :func:`folder_of`; or nothing listens at the address, or a trial's data is not there.
     """
     folder = folder_of(sweep, name, resume=resume)
     ray_session.check_before_ray(address)
     for job in sweep.jobs_by_data():
-        glance_at_data(job)
+        job.glance_at_data()
     return folder
 
 
 def folder_of(sweep: Sweep, name: str, *, resume: bool) -> Path:
-    """Where a sweep goes.
+    """The folder of a sweep.
 
     Raises:
-        ConfigError: it cannot be written, or there is a sweep already, or none to go on with.
+        ConfigError: It cannot be written, or holds a sweep already, or has no sweep to resume.
     """
     if "://" in sweep.config.storage:
         raise ConfigError(
@@ -68,7 +67,8 @@ def _check_resume(sweep: Sweep, folder: Path) -> None:
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 raise ConfigError(
-                    f"--resume: {folder / file} has {key}: {shown(before.get(key))}, now it is {shown(now.get(key))}. "
+                    f"--resume: {folder / file} has {key}: {yaml_text(before.get(key))}, now it is "
+                    f"{yaml_text(now.get(key))}. "
                     "Write it as it was, or another --name without --resume"
                 )
 

@@ -1,4 +1,4 @@
-"""What becomes of each trial: a line a time in ``trials.jsonl``, and for people."""
+"""The ledger of a sweep: a line in ``trials.jsonl`` for each thing that happens to a trial, and a line for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import tune
 
-from raytrain_het.jobs.lines import write
+from raytrain_het.jobs.lines import print_text
 from raytrain_het.ray_train.narration import number
 from raytrain_het.ray_train.run_folder import append_lines
 from raytrain_het.sweeps.objective import Objective
@@ -25,16 +25,16 @@ _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b: ")
 
 @dataclass
 class Entry:
-    """One trial."""
+    """One trial, as the ledger has it."""
 
     number: int
-    """From 1, in the order in which they began."""
+    """From 1, in the order in which trials began."""
     settings: dict[str, Any]
     status: str = "unfinished"
     """``complete``, ``pruned``, ``failed``, or ``unfinished``."""
     error: str | None = None
     wall_s: float = 0.0
-    """From its beginning to its end, start of workers included; of all times if it was interrupted."""
+    """Seconds from its beginning to its end, with the start of its workers; the sum, if it was begun several times."""
     num_starts: int = 0
     _began: float | None = field(default=None, repr=False)
 
@@ -44,13 +44,13 @@ class Entry:
         return run_name(self.settings)
 
     def stop(self, time: float) -> None:
-        """What has begun goes on until then, as far as is known."""
+        """Count the time of a trial that is under way up to ``time``."""
         if self._began is not None:
             self.wall_s += time - self._began
             self._began = None
 
-    def take(self, line: Mapping[str, Any]) -> None:
-        """The next line about it."""
+    def add_line(self, line: Mapping[str, Any]) -> None:
+        """Take in the next line about this trial."""
         if line["event"] == "start":
             self._began, self.status, self.num_starts = line["time"], "unfinished", self.num_starts + 1
             return
@@ -73,19 +73,19 @@ def read_ledger(folder: Path) -> dict[str, Entry]:
             line = json.loads(text)
         except ValueError:
             continue  # A killed process has not finished it.
-        if line["event"] == "all":  # Tune has lost word of the others: their search was begun again.
+        if line["event"] == "all":  # Tune does not know the others any more: their search began anew.
             entries = {key: entry for key, entry in entries.items() if key in line["ids"]}
             for entry in entries.values():
                 entry.stop(line["time"])
             continue
         number = max((entry.number for entry in entries.values()), default=0) + 1
-        entries.setdefault(line["id"], Entry(number, line["settings"])).take(line)
+        entries.setdefault(line["id"], Entry(number, line["settings"])).add_line(line)
     return entries
 
 
 @dataclass(frozen=True)
 class Book:
-    """What is written down, and told to people, of the sweep that this process runs."""
+    """The sweep that this process runs: where its ledger is, and where lines for people go."""
 
     folder: Path
     objective: Objective
@@ -97,12 +97,15 @@ _open: list[Book] = []
 
 
 def open_ledger(book: Book) -> None:
-    """From now on. Not by the callback itself, which Tune pickles and brings back as it was, whatever has changed."""
+    """Write to this ledger from now on.
+
+    The callback itself cannot hold it: on a resume Tune unpickles the callback as it was, with an old book.
+    """
     _open[:] = [book]
 
 
 def results_before(trial_id: str) -> list[tuple[int, float]]:
-    """(epochs, what schedulers go by) of a trial that ended before; nothing of others."""
+    """Pairs (epochs done, the number that schedulers compare) of a trial that has ended; none of another trial."""
     if not _open:
         return []
     book = _open[0]
@@ -114,14 +117,14 @@ def results_before(trial_id: str) -> list[tuple[int, float]]:
 
 
 class Ledger(tune.Callback):
-    """Tune's callback that keeps the ledger that is open."""
+    """Tune's callback: it writes to the open ledger."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._note(trial, "start")
-        self._say(trial, f"of {_open[0].num_trials} begins: {said(trial.config)}")
+        self._say(trial, f"of {_open[0].num_trials} begins: {settings_text(trial.config)}")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self._note(trial, "result")
@@ -135,7 +138,7 @@ class Ledger(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         complete = self._outcome(trial).get("status") == "complete"
-        if not complete:  # Tune may not have saved that yet when the driver is killed, and would go on with it.
+        if not complete:  # If the driver is killed before Tune has saved this, Tune would resume the trial.
             write_outcome(self._run_folder(trial), status="pruned")
         self._note(trial, "complete" if complete else "pruned")
         self._say(trial, "is complete" if complete else "is pruned")
@@ -166,16 +169,16 @@ class Ledger(tune.Callback):
             entries = read_ledger(_open[0].folder)
             self._numbers = {key: entry.number for key, entry in entries.items()}
         stream = sys.stderr if _open[0].to_stderr else sys.stdout
-        write(f"trial {self._numbers[trial.trial_id]} {text}", stream)
+        print_text(f"trial {self._numbers[trial.trial_id]} {text}", stream)
 
 
-def said(settings: Mapping[str, Any]) -> str:
+def settings_text(settings: Mapping[str, Any]) -> str:
     """``alpha 0.31, schedule cosine``."""
     return ", ".join(f"{path} {number(value)}" for path, value in settings.items())
 
 
 def last_line(error: str) -> str:
-    """What a traceback ends with, without our own words about it."""
+    """The error at the end of a traceback, without the words that this package adds."""
     lines = [line.strip() for line in error.strip().splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
     return (errors or lines or [error])[-1]

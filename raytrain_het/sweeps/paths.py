@@ -1,7 +1,7 @@
-"""Settings by their paths: which a job has, and a job's data with some of them set.
+"""Settings by their paths: which paths a job has, and a job's data with some of its settings replaced.
 
-A path is what ``--set`` takes, such as ``lr``, ``het.alpha`` or ``het.compression.topk.density``. Those of ``het`` can
-be written without it where the job has no field of that name: ``alpha``, ``compression.topk.density``.
+A path is what ``--set`` takes, such as ``lr``, ``het.alpha`` or ``het.compression.topk.density``. The prefix ``het.``
+can be left out if the job has no field of that name: ``alpha``, ``compression.topk.density``.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from raytrain_het.codec_options import AUTO, OPTIONS, parsed
+from raytrain_het.codec_options import option_names as codec_option_names
+from raytrain_het.codec_options import options_by_name, parsed
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs.config import JobConfig
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.validation import yaml_text
+from raytrain_het.named_options import name_and_options, option_names
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
-from raytrain_het.optim.named import option_names
 from raytrain_het.plain import nearest
 
 _NOT_SWEPT = ("kind", "name", "storage", "het", "workers")
 _WORKERS = re.compile(r"workers\.\d+\.(count|resources\.\w+)")
 
 NAMED: dict[str, dict[str, list[str]]] = {
-    "het.compression": {name: list(options) for name, options in {**OPTIONS, "auto": AUTO}.items()},
+    "het.compression": {name: codec_option_names(kind) for name, kind in options_by_name(auto=True).items()},
     "het.schedule": {name: option_names(kind) for name, kind in SCHEDULES.items()},
     "optimizer": {name: option_names(kind) for name, kind in OPTIMIZERS.items()},
 }
-"""Fields that are one of several kinds, with the options of each: ``schedule.cosine.floor``."""
+"""Fields that choose one of several kinds, and the options of each kind: ``schedule.cosine.floor``."""
 
 
 def known_paths(cls: type[JobConfig]) -> dict[str, str]:
-    """Every path that can be written for a kind of job, with the whole one."""
+    """Every path that can be written for a job, with the whole path that it stands for."""
     own = [field.name for field in dataclasses.fields(cls) if field.name not in _NOT_SWEPT]
     of_het = [field.name for field in dataclasses.fields(HetConfig)]
     whole = [*own, *(f"het.{name}" for name in of_het), "het.clip.norm", "het.clip.value"]
@@ -45,10 +46,10 @@ def known_paths(cls: type[JobConfig]) -> dict[str, str]:
 
 
 def whole_path(cls: type[JobConfig], path: str) -> str:
-    """The path with ``het.`` before it, where that was left out.
+    """The whole path, also if ``het.`` was left out.
 
     Raises:
-        ConfigError: the job has no such setting; the message has the nearest right one.
+        ConfigError: The job has no such setting; the message has the nearest right one.
     """
     known = known_paths(cls)
     if path in known:
@@ -61,7 +62,8 @@ def whole_path(cls: type[JobConfig], path: str) -> str:
 
 
 def kind_of(path: str) -> tuple[str, str] | None:
-    """``("het.compression", "topk")`` of ``het.compression.topk.density``; None for what is no option of a kind."""
+    """``("het.compression", "topk")`` of ``het.compression.topk.density``; None if the path is not an option of a
+    kind."""
     for field in NAMED:
         if path.startswith(f"{field}."):
             return field, path.removeprefix(f"{field}.").split(".")[0]
@@ -69,17 +71,17 @@ def kind_of(path: str) -> tuple[str, str] | None:
 
 
 def with_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A job's data with settings in it, and the paths of those that count for nothing.
+    """A job's data with some settings replaced, and the paths of settings that have no effect.
+
+    An option of a kind, such as ``schedule.cosine.floor``, also chooses that kind. If the settings choose another kind,
+    such as ``schedule: step``, the option has no effect.
 
     Args:
-        given: as a job file has it.
-        settings: by whole path.
-
-    An option of one kind (``schedule.cosine.floor``) makes it that kind; unless the settings choose the kind
-    (``schedule``) and have chosen another one: then the option counts for nothing.
+        given: The data of a job file.
+        settings: By whole path.
 
     Raises:
-        ConfigError: a path leads through what is no mapping.
+        ConfigError: A path leads through something that is not a mapping.
     """
     data, idle = copy.deepcopy(dict(given)), list[str]()
     for path in sorted(settings, key=lambda path: path.count(".")):
@@ -88,7 +90,7 @@ def with_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> tupl
             idle.append(path)
             continue
         if kind is None:
-            # By its name alone, a kind keeps the options that the job gives it.
+            # A kind that is only named keeps the options that the job file gives it.
             if path not in NAMED or value is None or _kind_and_options(_get(data, path.split(".")))[0] != value:
                 _put(data, path.split("."), value)
             continue
@@ -103,7 +105,7 @@ def with_settings(given: Mapping[str, Any], settings: Mapping[str, Any]) -> tupl
 
 
 def conflicting(paths: Iterable[str]) -> tuple[str, list[str]] | None:
-    """A field of which options of several kinds are set, and nothing that chooses between them."""
+    """A field with options of several kinds among the paths, and no path that chooses between them; and those kinds."""
     paths, kinds = set(paths), dict[str, set[str]]()
     for path in paths:
         kind = kind_of(path)
@@ -113,25 +115,23 @@ def conflicting(paths: Iterable[str]) -> tuple[str, list[str]] | None:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by path, each a number, a text, a flag or nothing; what is a list or a kind with options is a
-    text, as a job file has it."""
+    """Nested settings by path. A number, a text, a bool or None stays; a list, or a kind with options, becomes a text
+    as in a job file."""
     found: dict[str, Any] = {}
     for key, inner in value.items():
         path = f"{prefix}{key}"
         if isinstance(inner, Mapping) and path not in NAMED and path != "het.clip":
             found |= flat(inner, f"{path}.")
         else:
-            found[path] = inner if inner is None or isinstance(inner, bool | int | float | str) else shown(inner)
+            found[path] = inner if inner is None or isinstance(inner, bool | int | float | str) else yaml_text(inner)
     return found
 
 
 def _kind_and_options(value: Any) -> tuple[str | None, dict[str, Any]]:
     if isinstance(value, str):
         return parsed(value)
-    if isinstance(value, Mapping) and len(value) == 1:
-        ((name, options),) = value.items()
-        return name, dict(options or {})
-    return None, {}
+    name, options = name_and_options(value)
+    return name, options or {}
 
 
 def _get(data: Any, parts: list[str]) -> Any:
@@ -147,11 +147,11 @@ def _put(data: Any, parts: list[str], value: Any) -> None:
             data = data[int(part)]
             continue
         if not isinstance(data, dict):
-            raise ConfigError(f"{'.'.join(parts[:k])} is {shown(data)}: it has no {part!r} below it.")
+            raise ConfigError(f"{'.'.join(parts[:k])} is {yaml_text(data)}: it has no {part!r} below it.")
         inner = data.get(part)
         if inner is None:
             inner = data[part] = {}
         data = inner
     if not isinstance(data, dict):
-        raise ConfigError(f"{'.'.join(way)} is {shown(data)}: it has no {last!r} below it.")
+        raise ConfigError(f"{'.'.join(way)} is {yaml_text(data)}: it has no {last!r} below it.")
     data[last] = value

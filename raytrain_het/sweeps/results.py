@@ -1,4 +1,4 @@
-"""What a sweep has found, as tables: one row for each trial, and one for each of its epochs."""
+"""The results of a sweep, as tables: a row for each trial, and a row for each epoch of each trial."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raytrain_het.files import write_whole
 from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.lines import COLUMNS, Sentence, fits
 from raytrain_het.jobs.summary import jsonable, size
-from raytrain_het.jobs.validation import shown
+from raytrain_het.jobs.validation import yaml_text
 from raytrain_het.ray_train.narration import number
 from raytrain_het.sweeps.ledger import Entry, last_line, read_ledger
 from raytrain_het.sweeps.paths import flat
@@ -32,23 +32,26 @@ from raytrain_het.sweeps.sweep_file import load_sweep
 SEED = "het.seed"
 NUM_FINALISTS = 3
 _LEAST_NEEDED = ("wall s", "sent")
-"""Of the figures in a table: what goes first where it is too wide."""
+"""Columns that are left out first, if the table is too wide."""
 _COUNTS = ("epoch", "step", "samples", "bytes_sent")
 
 
 @dataclass(frozen=True)
 class Results:
-    """Of a sweep.
+    """The results of a sweep.
 
     Attributes:
-        trials: A row for each trial, best first; those without a value come last. ``trial`` is its number, ``status``
-            complete, pruned, failed or unfinished, ``value`` what the sweep looks for (nothing where a target was not
-            reached: ``reached`` says so); the settings that were varied by their paths, as ``job.*`` all settings of
-            the job, and as last reported the job's metrics, ``epoch`` (those done), ``step``, ``seconds`` of training,
-            ``samples``, ``bytes_sent``, ``samples_per_s``, ``fraction_of_aggregate``, ``lr_now`` (of the last step),
-            ``clipped_share``; ``wall_s`` with the start of workers; ``run_folder``, below the sweep's, and ``error``.
-        epochs: A row for each epoch of each trial, with ``trial`` and the same figures.
-        finalists: The jobs of up to three trials that are complete, the best first, ready to run.
+        folder: The sweep's folder.
+        sweep: The sweep.
+        trials: A row for each trial, the best first, those without a value last. Columns: ``trial``, its number;
+            ``status``, which is complete, pruned, failed or unfinished; ``value``, what the sweep looks for (empty if a
+            target was not reached, which ``reached`` says); the settings that vary, by their paths; all settings of the
+            job, as ``job.*``; from the last report the job's metrics, ``epoch`` (epochs done), ``step``, ``seconds`` of
+            training, ``samples``, ``bytes_sent``, ``samples_per_s``, ``fraction_of_aggregate``, ``lr_now`` (of the last
+            step) and ``clipped_share``; ``wall_s``, with the start of workers; ``run_folder``, below the sweep's; and
+            ``error``.
+        epochs: A row for each epoch of each trial, with ``trial`` and the figures of its report.
+        finalists: The jobs of up to three complete trials, the best first, ready to run.
     """
 
     folder: Path
@@ -59,7 +62,7 @@ class Results:
 
     @property
     def best(self) -> JobConfig | None:
-        """The best job; None where no trial was complete with a value."""
+        """The best job; None if no complete trial has a value."""
         return self.finalists[0] if self.finalists else None
 
     @property
@@ -75,8 +78,8 @@ class Results:
         return counts["unfinished"] == counts["not begun"] == 0
 
     def write(self) -> None:
-        """``trials`` and ``epochs`` as Parquet and CSV, and ``best.yaml``, ``best-2.yaml`` and ``best-3.yaml``, into
-        the sweep's folder."""
+        """Write ``trials`` and ``epochs`` as Parquet and CSV, and ``best.yaml``, ``best-2.yaml`` and ``best-3.yaml``,
+        into the sweep's folder."""
         for place, job in enumerate(self.finalists, start=1):
             write_whole(self.folder / ("best.yaml" if place == 1 else f"best-{place}.yaml"), job.to_yaml())
         for name, table in (("trials", self.trials), ("epochs", self.epochs)):
@@ -105,10 +108,10 @@ class Results:
         )
 
     def table(self, width: int = COLUMNS) -> RenderableType:
-        """For reading, in so many columns of text: what does not fit is left out, and said to be.
+        """A table for people. Columns that do not fit are left out, and named below it.
 
         Args:
-            width: of the terminal.
+            width: The terminal's width, in characters.
         """
         figures = [*_others(self.sweep.objective.name, self), "epochs", "s", "wall s", "sent"]
         left_out: list[str] = []
@@ -117,7 +120,7 @@ class Results:
                 name for name in reversed(figures) if name not in left_out
             ]
             if not rest:
-                break  # Settings and the value stay, however many lines they take.
+                break  # Settings and the value always stay, and may take several lines.
             left_out.append(rest[0])
         counts = ", ".join(f"{n} {status}" for status, n in self.num_by_status.items() if n)
         failed = self.trials[self.trials["status"] == "failed"]
@@ -126,7 +129,7 @@ class Results:
         return Group(table, *map(Sentence, [*narrow, *errors, counts, *_by_seed(self)]))
 
     def _table(self, figures: Sequence[str]) -> Table:
-        """With these figures besides the settings and the value."""
+        """The table with these figures, besides the settings and the value."""
         objective, paths = self.sweep.objective, [d.path for d in self.sweep.dimensions]
         table = Table(
             title=f"Trials, best first by {objective.name}",
@@ -158,7 +161,7 @@ class Results:
 
 
 def read_results(folder: str | Path) -> Results:
-    """Of a sweep that is over, or as far as it is."""
+    """Read the results of a sweep from its folder, also while it runs."""
     folder = Path(folder)
     sweep = load_sweep(folder / "sweep.yaml")
     trials, epochs, ledger = [], [], list(read_ledger(folder).values())
@@ -177,20 +180,20 @@ def read_results(folder: str | Path) -> Results:
 
 
 def _whole(table: pd.DataFrame) -> pd.DataFrame:
-    """Counts stay whole numbers where some are missing; a column of several types, as of a choice between a text and a
-    number, is one of texts, since Parquet has no other."""
+    """The table in types that Parquet has: counts stay whole numbers although some are missing, and a column of several
+    types, such as a choice between a text and a number, becomes a column of texts."""
     mixed = [
         name
         for name in table.columns
         if table[name].dtype == object and len({type(value) for value in table[name] if _known(value)}) > 1
     ]
-    texts = {name: [shown(value) if _known(value) else None for value in table[name]] for name in mixed}
+    texts = {name: [yaml_text(value) if _known(value) else None for value in table[name]] for name in mixed}
     return table.assign(**texts).astype({name: "Int64" for name in _COUNTS if name in table.columns})
 
 
 def _rank(sweep: Sweep, row: Mapping[str, Any]) -> tuple[int, float, int]:
-    """The best first: those that are complete, then those that were pruned, then those without a value, of which those
-    come first that were nearest to a target."""
+    """A trial's place in the table. Complete trials come first, then pruned ones, the best of each first; last the
+    trials without a value, of which those nearest to a target come first."""
     value, target = row["value"], sweep.objective.target
     if value is None:
         return 2, 0.0 if target is None else abs(target - sweep.objective.for_scheduler(row)), row["trial"]
@@ -201,7 +204,7 @@ def _row(sweep: Sweep, entry: Entry, rows: list[dict[str, Any]], folder: Path) -
     _, idle = sweep.data_of(entry.settings)
     try:
         job = flat(dataclasses.asdict(sweep.job_of(entry.settings)))
-    except ConfigError:  # Settings that make no job: the trial has failed by that.
+    except ConfigError:  # There is no job with these settings, and so the trial has failed.
         job = {}
     settings = {path: None if path in idle else value for path, value in entry.settings.items()}
     ended = entry.status in ("complete", "pruned")
@@ -221,7 +224,7 @@ def _row(sweep: Sweep, entry: Entry, rows: list[dict[str, Any]], folder: Path) -
 
 
 def _others(objective: str, results: Results) -> list[str]:
-    """Metrics of the job that are shown beside what the sweep looks for."""
+    """Up to two metrics of the job that are shown beside the objective."""
     reported = results.sweep.default_job().metrics()
     return [name for name in reported if name != objective and name in results.trials.columns][:2]
 
@@ -235,7 +238,8 @@ def _remark(row: Mapping[str, Any]) -> str:
 
 
 def _by_seed(results: Results) -> list[str]:
-    """With several seeds: the mean over them of each setting that has a value for all, best first."""
+    """If the seed varies: lines with the mean over seeds, the best first, of settings that have a value for every
+    seed."""
     sweep, table = results.sweep, results.trials
     seed = next((d.path for d in sweep.dimensions if d.whole == SEED), None)
     paths = [d.path for d in sweep.dimensions if d.path != seed]

@@ -1,4 +1,4 @@
-"""A trial's run folder, which is the truth about it: its reports as rows, and how it ended."""
+"""A trial's run folder, the source of truth on a trial: its reports as rows, and how it ended."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ OUTCOME = "outcome.json"
 
 
 def run_name(settings: Mapping[str, Any]) -> str:
-    """The name of the run with these settings, by path as written: the same for the same."""
+    """The name of the run with these settings, by path as written. The same settings give the same name."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 class Rows:
     """Reports as rows: the job's metrics, and what it took to get there, added up from report to report.
 
-    ``epoch``: those that are done; ``step``; ``seconds`` in training, without the start of workers; ``samples``;
-    ``bytes_sent`` by all workers; ``samples_per_s`` and ``clipped_share`` since the report before; ``lr_now``, the rate
-    of the last step; ``fraction_of_aggregate``, what all do together over the sum of what each would do by itself.
+    A row has ``epoch`` (epochs done), ``step``, ``seconds`` of training without the start of workers, ``samples``,
+    ``bytes_sent`` by all workers, ``samples_per_s`` and ``clipped_share`` since the report before, ``lr_now`` (the rate
+    of the last step), and ``fraction_of_aggregate`` (the speed of all workers over the sum of their own speeds).
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Rows:
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """What ``metrics.jsonl`` holds. A line that a killed process has not finished counts for nothing."""
+    """The reports in ``metrics.jsonl``. A line that a killed process has not finished is left out."""
     try:
         lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     except OSError:
@@ -64,8 +64,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 
 
 def add_lost_report(folder: Path, reports: list[dict[str, Any]]) -> None:
-    """A process that is killed may have stored a checkpoint and not written the line of its report: that comes from the
-    checkpoint then, without what it took."""
+    """Add the report of a checkpoint whose line a killed process has not written. It is without times and bytes."""
     last = last_checkpoint_of(str(folder.parent), folder.name)
     if last is not None and last.epoch > max((report["epoch"] + 1 for report in reports), default=0):
         line = {"step": last.step, "epoch": last.epoch - 1, "metrics": last.metrics, "checkpoint": last.path}
@@ -74,8 +73,11 @@ def add_lost_report(folder: Path, reports: list[dict[str, Any]]) -> None:
 
 
 def rows_of(reports: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each epoch. One that was trained again, after a checkpoint that was not stored, counts as it came out
-    last; what the first time took stays in the sums."""
+    """One row for each epoch.
+
+    An epoch may have been trained twice, if its checkpoint was not stored. Its second row counts; the sums hold the
+    time and the bytes of both.
+    """
     rows, by_epoch = Rows(), dict[int, dict[str, Any]]()
     for report in reports:
         row = rows.add(report)
@@ -85,7 +87,7 @@ def rows_of(reports: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
-    """How a run ended: its ``status`` (complete, pruned or failed), and the ``error``. Nothing while it has not."""
+    """How a run ended: its ``status`` (complete, pruned or failed), and the ``error``. Empty while it has not ended."""
     try:
         outcome = json.loads((folder / OUTCOME).read_text("utf-8"))
     except (OSError, ValueError):
@@ -94,6 +96,6 @@ def read_outcome(folder: Path) -> dict[str, Any]:
 
 
 def write_outcome(folder: Path, **outcome: Any) -> None:
-    """See :func:`read_outcome`."""
+    """Write what :func:`read_outcome` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / OUTCOME, json.dumps(outcome) + "\n")

@@ -1,4 +1,4 @@
-"""Ray Tune's searchers and schedulers, by what a sweep says."""
+"""Searches and schedulers by name, as a sweep's file writes them, and Ray Tune's objects for them."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.optim.named import Named, pick
+from raytrain_het.named_options import Allowed, NamedOptions, choose, option
 from raytrain_het.plain import is_number
 from raytrain_het.sweeps.objective import Objective
 
+_WHOLE_FROM_1 = Allowed("a whole number from 1", lambda value: is_number(value) and value == int(value) >= 1)
+_ABOVE_1 = Allowed("a number above 1", lambda value: is_number(value) and value > 1)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Search(Named):
-    """How settings are found."""
+class Search(NamedOptions):
+    """How the settings of trials are found."""
 
     field = "search"
+    example = "{'optuna': {'startup_trials': 10}}"
     takes_ranges = True
-    """Whether it can draw from a range, or only try all of a list."""
+    """Whether it can draw from a range; else it tries every value of a list."""
     takes_grids = True
+    """Whether the space may have a ``grid``."""
 
     def searcher(self, objective: Objective, *, seed: int, max_concurrent: int) -> Any:
-        """Tune's."""
+        """Tune's searcher."""
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        # What is drawn is the same for every point of a grid beside it.
+        # Every point of a grid is tried with the same draws.
         return BasicVariantGenerator(constant_grid_search=True, random_state=seed, max_concurrent=max_concurrent)
 
 
@@ -40,7 +45,7 @@ class Grid(Search):
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Search):
-    """Each drawn by itself; with a ``grid`` in the space, what is drawn is tried with all of it."""
+    """Draws each setting by itself. If the space has a ``grid``, every draw is tried at all of its points."""
 
     name = "random"
 
@@ -52,12 +57,11 @@ class Optuna(Search):
     name = "optuna"
     takes_grids = False
 
-    startup_trials: int = 10
-    """So many are drawn at random first; from 1."""
+    startup_trials: int = option(10, _WHOLE_FROM_1)
+    """The first so many trials are drawn at random."""
 
     def __post_init__(self) -> None:
-        ok = is_number(self.startup_trials) and self.startup_trials == int(self.startup_trials) >= 1
-        self.check("startup_trials", ok, "a whole number from 1")
+        super().__post_init__()
         if importlib.util.find_spec("optuna") is None:
             raise ConfigError(
                 "search='optuna' needs optuna, which is not installed. Write: "
@@ -76,18 +80,21 @@ class Optuna(Search):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheduler(Named):
+class Scheduler(NamedOptions):
     """Which trials are stopped early."""
 
     field = "scheduler"
+    example = "{'asha': {'grace_epochs': 1}}"
 
     def check_epochs(self, epochs: int) -> None:
-        """Raises:
-        ConfigError: it makes no sense for trials of so many.
+        """Refuse options that make no sense for trials of so many epochs.
+
+        Raises:
+            ConfigError: An option is too large.
         """
 
     def scheduler(self, objective: Objective, *, epochs: int) -> Any:
-        """Tune's."""
+        """Tune's scheduler."""
         from ray.tune.schedulers import FIFOScheduler
 
         return FIFOScheduler()
@@ -95,30 +102,23 @@ class Scheduler(Named):
 
 @dataclass(frozen=True, kw_only=True)
 class RunToTheEnd(Scheduler):
-    """None is."""
+    """No trial is stopped early."""
 
     name = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ASHA(Scheduler):
-    """Asynchronous successive halving: after ``grace_epochs``, and again after each ``reduction_factor`` times as many,
-    a trial goes on only if its metric is among the best ``1 / reduction_factor`` of those that have come so far.
-    (Li et al. 2020.)"""
+    """Asynchronous successive halving. (Li et al. 2020, arXiv:1810.05934.)
+
+    A trial is judged after ``grace_epochs``, then after ``reduction_factor`` times as many epochs, and so on. It goes
+    on only if its metric is among the best ``1 / reduction_factor`` of the trials that have come so far.
+    """
 
     name = "asha"
 
-    grace_epochs: int = 1
-    """From 1."""
-    reduction_factor: float = 3.0
-    """Above 1."""
-
-    def __post_init__(self) -> None:
-        ok = is_number(self.grace_epochs) and self.grace_epochs == int(self.grace_epochs) >= 1
-        self.check("grace_epochs", ok, "a whole number from 1")
-        self.check(
-            "reduction_factor", is_number(self.reduction_factor) and self.reduction_factor > 1, "a number above 1"
-        )
+    grace_epochs: int = option(1, _WHOLE_FROM_1)
+    reduction_factor: float = option(3.0, _ABOVE_1)
 
     def check_epochs(self, epochs: int) -> None:
         self.check("grace_epochs", self.grace_epochs < epochs, f"less than the job's {epochs} epochs")
@@ -138,7 +138,7 @@ class ASHA(Scheduler):
 
 
 FOR_SEARCH, FOR_SCHEDULER = "for_search", "for_scheduler"
-"""The numbers in each of a trial's results that searchers and schedulers go by."""
+"""Keys in each result of a trial: the numbers that searchers and schedulers compare."""
 SEARCHES: dict[str, type[Search]] = {kind.name: kind for kind in (Grid, Random, Optuna)}
 SCHEDULERS: dict[str, type[Scheduler]] = {kind.name: kind for kind in (RunToTheEnd, ASHA)}
 
@@ -149,7 +149,7 @@ def search_of(written: str | Mapping[str, Any]) -> Search:
     Raises:
         ConfigError: no such search or option, or a value that is not allowed.
     """
-    return pick(SEARCHES, written, field="search", example="{'optuna': {'startup_trials': 10}}")
+    return choose(SEARCHES, written)
 
 
 def scheduler_of(written: str | Mapping[str, Any]) -> Scheduler:
@@ -158,4 +158,4 @@ def scheduler_of(written: str | Mapping[str, Any]) -> Scheduler:
     Raises:
         ConfigError: no such scheduler or option, or a value that is not allowed.
     """
-    return pick(SCHEDULERS, written, field="scheduler", example="{'asha': {'grace_epochs': 1}}")
+    return choose(SCHEDULERS, written)

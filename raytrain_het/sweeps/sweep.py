@@ -1,4 +1,4 @@
-"""A sweep: what a file says, and what follows from it."""
+"""A sweep: the keys of its file, and what follows from them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ import pydantic
 import yaml
 
 from raytrain_het.jobs.config import JobConfig, WorkerList, plain
-from raytrain_het.jobs.table import (
-    KINDS,
-    build_job,
-)
+from raytrain_het.jobs.table import JOBS, build_job
 from raytrain_het.jobs.validation import RUN_NAME
 from raytrain_het.sweeps.objective import Objective
 from raytrain_het.sweeps.paths import with_settings
@@ -24,13 +21,13 @@ from raytrain_het.sweeps.search import Scheduler, Search
 from raytrain_het.sweeps.space import Dimension
 
 JOB = "job"
-"""The dimension of a sweep over several job files."""
+"""The name of the dimension that chooses between several job files."""
 _NUM_TRIALS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """What a sweep's file says."""
+    """The keys of a sweep's file."""
 
     space: dict[str, Any]
     """What is varied: by the path of a setting, as ``--set`` takes it (``het.`` can be left out), one of
@@ -90,12 +87,12 @@ class Sweep:
     :func:`~raytrain_het.sweeps.make_sweep`.
 
     Raises:
-        ConfigError: from those: every mistake with the path of what is wrong.
+        ConfigError: From those functions: a line for each mistake, with its path.
     """
 
     config: SweepConfig
     jobs: dict[str, dict[str, Any]]
-    """By the name of the file: what each job says, with what the sweep sets for all trials."""
+    """By the file's name: each job's data, with the settings of all trials in it."""
     dimensions: tuple[Dimension, ...]
     objective: Objective
     search: Search
@@ -103,7 +100,7 @@ class Sweep:
 
     @property
     def num_trials(self) -> int:
-        """How many there will be."""
+        """How many trials there will be."""
         if not self.search.takes_ranges:
             return math.prod(len(d.choices) for d in self.dimensions)
         every = math.prod(len(d.choices) if d.is_finite else _NUM_TRIALS for d in self.dimensions)
@@ -111,22 +108,22 @@ class Sweep:
 
     @property
     def num_grid(self) -> int:
-        """Points of the grid in the space."""
+        """How many points the grid in the space has."""
         return math.prod(len(d.choices) for d in self.dimensions if d.kind == "grid")
 
     @property
     def kind(self) -> str:
-        """Of the job."""
+        """The kind of the jobs."""
         kind: str = next(iter(self.jobs.values()))["kind"]
         return kind
 
     def param_space(self) -> dict[str, Any]:
-        """Ray Tune's."""
+        """Ray Tune's space."""
         grid = not self.search.takes_ranges
         return {d.path: d.domain(grid=grid) for d in self.dimensions}
 
     def data_of(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """What the job file of a trial would say, and the settings that count for nothing in it, as written."""
+        """A trial's data, as a job file would have it, and the paths of settings that have no effect in it."""
         chosen = {d.whole: d.value_of(settings[d.path]) for d in self.dimensions if d.path in settings}
         data = self.jobs[chosen.pop(JOB, next(iter(self.jobs)))]
         data, idle = with_settings(data, chosen)
@@ -136,10 +133,10 @@ class Sweep:
         """The job of a trial.
 
         Args:
-            settings: by path, as in the space. Those that are left out are the job's own.
+            settings: By path, as in the space. The job's own values stand for those that are left out.
 
         Raises:
-            ConfigError: the settings make no job.
+            ConfigError: There is no job with these settings.
         """
         return build_job(self.data_of(settings)[0], source=lambda path: path)
 
@@ -148,7 +145,7 @@ class Sweep:
         return self.job_of({})
 
     def points(self, dimensions: Sequence[Dimension] | None = None) -> Iterator[dict[str, Any]]:
-        """Settings at the ends of all ranges and within them, and for all choices; of some dimensions, or all."""
+        """All combinations of the dimensions' :meth:`~Dimension.extremes`, of some dimensions or of all."""
         chosen = self.dimensions if dimensions is None else dimensions
         for values in itertools.product(*(d.extremes() for d in chosen)):
             yield dict(zip((d.path for d in chosen), values, strict=True))
@@ -160,24 +157,24 @@ class Sweep:
 
     def jobs_by_data(self) -> list[JobConfig]:
         """A job for each set of files that a trial may read."""
-        varied = [d for d in self.dimensions if d.whole in KINDS[self.kind].path_keys or d.whole == JOB]
+        varied = [d for d in self.dimensions if d.whole in JOBS[self.kind].path_keys or d.whole == JOB]
         return list(map(self.job_of, self.points(varied)))
 
     @property
     def max_epochs(self) -> int:
-        """Of the longest trial."""
+        """Epochs of the longest trial."""
         varied = [value for d in self.dimensions if d.whole == "epochs" for value in d.extremes()]
         return max(varied or [data.get("epochs", 1) for data in self.jobs.values()])
 
     def files(self) -> dict[str, str]:
-        """The sweep and its jobs, resolved, as files that :func:`~raytrain_het.sweeps.load_sweep` reads again: by the
-        name of the file."""
+        """By file name, the texts of the resolved sweep and its jobs, which
+        :func:`~raytrain_het.sweeps.load_sweep` reads again."""
         jobs = {f"jobs/{name}.yaml": yaml.safe_dump(data, sort_keys=False) for name, data in self.jobs.items()}
         config = plain(dataclasses.asdict(self.config)) | {"job": list(jobs), "set": {}, "workers": None}
-        del config["name"], config["storage"], config["time_budget_s"]  # It may be moved, and go on for longer.
+        del config["name"], config["storage"], config["time_budget_s"]  # A sweep may be moved, and resumed for longer.
         config["space"] = {**config["space"], **self._absolute()}
         return {"sweep.yaml": yaml.safe_dump(config, sort_keys=False), **jobs}
 
     def _absolute(self) -> dict[str, Any]:
-        named = KINDS[self.kind].path_keys
+        named = JOBS[self.kind].path_keys
         return {d.path: {d.kind: list(d.choices.values())} for d in self.dimensions if d.whole in named}

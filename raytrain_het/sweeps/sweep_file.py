@@ -1,4 +1,4 @@
-"""From a file, or a :class:`SweepConfig`, to a sweep: all is checked before anything starts."""
+"""From a file, or a :class:`SweepConfig`, to a sweep. Everything is checked before anything starts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from raytrain_het.errors import ConfigError
 from raytrain_het.jobs import validation
 from raytrain_het.jobs.config import JobConfig, plain
-from raytrain_het.jobs.table import KINDS, absolute, build_job, config_class, default_job, load_job, with_absolute_paths
-from raytrain_het.jobs.validation import plural, shown
+from raytrain_het.jobs.job_data import absolute, with_absolute_paths
+from raytrain_het.jobs.table import JOBS, build_job, default_job, load_job
+from raytrain_het.jobs.validation import plural, yaml_text
 from raytrain_het.jobs.yaml_file import apply_overrides, read_yaml
 from raytrain_het.plain import nearest
 from raytrain_het.sweeps.objective import objective_of
@@ -23,14 +24,14 @@ from raytrain_het.sweeps.space import Dimension, dimension
 from raytrain_het.sweeps.sweep import JOB, Sweep, SweepConfig
 
 _CHECKED = 2000
-"""So many combinations are tried at most, to see whether they make a job."""
+"""At most so many combinations of settings are checked for whether they make a job."""
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     """A checked sweep from a YAML file, with ``--set`` overrides on top.
 
     Raises:
-        ConfigError: the file or an override is wrong; a line for each mistake, with its path.
+        ConfigError: The file or an override is wrong; a line for each mistake, with its path.
     """
     file, overrides = Path(path), list(overrides)
     _check_keys(overrides)
@@ -47,7 +48,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
 
 
 def _check_keys(overrides: Iterable[str]) -> None:
-    """``train`` takes a job's settings where a sweep has its own."""
+    """Refuse a job's setting in ``--set``, which ``train`` takes and ``sweep`` does not."""
     known = [f.name for f in dataclasses.fields(SweepConfig)]
     for override in overrides:
         key = override.partition("=")[0].strip().partition(".")[0]
@@ -62,7 +63,7 @@ def make_sweep(config: SweepConfig) -> Sweep:
     """A checked sweep. Job files are looked for from the working directory.
 
     Raises:
-        ConfigError: it makes no sense; a line for each mistake, with its path.
+        ConfigError: The sweep makes no sense; a line for each mistake, with its path.
     """
     given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     return _made(validation.build(SweepConfig, plain(given)), Path(), str)
@@ -76,7 +77,7 @@ def _made(config: SweepConfig, folder: Path, source: Callable[[str], str]) -> Sw
             f"{source('job')}: the jobs are of the kinds {' and '.join(sorted(kinds))}: one sweep compares jobs of one "
             "kind. Write one of them"
         )
-    cls = config_class(kinds.pop())
+    cls = JOBS[kinds.pop()]
     problems: list[str] = []
     dimensions = list(_dimensions(config, cls, jobs, source, problems))
     found: dict[str, Any] = {}
@@ -106,7 +107,7 @@ def _jobs(config: SweepConfig, folder: Path) -> dict[str, dict[str, Any]]:
         path = path if path.is_absolute() else folder / path
         name = path.stem
         if name in jobs:
-            raise ConfigError(f"job={shown(files)} is not valid: two files are called {name!r}. Rename one")
+            raise ConfigError(f"job={yaml_text(files)} is not valid: two files are called {name!r}. Rename one")
         job = with_absolute_paths(load_job(path))
         data = {key: value for key, value in plain(dataclasses.asdict(job)).items() if key != "name"}
         if config.workers is not None:
@@ -119,9 +120,9 @@ def _jobs(config: SweepConfig, folder: Path) -> dict[str, dict[str, Any]]:
         for written, value in config.set.items():
             try:
                 whole = whole_path(type(job), written)
-                chosen[whole] = absolute(value) if whole in KINDS[job.kind].path_keys else value
+                chosen[whole] = absolute(value) if whole in job.path_keys else value
             except ConfigError as error:
-                raise ConfigError(f"set.{written}={shown(value)}: {error}") from None
+                raise ConfigError(f"set.{written}={yaml_text(value)}: {error}") from None
         jobs[name] = with_settings(data, chosen)[0]
         build_job(jobs[name], source=lambda where: f"set, in the job {where}")
     return jobs
@@ -138,7 +139,7 @@ def _dimensions(
         kind = "choice" if config.search == "optuna" or "optuna" in config.search else "grid"
         yield Dimension(path=JOB, whole=JOB, kind=kind, choices={name: name for name in jobs})
     wholes: dict[str, str] = {}
-    path_keys = KINDS[next(iter(jobs.values()))["kind"]].path_keys
+    path_keys = cls.path_keys
     for path, written in config.space.items():
         where = f"{source('space')}.{path}"
         try:
@@ -172,10 +173,10 @@ def _dimensions(
 
 
 def _check(sweep: Sweep, source: Callable[[str], str]) -> None:
-    """That search and space fit together, and that every corner of the space makes a job.
+    """Check that search and space fit together, and that every corner of the space makes a job.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: They do not.
     """
     search, config = sweep.search, sweep.config
     for d in sweep.dimensions:
@@ -212,6 +213,6 @@ def _check(sweep: Sweep, source: Callable[[str], str]) -> None:
         try:
             job = sweep.job_of(settings)
         except ConfigError as error:
-            said = ", ".join(f"{path}={shown(value)}" for path, value in settings.items())
+            said = ", ".join(f"{path}={yaml_text(value)}" for path, value in settings.items())
             raise ConfigError(f"{source('space')}: with {said} there is no job: {error}") from None
         sweep.scheduler.check_epochs(getattr(job, "epochs", 1))

@@ -1,4 +1,4 @@
-"""The end of a sweep that has had its time."""
+"""A sweep's time budget: it interrupts the sweep as Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from raytrain_het.errors import ConfigError
 
 
 class TimeBudget:
-    """Sends this process what Ctrl-C sends, when the block has taken so many seconds: whatever ends a sweep by hand
-    ends it then, and leaves it so that it can go on.
+    """Sends SIGINT to this process when the block has taken so many seconds, as Ctrl-C does. The sweep can be resumed.
 
     Args:
-        seconds: None is no limit.
+        seconds: The budget; None is no limit.
 
     Attributes:
-        is_used_up: whether it has.
+        is_used_up: Whether the signal was sent.
 
     Raises:
-        ConfigError: this is not the main thread, which alone is told of signals.
+        ConfigError: This is not the main thread, the only one that receives signals.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -37,8 +36,8 @@ class TimeBudget:
     def _wait(self) -> None:
         if self._is_over.wait(self.seconds):
             return
-        # Tune has a handler of its own until it has been interrupted: once by hand, and a second time would break off
-        # its tidying; before it has begun, it would not be its handler that is called.
+        # Tune installs its own handler, and removes it at the first Ctrl-C. Before Tune has begun, the signal would
+        # reach another handler; after a Ctrl-C by hand, a second signal would break off Tune's clean-up.
         while signal.getsignal(signal.SIGINT) is self._before:
             if self._is_over.wait(0.2):
                 return
@@ -54,4 +53,4 @@ class TimeBudget:
     def __exit__(self, *exc: object) -> None:
         self._is_over.set()
         if self.seconds is not None:
-            self._thread.join()  # What it has sent comes now or not at all.
+            self._thread.join()  # Its signal arrives before this returns, or is never sent.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import fcntl
-import os
 import queue
 import threading
 import time
@@ -14,11 +12,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, Timeout
 from ray import tune
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
 from raytrain_het.jobs.failure import describe
-from raytrain_het.jobs.table import with_fitting_batch
+from raytrain_het.jobs.job_data import with_fitting_batch
 from raytrain_het.jobs.trainer import AtStart, make_trainer, write_job
 from raytrain_het.sweeps.runs import (
     Rows,
@@ -33,7 +32,7 @@ from raytrain_het.sweeps.search import FOR_SCHEDULER, FOR_SEARCH
 from raytrain_het.sweeps.sweep import Sweep
 
 STOP_S = 30.0
-"""How long a run that is to end may take for it."""
+"""How long a run may take to end, once it is told to."""
 _POLL_S = 1.0
 
 
@@ -41,7 +40,7 @@ class Run:
     """A trainer's ``fit`` in a thread, and its reports as they come.
 
     Args:
-        make: From an ``on_update`` to a :class:`raytrain_het.HetTrainer`.
+        make: Takes an ``on_update``, returns a :class:`raytrain_het.HetTrainer`.
     """
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
@@ -61,7 +60,7 @@ class Run:
         deadline = time.monotonic() + STOP_S
         while self._thread.is_alive() and time.monotonic() < deadline:
             self._ended = True
-            self._trainer.abort()  # What has not begun yet has nothing to end.
+            self._trainer.abort()  # Again and again: a trainer that has not begun has nothing to abort yet.
             self._thread.join(0.2)
 
     def _fit(self) -> None:
@@ -78,21 +77,21 @@ class Run:
 
 
 class RunTrial(tune.Trainable, abc.ABC):
-    """A trial whose steps are rows of a run's reports, and which ends with the run."""
+    """A trial whose steps are the rows of a run's reports. It ends with the run."""
 
     _run: Run | None = None
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        """Tune's: next to nothing, since workers reserve for themselves. Nothing at all cannot be asked for."""
+        """Tune's hook: as little as can be asked for, since workers reserve for themselves."""
         return tune.PlacementGroupFactory([{"memory": 1.0}])
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Tune's: a new trial."""
+        """Tune's hook for a new trial."""
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Tune's: the next trial in this process."""
+        """Tune's hook for the next trial in this process."""
         self.cleanup()
         self._begin(new_config)
         return True
@@ -102,37 +101,38 @@ class RunTrial(tune.Trainable, abc.ABC):
         self._rows = self._results()
 
     def step(self) -> dict[str, Any]:
-        """Tune's: the next row. After the last one the trial is done."""
+        """Tune's hook for a step: the next row. After the last one the trial is done."""
         row = next(self._rows, None)
         return {RESULT_DUPLICATE: True, DONE: True} if row is None else row
 
     def cleanup(self) -> None:
-        """Tune's: end the run, if it goes on."""
+        """Tune's hook for the end: stop the run, if it has not ended."""
         if self._run is not None:
             self._run.stop()
             self._run = None
         self._rows.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the run's folder has all."""
+        """Nothing is saved: the run's folder has everything."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """See :meth:`save_checkpoint`."""
 
     @abc.abstractmethod
     def _results(self) -> Generator[dict[str, Any], None, None]:
-        """The rows of the trial's run, which begins with the first."""
+        """The rows of the trial's run. The run begins when the first row is asked for."""
 
 
 def trainable(make_trainer: Callable[[dict[str, Any]], Any]) -> type[tune.Trainable]:
-    """What a ``ray.tune.Tuner`` runs to sweep a training function of your own.
+    """A trainable for ``ray.tune.Tuner`` that sweeps a training function of your own.
 
     Each report becomes a result: the metrics, averaged over workers, and the figures of
     :class:`~raytrain_het.sweeps.runs.Rows`.
 
     Args:
-        make_trainer: From a trial's settings to its :class:`raytrain_het.HetTrainer`. Trials have runs of their own:
-            ``RunConfig(name=run_name(settings))`` names them, and one that is interrupted goes on.
+        make_trainer: Takes a trial's settings, returns its :class:`raytrain_het.HetTrainer`. Name each run with
+            ``RunConfig(name=run_name(settings))``: then every trial has a run of its own, and an interrupted one
+            resumes.
     """
 
     class TrainerTrial(RunTrial):
@@ -152,11 +152,11 @@ def trainable(make_trainer: Callable[[dict[str, Any]], Any]) -> type[tune.Traina
 
 
 class Trial(RunTrial):
-    """A sweep's job with a trial's settings. ``sweep``, ``folder``, ``at_once`` and ``at_start`` come by
-    ``tune.with_parameters``.
+    """A sweep's job with a trial's settings. ``tune.with_parameters`` gives ``sweep``, ``folder``, ``at_once`` and
+    ``at_start``.
 
-    Whatever the folder of its run holds already is told first, so that a trial that was interrupted goes on where its
-    run does, and one that has ended before is not run again.
+    The rows that the run's folder already holds come first. So an interrupted trial resumes with its run, and an ended
+    trial is not run again.
     """
 
     def setup(
@@ -195,7 +195,7 @@ class Trial(RunTrial):
         reports, outcome = read_reports(self._folder), read_outcome(self._folder)
         add_lost_report(self._folder, reports)
         told = rows_of(reports)
-        if told and told[-1]["epoch"] == epochs and not outcome:  # Killed between its end and word of it.
+        if told and told[-1]["epoch"] == epochs and not outcome:  # Killed before it wrote the outcome.
             outcome = {"status": "complete"}
             write_outcome(self._folder, **outcome)
         for row in told:
@@ -216,7 +216,7 @@ class Trial(RunTrial):
         for report in run:
             row = rows.add(report)
             if row["epoch"] == epochs:
-                last = row  # Told when all is stored: who hears of it may end the trial.
+                last = row  # Yielded when everything is stored, since Tune may end the trial at once.
                 continue
             yield self._noting_an_end(row)
             if self._sweep.objective.reached(row):
@@ -229,36 +229,41 @@ class Trial(RunTrial):
             yield last
 
     def _noting_an_end(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A trial that is where it was to get is complete, whatever is made of its report."""
+        """Write down that the trial is complete if this row reaches the target, before Tune ends the trial; returns the
+        row."""
         if self._sweep.objective.reached(row) and not read_outcome(self._folder):
             write_outcome(self._folder, status="complete")
         return row
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
-        """Trials with the same settings are one run: the second waits, and takes what the first has found. And no more
-        run at once than fit: a search that goes on remembers what fitted when it began."""
+        """Wait until this trial may run.
+
+        Trials with the same settings share a run: the second waits, and then takes the first one's rows. And no more
+        trials run at once than fit on the cluster: a resumed search would start as many as fitted when it began.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with _locked([self._folder / ".lock"]), _locked(Path(self._root) / f".slot_{k}" for k in range(self._at_once)):
+        slots = (Path(self._root) / f".slot_{k}" for k in range(self._at_once))
+        with _one_free([self._folder / ".lock"]), _one_free(slots):
             yield
 
 
 @contextlib.contextmanager
-def _locked(files: Iterable[Path]) -> Iterator[None]:
-    """Hold one of these files, as soon as one is free. The kernel lets go of it when the process ends."""
-    handles = [os.open(file, os.O_CREAT | os.O_RDWR, 0o666) for file in files]
+def _one_free(files: Iterable[Path]) -> Iterator[None]:
+    """Hold one of these locks, the first that is free. The kernel releases it when the process ends."""
+    locks = [FileLock(file, thread_local=False) for file in files]
+    while (held := next(filter(_is_acquired, locks), None)) is None:
+        time.sleep(_POLL_S)
     try:
-        while not any(map(_try_lock, handles)):
-            time.sleep(_POLL_S)
         yield
     finally:
-        for handle in handles:
-            os.close(handle)
+        held.release()
 
 
-def _try_lock(handle: int) -> bool:
+def _is_acquired(lock: BaseFileLock) -> bool:
+    """Acquire a lock if it is free; returns whether it was."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire(timeout=0)
+    except Timeout:
         return False
     return True

@@ -1,9 +1,9 @@
 """Many random faults, and an account of what they cost.
 
-``python -m raytrain_het.testing.campaign --faults 200 --seed 0``. The script of faults is a function of the seed. One
-whose worker is not there at its step does not happen; rounds go on until as many as asked for have happened. Every
-round's ledger is checked for exactly-once, its replicas for identical bits, and its parameters against torch alone,
-without faults.
+``python -m raytrain_het.testing.campaign --faults 200 --seed 0``. The seed fixes the script of faults. A fault does not
+happen if its worker is not there at its step; rounds go on until as many faults as asked for have happened. In every
+round each sample must be used exactly once, replicas must be identical to the bit, and the parameters must be those of
+torch alone without faults.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from raytrain_het.allreduce.points import POINTS
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.ledger import LedgerError, check_exactly_once, read_ledgers
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas, relative_error, traces
 
 FAULTS_PER_ROUND = 12
 STEPS_BETWEEN = 9
-"""On average. A refill takes about as long, so that some faults meet a worker that is healing and most do not."""
+"""Steps between faults, on average. A refill takes about as long: some faults meet a worker that is healing, most do
+not."""
 
 
 @dataclass
 class Account:
-    """What a campaign has found."""
+    """The results of a campaign."""
 
     faults: int = 0
     """Faults that happened."""
@@ -46,13 +47,13 @@ class Account:
     samples: int = 0
     redone_steps: int = 0
     ledger_violations: list[str] = field(default_factory=list)
-    """Steps lost, samples lost or used twice: none in a run that is right."""
+    """Steps lost, samples lost or used twice. A correct run has none."""
     differing_replicas: int = 0
     """Steps after which replicas were not identical to the bit."""
     worst_relative_error: float = 0.0
     """Largest difference of a parameter from the run without faults, relative to the largest parameter."""
     lost_checkpoints: int = 0
-    """Checkpoints that all their holders took with them; the run goes on, the one before stays."""
+    """Checkpoints that are lost since all workers that held them died. The run goes on; the checkpoint before stays."""
     recovery_s: dict[str, float] = field(default_factory=dict)
     """Seconds from a kill until a step of the next generation is committed: median and largest."""
     eviction_s: dict[str, float] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class Account:
     slow: list[str] = field(default_factory=list)
     """Kills whose recovery took more than a second, with what the hub saw meanwhile."""
     failures: list[str] = field(default_factory=list)
-    """Rounds that did not come to their end."""
+    """Rounds that did not finish."""
 
     @property
     def clean(self) -> bool:
@@ -93,11 +94,11 @@ def campaign(
     """Run rounds of a small training until ``num_faults`` faults have happened.
 
     Args:
-        num_faults: how many.
-        seed: of the script.
-        num_slots: workers per round.
-        config: the run's settings; by default unequal shares and small buckets.
-        directory: where the rounds leave their files; by default a temporary one.
+        num_faults: How many faults.
+        seed: Of the script.
+        num_slots: Workers in a round.
+        config: The run's settings; by default unequal shares and small buckets.
+        directory: Where the rounds leave their files; by default a temporary folder.
     """
     rng, account = random.Random(seed), Account()
     shares = tuple(float(num_slots - slot) for slot in range(num_slots))
@@ -127,7 +128,7 @@ def _round(
     directory: Path,
     account: Account,
 ) -> None:
-    lab = ProcessLab(task, directory, num_slots=num_slots, faults=faults, config=config)
+    lab = ProcessLab(task, directory, LabSlots(num_slots=num_slots), faults=faults, config=config)
     try:
         results = lab.run(30.0, on_poll=Waker(lab))
     except AssertionError as error:
@@ -167,7 +168,7 @@ def _round(
 
 
 class Waker:
-    """Wakes stopped workers once they were evicted: they must find out by themselves that they are out, and end."""
+    """Wakes stopped workers once they were evicted. They must find out by themselves that they are out, and end."""
 
     def __init__(self, lab: ProcessLab) -> None:
         self._lab = lab

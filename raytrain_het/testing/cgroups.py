@@ -14,17 +14,17 @@ ROOT = Path("/sys/fs/cgroup")
 PERIOD_US = 10_000
 """Short, so that a slow process runs evenly: a tenth of a core is 1 ms in every 10."""
 MIN_QUOTA_US = 1000
-"""The kernel takes no less: slower groups get a longer period."""
+"""The least quota that the kernel takes: slower groups get a longer period."""
 WEIGHT = 100
-"""A group counts as so many processes where there are more than cores: its quota is to slow it, nothing else."""
+"""On a busy machine a group counts as so many processes: only its quota is meant to slow it."""
 MIN_CORES = 0.01
-"""Slower than that nothing answers in time."""
+"""At a lower speed no process answers in time."""
 PREFIX = "raytrain_het_lab"
 _GONE_WITHIN_S = 5.0
 
 
 class LabError(RuntimeError):
-    """The lab can't be built here; the message says what is missing."""
+    """A lab cannot be built on this machine; the message says what is missing."""
 
 
 def available() -> bool:
@@ -33,7 +33,7 @@ def available() -> bool:
 
 
 def _controller() -> Path | None:
-    """The CPU controller: of its own under cgroup v1, in the common tree under v2."""
+    """The folder of the CPU controller, which version 1 of control groups has apart from others; None without one."""
     if (ROOT / "cpu" / "cpu.cfs_quota_us").exists():
         return ROOT / "cpu"
     try:
@@ -46,11 +46,11 @@ class CpuQuota:
     """A group of processes that together get ``cores`` of a core. Processes that they start belong to it too.
 
     Args:
-        cores: above 0; may be changed while they run, with :meth:`set`.
-        kind: stands at the end of the group's name.
+        cores: Above 0; :meth:`set` changes it while they run.
+        kind: The end of the group's name.
 
     Raises:
-        LabError: no CPU controller that this process may use.
+        LabError: There is no CPU controller that this process may use.
     """
 
     how = "by a CPU quota of the kernel"
@@ -78,24 +78,26 @@ class CpuQuota:
             raise LabError(f"no CPU quotas here: {error}. Run as root on Linux, outside of a container.") from None
 
     def set(self, cores: float) -> None:
-        """From now on so many cores."""
+        """Change how many cores the group gets."""
         check_cores(cores)
         period = max(PERIOD_US, math.ceil(MIN_QUOTA_US / cores))
         quota = round(cores * period)
         if self._v2:
             (self.path / "cpu.max").write_text(f"{quota} {period}")
         else:
-            (self.path / "cpu.cfs_quota_us").write_text("-1")  # Whatever the order, none is refused on the way.
+            (self.path / "cpu.cfs_quota_us").write_text(
+                "-1"
+            )  # Without a limit in between, the kernel accepts any new pair.
             (self.path / "cpu.cfs_period_us").write_text(str(period))
             (self.path / "cpu.cfs_quota_us").write_text(str(quota))
         self.cores = cores
 
     def add(self, pid: int) -> None:
-        """Put a process into it, with all its threads."""
+        """Put a process into the group, with all its threads."""
         join(self.path, pid)
 
     def close(self) -> None:
-        """Remove it. Processes that are left go back to where they came from, at full speed."""
+        """Remove the group. Its remaining processes go to the group above, and run at full speed."""
         deadline = time.monotonic() + _GONE_WITHIN_S
         while self.path.exists() and time.monotonic() < deadline:
             for pid in members(self.path):
@@ -103,12 +105,16 @@ class CpuQuota:
                     join(self.path.parent, pid)
             try:
                 self.path.rmdir()
-            except OSError:  # A process of it is just ending, or has just been started.
+            except OSError:  # A process of the group is ending, or has just been started.
                 time.sleep(0.01)
 
 
 def check_cores(cores: float) -> None:
-    """Refuse what is no speed."""
+    """Refuse a number of cores that is too small or not finite.
+
+    Raises:
+        ValueError: It is.
+    """
     if not (MIN_CORES <= cores < math.inf):
         raise ValueError(f"cores={cores!r} is not valid: allowed is a number from {MIN_CORES}.")
 
@@ -127,7 +133,7 @@ def members(group: Path) -> list[int]:
 
 
 def leftovers(kind: str = "") -> list[Path]:
-    """Groups whose maker is gone."""
+    """Groups whose maker has ended."""
     root = _controller()
     paths = root.glob(f"{PREFIX}_*{kind and '_'}{kind}") if root is not None else ()
     return [path for path in paths if not Path(f"/proc/{_maker(path)}").exists()]
@@ -138,7 +144,7 @@ def _maker(group: Path) -> str:
 
 
 def _remove_leftovers() -> None:
-    """Groups of labs that were killed, if they are empty."""
+    """Remove empty groups of labs that were killed."""
     for path in leftovers():
         with contextlib.suppress(OSError):
             path.rmdir()
@@ -146,7 +152,7 @@ def _remove_leftovers() -> None:
 
 @contextlib.contextmanager
 def quotas(cores: list[float]) -> Iterator[list[CpuQuota]]:
-    """A quota each, removed at the end."""
+    """A quota for each entry, for the length of the block."""
     made: list[CpuQuota] = []
     try:
         for share in cores:

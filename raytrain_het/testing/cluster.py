@@ -3,10 +3,10 @@
 A node is a ``raylet`` with all its processes, in
 
 - a group of processes under a CPU quota (:mod:`raytrain_het.testing.cgroups`), which its workers inherit;
-- a network namespace, with an address of its own and a link to a common bridge, held back by ``tc ... tbf`` both ways;
-- a temporary folder of its own, so that nodes do not get in the way of each other's sockets.
+- a network namespace, with an address of its own and a link to a common bridge, whose rate ``tc ... tbf`` limits;
+- a temporary folder of its own, since nodes would otherwise use the same sockets.
 
-The head node has no CPUs, no quota and the bridge's address; whoever connects is there.
+The head node has no CPUs, no quota and the bridge's address. A driver that connects is on that node.
 """
 
 from __future__ import annotations
@@ -45,32 +45,32 @@ class Node:
     """A machine of the lab."""
 
     cores: float | None = None
-    """What all its processes get together, once it has started; None is no quota."""
+    """How much of a core all its processes get together, once the node has started; None is no quota."""
 
     rate_mbit: float | None = None
     """Its link's rate, each way; None is as fast as memory is."""
 
     num_cpus: float = 1
-    """What Ray believes it to have."""
+    """The CPUs that Ray counts."""
 
     resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Custom ones, by Ray's names."""
+    """Custom resources, by Ray's names."""
 
 
 class RayLab:
-    """Ray nodes of unequal speed, for as long as the block.
+    """Ray nodes of unequal speed, for the length of the block.
 
     Args:
-        nodes: the machines, the head not counted.
-        plain: without root: nodes of ``ray.cluster_utils.Cluster``, all at full speed and with one address. A warning
-            says so.
+        nodes: The machines, without the head.
+        plain: Whether to do without root: nodes of ``ray.cluster_utils.Cluster``, all at full speed and with one
+            address. A warning says so.
 
     Attributes:
-        address: for ``ray.init(address=...)``, from this machine.
-        node_ips: by node.
+        address: The address for ``ray.init(address=...)`` on this machine.
+        node_ips: By node, its address.
 
     Raises:
-        LabError: the lab can't be built here; the message says what is missing.
+        LabError: The lab cannot be built here; the message says what is missing.
 
     Example:
         with RayLab([Node(cores=0.8), Node(cores=0.4, rate_mbit=100)]) as lab:
@@ -95,7 +95,7 @@ class RayLab:
 
     def __enter__(self) -> RayLab:
         if not self.plain:
-            check()  # What is missing here is also what closing would need.
+            check()  # Outside of the `try`: without these commands `close` would fail too.
         try:
             if self.plain:
                 self._start_plain()
@@ -113,7 +113,7 @@ class RayLab:
         self.close()
 
     def kill_node(self, index: int) -> None:
-        """End all processes of a node at once, by SIGKILL."""
+        """Kill all processes of a node at once."""
         if self.plain:
             self._cluster.remove_node(self._plain_nodes[index], allow_graceful=False)
         else:
@@ -121,11 +121,12 @@ class RayLab:
             self._processes[index + 1].wait()
 
     def pids(self, index: int) -> list[int]:
-        """The processes of a node; not where the lab is plain."""
+        """The process ids of a node; a plain lab does not know them."""
         return members(self._groups[index + 1].path)
 
     def close(self) -> None:
-        """End it, and remove all that belongs to it. Again does no harm. Whoever is connected to it no longer is."""
+        """End the lab, and remove everything of it. A second call does nothing. This process is disconnected from
+        it."""
         self._disconnect()
         if self._cluster is not None:
             self._cluster.shutdown()
@@ -142,7 +143,7 @@ class RayLab:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _disconnect(self) -> None:
-        """A process whose Ray node dies under it is ended by Ray."""
+        """Disconnect this process: Ray ends a process whose node dies."""
         if self.address:
             import ray
 
@@ -188,12 +189,12 @@ class RayLab:
                 self._groups[i].set(node.cores)
 
     def _launch(self, what: str, prefix: list[str], arguments: list[str]) -> None:
-        """``ray start`` in a group of its own."""
+        """Run ``ray start`` in a control group of its own."""
         folder = self._folder / what.replace(" ", "")
         folder.mkdir(parents=True)
         self._groups.append(CpuQuota(_NO_LIMIT, kind=_GROUP))
         group = self._groups[-1].path / "cgroup.procs"
-        # By the module: a script named `ray` need not be on the path.
+        # Ray's command as a module, since a script named `ray` need not be on the path.
         ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"]
         common = [
             f"--temp-dir={folder}",
@@ -202,10 +203,10 @@ class RayLab:
             "--min-worker-port=0",
             "--max-worker-port=0",
         ]
-        # Into the group first, then into the namespace: not by `ip netns exec`, which puts another /sys in place, where
-        # nothing is seen of control groups, and nobody would know how few his cores are.
+        # Enter the group first, then the namespace. `ip netns exec` would not do: it mounts another /sys, without
+        # control groups, and a worker could not read its own quota.
         enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group)]
-        # Ray's drivers use no token with an address that they were given, unless told to: nor do nodes.
+        # A Ray driver with a given address uses no token by default. The nodes must not use one either.
         environment = {"RAY_AUTH_MODE": "disabled", **os.environ, **_ENVIRONMENT}
         with (self._folder / f"{folder.name}.log").open("wb") as log:
             self._processes.append(
@@ -220,7 +221,7 @@ class RayLab:
             )
 
     def _await_start(self, index: int) -> None:
-        """Until Ray says that the node is there, and known to the head."""
+        """Wait until Ray reports that the node has started, and that the head knows it."""
         what = "head" if index == 0 else f"node{index - 1}"
         log, deadline = self._folder / f"{what}.log", time.monotonic() + _START_S
         while b"Ray runtime started" not in (said := log.read_bytes()):
@@ -243,19 +244,19 @@ class RayLab:
 
 
 _ENVIRONMENT = {
-    # A node that is gone is to be noticed within seconds.
+    # Ray notices a lost node within seconds.
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
-    # A busy machine is no reason to give up.
+    # On a busy machine a node takes longer to start.
     "RAY_raylet_start_wait_time_s": f"{_START_S:g}",
 }
 
 
 def check() -> None:
-    """Whether a lab can be built here.
+    """Check that a lab can be built here.
 
     Raises:
-        LabError: something is missing.
+        LabError: Something is missing.
     """
     tools = [tool for tool in networks.TOOLS if shutil.which(tool) is None]
     missing = [] if sys.platform == "linux" else ["Linux"]
@@ -273,7 +274,7 @@ def check() -> None:
 
 
 def remove_leftovers() -> None:
-    """What labs have left behind whose process is gone: processes, namespaces, links, folders."""
+    """Remove what killed labs have left: processes, namespaces, links, folders."""
     for group in leftovers(_GROUP):
         _kill(group)
     networks.remove_leftovers()
@@ -283,12 +284,12 @@ def remove_leftovers() -> None:
 
 
 def _parent_folder() -> Path:
-    """A short path: Ray puts unix sockets below it, and theirs may not exceed 107 bytes."""
+    """The parent of labs' folders. Its path is short, since Ray has unix sockets below it, at most 107 bytes long."""
     return Path(os.environ.get("RAY_TMPDIR") or "/tmp")
 
 
 def _kill(group: Path) -> None:
-    """End all processes of a group, those that are just being started too."""
+    """Kill all processes of a group, also those that are being started."""
     deadline = time.monotonic() + 10
     while (pids := members(group)) and time.monotonic() < deadline:
         for pid in pids:

@@ -17,12 +17,12 @@ Kind = Literal["kill", "stop", "leave", "raise", "slow"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What happens, where and to whom.
+    """A fault: what happens, at which point of which step, to the worker of which slot.
 
-    ``kill``: SIGKILL. ``stop``: SIGSTOP (somebody else must continue or kill it). ``leave``: orderly leave.
-    ``raise``: an exception in the training function. ``slow``: sleep ``seconds`` at the point in each of
-    ``steps`` steps. With ``when_stored`` it waits until every report that this worker has a part in is registered, with
-    its checkpoint: a fault that is not meant to cost one.
+    ``kill``: SIGKILL. ``stop``: SIGSTOP; the test must continue or kill the worker. ``leave``: the worker leaves in
+    good order. ``raise``: an exception in the training function. ``slow``: the worker sleeps ``seconds`` at the point,
+    in each of ``steps`` steps. With ``when_stored`` the fault waits until every report of this worker is registered
+    with its checkpoint: it is not meant to cost a checkpoint.
     """
 
     slot: int
@@ -42,18 +42,18 @@ def install(
     faults: Sequence[Fault],
     slot: int,
     directory: str,
-    leave: Callable[[], None] | None = None,
-    await_reports: Callable[[], None] | None = None,
+    leave: Callable[[], None],
+    await_reports: Callable[[], None],
 ) -> None:
-    """Let the faults meant for this slot happen in this process.
+    """Let the faults of this slot happen in this process.
 
     Args:
-        faults: the script.
-        slot: this worker's.
-        directory: holds a mark for each fault that has happened, so that a refilled worker does not meet it again; the
-            mark holds the wall-clock time at which it did.
-        leave: how this worker leaves in good order.
-        await_reports: returns when all that this worker has reported is registered.
+        faults: The script of faults.
+        slot: This worker's slot.
+        directory: Holds a mark for each fault that has happened, with the wall-clock time at which it did. So a
+            refilled worker does not meet the same fault again.
+        leave: Makes this worker leave in good order.
+        await_reports: Returns when all reports of this worker are registered.
     """
     mine = [f for f in faults if f.slot == slot]
 
@@ -65,7 +65,6 @@ def install(
             if mark.exists():
                 continue
             if fault.when_stored:
-                assert await_reports is not None
                 await_reports()
             with mark.open("w") as file:
                 file.write(repr(time.time()))
@@ -76,7 +75,7 @@ def install(
         points.listeners.append(reached)
 
 
-def _happen(fault: Fault, leave: Callable[[], None] | None) -> None:
+def _happen(fault: Fault, leave: Callable[[], None]) -> None:
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.kind == "stop":
@@ -84,7 +83,6 @@ def _happen(fault: Fault, leave: Callable[[], None] | None) -> None:
     elif fault.kind == "slow":
         time.sleep(fault.seconds)
     elif fault.kind == "leave":
-        assert leave is not None
         leave()
     else:
         raise RuntimeError(f"scripted fault at {fault.point} of step {fault.step}")

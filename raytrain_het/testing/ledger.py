@@ -1,7 +1,7 @@
-"""The ledger: who used which samples in which step, and a check that every sample was used exactly once.
+"""The ledger: which worker used which samples in which step, and a check that every sample was used exactly once.
 
-Each member writes a line per committed step into a file of its own; the files of all members, dead ones included, are
-read together. Offsets are positions in the epoch's permutation (see `raytrain_het.worker.data.data_plan`).
+Each member writes a line for each committed step into a file of its own. The check reads the files of all members, dead
+ones included. Offsets are positions in the epoch's permutation (see `raytrain_het.worker.data.data_plan`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class LedgerEntry:
     """The cursor's step when the step was opened: the first step is 0."""
 
     generation: int
-    """The generation that committed it. A step that was done again has entries of several; the highest counts."""
+    """The generation that committed it. A step that was done again has entries of several generations; the highest
+    counts."""
 
     epoch: int
     offset: int
@@ -41,13 +42,13 @@ class LedgerEntry:
     """Every member's part of the global batch, as (start, stop) offsets in the epoch's permutation, by uid."""
 
     writer: str
-    """uid of the member that wrote this."""
+    """The uid of the member that wrote this entry."""
 
     own_samples: Sequence[int] | None = None
-    """Dataset indices the writer trained on, in order, where it noted them."""
+    """Dataset indices that the writer trained on, in order, if it noted them."""
 
     def __post_init__(self) -> None:
-        # Lists and numpy's integers are welcome; what is kept compares equal to what is read back.
+        # Lists and numpy's integers are converted: an entry is equal to the one that is read back.
         slices = {uid: (int(start), int(stop)) for uid, (start, stop) in self.slices.items()}
         object.__setattr__(self, "slices", slices)
         if self.own_samples is not None:
@@ -120,10 +121,10 @@ def read_ledgers(directory: str | os.PathLike[str]) -> list[LedgerEntry]:
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerReport:
-    """What a run did, once `check_exactly_once` found nothing wrong with it."""
+    """The figures of a run in which `check_exactly_once` found nothing wrong."""
 
     num_steps: int
-    """Steps that count: each once, however often it was done."""
+    """Steps, each counted once however often it was done."""
 
     num_samples: int
     """Samples used in those steps, over all epochs."""
@@ -133,10 +134,10 @@ class LedgerReport:
 
 
 class LedgerError(AssertionError):
-    """A run lost samples, used some twice, or its members disagree.
+    """A run lost samples or used some twice, or its members disagree.
 
     Attributes:
-        violations: (step, what is wrong); the step is -1 for what belongs to a whole epoch.
+        violations: Pairs (step, what is wrong); the step is -1 for a whole epoch.
     """
 
     def __init__(self, violations: list[tuple[int, str]]) -> None:
@@ -153,21 +154,21 @@ class LedgerError(AssertionError):
 def check_exactly_once(entries: Iterable[LedgerEntry], plan: DataPlan, *, epochs: int) -> LedgerReport:
     """Check that a run of ``epochs`` whole epochs from step 0 used every sample exactly once an epoch.
 
-    Of a step with several generations the highest counts. It holds that
+    Of a step with several generations the highest counts. The checks:
 
-    - steps are consecutive from 0 and are those of the plan: none lost, none beyond the end;
-    - all writers of one (step, generation) tell the same about the global batch and its slices;
-    - the slices that count tile their global batch: no gap, no overlap;
-    - the samples a writer says it trained on are those of its slice;
-    - over an epoch every sample is used once, and with ``drop_last`` the remainder not at all.
+    - steps are consecutive from 0 and are those of the plan: none is lost, none is beyond the end;
+    - all writers of one (step, generation) have written the same global batch and slices;
+    - the slices that count tile their global batch, without gap and overlap;
+    - a writer has trained on the samples of its slice;
+    - in an epoch every sample is used once; with ``drop_last`` the remainder is not used.
 
     Args:
-        entries: those of all members, in any order.
-        plan: the run's.
-        epochs: how many the run was to do.
+        entries: The entries of all members, in any order.
+        plan: The run's order of samples.
+        epochs: How many epochs the run was to do.
 
     Raises:
-        LedgerError: one of these does not hold; names up to 5 places.
+        LedgerError: A check fails; the message has up to 5 places.
     """
     by_step: dict[int, dict[int, list[LedgerEntry]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:

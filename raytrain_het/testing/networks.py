@@ -1,4 +1,4 @@
-"""Network namespaces with one link each, to a common bridge, held back both ways (Linux, as root)."""
+"""Network namespaces, each with a link of a limited rate to a common bridge (Linux, as root)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from raytrain_het.testing.cgroups import LabError
 
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}
-"""What is run, and the packages it is in."""
+"""Commands that are run, and the packages that have them."""
 PREFIX = "rhl"
 _NETWORK = re.compile(r"\b(\d+\.\d+\.\d+)\.\d+\b")
 _CLONE_NEWNET = 0x40000000
@@ -23,16 +23,16 @@ class Network:
     """A bridge, and namespaces on it.
 
     Args:
-        name: of the bridge: ``PREFIX``, the maker's process id and a letter, so that leftovers can be told.
-        rates_mbit: by namespace, its link's rate each way; None is as fast as memory is.
+        name: The bridge's name: ``PREFIX``, the maker's process id and a letter. Leftovers are found by it.
+        rates_mbit: By namespace, its link's rate each way; None is as fast as memory is.
 
     Attributes:
-        host: the bridge's address, on which this process can be reached from the namespaces.
-        ips: addresses by namespace.
-        namespaces: names.
+        host: The bridge's address, by which processes in the namespaces reach this one.
+        ips: By namespace, its address.
+        namespaces: Their names.
 
     Raises:
-        LabError: it can't be made here.
+        LabError: It cannot be made here.
     """
 
     def __init__(self, name: str, rates_mbit: Sequence[float | None]) -> None:
@@ -54,29 +54,29 @@ class Network:
             raise
 
     def close(self) -> None:
-        """Remove it."""
+        """Remove the bridge and the namespaces."""
         remove(self.name)
 
 
 def check_rate(name: str, rate_mbit: float | None) -> None:
-    """Refuse a rate that a link cannot be given.
+    """Refuse a rate that a link cannot have.
 
     Raises:
-        ValueError: it is none.
+        ValueError: It is out of range.
     """
     if rate_mbit is not None and not 0.1 <= rate_mbit <= 100_000:
         raise ValueError(f"{name}={rate_mbit!r}: allowed is 0.1 to 100000, or None.")
 
 
 def enter(namespace: str) -> None:
-    """From now on the calling thread, and those that it starts, are in that namespace."""
+    """Move the calling thread, and all threads that it starts from now on, into a namespace."""
     with open(f"/run/netns/{namespace}") as file:
         if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET) != 0:
             raise LabError(f"namespace {namespace} cannot be entered: {os.strerror(ctypes.get_errno())}")
 
 
 def sent() -> tuple[int, int]:
-    """Bytes and packets that the link of the calling thread's namespace has carried away from it."""
+    """Bytes and packets that the calling thread's namespace has sent over its link."""
     (line,) = re.findall(r"^\s*eth0:(.*)$", Path("/proc/thread-self/net/dev").read_text(), flags=re.M)
     num_bytes, num_packets = line.split()[8:10]
     return int(num_bytes), int(num_packets)
@@ -90,7 +90,7 @@ def _plug_in(bridge: str, name: str, ip: str, rate_mbit: float | None) -> None:
     run(f"ip -n {name} link set eth0 up")
     run(f"ip -n {name} link set lo up")
     if rate_mbit is not None:
-        # What may come at once: what the rate is in 10 ms, and no less than a packet of 64 KiB.
+        # A burst is what the rate sends in 10 ms, and at least a packet of 64 KiB.
         burst = max(round(rate_mbit * 1e6 / 8 * 0.01), 70_000)
         rate = f"root tbf rate {rate_mbit:g}mbit burst {burst} latency 50ms"
         run(f"tc qdisc add dev {name} {rate}")
@@ -98,23 +98,23 @@ def _plug_in(bridge: str, name: str, ip: str, rate_mbit: float | None) -> None:
 
 
 def remove_leftovers() -> None:
-    """Networks of processes that are gone."""
+    """Remove the networks of processes that have ended."""
     for name in set(re.findall(rf"\b{PREFIX}\d+[a-z]", f"{run('ip -o link show')} {run('ip netns list')}")):
         if not maker_lives(name):
             remove(name)
 
 
 def maker_lives(name: str) -> bool:
-    """Whether the process is there whose id is in a network's name."""
+    """Whether the process still exists whose id is in a network's name."""
     return Path("/proc", name.removeprefix(PREFIX)[:-1]).exists()
 
 
 def remove(name: str) -> None:
-    """A network's namespaces, links and bridge."""
+    """Remove a network's namespaces, links and bridge."""
     for namespace in re.findall(rf"^{name}\d+\b", run("ip netns list"), flags=re.M):
         run(f"ip netns del {namespace}")
     for link in re.findall(rf"^\d+: ({name}\d*)[@:]", run("ip -o link show"), flags=re.M):
-        with contextlib.suppress(LabError):  # With its namespace a link may go by itself.
+        with contextlib.suppress(LabError):  # A link may be gone with its namespace.
             run(f"ip link del {link}")
 
 
@@ -126,10 +126,10 @@ def free_network() -> str:
 
 
 def run(command: str) -> str:
-    """A command's output.
+    """Run a command; returns its output.
 
     Raises:
-        LabError: it is not there, or it failed.
+        LabError: There is no such command, or it failed.
     """
     try:
         done = subprocess.run(command.split(), capture_output=True, text=True)

@@ -16,8 +16,8 @@ from raytrain_het.testing.throttle import StopAndGo, throttle
 def slow_cores() -> Iterator[Callable[..., CpuQuota | StopAndGo]]:
     """``slow_cores(0.25, pid, ...)``: from now on these processes get a quarter of a core together.
 
-    Returns what slows them, to change that or to add others. With the test they are let go. Skips where processes
-    cannot be slowed.
+    Returns the object that slows them: it can change the speed, and add other processes. At the end of the test they
+    run at full speed again. The test is skipped if processes cannot be slowed here.
     """
     with contextlib.ExitStack() as stack:
 
@@ -35,9 +35,9 @@ def slow_cores() -> Iterator[Callable[..., CpuQuota | StopAndGo]]:
 
 @pytest.fixture
 def ray_lab() -> Iterator[Callable[[Sequence[Node]], RayLab]]:
-    """``ray_lab([Node(cores=0.8), Node(cores=0.4)])``: a cluster of such nodes, and this process connected to it.
+    """``ray_lab([Node(cores=0.8), Node(cores=0.4)])``: a cluster of such nodes, to which this process is connected.
 
-    With the test it ends. Skips, with what is missing, where no lab can be built.
+    It ends with the test. If no lab can be built here, the test is skipped, and the reason says what is missing.
     """
     import ray
 
@@ -48,7 +48,8 @@ def ray_lab() -> Iterator[Callable[[Sequence[Node]], RayLab]]:
                 check()
             except LabError as error:
                 pytest.skip(str(error))
-            lab = stack.enter_context(RayLab(nodes))  # What fails from here on is no lack of anything.
+            # An error from here on is a failure of the test, and no reason to skip it.
+            lab = stack.enter_context(RayLab(nodes))
             ray.init(address=lab.address, log_to_driver=False)
             return lab
 

@@ -1,139 +1,165 @@
-"""Workers as plain processes, with a hub and without Ray: where faults are cheap.
+"""A lab: a run without Ray, whose workers are processes of this machine and whose hub is in this process.
 
-Processes come from a fork server that has imported torch, so that a refill takes tens of milliseconds.
+Processes come from a fork server that has imported torch, so a refill takes tens of milliseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
 import itertools
 import multiprocessing
 import os
 import pickle
-import select
 import signal
 import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import torch
-import torch._dynamo  # Imported by every optimizer's first step: once in the fork server, not in each worker.
 
 from raytrain_het.config import HetConfig
-from raytrain_het.errors import EvictedError, HetError
+from raytrain_het.errors import HetError
 from raytrain_het.files import write_whole
 from raytrain_het.membership.server import Hub
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.testing import faults as fault_kit
 from raytrain_het.testing.cgroups import CpuQuota
-from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
-from raytrain_het.testing.networks import PREFIX, Network, enter, remove_leftovers
-from raytrain_het.worker import session as sessions
-from raytrain_het.worker.state.checkpoint import LocalStorage, Storage
-from raytrain_het.worker.step.step_record import StepRecord
+from raytrain_het.testing.lab_worker import (
+    HUB_ADDRESS,
+    NetworkPlace,
+    WorkerFiles,
+    WorkerTask,
+    outcome_file,
+    run_worker,
+    stacks_file,
+)
+from raytrain_het.testing.networks import PREFIX, Network, remove_leftovers
 
 MAX_STILLBORN = 3
-"""So many processes of a slot may end before they have run a line of their own."""
+"""If so many processes of a slot have ended before they began their work, the lab fails."""
 
 _letters = itertools.cycle("zyxwvutsrqponmlkjihgfedcba")
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["raytrain_het.testing.processes"])
+_context.set_forkserver_preload(["raytrain_het.testing.lab_worker"])
+_DEFAULT_FILES = WorkerFiles()
 
 
 class WorkersFailedError(HetError, AssertionError):
     """A worker of a lab run failed; the message has its traceback."""
 
 
-class ProcessLab:
-    """A run of ``num_slots`` workers in processes of this machine; dead ones are refilled.
-
-    Args:
-        train_fn: takes the lab's directory; runs in every worker.
-        directory: for ledgers, marks of faults and checkpoints.
-        config: the run's settings.
-        faults: the script.
-        refill: whether dead slots get new processes.
-        threads: torch threads per worker.
-        settings: settings of the hub that differ from what follows from the config (a checkpoint to resume from).
-        storage: makes a worker's storage; by default a folder in the lab's directory.
-        cores: by slot, how much of a core its workers get (Linux, as root); by default all there is.
-        rates_mbit: by slot, the rate of its workers' link, each way; then every slot has a network namespace of its own
-            (Linux, as root). None in it is as fast as memory is.
-        machines: by slot, the number of the machine that it is on, from 0: those of one have an address in common, and
-            a link; rates are by machine then.
+@dataclass(frozen=True, kw_only=True)
+class LabSlots:
+    """The slots of a lab: how many workers it has, and on which machines they seem to be.
 
     Raises:
         ValueError: ``cores``, ``rates_mbit`` or ``machines`` has another number of entries than there are slots, or
             machines.
-        LabError: links are wanted, and cannot be made here.
+    """
+
+    num_slots: int
+    refill: bool = True
+    """Whether the slot of a dead worker gets a new one."""
+    cores: Sequence[float] | None = None
+    """By slot, how much of a core its workers get (Linux, as root); None is all there is."""
+    rates_mbit: Sequence[float | None] | None = None
+    """By slot, the rate of its workers' link, each way; a rate of None is as fast as memory is. With rates
+    every slot has a network namespace of its own (Linux, as root); without, all share this machine's network."""
+    machines: Sequence[int] | None = None
+    """By slot, the number of the machine that it is on, from 0. The slots of one machine have an address in common,
+    and a link; rates are by machine then. None is a machine for each slot."""
+
+    def __post_init__(self) -> None:
+        self._check_size("cores", self.cores, "slot", self.num_slots)
+        self._check_size("machines", self.machines, "slot", self.num_slots)
+        self._check_size("rates_mbit", self.rates_mbit, "machine" if self.machines else "slot", self.num_machines)
+
+    @staticmethod
+    def _check_size(name: str, values: Sequence[Any] | None, each: str, size: int) -> None:
+        if values is not None and len(values) != size:
+            raise ValueError(f"{name} has {len(values)} entries: allowed is one per {each}, {size}.")
+
+    @property
+    def num_machines(self) -> int:
+        """How many machines there are."""
+        return max(self.machines) + 1 if self.machines else self.num_slots
+
+    def make_network(self) -> Network | None:
+        """The links between machines; None without rates.
+
+        Raises:
+            LabError: Links cannot be made here.
+        """
+        if self.rates_mbit is None:
+            return None
+        remove_leftovers()
+        return Network(f"{PREFIX}{os.getpid()}{next(_letters)}", self.rates_mbit)
+
+    def places(self, network: Network | None) -> list[NetworkPlace]:
+        """By slot, where its workers are."""
+        if network is not None:
+            by_machine = [NetworkPlace(*names) for names in zip(network.ips, network.namespaces, strict=True)]
+        else:
+            # Workers of one machine find each other by their common address.
+            by_machine = [NetworkPlace(f"127.0.0.{1 + k if self.machines else 1}") for k in range(self.num_machines)]
+        return [by_machine[k] for k in self.machines or range(self.num_slots)]
+
+
+class ProcessLab:
+    """A run whose workers are processes of this machine.
+
+    Args:
+        train_fn: Takes the lab's directory; runs in every worker.
+        directory: For ledgers, marks of faults and checkpoints.
+        slots: How many workers there are, and where.
+        config: The run's settings.
+        faults: The script of faults.
+        settings: Settings of the hub that differ from what follows from the config (a checkpoint to resume from).
+        files: What workers write.
+
+    Raises:
+        LabError: Links are wanted, and cannot be made here.
 
     Attributes:
-        events: membership events of the whole run, of hubs that were restarted too; there once it is over.
-        reports: all whole reports.
-        failure: why the run failed, as the hub knows it.
+        events: Membership events of the whole run, of hubs that were restarted too; there once it is over.
+        reports: All whole reports.
+        failure: Why the run failed, as the hub knows it.
     """
 
     def __init__(
         self,
         train_fn: Callable[[str], Any],
         directory: str | os.PathLike[str],
+        slots: LabSlots,
         *,
-        num_slots: int,
         config: HetConfig | None = None,
-        faults: list[fault_kit.Fault] | None = None,
-        refill: bool = True,
-        threads: int = 1,
-        ledger: bool = True,
-        settings: dict[str, Any] | None = None,
-        storage: Callable[[], Storage] | None = None,
-        cores: Sequence[float] | None = None,
-        rates_mbit: Sequence[float | None] | None = None,
-        machines: Sequence[int] | None = None,
+        faults: Sequence[fault_kit.Fault] = (),
+        settings: Mapping[str, Any] | None = None,
+        files: WorkerFiles = _DEFAULT_FILES,
     ) -> None:
-        links = max(machines) + 1 if machines else num_slots
-        _check_sizes(
-            ("cores", cores, "slot", num_slots),
-            ("machines", machines, "slot", num_slots),
-            ("rates_mbit", rates_mbit, "machine" if machines else "slot", links),
-        )
-        self.directory, self.num_slots, self.refill = str(directory), num_slots, refill
-        self.config = config or HetConfig()
+        self.directory, self.slots, self.config = str(directory), slots, config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
-        settings_of_config = hub_settings(self.config, num_slots)
-        self.settings = dataclasses.replace(settings_of_config, **(settings or {}))
-        self._network: Network | None = None
-        if rates_mbit is not None:
-            remove_leftovers()
-            self._network = Network(f"{PREFIX}{os.getpid()}{next(_letters)}", rates_mbit)
-            self.settings = dataclasses.replace(self.settings, host=self._network.host)
-        places: list[tuple[str | None, str]] = [(None, f"127.0.0.{1 + k * bool(machines)}") for k in range(links)]
+        self.settings = dataclasses.replace(hub_settings(self.config, slots.num_slots), **(settings or {}))
+        self._network = slots.make_network()
         if self._network is not None:
-            places = list(zip(self._network.namespaces, self._network.ips, strict=True))
-        places = [places[k] for k in machines or range(num_slots)]
-        where = storage or partial(LocalStorage, Path(self.directory) / "storage")
-        payload = (
-            train_fn,
-            self.directory,
-            self.config,
-            faults or [],
-            threads,
-            ledger,
-            num_slots,
-            where,
-            os.getpid(),
-            places,
+            self.settings = dataclasses.replace(self.settings, host=self._network.host)
+        self._pickled_task = cloudpickle.dumps(
+            WorkerTask(
+                train_fn=train_fn,
+                directory=self.directory,
+                config=self.config,
+                faults=list(faults),
+                files=files,
+                places=slots.places(self._network),
+                lab_pid=os.getpid(),
+            )
         )
-        self._payload = cloudpickle.dumps(payload)
-        self._cores = tuple(cores or ())
         self._begin()
 
     def _begin(self) -> None:
@@ -147,11 +173,11 @@ class ProcessLab:
         self.reports: list[dict[str, Any]] = []
         self.failure: str | None = None
         self.hub = Hub(self.settings)
-        self._address_file = Path(self.directory) / "hub.pickle"
+        self._address_file = Path(self.directory) / HUB_ADDRESS
         self.publish()
 
     def publish(self) -> None:
-        """Write down where the hub is."""
+        """Write the hub's address into the lab's directory, where workers look for it."""
         write_whole(self._address_file, pickle.dumps(self.hub.address()))
 
     def restart_hub(self) -> None:
@@ -161,8 +187,8 @@ class ProcessLab:
         self.publish()
 
     def start(self, slot: int) -> BaseProcess:
-        """Start or refill a slot."""
-        process = _context.Process(target=_work, args=(slot, self._payload), daemon=True)
+        """Start a worker in a slot."""
+        process = _context.Process(target=run_worker, args=(slot, self._pickled_task), daemon=True)
         process.start()
         self.processes[slot] = process
         if self.quotas:
@@ -171,22 +197,22 @@ class ProcessLab:
         return process
 
     def kill(self, *slots: int) -> None:
-        """SIGKILL for the workers in some slots, all at the same moment; by default for all."""
+        """Kill the workers of some slots at the same moment; by default of all slots."""
         for slot in slots or list(self.processes):
             os.kill(self.processes[slot].pid, signal.SIGKILL)  # type: ignore[arg-type]
 
     def run(self, timeout_s: float = 120.0, on_poll: Callable[[], None] | None = None) -> dict[int, Any]:
-        """Run all slots to the end; returns each slot's result.
+        """Run all workers to the end; returns their results by slot.
 
         Raises:
-            WorkersFailedError: a training function raised, or time ran out.
-        LabError: there are cores given, and quotas cannot be set here.
+            WorkersFailedError: A training function raised, or time ran out.
+            LabError: Slots have a part of a core, and quotas cannot be set here.
         """
         deadline = time.monotonic() + timeout_s
         try:
-            for share in self._cores:
+            for share in self.slots.cores or ():
                 self.quotas.append(CpuQuota(share))
-            for slot in range(self.num_slots):
+            for slot in range(self.slots.num_slots):
                 self.start(slot)
             while self.processes:
                 self.hub.acknowledge([r["key"] for r in self.hub.take_reports()])
@@ -222,7 +248,7 @@ class ProcessLab:
             self._network = None
 
     def _stacks(self) -> str:
-        """What every worker's threads are doing."""
+        """The stacks of all threads of every worker."""
         for process in self.processes.values():
             os.kill(process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
         time.sleep(0.5)
@@ -240,7 +266,8 @@ class ProcessLab:
     def _reap(self, slot: int, process: BaseProcess) -> None:
         process.join()
         del self.processes[slot]
-        outcome = Path(self.directory) / f"outcome_{slot}_{process.pid}"
+        pid = process.pid or 0
+        outcome = outcome_file(Path(self.directory), slot, pid)
         if outcome.exists():
             kind, value = pickle.loads(outcome.read_bytes())
             if kind == "result":
@@ -252,14 +279,14 @@ class ProcessLab:
         status = self.hub.status()
         if status["state"] in ("ended", "failed") or slot in status["dead_slots"]:
             return
-        if not (Path(self.directory) / f"stacks_{slot}_{process.pid}").exists():
+        if not stacks_file(Path(self.directory), slot, pid).exists():
             self._stillborn[slot] += 1
         if self._stillborn[slot] >= MAX_STILLBORN:
             raise WorkersFailedError(
                 f"the process of worker {slot} ended {MAX_STILLBORN} times before it began, at last with exit code "
                 f"{process.exitcode}. A script that uses ProcessLab calls it below if __name__ == '__main__'."
             )
-        if self.refill:
+        if self.slots.refill:
             self.restarts += 1
             self.start(slot)
         else:
@@ -267,7 +294,7 @@ class ProcessLab:
 
 
 def hub_settings(config: HetConfig, num_slots: int) -> HubSettings:
-    """What the hub of a lab's run has to know of the run's settings."""
+    """The hub's settings that follow from a run's configuration."""
     return HubSettings(
         run_id="lab",
         num_slots=num_slots,
@@ -286,69 +313,6 @@ def hub_settings(config: HetConfig, num_slots: int) -> HubSettings:
     )
 
 
-def _work(slot: int, payload: bytes) -> None:
-    """A worker process."""
-    train_fn, directory, config, faults, threads, ledger, num_slots, storage, lab, places = cloudpickle.loads(payload)
-    namespace, ip = places[slot]
-    if namespace is not None:
-        enter(namespace)
-    threading.Thread(target=_end_with, args=(lab,), name="het-lab", daemon=True).start()
-    torch.set_num_threads(threads)
-    stacks = (Path(directory) / f"stacks_{slot}_{os.getpid()}").open("w")
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-    where = Path(directory) / "hub.pickle"
-    kind, value = "gone", None
-    try:
-        done = sessions.run_worker(
-            lambda: _train(train_fn, directory, faults, slot, ledger),
-            config=config,
-            slot=slot,
-            num_slots=num_slots,
-            locate=lambda: pickle.loads(where.read_bytes()),
-            storage=storage(),
-            device=torch.device("cpu"),
-            node_ip=ip,
-        )
-        if done is not None:  # Else it was let go before its end.
-            kind, value = "result", done[0]
-    except EvictedError:
-        pass
-    except BaseException:
-        kind, value = "error", traceback.format_exc()
-    write_whole(Path(directory) / f"outcome_{slot}_{os.getpid()}", pickle.dumps((kind, value)))
-    # Whatever threads the function has left behind are not waited for.
-    os._exit(0)
-
-
-def _end_with(pid: int) -> None:
-    """End this process when the lab's has ended, however: a fork server does not."""
-    with contextlib.suppress(ProcessLookupError):
-        select.select([os.pidfd_open(pid)], [], [])
-    os._exit(1)
-
-
-def _train(train_fn: Callable[[str], Any], directory: str, faults: list, slot: int, ledger: bool) -> tuple[Any]:
-    session = sessions.current()
-    fault_kit.install(faults, slot, directory, session.leave, session.await_reports)
-    if ledger:
-        writer = LedgerWriter(Path(directory) / f"ledger_{slot}_{os.getpid()}.jsonl")
-        session.listeners.append(lambda note: writer.append(_entry(note)))
-    return (train_fn(directory),)
-
-
-def _entry(note: StepRecord) -> LedgerEntry:
-    return LedgerEntry(
-        step=note.step,
-        generation=note.generation,
-        epoch=note.epoch,
-        offset=note.offset,
-        batch_size=note.batch_size,
-        slices=note.slices,
-        writer=note.uid,
-        own_samples=note.own_samples,
-    )
-
-
 @contextlib.contextmanager
 def deadline(seconds: float, what: str) -> Iterator[None]:
     """Kill this process loudly if a block takes too long (for tests that would hang)."""
@@ -358,10 +322,3 @@ def deadline(seconds: float, what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _check_sizes(*given: tuple[str, Sequence[Any] | None, str, int]) -> None:
-    """Each: an argument's name, its value, what it has one entry for, and how many of those there are."""
-    for name, values, each, size in given:
-        if values is not None and len(values) != size:
-            raise ValueError(f"{name} has {len(values)} entries: allowed is one per {each}, {size}.")

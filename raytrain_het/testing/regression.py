@@ -1,6 +1,7 @@
 """A small training whose result shows every sample that was lost, used twice or weighted wrongly.
 
-It stays finite, has no dropout, and knows how plain torch does the same in one process, so that they can be compared.
+It stays finite and has no dropout. :meth:`Regression.plain` does the same with torch alone in one process, and the two
+results are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from raytrain_het.worker.data.data_plan import DataPlan
 from raytrain_het.worker.step.step_record import StepRecord
 
 SMALL_BUCKETS = HetConfig(bucket_mib=0.0002, shares=None)
-"""Several buckets even for a model of this size, so that there is a place between two of them."""
+"""Settings with several buckets even for a model of this size: a fault may come between two of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +42,22 @@ class Regression:
     momentum: float = 0.9
     batch_norm: bool = False
     clip: float | None = None
-    """Gradients are clipped to this norm by the user's code, between ``backward()`` and ``step()``."""
+    """The training function clips gradients to this norm, between ``backward()`` and ``step()``."""
     scheduled: bool = False
-    """Whether a scheduler, registered, lowers the rate after every step."""
+    """Whether a registered scheduler lowers the rate after every step."""
     nan_steps: tuple[int, ...] = ()
     """Steps (0 is the first) in which the loss of ``nan_slot`` is not a number."""
     nan_slot: int = 1
-    """One that is there in those steps, whatever happens to others."""
+    """A slot whose worker is there in those steps, whatever happens to others."""
     report: bool = True
     micro_batch_size: int | None = None
     pace_s: float = 0.0
-    """How long each step takes at least."""
+    """Each step takes at least so long."""
     patience_s: float = 0.0
-    """How long a step pauses while a slot is not filled, so that its next worker comes before the end."""
+    """A step pauses for so long while a slot is not filled: the slot's next worker comes before the end of the run."""
     waits_at: tuple[int, ...] = ()
-    """No worker begins these steps (0 is the first) before :func:`go_on` has named them: what the lab does at a step
-    happens before the end, however late it comes to it."""
+    """No worker begins these steps (0 is the first) before :func:`go_on` has named them. So what the lab does at a step
+    happens before the end of the run, even if the lab is late."""
 
     @property
     def plan(self) -> DataPlan:
@@ -86,7 +87,8 @@ class Regression:
         return model.to(self.dtype), TensorDataset(x.to(self.dtype), y.to(self.dtype))
 
     def __call__(self, directory: str) -> dict[str, Any]:
-        """Train as a worker. Returns ``parameters`` and ``buffers`` (flat), and the ``rates`` by step that it saw."""
+        """Train as a worker. Returns ``parameters`` and ``buffers`` (flat), and ``rates``: pairs (step, learning
+        rate)."""
         session = sessions.current()
         trace_steps(session, directory)
         model, dataset = self.build()

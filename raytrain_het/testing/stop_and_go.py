@@ -1,12 +1,13 @@
 """Makes processes slow without root, by SIGSTOP and SIGCONT. A script: :mod:`raytrain_het.testing.throttle` runs it.
 
-Two processes, each of which lets the slow ones go when the other is gone: one that stops and continues them, and a
-guard. Both end with the process that asked for them. So no single death leaves anything stopped.
+There are two processes: one stops and continues the slow processes, the other guards it. If one of the two dies, the
+other lets the slow processes run. Both end with the process that has started them. So no single death leaves anything
+stopped.
 
-Time is counted in CPU seconds: ``cores`` for each second is what the processes are given, what they use is taken off,
-and they are stopped while nothing is left. So many threads, or a busy machine, are no way to get more, or less.
+The slow processes have a credit of CPU seconds. It grows by ``cores`` in each second, shrinks by the CPU time that they
+use, and they are stopped while it is empty. So neither many threads nor a busy machine changes what they get.
 
-Standard library only, and run with ``-I -S``, so that it is there in 20 ms.
+This file needs only the standard library, and runs with ``-I -S``: it starts in 20 ms.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import time
 from collections.abc import Iterable
 
 STOP_S = 0.01
-"""So long a stop is, if the processes have used no more than they were given."""
+"""Seconds of a stop, if the processes have used no more than their credit."""
 MIN_RUN_S = 0.002
 MAX_RUN_S = 0.05
-"""How often it is looked what they have used."""
+"""Their CPU time is read at least this often while they run."""
 SAVED_S = 0.1
-"""What they were given in so long is kept for them: on a busy machine they, and this one, run late."""
+"""Their credit is at most that of so many seconds: on a busy machine they, and this process, run late."""
 
 
 class Target:
-    """A process by its file descriptor: another one that comes to have its id is safe."""
+    """A slow process, by its file descriptor: another process that gets the same id later is safe."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.fd = pid, os.pidfd_open(pid)
@@ -50,7 +51,7 @@ class Target:
 
 
 def targets_of(lines: Iterable[bytes]) -> list[Target]:
-    """Those that are still there."""
+    """The processes of these ids that still exist."""
     targets = []
     for line in lines:
         with contextlib.suppress(OSError):
@@ -59,7 +60,7 @@ def targets_of(lines: Iterable[bytes]) -> list[Target]:
 
 
 def guard(source: int) -> None:
-    """Read process ids up to the end of the pipe, which is the end of the other process. Then let them go."""
+    """Read process ids to the end of the pipe, which is the end of the other process. Then let the processes run."""
     targets: list[Target] = []
     with os.fdopen(source, "rb") as lines:
         for line in lines:
@@ -69,18 +70,18 @@ def guard(source: int) -> None:
 
 
 def alternate(owner: int, orders: int, to_guard: int) -> None:
-    """Stop and go, until the owner, its end of the pipe or the guard is gone.
+    """Stop and continue the slow processes, until the owner or the guard is gone.
 
     Args:
-        owner: process id.
-        orders: a pipe with lines ``cores X`` and ``add PID``.
-        to_guard: a pipe to it.
+        owner: The id of the process that has started this one.
+        orders: A pipe from the owner, with lines ``cores X`` and ``add PID``.
+        to_guard: A pipe to the guard.
     """
     ends = os.pidfd_open(owner)
     poll = select.poll()
     poll.register(ends, select.POLLIN)
     poll.register(orders, select.POLLIN)
-    poll.register(to_guard, 0)  # Only its closing is told.
+    poll.register(to_guard, 0)  # Only that it is closed.
     targets: list[Target] = []
     cores, credit_s, rest, stopped = 1.0, 0.0, b"", False
     last, wait_s = time.monotonic(), MAX_RUN_S

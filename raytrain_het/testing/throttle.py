@@ -16,16 +16,16 @@ from raytrain_het.testing.cgroups import CpuQuota, LabError, check_cores, join, 
 
 
 class StopAndGo:
-    """Processes that together get ``cores`` of a core, without root: they are stopped for 10 ms again and again.
+    """Slows processes down without root: together they get ``cores`` of a core, since they are stopped again and again.
 
-    As :class:`~raytrain_het.testing.cgroups.CpuQuota`, except that processes which they start are not slow, and that
-    it undoes a SIGSTOP by somebody else. When this process ends, however it ends, they go on at full speed.
+    It works as :class:`~raytrain_het.testing.cgroups.CpuQuota`, with two differences: processes that they start are not
+    slow, and a SIGSTOP from elsewhere is undone. When this process ends, in whatever way, they run at full speed.
 
     Args:
-        cores: above 0; may be changed while they run, with :meth:`set`.
+        cores: Above 0; :meth:`set` changes it while they run.
 
     Raises:
-        LabError: the system has no handles for processes (Linux has, from 5.3).
+        LabError: The system has no file descriptors for processes (Linux has them from 5.3 on).
     """
 
     how = "by stopping and continuing it, since this user may set no CPU quotas"
@@ -35,12 +35,12 @@ class StopAndGo:
         if not hasattr(os, "pidfd_open"):
             raise LabError("processes cannot be slowed down here: that needs Linux 5.3 or newer.")
         command = [sys.executable, "-I", "-S", stop_and_go.__file__, str(os.getpid())]
-        # In a session of its own: Ctrl-C is not for it, it ends with this process.
+        # The helper has a session of its own: Ctrl-C does not reach it. It ends with this process.
         self._helper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, bufsize=0)
         self.set(cores)
 
     def set(self, cores: float) -> None:
-        """From now on so many cores."""
+        """Change how many cores the processes get together."""
         check_cores(cores)
         self._order(f"cores {cores!r}")
         self.cores = cores
@@ -51,7 +51,7 @@ class StopAndGo:
         self._order(f"add {pid}")
 
     def close(self) -> None:
-        """Let them go."""
+        """Let the processes run at full speed."""
         assert self._helper.stdin is not None
         self._helper.stdin.close()
         self._helper.wait()
@@ -65,10 +65,10 @@ class StopAndGo:
 
 
 def throttle(cores: float) -> CpuQuota | StopAndGo:
-    """What slows processes down here; ``add(pid)`` them, and ``close()`` it in the end.
+    """The best way to slow processes down on this machine: ``add(pid)`` each process, and ``close()`` it at the end.
 
     Args:
-        cores: so much of a core they get together; above 0.
+        cores: How much of a core the processes get together; above 0.
     """
     try:
         return CpuQuota(cores)
@@ -78,16 +78,16 @@ def throttle(cores: float) -> CpuQuota | StopAndGo:
 
 @dataclass(frozen=True)
 class SlowWorkers:
-    """Slows down the worker that calls it, from then on, to one torch thread and its part of a core. Picklable."""
+    """A call in a worker slows it down, to one torch thread and its part of a core. Picklable."""
 
     cores: tuple[float, ...]
     """By world rank."""
     groups: tuple[Path, ...] | None
-    """The quotas' groups; None stops and continues instead."""
+    """The control groups of the quotas; None stops and continues the workers instead."""
 
     @property
     def how(self) -> str:
-        """For the reader."""
+        """How workers are slowed, for people."""
         return StopAndGo.how if self.groups is None else CpuQuota.how
 
     def __call__(self, rank: int) -> None:
@@ -97,18 +97,19 @@ class SlowWorkers:
         if self.groups is not None:
             join(self.groups[rank], os.getpid())
         else:
-            keep_nothing()  # Stopped now and again, it looks like a machine of full speed with long breaks.
+            keep_nothing()  # A worker that is stopped again and again measures its machine at full speed.
             _own.append(StopAndGo(self.cores[rank]))
             _own[-1].add(os.getpid())
 
 
 _own: list[StopAndGo] = []
-"""Kept for as long as this process lives."""
+"""Of this process: they must live as long as it does."""
 
 
 @contextlib.contextmanager
 def slow_workers(cores: Sequence[float]) -> Iterator[SlowWorkers]:
-    """For a run on this machine, as long as the block: call the result in each worker, refilled ones too."""
+    """Slow down the workers of a run on this machine, for the length of the block. Every worker calls the result
+    first."""
     with contextlib.ExitStack() as stack:
         try:
             groups = tuple(quota.path for quota in stack.enter_context(quotas(list(cores))))

@@ -7,7 +7,7 @@ import functools
 import secrets
 from dataclasses import astuple
 
-from raytrain_het.allreduce.codecs import CODECS, byte_cpu_s, codec_costs
+from raytrain_het.allreduce.codecs import byte_cpu_s, codec_costs, codec_of
 from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.config import HetConfig
@@ -71,7 +71,7 @@ def join(context: WorkerContext, draft: Draft, num_epochs: int) -> Worker:
         undo.callback(gradients.close)
         draft.warn(warnings_of_epochs, num_epochs)
         for word in context.config.possible_codecs:  # All workers': what others send is decoded here.
-            CODECS[word].prepare()
+            codec_of(word).prepare()
         speed = _known_speed(context, prepared)
         connections = _connect(context, prepared, gradients.layout, replica, speed)
         undo.callback(connections.close)
@@ -81,7 +81,7 @@ def join(context: WorkerContext, draft: Draft, num_epochs: int) -> Worker:
 
 
 def _make_gradients(config: HetConfig, draft: Draft, prepared: Prepared) -> Gradients:
-    apart = any(CODECS[word].spares_small for word in config.possible_codecs)
+    apart = any(codec_of(word).spares_small for word in config.possible_codecs)
     gradients = Gradients(
         prepared.model,
         int(config.bucket_mib * 2**20),
@@ -161,7 +161,7 @@ def _make_worker(
 
 def _codecs_told(config: HetConfig, layout: Layout) -> Codecs:
     """What codecs cost here, and how much there is to encode: for who chooses one."""
-    codecs = ((word, CODECS[word]) for word in config.possible_codecs)
+    codecs = ((word, codec_of(word)) for word in config.possible_codecs)
     costs = codec_costs(codecs, cores=cpu_limit().cores, shapes=layout.compressed_shapes)
     return Codecs(
         costs={word: list(astuple(cost)) for word, cost in costs.items()},

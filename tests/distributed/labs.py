@@ -16,8 +16,9 @@ from raytrain_het.config import HetConfig
 from raytrain_het.membership.server import Hub
 from raytrain_het.membership.settings import HubSettings
 from raytrain_het.testing.faults import Fault
+from raytrain_het.testing.lab_worker import WorkerFiles
 from raytrain_het.testing.ledger import LedgerReport, check_exactly_once, read_ledgers
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas, relative_error
 from raytrain_het.worker import session as sessions
 from raytrain_het.worker.state.checkpoint import LocalStorage
@@ -84,8 +85,13 @@ def run(
     on_poll: Callable[[ProcessLab], None] | None = None,
     **lab_kwargs: Any,
 ) -> Run:
-    """Run a training function in plain processes, to its end."""
-    lab = ProcessLab(task, directory, num_slots=num_slots, faults=faults, config=config, **lab_kwargs)
+    """Run a training function in plain processes, to its end.
+
+    ``lab_kwargs`` are arguments of :class:`ProcessLab`, fields of its slots, or the storage of its workers.
+    """
+    slots = LabSlots(num_slots=num_slots, **{k: lab_kwargs.pop(k) for k in ("refill", "machines") if k in lab_kwargs})
+    files = WorkerFiles(storage=lab_kwargs.pop("storage", None))
+    lab = ProcessLab(task, directory, slots, faults=faults or (), config=config, files=files, **lab_kwargs)
     results = lab.run(timeout_s, on_poll=functools.partial(on_poll, lab) if on_poll else None)
     return Run(lab, results)
 

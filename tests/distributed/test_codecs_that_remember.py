@@ -12,8 +12,8 @@ from labs import run
 from remembering import Counting
 
 from raytrain_het.allreduce import layout
-from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS, RESIDUAL
+from raytrain_het.allreduce.codecs import RESIDUAL
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.testing.faults import Fault
@@ -31,7 +31,7 @@ class Remembering(Regression):
     """Also returns who the worker is, and its codec's state."""
 
     def __call__(self, directory: str) -> dict[str, Any]:
-        CODECS["counting"] = Counting()
+        Counting.register()
         result = super().__call__(directory)
         session = sessions.current()
         return result | {
@@ -83,13 +83,13 @@ class LeavingOut(Regression):
     """Also returns what the worker's codec has left out: when it began, and at its end."""
 
     def __call__(self, directory: str) -> dict[str, Any]:
-        layout.SMALL, adopt, begun = 1, CodecStates.adopt, {}
+        layout.SMALL, adopt, begun = 1, ErrorFeedback.adopt, {}
 
         def adopting(states, by_parameter):
             adopt(states, by_parameter)
             begun.update(residuals(states))
 
-        CodecStates.adopt = adopting
+        ErrorFeedback.adopt = adopting
         result = super().__call__(directory)
         return result | {
             "begun": begun,
@@ -121,7 +121,7 @@ class HandingOver(LeavingOut):
 
     def __call__(self, directory: str) -> dict[str, Any]:
         session, inherited = sessions.current(), {}
-        hand_on, inherit = HandingOn.hand_on, CodecStates.inherit
+        hand_on, inherit = HandingOn.hand_on, ErrorFeedback.inherit
 
         def noting(handing_on):
             torch.save(
@@ -134,7 +134,7 @@ class HandingOver(LeavingOut):
             inherited.update({name: state[RESIDUAL] for name, state in by_parameter.items()})
             return inherit(states, by_parameter)
 
-        HandingOn.hand_on, CodecStates.inherit = noting, inheriting
+        HandingOn.hand_on, ErrorFeedback.inherit = noting, inheriting
         return super().__call__(directory) | {"inherited": inherited}
 
 

@@ -14,7 +14,7 @@ import raytrain_het as het
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import RunFailedError
 from raytrain_het.testing.faults import Fault
-from raytrain_het.testing.processes import ProcessLab, WorkersFailedError
+from raytrain_het.testing.processes import LabSlots, ProcessLab, WorkersFailedError
 from raytrain_het.testing.regression import Regression
 from raytrain_het.worker import session as sessions
 
@@ -22,7 +22,7 @@ TASK = Regression()
 
 
 def failing(task, directory, **kwargs):
-    lab = ProcessLab(task, directory, **{"num_slots": 3, **kwargs})
+    lab = ProcessLab(task, directory, LabSlots(num_slots=kwargs.pop("num_slots", 3)), **kwargs)
     with pytest.raises(WorkersFailedError):
         lab.run(60.0)
     return lab
@@ -52,7 +52,7 @@ class BeforeJoining:
 
 def test_an_exception_before_the_run_was_joined_is_known_to_the_lab(tmp_path):
     """The hub has no connection to such a worker; whoever started the process sees it die (Ray does)."""
-    lab = ProcessLab(BeforeJoining(), tmp_path, num_slots=3, config=HetConfig(start_timeout_s=0.3))
+    lab = ProcessLab(BeforeJoining(), tmp_path, LabSlots(num_slots=3), config=HetConfig(start_timeout_s=0.3))
     with pytest.raises(WorkersFailedError, match="RuntimeError: no such file"):
         lab.run(60.0)
 

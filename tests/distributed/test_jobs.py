@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from raytrain_het.jobs import char_lm, tabular
+from raytrain_het.jobs.char_lm import training as char_lm
+from raytrain_het.jobs.config import JobConfig
 from raytrain_het.jobs.probe_worker import ProbeWorker
 from raytrain_het.jobs.table import load_job
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.jobs.tabular import training as tabular
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.session import current
 
 JOBS = Path(__file__).parents[2] / "experiments" / "jobs"
@@ -23,17 +25,14 @@ JOBS = Path(__file__).parents[2] / "experiments" / "jobs"
 class Job:
     """A job's training function in a worker without Ray."""
 
-    module: str
+    job: type[JobConfig]
     config: dict
 
     def __call__(self, directory):
-        import importlib
-
         import ray.train.torch
 
         ray.train.torch.get_device = lambda: torch.device("cpu")
-        module = importlib.import_module(f"raytrain_het.jobs.{self.module}")
-        getattr(module, f"train_{self.module}")(self.config)
+        self.job.train(self.config)
         session = current()
         return session.worker.replica.model.state_dict(), session.worker._speed._step
 
@@ -41,7 +40,7 @@ class Job:
 def run(tmp_path, kind, *overrides):
     job = load_job(JOBS / f"{kind}.yaml", overrides)
     config = job.train_loop_config()
-    lab = ProcessLab(Job(kind, config), tmp_path / "lab", num_slots=2, config=job.het)
+    lab = ProcessLab(Job(type(job), config), tmp_path / "lab", LabSlots(num_slots=2), config=job.het)
     results = lab.run(60)
     return config, results[0], lab.reports[-1]["metrics"]
 
@@ -62,7 +61,7 @@ def test_a_table_is_learnt_in_its_own_unit_and_begins_with_what_the_probe_measur
     overrides = [f"data={tmp_path / 't.csv'}", "global_batch_size=50", "epochs=15", "het.micro_batch_size=20"]
     job = load_job(JOBS / "tabular.yaml", overrides)
     probe = ProbeWorker(device="cpu", num_threads=1)
-    probe.prepare("tabular", job.train_loop_config(), job.het)
+    probe.prepare(type(job), job.train_loop_config(), job.het)
     measured = probe.step([10, 50], 0.1)[0].step
 
     config, (state, known), metrics = run(tmp_path, "tabular", *overrides)
@@ -70,7 +69,7 @@ def test_a_table_is_learnt_in_its_own_unit_and_begins_with_what_the_probe_measur
     order = np.random.default_rng(config["seed"]).permutation(500)
     train, held_out = frame.to_numpy()[order[:400]], frame.to_numpy()[order[400:]]
     scaled = (held_out - train.mean(axis=0)) / train.std(axis=0)
-    model = tabular.build_model(config, tabular.open_table(tabular.source_of(config)))
+    model = tabular.build_model(config, tabular.open_table(tabular.Source.of(config)))
     model.load_state_dict(state)
     out = model(torch.tensor(scaled[:, :2], dtype=torch.float32)).detach().squeeze(1).double().numpy()
     errors = out * train[:, 2].std() + train[:, 2].mean() - held_out[:, 2]

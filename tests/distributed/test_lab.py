@@ -9,18 +9,18 @@ import pytest
 
 from raytrain_het.testing import processes
 from raytrain_het.testing.cgroups import LabError
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 
 SCRIPT = """
 import os, sys, time
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 
 def train(directory):
     print(os.getpid(), flush=True)
     time.sleep(600)
 
 {guard}
-    ProcessLab(train, sys.argv[1], num_slots=2).run(60)
+    ProcessLab(train, sys.argv[1], LabSlots(num_slots=2)).run(60)
 """
 
 
@@ -77,7 +77,7 @@ def test_a_lab_that_does_not_come_to_start_leaves_neither_quotas_nor_processes(t
     monkeypatch.setattr(processes, "CpuQuota", FakeQuota)
     monkeypatch.setattr(FakeQuota, "made", [])
     num_slots = 3 if "quota" in moment else 2
-    lab = ProcessLab(sleep_on, tmp_path, num_slots=num_slots, cores=[0.5] * num_slots)
+    lab = ProcessLab(sleep_on, tmp_path, LabSlots(num_slots=num_slots, cores=[0.5] * num_slots))
     if num_slots == 2:
 
         def add(quota, pid):
@@ -95,4 +95,4 @@ def test_a_lab_that_does_not_come_to_start_leaves_neither_quotas_nor_processes(t
 
 def test_cores_are_one_per_slot(tmp_path):
     with pytest.raises(ValueError, match="cores has 2 entries: allowed is one per slot, 3"):
-        ProcessLab(sleep_on, tmp_path, num_slots=3, cores=[0.5, 0.5])
+        LabSlots(num_slots=3, cores=[0.5, 0.5])

@@ -13,12 +13,11 @@ from labs import run
 from torch import nn
 
 from raytrain_het.allreduce import layout
-from raytrain_het.allreduce.codecs import KINDS
-from raytrain_het.codec_options import used_together
+from raytrain_het.codec_options import CODECS, used_together
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.regression import Regression
 
-EACH = [name for name in KINDS if not used_together(name)]
+EACH = [name for name in CODECS if not used_together(name)]
 LAYERS = 100
 STEPS = int(os.environ.get("HET_TEST_STEPS", "3"))
 

@@ -8,8 +8,7 @@ import torch
 from labs import run, wait_until
 from remembering import Counting
 
-from raytrain_het.allreduce.codecs import CODECS
-from raytrain_het.allreduce.reducers.exchange import Exchange
+from raytrain_het.allreduce.reducers import Reducer
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.regression import Regression
 from raytrain_het.worker import session as sessions
@@ -57,18 +56,18 @@ class TakenOverAndPassedOn:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         if session.slot in (1, 2):
-            all_reduce = Exchange.all_reduce
+            all_reduce = Reducer.all_reduce
 
-            def stuck(exchange, bucket, header, *args, **kwargs):
-                for k, operation in enumerate(all_reduce(exchange, bucket, header, *args, **kwargs)):
-                    last = bucket is exchange.layout.buckets[-1] and k == 1
+            def stuck(reducer, bucket, header, *args, **kwargs):
+                for k, operation in enumerate(all_reduce(reducer, bucket, header, *args, **kwargs)):
+                    last = bucket is reducer.layout.buckets[-1] and k == 1
                     if last and (header.step, header.generation) == (STEP, 1):
                         # What worker 3 had yet to send has reached worker 0 only.
                         session.worker.communicator._waiter.until(lambda: False, 1, STEP, peers=True)
                     yield operation
 
-            Exchange.all_reduce = stuck
-        CODECS["counting"] = Counting()
+            Reducer.all_reduce = stuck
+        Counting.register()
         return Task(report=False)(directory) | {"counts": Counting.counts(session.worker.communicator.codec_states)}
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import raytrain_het as het
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.networks import sent
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.testing.regression import differing_replicas, trace_steps
 from raytrain_het.worker.session import current
 
@@ -61,7 +61,7 @@ def median_s(steps):
 
 def test_auto_compresses_what_slow_links_carry_and_replicas_stay_identical(tmp_path: Path):
     config = HetConfig(compression="auto", shares=None)
-    lab = ProcessLab(train, tmp_path, num_slots=3, config=config, rates_mbit=[20, 20, 20])
+    lab = ProcessLab(train, tmp_path, LabSlots(num_slots=3, rates_mbit=[20, 20, 20]), config=config)
     steps = lab.run(timeout_s=120)[0]
     assert differing_replicas(tmp_path) == []
     assert set(steps[0].codecs) == {"none"} and "none" not in steps[-1].codecs
@@ -74,7 +74,7 @@ def test_auto_compresses_what_slow_links_carry_and_replicas_stay_identical(tmp_p
 @pytest.mark.parametrize("word", ["none", "int8", "topk(density=0.25)"])
 def test_our_count_of_bytes_is_that_of_the_network_card_and_of_the_formula(tmp_path: Path, word):
     config = HetConfig(compression=word, shares=None, replica_check_steps=0)
-    lab = ProcessLab(train, tmp_path, num_slots=3, config=config, rates_mbit=[None, None, None])
+    lab = ProcessLab(train, tmp_path, LabSlots(num_slots=3, rates_mbit=[None, None, None]), config=config)
     steps = lab.run(timeout_s=120)[0]
     first, last = steps[10], steps[-1]
     ours, packets = last.our_bytes - first.our_bytes, last.card_packets - first.card_packets

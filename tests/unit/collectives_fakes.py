@@ -1,4 +1,4 @@
-"""Process groups without processes: all ranks of a group in one test, each with its real :class:`Exchange`."""
+"""Process groups without processes: all ranks of a group in one test, each with its real :class:`Reducer`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
-from raytrain_het.allreduce.reducers.exchange import Exchange, Exchanges
+from raytrain_het.allreduce.reducers import Reducer, ReducerByEpoch, reducer_for
 from raytrain_het.allreduce.sums import Sums
-from raytrain_het.allreduce.transport.group import Parts
+from raytrain_het.allreduce.transport.group import PeerBuffers
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Member, Record
 
@@ -60,10 +60,10 @@ class FakeGroup:
         self.wire, self.rank, self.size, self.device = wire, rank, size, torch.device("cpu")
         self.key, self.poll_s = "g", None
 
-    def expect(self, out: Parts) -> None:
+    def expect(self, out: PeerBuffers) -> None:
         pass
 
-    def all_to_all(self, out: Parts, inp: Parts, expected: None = None, *, flush: bool = True) -> None:
+    def all_to_all(self, out: PeerBuffers, inp: PeerBuffers, expected: None = None, *, flush: bool = True) -> None:
         assert out.buffer.numel() == sum(out.lengths)
         assert inp.in_a_row().numel() == sum(inp.lengths)
         self.wire.launched[self.rank] = (out, inp)
@@ -74,7 +74,7 @@ class Wire:
 
     def __init__(self, size: int) -> None:
         self.groups = [FakeGroup(self, rank, size) for rank in range(size)]
-        self.launched: dict[int, tuple[Parts, Parts]] = {}
+        self.launched: dict[int, tuple[PeerBuffers, PeerBuffers]] = {}
 
     def carry(self) -> None:
         size = len(self.groups)
@@ -93,27 +93,27 @@ class Wire:
 class Reduction:
     """A whole step's all-reduce of N ranks."""
 
-    def __init__(self, record: Record, layout: Layout, states: list[CodecStates] | None = None) -> None:
+    def __init__(self, record: Record, layout: Layout, states: list[ErrorFeedback] | None = None) -> None:
         self.record, self.layout = record, layout
         self.wire = Wire(len(record.members))
-        self._states = states or [CodecStates(layout) for _ in record.members]
+        self._states = states or [ErrorFeedback(layout) for _ in record.members]
         self._by_epoch = [
-            Exchanges(record, functools.partial(self._exchange, rank)) for rank in range(len(record.members))
+            ReducerByEpoch(record, functools.partial(self._reducer, rank)) for rank in range(len(record.members))
         ]
 
-    def _exchange(self, rank: int, epoch: int) -> Exchange:
+    def _reducer(self, rank: int, epoch: int) -> Reducer:
         group: Any = self.wire.groups[rank]
-        return Exchange(self.record, rank, self.layout, group, self._states[rank], epoch=epoch)
+        return reducer_for(self.record, rank, self.layout, group, self._states[rank], epoch=epoch)
 
     @property
-    def exchanges(self) -> list[Exchange]:
+    def reducers(self) -> list[Reducer]:
         """By rank, those of the last step."""
-        return [exchanges.current for exchanges in self._by_epoch]
+        return [reducers.current for reducers in self._by_epoch]
 
     def open(self, epoch: int) -> None:
         """The next step is of this epoch."""
-        for exchanges in self._by_epoch:
-            exchanges.open(epoch)
+        for reducers in self._by_epoch:
+            reducers.open(epoch)
 
     def run(
         self,
@@ -130,11 +130,11 @@ class Reduction:
         sums = [Sums(step=at) for _ in range(size)]
         outs: list[list[torch.Tensor]] = [[] for _ in range(size)]
         place = 0
-        for exchange in self.exchanges:
-            exchange.expect()
+        for reducer in self.reducers:
+            reducer.expect_step()
         for bucket in self.layout.buckets:
             under_way = []
-            for rank, exchange in enumerate(self.exchanges):
+            for rank, reducer in enumerate(self.reducers):
                 values = {"finite": True, "want": 3, "digest": 0, "used": 2 ** len(bucket.segments) - 1}
                 if used_bits is not None:
                     values["used"] = used_bits[bucket.index]
@@ -151,9 +151,9 @@ class Reduction:
                 part = None if gradient is None else gradient[place : place + bucket.numel]
                 samples = num_samples or max(1, round(sum(weights)))
                 outs[rank].append(torch.full((bucket.numel,), torch.nan, dtype=bucket.dtype))
-                expected = exchange.states.expected_weight(samples)
+                expected = reducer.feedback.expected_weight(samples)
                 under_way.append(
-                    exchange.all_reduce(bucket, header, part, outs[rank][-1], sums[rank], expected_weight=expected)
+                    reducer.all_reduce(bucket, header, part, outs[rank][-1], sums[rank], expected_weight=expected)
                 )
             while True:
                 launched = [_advance(operations) for operations in under_way]
@@ -163,14 +163,14 @@ class Reduction:
                 self.wire.carry()
             place += bucket.numel
         self.sums = sums
-        for exchange, seen in zip(self.exchanges, sums, strict=True):
-            exchange.states.saw_weight(seen.total_weight, num_samples or max(1, round(sum(weights))))
+        for reducer, seen in zip(self.reducers, sums, strict=True):
+            reducer.feedback.observe_weight(seen.total_weight, num_samples or max(1, round(sum(weights))))
         return outs, sums
 
     def commit(self) -> None:
         """What was run last is committed by all."""
-        for exchange, sums in zip(self.exchanges, self.sums, strict=True):
-            exchange.states.commit(sums.step, sums.total_weight, sums.used)
+        for reducer, sums in zip(self.reducers, self.sums, strict=True):
+            reducer.feedback.commit(sums.step, sums.total_weight, sums.used)
 
 
 def _advance(operations: Iterator[Any]) -> bool:

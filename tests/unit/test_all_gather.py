@@ -9,10 +9,10 @@ import pytest
 import torch
 from collectives_fakes import record_of
 
-from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
-from raytrain_het.allreduce.reducers.exchange import Exchange
+from raytrain_het.allreduce.reducers import reducer_for
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.allreduce.transport.poller import Poller
 from raytrain_het.allreduce.transport.tcp import TcpGroup
@@ -30,15 +30,15 @@ class End:
         self.record, self.rank, self.poller = record, rank, Poller()
         self.group = TcpGroup("g", rank, {1 - rank: sock})
         self.group.join(self.poller)
-        self.exchange = Exchange(record, rank, LAYOUT, self.group, CodecStates(LAYOUT))
+        self.reducer = reducer_for(record, rank, LAYOUT, self.group, ErrorFeedback(LAYOUT))
 
     def start(self, step: int) -> None:
         share = self.record.shares[self.rank]
         local = torch.randn(BUCKET.numel, generator=torch.Generator().manual_seed(step)) if share else None
         header = Header(step, 3, 0, 3, share, True, share > 0, 0, 1)
         self.out = torch.empty(BUCKET.numel)
-        self.exchange.expect()
-        self.operations = self.exchange.all_reduce(BUCKET, header, local, self.out, Sums(step=step))
+        self.reducer.expect_step()
+        self.operations = self.reducer.all_reduce(BUCKET, header, local, self.out, Sums(step=step))
         self.operation = next(self.operations)
 
     def advance(self) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raytrain_het.allreduce.codecs import CODECS, byte_cpu_s, codec_costs
+from raytrain_het.allreduce.codecs import byte_cpu_s, codec_costs, codec_of
 from raytrain_het.balance.auto_compression import ROUNDS, Compression
 from raytrain_het.balance.paths import NUM_LOOKS
 from raytrain_het.balance.profile import Measurement, Profile
@@ -122,7 +122,7 @@ def test_paths_tell_seconds_of_a_byte_whatever_a_gradient_takes():
 
 def test_costs_are_measured_of_every_codec_that_auto_knows():
     shapes = [(300, 40, 3), (256, 256), (20, 70)]
-    costs = codec_costs(((word, CODECS[word]) for word in AUTO_CODECS), cores=1, shapes=shapes)
+    costs = codec_costs(((word, codec_of(word)) for word in AUTO_CODECS), cores=1, shapes=shapes)
     assert (costs["none"].num_bytes, costs["none"].encode_s, costs["none"].error) == (4.0, 0.0, 0.0), "but it is added"
     apart = {word: cost for word, cost in costs.items() if not used_together(word)}
     sizes, errors = [cost.num_bytes for cost in apart.values()], [cost.error for cost in apart.values()]

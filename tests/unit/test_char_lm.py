@@ -10,8 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs import char_lm, char_lm_text
-from raytrain_het.jobs.table import check_data, load_job
+from raytrain_het.jobs.char_lm import text as char_lm_text
+from raytrain_het.jobs.char_lm import training as char_lm
+from raytrain_het.jobs.job_data import check_data
+from raytrain_het.jobs.table import load_job
 
 JOB = Path(__file__).parents[2] / "experiments" / "jobs" / "char_lm.yaml"
 SMALL = ["max_characters=20000", "context=16", "width=32", "layers=1"]

@@ -13,25 +13,26 @@ import re
 import pytest
 import torch
 
-from raytrain_het.allreduce.codecs import CODECS, KINDS, Codec, Stamp, State, compiled, mix
-from raytrain_het.allreduce.codecs.base import RESIDUAL, PackedCodec
-from raytrain_het.codec_options import OPTIONS, one_word, used_together
+from raytrain_het.allreduce.codecs import Codec, Stamp, State, codec_of, compiled, mix
+from raytrain_het.allreduce.codecs.base import RESIDUAL
+from raytrain_het.allreduce.codecs.packed import PackedCodec
+from raytrain_het.codec_options import AUTO_CODECS, CODECS, one_word, options_of, used_together
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError, ProtocolError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = [
-    *(name for name in KINDS if not used_together(name)),
+    *(name for name in CODECS if not used_together(name)),
     "int8(error_feedback=true)",
     "int4(error_feedback=true)",
     "topk(density=0.3)",
     "randomk(density=1.0)",
 ]
-PACKED = [word for word in WORDS if isinstance(CODECS[word], PackedCodec)]
+PACKED = [word for word in WORDS if isinstance(codec_of(word), PackedCodec)]
 STAMP = Stamp(5, 6)
-FED_BACK = [word for word in PACKED if CODECS[word].init(1, torch.float32, torch.device("cpu"))]
-UNBIASED = [word for word in WORDS if not CODECS[word].biased]
+FED_BACK = [word for word in PACKED if codec_of(word).init(1, torch.float32, torch.device("cpu"))]
+UNBIASED = [word for word in WORDS if not codec_of(word).biased]
 SIZES = [1, 2, 15, 16, 127, 128, 129, 255, 257, 511, 513, 4099, 65536, 70001]
 ROUNDING = {"none": 0.0, "bf16": 2**-8, "fp16": 2**-11}
 """By codec that rounds to nearest: the most that is lost of a value."""
@@ -86,7 +87,7 @@ def decoded(codec: Codec, payload: torch.Tensor, n: int, dtype: torch.dtype = to
 
 
 def there_and_back(word: str, x: torch.Tensor, stamp: Stamp = STAMP) -> torch.Tensor:
-    return decoded(CODECS[word], encoded(CODECS[word], x, stamp), x.numel(), x.dtype)
+    return decoded(codec_of(word), encoded(codec_of(word), x, stamp), x.numel(), x.dtype)
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -97,7 +98,7 @@ def test_every_size_fits_its_capacity_and_comes_back_whole(word: str, dtype: tor
         out = there_and_back(word, x)
         assert out.isfinite().all()
         assert (out - x).norm() <= x.norm() * (1 + 1e-6), "no codec makes it worse than sending nothing"
-        if not CODECS[word].biased and n > 128:
+        if not codec_of(word).biased and n > 128:
             assert (out - x).norm() <= (0.4 if "int4" in word else 0.05) * x.norm()
 
 
@@ -117,7 +118,7 @@ def test_what_is_not_finite_breaks_nothing(word: str, path: str) -> None:
     for bad in (math.nan, math.inf, -math.inf):
         x = gradient(1000)
         x[500] = bad
-        codec = CODECS[word]
+        codec = codec_of(word)
         decoded(codec, encoded(codec, x, state=codec.init(1000, x.dtype, x.device)), 1000)
     assert there_and_back(word, gradient(1000)).isfinite().all()
 
@@ -131,7 +132,7 @@ def test_the_expectation_of_what_comes_back_is_what_was_sent(word: str, path: st
     if name in ROUNDING:
         assert ((outs[0] - x).abs() <= ROUNDING[name] * x.abs() + 2.0**-39 * x.abs().max()).all()
         return
-    block = CODECS[word].block  # type: ignore[attr-defined]
+    block = codec_of(word).block  # type: ignore[attr-defined]
     largest = torch.stack([part.abs().max() for part in x.split(block)]).repeat_interleave(block)[: len(x)].double()
     spacing = SPACING[name] * largest
     assert ((outs - x).abs() <= spacing * (1 + 1e-4)).all()
@@ -141,7 +142,7 @@ def test_the_expectation_of_what_comes_back_is_what_was_sent(word: str, path: st
 
 @pytest.mark.parametrize("word", WORDS)
 def test_the_same_stamp_gives_the_same_bytes(word: str, path: str) -> None:
-    codec, x = CODECS[word], gradient(5000)
+    codec, x = codec_of(word), gradient(5000)
     first, again = encoded(codec, x, Stamp(7, 8)), encoded(pickle.loads(pickle.dumps(codec)), x, Stamp(7, 8))
     assert torch.equal(first, again)
     if "int" in word or word == "topk":
@@ -151,10 +152,10 @@ def test_the_same_stamp_gives_the_same_bytes(word: str, path: str) -> None:
 @pytest.mark.parametrize("word", PACKED)
 def test_compiled_and_eager_send_the_same_but_for_the_last_bit(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = gradient(5000)
-    payload = encoded(CODECS[word], x)
-    fast = decoded(CODECS[word], payload, 5000)
+    payload = encoded(codec_of(word), x)
+    fast = decoded(codec_of(word), payload, 5000)
     monkeypatch.setattr(compiled, "kernels", lambda: None)
-    assert torch.equal(decoded(CODECS[word], payload, 5000), fast), "decoding is the same to the bit"
+    assert torch.equal(decoded(codec_of(word), payload, 5000), fast), "decoding is the same to the bit"
     slow = there_and_back(word, x)
     differ = ((slow - fast).abs() > 1e-5 * (x.abs() + fast.abs())).float().mean()
     assert differ <= 1e-3, "rounding may go the other way where a number lies at the edge"
@@ -163,7 +164,7 @@ def test_compiled_and_eager_send_the_same_but_for_the_last_bit(word: str, monkey
 @pytest.mark.parametrize("word", FED_BACK)
 def test_what_was_decoded_and_what_is_left_are_all_there_was(word: str, path: str) -> None:
     """``decoded + W r' = x + W r``, step after step."""
-    codec, n = CODECS[word], 5003
+    codec, n = codec_of(word), 5003
     state = codec.init(n, torch.float32, torch.device("cpu"))
     assert not state[RESIDUAL].any()
     for step in range(5):
@@ -180,7 +181,7 @@ def test_what_was_decoded_and_what_is_left_are_all_there_was(word: str, path: st
 @pytest.mark.parametrize("word", FED_BACK)
 def test_the_residual_stays_bounded(word: str, path: str) -> None:
     """Over 300 steps of the same gradient what is sent on average is the gradient, in every element."""
-    codec, x = CODECS[word], torch.randn(700, generator=torch.Generator().manual_seed(1))
+    codec, x = codec_of(word), torch.randn(700, generator=torch.Generator().manual_seed(1))
     state, total = codec.init(700, torch.float32, x.device), torch.zeros(700)
     for step in range(300):
         total += decoded(codec, encoded(codec, x, Stamp(mix(step), mix(step)), state), 700)
@@ -240,7 +241,7 @@ def test_topk_finds_the_largest_where_a_sample_misleads(y: torch.Tensor, path: s
 
 @pytest.mark.parametrize("word", ["randomk", "randomk(density=0.3)"])
 def test_randomk_sends_the_same_places_whoever_sends_and_all_in_the_end(word: str) -> None:
-    codec, n = CODECS[word], 1003
+    codec, n = codec_of(word), 1003
     places = [codec.places(n, mix(step), torch.device("cpu")) for step in range(2000)]  # type: ignore[attr-defined]
     seen = torch.zeros(n)
     for some in places:
@@ -257,7 +258,7 @@ def test_randomk_sends_the_same_places_whoever_sends_and_all_in_the_end(word: st
 
 @pytest.mark.parametrize("word", PACKED)
 def test_a_damaged_payload_is_an_error(word: str, path: str) -> None:
-    codec, x = CODECS[word], gradient(3000)
+    codec, x = codec_of(word), gradient(3000)
     payload = encoded(codec, x)
     damaged = [
         torch.zeros_like(payload),
@@ -283,7 +284,7 @@ def test_a_damaged_payload_is_an_error(word: str, path: str) -> None:
 @pytest.mark.parametrize("word", ["topk", "topk(density=0.3)"])
 def test_a_topk_payload_of_elements_that_are_not_there_is_an_error(word: str) -> None:
     """Even if nothing was damaged on the way."""
-    codec, x = CODECS[word], gradient(3000)
+    codec, x = codec_of(word), gradient(3000)
     assert isinstance(codec, PackedCodec)
     body = encoded(codec, x)[16:]
     length = codec.body_bytes(3000)
@@ -299,7 +300,7 @@ def test_a_topk_payload_of_elements_that_are_not_there_is_an_error(word: str) ->
 @pytest.mark.parametrize("word", PACKED)
 def test_values_for_another_device_are_decoded_where_the_payload_is(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of a GPU's model, whose messages travel from the CPU."""
-    codec, devices = CODECS[word], []
+    codec, devices = codec_of(word), []
     assert isinstance(codec, PackedCodec)
     unpack, payload = codec.unpack, encoded(codec, gradient(3000))
 
@@ -318,9 +319,9 @@ def test_the_default_dtype_of_the_users_program_changes_nothing(word: str, path:
     torch.set_default_dtype(torch.float64)
     try:
         x = gradient(n).float()
-        state = CODECS[word].init(n, x.dtype, x.device)
+        state = codec_of(word).init(n, x.dtype, x.device)
         assert all(values.dtype == torch.float32 for values in state.values())
-        got = decoded(CODECS[word], encoded(CODECS[word], x, state=state), n)
+        got = decoded(codec_of(word), encoded(codec_of(word), x, state=state), n)
     finally:
         torch.set_default_dtype(torch.float32)
     assert got.isfinite().all()
@@ -343,7 +344,7 @@ def test_the_default_dtype_of_the_users_program_changes_nothing(word: str, path:
 )
 def test_bytes_are_those_of_the_formula(word: str, bits: float) -> None:
     n = 1 << 20
-    assert CODECS[word].capacity_bytes(n, torch.float32) == pytest.approx(n * bits / 8, rel=0.003)
+    assert codec_of(word).capacity_bytes(n, torch.float32) == pytest.approx(n * bits / 8, rel=0.003)
 
 
 # ---------------------------------------------------------------- how they are written
@@ -365,7 +366,7 @@ def test_bytes_are_those_of_the_formula(word: str, bits: float) -> None:
 def test_a_codec_is_one_word_in_a_record(written: object, word: str) -> None:
     assert one_word(written) == word  # type: ignore[arg-type]
     assert one_word(word) == word
-    assert CODECS[word] is CODECS[one_word(word)]
+    assert codec_of(word) is codec_of(one_word(word))
 
 
 @pytest.mark.parametrize(
@@ -395,11 +396,11 @@ def test_what_is_no_codec_is_told_with_the_nearest_right_one(written: object, sa
 
 @pytest.mark.parametrize("name", ["topk", "randomk"])
 def test_a_density_that_warms_up_falls_by_the_same_factor_every_epoch(name: str) -> None:
-    codec = CODECS[f"{name}(density=0.001, warmup_epochs=4)"]
+    codec = codec_of(f"{name}(density=0.001, warmup_epochs=4)")
     densities = [codec.at_epoch(epoch).density for epoch in range(6)]  # type: ignore[attr-defined]
     assert densities == pytest.approx([0.25, 0.25 * 0.004**0.25, 0.25 * 0.004**0.5, 0.25 * 0.004**0.75, 0.001, 0.001])
     assert codec.at_epoch(2) is codec.at_epoch(2) and codec.at_epoch(4) is codec
-    assert CODECS[f"{name}(density=0.5, warmup_epochs=2)"].at_epoch(0).density == 0.5  # type: ignore[attr-defined]
+    assert codec_of(f"{name}(density=0.5, warmup_epochs=2)").at_epoch(0).density == 0.5  # type: ignore[attr-defined]
 
 
 def test_each_worker_may_have_a_codec_of_its_own() -> None:
@@ -414,5 +415,8 @@ def test_each_worker_may_have_a_codec_of_its_own() -> None:
         config.codecs_for(3)
 
 
-def test_what_can_be_written_is_what_there_is() -> None:
-    assert list(OPTIONS) == list(KINDS)
+@pytest.mark.parametrize("word", [*CODECS, *AUTO_CODECS])
+def test_an_entry_of_the_table_leads_to_the_codec_of_that_name_with_its_options(word: str) -> None:
+    codec = codec_of(word)
+    assert codec.name == word.partition("(")[0]
+    assert codec.options == options_of(word) and type(codec.options) is CODECS[codec.name].options

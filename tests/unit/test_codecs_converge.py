@@ -16,8 +16,8 @@ from collectives_fakes import Reduction, record_of
 from sklearn.datasets import load_digits
 from torch import nn
 
-from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import RESIDUAL
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +51,7 @@ def loss_after_training(*codecs: str, forgets: bool = False, seed: int = 0) -> f
     named = list(model.named_parameters())
     layout = Layout(named, [], 20_000)
     by_name = dict(named)
-    states = [CodecStates(layout) for _ in SHARES]
+    states = [ErrorFeedback(layout) for _ in SHARES]
     record = record_of([float(s) for s in SHARES], [1.0, 1.0, 2.0, 0.0], codecs=codecs)
     reduction = Reduction(record, layout, states)
     sizes = [BATCH * share // sum(SHARES) for share in SHARES]

@@ -8,7 +8,7 @@ from collectives_fakes import Reduction, record_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytrain_het.allreduce.codecs import CODECS, Stamp
+from raytrain_het.allreduce.codecs import Stamp, codec_of
 from raytrain_het.allreduce.header import Header, header_bytes, read_header, write_header
 from raytrain_het.allreduce.layout import ALIGN_BYTES, Layout, aligned, shard_bounds
 from raytrain_het.allreduce.transport.one_to_all import one_to_all
@@ -147,7 +147,7 @@ def test_alignment_adds_less_than_a_grain(size: int) -> None:
 # ---------------------------------------------------------------- codecs
 
 
-@pytest.mark.parametrize("codec", [CODECS["none"], CODECS["bf16"]], ids=["none", "bf16"])
+@pytest.mark.parametrize("codec", [codec_of("none"), codec_of("bf16")], ids=["none", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(n=st.integers(0, 100), seed=st.integers(0, 99))
 def test_codecs_fill_their_capacity_and_decode_the_same_twice(codec, dtype: torch.dtype, n: int, seed: int) -> None:
@@ -166,15 +166,15 @@ def test_codecs_fill_their_capacity_and_decode_the_same_twice(codec, dtype: torc
 
 def test_none_is_exact_and_bf16_halves_the_bytes_of_fp32() -> None:
     x = torch.randn(64)
-    payload = torch.zeros(CODECS["none"].capacity_bytes(64, x.dtype), dtype=torch.uint8)
-    CODECS["none"].encode(x, payload, Stamp(), {}, {})
+    payload = torch.zeros(codec_of("none").capacity_bytes(64, x.dtype), dtype=torch.uint8)
+    codec_of("none").encode(x, payload, Stamp(), {}, {})
     out = torch.empty_like(x)
-    CODECS["none"].decode(payload, out)
+    codec_of("none").decode(payload, out)
     assert torch.equal(out, x)
-    assert (payload.numel(), CODECS["bf16"].capacity_bytes(64, x.dtype)) == (256, 128)
+    assert (payload.numel(), codec_of("bf16").capacity_bytes(64, x.dtype)) == (256, 128)
 
 
-@pytest.mark.parametrize("codec", [CODECS["none"], CODECS["bf16"]], ids=["none", "bf16"])
+@pytest.mark.parametrize("codec", [codec_of("none"), codec_of("bf16")], ids=["none", "bf16"])
 def test_codecs_keep_what_is_not_finite(codec) -> None:
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
     payload = torch.zeros(codec.capacity_bytes(4, x.dtype), dtype=torch.uint8)
@@ -282,10 +282,10 @@ def test_bytes_are_those_of_the_formula_for_equal_owners(size: int, codec: str) 
     layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
     reduction = Reduction(record_of([1.0] * size, codec=codec), layout)
     reduction.run([torch.ones(n)] * size, [1.0] * size)
-    encoded = CODECS[codec].capacity_bytes(n, torch.float32)
+    encoded = codec_of(codec).capacity_bytes(n, torch.float32)
     expected = 2 * (size - 1) * encoded // size + (size - 1) * header_bytes(1)
-    for exchange in reduction.exchanges:
-        assert (exchange.traffic.sent, exchange.traffic.received) == (expected, expected)
+    for reducer in reduction.reducers:
+        assert (reducer.traffic.sent, reducer.traffic.received) == (expected, expected)
 
 
 def test_who_owns_nothing_receives_each_sum_once_and_sends_its_gradient_once() -> None:
@@ -293,7 +293,7 @@ def test_who_owns_nothing_receives_each_sum_once_and_sends_its_gradient_once() -
     layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
     reduction = Reduction(record_of([1.0, 1.0], [1.0, 0.0]), layout)
     reduction.run([torch.ones(n)] * 2, [1.0, 1.0])
-    owner, other = (e.traffic for e in reduction.exchanges)
+    owner, other = (e.traffic for e in reduction.reducers)
     assert (other.sent, other.received) == (4 * n + header_bytes(1), 4 * n + header_bytes(1))
     assert (owner.sent, owner.received) == (other.received, other.sent)
 
@@ -303,8 +303,8 @@ def test_a_member_without_a_share_sends_headers_only() -> None:
     layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
     reduction = Reduction(record_of([1.0, 0.0], [1.0, 0.0]), layout)
     reduction.run([torch.ones(n), None], [1.0, 0.0])
-    assert reduction.exchanges[1].traffic.sent == header_bytes(1)
-    assert reduction.exchanges[1].traffic.received == header_bytes(1) + 4 * n
+    assert reduction.reducers[1].traffic.sent == header_bytes(1)
+    assert reduction.reducers[1].traffic.received == header_bytes(1) + 4 * n
 
 
 def test_kept_sums_decode_again_until_the_next_step() -> None:
@@ -314,7 +314,7 @@ def test_kept_sums_decode_again_until_the_next_step() -> None:
     outs, _ = reduction.run([gradient, gradient], [1.0, 1.0])
     for bucket, before in zip(layout.buckets, outs[0], strict=True):
         again = torch.empty(bucket.numel)
-        reduction.exchanges[0].decode(bucket, again)
+        reduction.reducers[0].decode(bucket, again)
         assert torch.equal(again, before)
 
 

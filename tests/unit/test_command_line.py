@@ -62,7 +62,7 @@ def test_train_hands_the_job_to_the_trainer(stub: type[StubTrainer], tmp_path: P
     assert main(["train", "--name", "mine", "--set", "epochs=3", "--set", "het.compression=bf16"]) == 0
     (trainer,) = stub.made
     arguments = trainer.arguments
-    assert trainer.train_fn.kind == "digits"
+    assert trainer.train_fn.job.kind == "digits"
     assert arguments["train_loop_config"]["epochs"] == 3
     assert arguments["het_config"].compression == "bf16"
     assert arguments["scaling_config"] == [{"count": 2, "resources": {"CPU": 1.0}, "labels": {}}]

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import raytrain_het as het
-from raytrain_het.jobs import digits
-from raytrain_het.jobs.digits_config import NUM_SAMPLES
+from raytrain_het.jobs.digits import training as digits
+from raytrain_het.jobs.digits.job import NUM_SAMPLES
 from raytrain_het.jobs.table import load_job
 
 

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from experiments import docs_pages
-from raytrain_het.allreduce.codecs import CODECS, KINDS
-from raytrain_het.codec_options import OPTIONS
+from raytrain_het.codec_options import CODECS
+from raytrain_het.jobs.table import JOBS
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
+from raytrain_het.score_policies import SCORE_POLICIES
 from raytrain_het.sweeps import SweepConfig, make_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ def python_blocks(page: str) -> list[str]:
 @pytest.fixture
 def tables() -> Iterator[None]:
     """What an example adds to the tables is gone after it."""
-    all_tables: list[dict] = [OPTIONS, CODECS, KINDS, OPTIMIZERS, SCHEDULES]
+    all_tables: list[dict] = [CODECS, JOBS, OPTIMIZERS, SCHEDULES, SCORE_POLICIES]
     before = [dict(table) for table in all_tables]
     yield
     for table, items in zip(all_tables, before, strict=True):

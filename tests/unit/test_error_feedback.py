@@ -9,9 +9,9 @@ import pytest
 import torch
 from collectives_fakes import Reduction, record_of
 
-from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS
+from raytrain_het.allreduce.codecs import codec_of
 from raytrain_het.allreduce.codecs.base import RESIDUAL
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import header_bytes
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.errors import ProtocolError
@@ -28,7 +28,7 @@ FED_BACK = [
 ]
 
 
-def residual(states: CodecStates) -> torch.Tensor:
+def residual(states: ErrorFeedback) -> torch.Tensor:
     """(NUMEL,) in the layout's order."""
     by_name = states.by_parameter()
     parts = [by_name.get(s.name, {}).get(RESIDUAL, torch.zeros(s.numel)) for b in LAYOUT.buckets for s in b.segments]
@@ -40,7 +40,7 @@ class Fleet:
 
     def __init__(self, seed: int, normalised: bool = True) -> None:
         self.rng, self.torch_rng = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.states = [CodecStates(LAYOUT) for _ in range(4)]
+        self.states = [ErrorFeedback(LAYOUT) for _ in range(4)]
         self.wanted, self.applied = torch.zeros(NUMEL).double(), torch.zeros(NUMEL).double()
         self.normalised, self.step = normalised, 0
 
@@ -127,7 +127,7 @@ def test_what_one_codec_has_left_out_is_sent_by_the_next_one() -> None:
 
 
 def test_a_codec_that_remembers_nothing_sends_along_what_was_left_out_and_is_done_with_it() -> None:
-    states = [CodecStates(LAYOUT) for _ in range(2)]
+    states = [ErrorFeedback(LAYOUT) for _ in range(2)]
     sparse = Reduction(record_of([1, 1], codec="topk(density=0.05)"), LAYOUT, states)
     one, applied = torch.arange(1.0, NUMEL + 1), torch.zeros(NUMEL)
     for step, weight in enumerate([1.0, 2.0, 2.0]):  # The weight is not what was expected.
@@ -138,7 +138,7 @@ def test_a_codec_that_remembers_nothing_sends_along_what_was_left_out_and_is_don
     for step in range(3, 12):
         weight = 2.0 if step < 6 else 1.0
         outs, _ = plain.run([one * weight, one * weight], [weight] * 2, at=step, num_samples=2)
-        flushed.append(states[0].flushes)
+        flushed.append(states[0].has_earlier_residual)
         plain.commit()
         applied += torch.cat(outs[0])
     torch.testing.assert_close(applied, 12 * one, rtol=1e-5, atol=0)
@@ -151,7 +151,7 @@ def test_a_codec_that_remembers_nothing_sends_along_what_was_left_out_and_is_don
 def test_what_is_held_stays_small_whatever_weights_samples_have(codec: str, heavier: int | None) -> None:
     """Every other step each sample weighs so many times as much, as longer texts do; None: by chance."""
     rng, generator = random.Random(5), torch.Generator().manual_seed(5)
-    states = [CodecStates(LAYOUT) for _ in range(2)]
+    states = [ErrorFeedback(LAYOUT) for _ in range(2)]
     reduction, held = Reduction(record_of([1, 1], [1, 0], codec=codec), LAYOUT, states), []
     for step in range(120):
         factor = rng.lognormvariate(0, 1) if heavier is None else heavier if step % 2 else 1.0
@@ -164,14 +164,14 @@ def test_what_is_held_stays_small_whatever_weights_samples_have(codec: str, heav
 
 
 def test_densities_that_fall_from_epoch_to_epoch_lose_nothing() -> None:
-    states = [CodecStates(LAYOUT) for _ in range(2)]
+    states = [ErrorFeedback(LAYOUT) for _ in range(2)]
     reduction = Reduction(record_of([1, 1], codec="topk(density=0.02, warmup_epochs=3)"), LAYOUT, states)
     one, applied, sent = torch.arange(1.0, NUMEL + 1), torch.zeros(NUMEL), []
     for step in range(10):
         reduction.open(epoch=step // 2)
-        before = reduction.exchanges[0].traffic.sent
+        before = reduction.reducers[0].traffic.sent
         outs, _ = reduction.run([one.clone(), one.clone()], [1.0, 1.0], at=step)
-        sent.append(reduction.exchanges[0].traffic.sent - before)
+        sent.append(reduction.reducers[0].traffic.sent - before)
         reduction.commit()
         applied += torch.cat(outs[0])
     held = sum(residual(of_worker) for of_worker in states)
@@ -188,16 +188,16 @@ def test_all_gather_takes_as_many_messages_as_peers_and_encodes_no_mean() -> Non
     reduction = Reduction(record_of([1] * size, codec=word), LAYOUT)
     outs, _ = reduction.run([g.clone() for g in gradients], [1.0] * size)
     assert torch.equal(torch.cat(outs[0]), sum(gradients) / size)
-    payloads = sum(CODECS[word].capacity_bytes(b.numel, b.dtype) for b in LAYOUT.buckets)
+    payloads = sum(codec_of(word).capacity_bytes(b.numel, b.dtype) for b in LAYOUT.buckets)
     heads = sum(header_bytes(len(b.segments)) + 16 for b in LAYOUT.buckets)
-    assert 2 * payloads <= reduction.exchanges[0].traffic.sent <= 2 * (payloads + heads)
+    assert 2 * payloads <= reduction.reducers[0].traffic.sent <= 2 * (payloads + heads)
     again = torch.empty(LAYOUT.buckets[0].numel)
-    reduction.exchanges[1].decode(LAYOUT.buckets[0], again)
+    reduction.reducers[1].decode(LAYOUT.buckets[0], again)
     assert torch.equal(again, outs[1][0])
 
 
 def test_a_worker_without_a_share_keeps_what_it_held_and_sends_it_with_its_next_one() -> None:
-    states = [CodecStates(LAYOUT) for _ in range(2)]
+    states = [ErrorFeedback(LAYOUT) for _ in range(2)]
     one, applied, kept = torch.arange(1.0, NUMEL + 1), torch.zeros(NUMEL), []
     for step, shares in enumerate([[1, 1], [1, 0], [1, 0], *[[1, 1]] * 60]):
         reduction = Reduction(record_of(shares, [1, 0], codec="topk(density=0.05)"), LAYOUT, states)
@@ -229,7 +229,7 @@ def test_a_damaged_message_names_worker_and_parameters_and_is_not_applied() -> N
 
 
 def test_a_parameter_that_nobody_uses_for_long_loses_nothing_of_what_is_to_be_sent_along() -> None:
-    states = [CodecStates(LAYOUT)]
+    states = [ErrorFeedback(LAYOUT)]
     reduction = Reduction(record_of([1], codec="sign"), LAYOUT, states)
     reduction.run([torch.arange(1.0, NUMEL + 1)], [1.0], at=1)
     reduction.commit()
@@ -243,7 +243,7 @@ def test_a_parameter_that_nobody_uses_for_long_loses_nothing_of_what_is_to_be_se
 
 
 def test_a_step_that_is_committed_when_another_codec_was_chosen_already_counts() -> None:
-    states = [CodecStates(LAYOUT) for _ in range(2)]
+    states = [ErrorFeedback(LAYOUT) for _ in range(2)]
     one, applied = torch.arange(1.0, NUMEL + 1), torch.zeros(NUMEL)
     reduction = Reduction(record_of([1, 1], codec="topk(density=0.05)"), LAYOUT, states)
     for step, codec in enumerate(["sign", "none", "topk(density=0.1)", "none", "none"]):

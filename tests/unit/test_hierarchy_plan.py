@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.allreduce import kept_step
-from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import RESIDUAL
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
-from raytrain_het.allreduce.reducers.by_machine import Hierarchy
+from raytrain_het.allreduce.reducers.by_machine import ByMachineReducer
 from raytrain_het.allreduce.sums import Sums
 
 LAYOUT = Layout(
@@ -48,7 +48,7 @@ def test_the_mean_is_exact_and_the_same_on_every_rank(hosts: str, weights: list[
 )
 def test_nothing_of_any_gradient_is_lost_and_leaders_hold_what_is_left_out(codec: str) -> None:
     record = record_of([1, 2, 1, 3], [1, 2, 1, 1], codec=codec, hosts="xxyy")
-    states = [CodecStates(LAYOUT) for _ in range(4)]
+    states = [ErrorFeedback(LAYOUT) for _ in range(4)]
     reduction, applied = Reduction(record, LAYOUT, states), torch.zeros(NUMEL).double()
     generator = torch.Generator().manual_seed(1)
     wanted = torch.zeros(NUMEL).double()
@@ -73,7 +73,7 @@ def test_nothing_of_any_gradient_is_lost_and_leaders_hold_what_is_left_out(codec
 
 
 def test_what_a_leader_has_left_out_is_sent_when_another_one_leads() -> None:
-    states = [CodecStates(LAYOUT) for _ in range(4)]
+    states = [ErrorFeedback(LAYOUT) for _ in range(4)]
     one, applied = torch.arange(1.0, NUMEL + 1), torch.zeros(NUMEL)
     for step, owners in enumerate([[1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1], [0, 1, 0, 1]]):
         codec = "topk(density=0.05)" if step < 4 else "none"
@@ -103,15 +103,15 @@ def test_only_one_worker_of_a_machine_sends_to_others_but_for_headers() -> None:
     assert 4 * NUMEL <= across[0] == across[2] <= 4 * NUMEL + headers, "half of it to add up, and the mean of half"
     flat = Reduction(record_of([1] * 4), LAYOUT)
     flat.run([torch.ones(NUMEL)] * 4, [1.0] * 4)
-    assert flat.exchanges[0].traffic.sent > 1.4 * across[0]
+    assert flat.reducers[0].traffic.sent > 1.4 * across[0]
 
 
 def test_the_kept_step_can_be_packed_by_any_member() -> None:
     reduction = Reduction(record_of([1] * 3, hosts="xxy", codec="int8"), LAYOUT)
     outs, sums = reduction.run([torch.randn(NUMEL)] * 3, [1.0] * 3)
-    for exchange, seen in zip(reduction.exchanges, sums, strict=True):
+    for reducer, seen in zip(reduction.reducers, sums, strict=True):
         again = [torch.empty(b.numel, dtype=b.dtype) for b in LAYOUT.buckets]
-        kept_step.unpack(kept_step.pack(seen, exchange, LAYOUT), LAYOUT, 5, again)
+        kept_step.unpack(kept_step.pack(seen, reducer, LAYOUT), LAYOUT, 5, again)
         assert torch.equal(torch.cat(again), torch.cat(outs[0]))
 
 
@@ -121,7 +121,8 @@ def test_without_machines_in_common_and_on_a_single_one_there_is_no_hierarchy() 
     assert not record_of([1] * 3, hosts="xxx").is_hierarchical
     assert not dataclasses.replace(record_of([1] * 3, hosts="xxy"), hierarchy=False).is_hierarchical
     assert record_of([1] * 5, [1, 2, 2, 0, 0], hosts="xxxyy").leaders == [1, 1, 1, 3, 3]
-    assert isinstance(Reduction(record_of([1] * 3, hosts="xxy"), LAYOUT).exchanges[0].messages, Hierarchy)
+    by_bucket = Reduction(record_of([1] * 3, hosts="xxy"), LAYOUT).reducers[0].by_bucket
+    assert all(isinstance(reducer, ByMachineReducer) for reducer in by_bucket)
 
 
 def test_no_worker_that_is_healing_leads_while_another_one_is_healed() -> None:
@@ -133,21 +134,22 @@ def test_no_worker_that_is_healing_leads_while_another_one_is_healed() -> None:
 
 def test_a_leader_whose_machine_sends_nothing_keeps_what_it_held_though_others_commit_first() -> None:
     """Its headers of all buckets are sent, and others go on; it takes the step over."""
-    states = [CodecStates(LAYOUT) for _ in range(4)]
+    states = [ErrorFeedback(LAYOUT) for _ in range(4)]
     first = Reduction(record_of([1] * 4, [1] * 4, codec="topk(density=0.05)", hosts="xxyy"), LAYOUT, states)
     first.run([torch.randn(NUMEL) for _ in range(4)], [1.0] * 4, at=1)
     first.commit()
     before = states[2].by_parameter()
     record = record_of([1, 1, 0, 0], [1, 1, 0, 0], codec="topk(density=0.05)", hosts="xxyy")
-    idle = Reduction(record, LAYOUT, states).exchanges[2]
-    idle.expect()
+    idle = Reduction(record, LAYOUT, states).reducers[2]
+    idle.expect_step()
     sums = Sums(step=2)
     for bucket in LAYOUT.buckets:
         header = Header(2, 3, bucket.index, 3, 0.0, True, False, 0, 0)
         next(idle.all_reduce(bucket, header, None, torch.empty(bucket.numel), sums, expected_weight=2.0))
     first_bucket = LAYOUT.buckets[0]  # The sum of nothing goes to the other leaders.
     header = Header(2, 3, 0, 3, 0.0, True, False, 0, 0)
-    idle.messages._across.scatter(first_bucket, header, torch.zeros(first_bucket.numel), 2.0)  # type: ignore[union-attr]
+    among_leaders = idle.by_bucket[0]._among_leaders  # type: ignore[attr-defined]
+    next(among_leaders.all_reduce(header, torch.zeros(first_bucket.numel), 2.0, sums, noted=True))
     states[2].commit(2, 2.0, [2 ** len(b.segments) - 1 for b in LAYOUT.buckets])
     after = states[2].by_parameter()
     assert any(state[RESIDUAL].any() for state in before.values())

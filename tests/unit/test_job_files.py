@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.digits_config import DigitsJob
+from raytrain_het.jobs.digits.job import DigitsJob
 from raytrain_het.jobs.table import default_job, load_job
 
 

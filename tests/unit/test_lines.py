@@ -48,7 +48,7 @@ def test_a_file_gets_80_columns_or_what_the_environment_says_and_no_colours(monk
         assert lines.columns(stream) == lines.console_for(stream).width == width
     table = Table("one", "other", title="A table")
     table.add_row(Text("x", style="bold red"), "long " * 40)
-    lines.show(table, stream)
+    lines.print_tables(table, stream)
     found = stream.getvalue().splitlines()
     assert "\x1b" not in stream.getvalue()
     assert max(map(len, found)) <= 80 and all(line == line.rstrip() for line in found)

@@ -10,13 +10,14 @@ import torch
 from collectives_fakes import Reduction, record_of
 
 from raytrain_het.allreduce import kept_step
-from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS, RESIDUAL, LowRank, compiled
-from raytrain_het.allreduce.codecs.lowrank import leave, multiply, orthonormalise
+from raytrain_het.allreduce.codecs import RESIDUAL, codec_of, compiled
+from raytrain_het.allreduce.codecs.lowrank import LowRank, multiply, orthonormalise, subtract_product
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
+from raytrain_het.allreduce.reducers.low_rank import LowRankReducer
 from raytrain_het.allreduce.sums import Sums
-from raytrain_het.codec_options import AUTO_CODECS, used_together
+from raytrain_het.codec_options import AUTO_CODECS, LowRankOptions, used_together
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
 
@@ -91,7 +92,7 @@ def test_both_paths_make_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.M
         own, out, left = p.clone(), torch.empty(123, 457, dtype=dtype), y.clone()
         orthonormalise(own)
         multiply(own, q, out)
-        leave(own, q, 0.5, left)
+        subtract_product(own, q, 0.5, left)
         found.append((own, out, left))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     torch.testing.assert_close(found[0][1], (found[0][0].double().t() @ q.double()).to(dtype), atol=1e-4, rtol=1e-4)
@@ -117,7 +118,7 @@ def test_a_mean_of_low_rank_comes_whole_on_all_whatever_shares_and_owners(shares
 def test_it_is_the_power_iteration_with_error_feedback(path: str) -> None:
     """Against the algorithm of the paper in numpy, one worker, from the same random start."""
     generator, rank = torch.Generator().manual_seed(3), 4
-    states = [CodecStates(LAYOUT)]
+    states = [ErrorFeedback(LAYOUT)]
     reduction = Reduction(record_of([1.0], codec="lowrank"), LAYOUT, states)
     bucket = next(b.index for b in LAYOUT.buckets if any(s.name == "a" for s in b.segments))
     rng = np.random.default_rng((reduction.record.number, bucket))
@@ -155,27 +156,29 @@ def test_the_iteration_comes_nearer_to_the_best_rank_with_every_step() -> None:
 
 
 def test_bytes_are_those_of_the_factors() -> None:
-    codec = LowRank(4)
+    codec = LowRank(LowRankOptions())
     assert codec.matrix((40, 60)) == (40, 60) and codec.matrix((32, 16, 3, 3)) == (32, 144)
     assert codec.matrix((3, 5)) is None and codec.matrix((9,)) is None
-    assert LowRank(24).matrix((40, 60)) is None, "two factors of that rank are no smaller than the matrix"
+    assert LowRank(LowRankOptions(rank=24)).matrix((40, 60)) is None, (
+        "two factors of that rank are no smaller than the matrix"
+    )
     reduction = Reduction(record_of([1.0, 1.0], [1.0, 0.0], codec="lowrank"), LAYOUT)
     expected = 4 * sum(codec.num_travelling(s.shape) for b in LAYOUT.buckets for s in b.segments)
-    assert reduction.exchanges[0].messages.gradient_bytes == expected == 4 * (4 * 100 + 4 * 176 + 15 + 9)
+    assert reduction.reducers[0].gradient_bytes == expected == 4 * (4 * 100 + 4 * 176 + 15 + 9)
     reduction.run([of_rank(3, 0), of_rank(3, 1)], [1.0, 1.0])
-    assert expected <= reduction.exchanges[1].traffic.sent < expected + 64 * 2 * len(LAYOUT.buckets)
+    assert expected <= reduction.reducers[1].traffic.sent < expected + 64 * 2 * len(LAYOUT.buckets)
 
 
 def test_kept_sums_reach_whoever_is_one_step_behind() -> None:
     reduction = Reduction(record_of([1.0, 1.0], codec="lowrank"), LAYOUT)
     outs, sums = reduction.run([of_rank(9, 0), of_rank(9, 1)], [1.0, 1.0])
     got = [torch.empty(b.numel) for b in LAYOUT.buckets]
-    there = kept_step.unpack(kept_step.pack(sums[1], reduction.exchanges[1], LAYOUT), LAYOUT, 5, got)
+    there = kept_step.unpack(kept_step.pack(sums[1], reduction.reducers[1], LAYOUT), LAYOUT, 5, got)
     assert all(torch.equal(x, y) for x, y in zip(got, outs[0], strict=True)) and there.used == sums[0].used
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace() -> None:
-    states = [CodecStates(LAYOUT) for _ in range(2)]
+    states = [ErrorFeedback(LAYOUT) for _ in range(2)]
     reduction = Reduction(record_of([1.0, 1.0], codec="lowrank"), LAYOUT, states)
     good = [of_rank(9, 0), of_rank(9, 1)]
     reduction.run(copy.deepcopy(good), [1.0, 1.0], at=1)
@@ -205,21 +208,21 @@ def test_all_use_it_or_none() -> None:
     assert HetConfig(compression=("lowrank", "lowrank")).codecs == ("lowrank", "lowrank")
     with pytest.raises(ConfigError, match=r"allowed for 'rank' is a whole number from 1"):
         HetConfig(compression={"lowrank": {"rank": 0}})
-    assert isinstance(CODECS["lowrank(rank=2)"], LowRank)
+    assert isinstance(codec_of("lowrank(rank=2)"), LowRank)
 
 
 def test_who_takes_a_step_over_when_all_it_sends_has_gone_holds_what_it_has_not_sent() -> None:
     """The step is over for the others, though not for this one: of what travels whole nothing is left out."""
-    states = [CodecStates(LAYOUT) for _ in range(2)]
+    states = [ErrorFeedback(LAYOUT) for _ in range(2)]
     reduction = Reduction(record_of([1.0, 1.0], codec="lowrank"), LAYOUT, states)
     (bucket,) = [b for b in LAYOUT.buckets if {s.name for s in b.segments} == {"small", "b"}]
     sums = [Sums(step=5) for _ in range(2)]
     ways = []
-    for exchange, seen in zip(reduction.exchanges, sums, strict=True):
-        exchange.expect()
+    for reducer, seen in zip(reduction.reducers, sums, strict=True):
+        reducer.expect_step()
         header = Header(5, 3, bucket.index, 3, 1.0, True, True, 0, 3)
         out = torch.empty(bucket.numel)
-        ways.append(exchange.all_reduce(bucket, header, torch.ones(bucket.numel), out, seen, expected_weight=2.0))
+        ways.append(reducer.all_reduce(bucket, header, torch.ones(bucket.numel), out, seen, expected_weight=2.0))
     for way in ways:
         next(way)
     reduction.wire.carry()
@@ -235,13 +238,14 @@ def test_kept_sums_stay_as_they_are_while_the_next_step_is_begun() -> None:
     reduction = Reduction(record_of([1.0], codec="lowrank"), LAYOUT)
     for size in (1.0, 1e-24, 0.0):
         outs, _ = reduction.run([of_rank(3, 0) * size], [1.0])
-        (exchange,) = reduction.exchanges
+        (reducer,) = reduction.reducers
         for bucket in LAYOUT.buckets:
             header = Header(6, 3, bucket.index, 3, 1.0, True, True, 0, 3)
             local, ignored = torch.ones(bucket.numel), torch.empty(bucket.numel)
-            next(exchange.all_reduce(bucket, header, local, ignored, Sums(step=6)))
+            next(reducer.all_reduce(bucket, header, local, ignored, Sums(step=6)))
             again = torch.empty(bucket.numel)
-            if bucket.index in exchange._factors and exchange._factors[bucket.index].second is not None:
-                exchange.decode(bucket, again)
+            of_bucket = reducer.by_bucket[bucket.index]
+            if isinstance(of_bucket, LowRankReducer) and of_bucket.factors.second is not None:
+                reducer.decode(bucket, again)
                 assert torch.equal(again, outs[0][bucket.index])
         reduction.wire.launched.clear()

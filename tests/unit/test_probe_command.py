@@ -17,7 +17,7 @@ from raytrain_het.codec_options import AUTO_CODECS
 from raytrain_het.errors import HetError
 from raytrain_het.jobs import probe
 from raytrain_het.jobs.probe_places import LocalProcess
-from raytrain_het.jobs.probe_report import show
+from raytrain_het.jobs.probe_report import print_probe
 from raytrain_het.jobs.table import load_job
 from raytrain_het.probing.links import Link
 from raytrain_het.probing.prediction import Machine, advice
@@ -99,7 +99,7 @@ def test_tables_fit_in_80_columns_and_name_who_costs_more_than_it_gives(capsys: 
     job = load_job(JOBS / "digits.yaml", ["workers=auto", "het.shares=[3, 2, 1]", "global_batch_size=1024"])
     given = advice(machines, global_batch_size=1024, gradient_bytes=1e6, max_batch_size=8192)
     links = {("192.168.100.0", "192.168.100.1"): link, ("192.168.100.1", "192.168.100.2"): None}
-    show(probe.ProbeResult(devices, links, probe.ModelResult(job, 1024, 10**6, devices, given)), as_json=False)
+    print_probe(probe.ProbeResult(devices, links, probe.ModelResult(job, 1024, 10**6, devices, given)), as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)

@@ -70,9 +70,10 @@ def test_every_path_of_the_readmes_file_tree_is_in_the_repository() -> None:
 
 
 def test_every_folder_of_the_package_has_its_line_in_the_readmes_file_tree() -> None:
-    with_code = {path.parent for path in (ROOT / "raytrain_het").rglob("*.py")} - {ROOT / "raytrain_het"}
-    shown = {ROOT / path for path in paths_of_the_file_tree()}
-    assert {str(folder) for folder in with_code if folder.parent.name != "testing"} <= {str(path) for path in shown}
+    package = ROOT / "raytrain_het"
+    shown = {(ROOT / path) for path in paths_of_the_file_tree()}
+    for parent in (package, package / "worker", package / "allreduce"):
+        assert {str(path.parent) for path in parent.glob("*/*.py")} <= {str(path) for path in shown}
 
 
 def test_each_line_of_the_readmes_diff_is_a_line_of_a_quickstart() -> None:

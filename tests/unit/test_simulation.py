@@ -124,7 +124,7 @@ def test_simulated_workers_replace_the_jobs_and_shares_follow_speeds(
     assert trainer.arguments["train_loop_config"]["epochs"] == 3
     prepared = pickle.loads(pickle.dumps(trainer.train_fn))
     assert isinstance(prepared.at_start, SlowWorkers)
-    assert prepared.kind == "digits"
+    assert prepared.job.kind == "digits"
     assert set(ROOT.rglob(f"{PREFIX}_*")) <= before
     out = capsys.readouterr().out
     assert out.startswith("simulating 3 workers with ")

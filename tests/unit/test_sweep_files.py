@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.digits_config import DigitsJob
+from raytrain_het.jobs.digits.job import DigitsJob
 from raytrain_het.sweeps.paths import flat, known_paths, whole_path, with_settings
 from raytrain_het.sweeps.sweep import Sweep, SweepConfig
 from raytrain_het.sweeps.sweep_file import load_sweep, make_sweep

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from sweep_folders import Folder, filled, report
 
-from raytrain_het.jobs.digits_config import DigitsJob
+from raytrain_het.jobs.digits.job import DigitsJob
 from raytrain_het.jobs.table import load_job
 from raytrain_het.sweeps import command
 from raytrain_het.sweeps.objective import Objective

@@ -18,9 +18,9 @@ import pandas as pd
 import pytest
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs.table_columns import Source
-from raytrain_het.jobs.table_reading import names_in
-from raytrain_het.jobs.tabular_data import TableData, open_table
+from raytrain_het.jobs.tabular.columns import Source
+from raytrain_het.jobs.tabular.data import TableData, open_table
+from raytrain_het.jobs.tabular.reading import names_in
 
 SOURCE = Source(data=None, rows=1000, columns=3, target=None, features=None, task="regression", seed=0)
 

@@ -17,10 +17,15 @@ import pytest
 import torch
 
 from raytrain_het.errors import ConfigError
-from raytrain_het.jobs import table_file, tabular, tabular_data
+from raytrain_het.jobs.job_data import check_data, with_fitting_batch
 from raytrain_het.jobs.runner import resolve
-from raytrain_het.jobs.table import KINDS, check_data, load_job, with_fitting_batch
-from raytrain_het.jobs.tabular_data import Source, open_table
+from raytrain_het.jobs.table import load_job
+from raytrain_het.jobs.tabular import data as tabular_data
+from raytrain_het.jobs.tabular import file as table_file
+from raytrain_het.jobs.tabular import training as tabular
+from raytrain_het.jobs.tabular.columns import Source
+from raytrain_het.jobs.tabular.data import open_table
+from raytrain_het.jobs.tabular.job import TabularJob
 from raytrain_het.worker.state.fetch import SampleFetcher
 
 GENERATED = Source(data=None, rows=1000, columns=3, target=None, features=None, task="regression", seed=0)
@@ -155,7 +160,7 @@ def test_a_run_goes_on_with_its_own_table_only(tmp_path: Path) -> None:
     assert one != open_table(source(paths[0], target="a")).fingerprint
     assert open_table(GENERATED).fingerprint != open_table(dataclasses.replace(GENERATED, seed=1)).fingerprint
     assert SampleFetcher(sets[0])._direct, "its samples would be fetched one by one"
-    assert "data" in KINDS["tabular"].model_keys
+    assert "data" in TabularJob.model_keys
 
 
 def test_classes_are_the_targets_values(tmp_path: Path) -> None:
@@ -352,7 +357,7 @@ def test_a_batch_larger_than_the_table_becomes_a_tenth_of_it_and_says_so(tmp_pat
     assert check_data(load_job(_tabular(), [f"data={path}", "target=a", "features=[b]", "global_batch_size=160"])) == []
 
 
-def fit(table_source: Source, **changes: object) -> tuple[torch.nn.Module, tabular.TableData]:
+def fit(table_source: Source, **changes: object) -> tuple[torch.nn.Module, tabular_data.TableData]:
     """Full-batch gradient descent with the job's own model and loss."""
     config = load_job(_tabular(), []).train_loop_config() | changes
     table = open_table(table_source)

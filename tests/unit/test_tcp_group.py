@@ -15,14 +15,14 @@ import pytest
 import torch
 from collectives_fakes import record_of
 
-from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
-from raytrain_het.allreduce.reducers.exchange import Exchange
+from raytrain_het.allreduce.reducers import Reducer, reducer_for
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.allreduce.transport import tcp
 from raytrain_het.allreduce.transport.building import GroupBuilder, connect
-from raytrain_het.allreduce.transport.group import GroupError, Parts
+from raytrain_het.allreduce.transport.group import GroupError, PeerBuffers
 from raytrain_het.allreduce.transport.poller import Poller
 from raytrain_het.allreduce.transport.tcp import TcpGroup
 
@@ -92,7 +92,7 @@ def test_every_part_of_whatever_length_lands_in_its_place(mesh: Any, size: int) 
         inp = torch.cat([filled(lengths[i][j], 10 * i + j) for j in range(size)])
         outs.append(empty(sum(lengths[j][i] for j in range(size))))
         operations.append(
-            group.all_to_all(Parts(outs[i], [lengths[j][i] for j in range(size)]), Parts(inp, lengths[i]))
+            group.all_to_all(PeerBuffers(outs[i], [lengths[j][i] for j in range(size)]), PeerBuffers(inp, lengths[i]))
         )
     whole.drive(lambda: all(op.done for op in operations))
     for i in range(size):
@@ -105,8 +105,8 @@ def test_what_has_reached_a_peer_is_counted_and_how_long_it_took(mesh: Any) -> N
     whole = mesh(2)
     out = empty(4 * LONG)
     operations = [
-        whole.groups[0].all_to_all(Parts(empty(0), [0, 0]), Parts(filled(4 * LONG, 1), [0, 4 * LONG])),
-        whole.groups[1].all_to_all(Parts(out, [4 * LONG, 0]), Parts(empty(0), [0, 0])),
+        whole.groups[0].all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(filled(4 * LONG, 1), [0, 4 * LONG])),
+        whole.groups[1].all_to_all(PeerBuffers(out, [4 * LONG, 0]), PeerBuffers(empty(0), [0, 0])),
     ]
     whole.drive(lambda: all(op.done for op in operations))
     (sent, busy_s), (back, _) = whole.groups[0].sent()[1], whole.groups[1].sent()[0]
@@ -119,8 +119,8 @@ def test_a_sum_goes_to_all_others_from_one_place(mesh: Any) -> None:
     outs = [empty(10 if rank else 0) for rank in range(3)]
     operations = [
         group.all_to_all(
-            Parts(outs[rank], [10 if rank else 0, 0, 0]),
-            Parts.copies(filled(10 if rank == 0 else 0, 5), [1, 2] if rank == 0 else [], 3),
+            PeerBuffers(outs[rank], [10 if rank else 0, 0, 0]),
+            PeerBuffers.copies(filled(10 if rank == 0 else 0, 5), [1, 2] if rank == 0 else [], 3),
         )
         for rank, group in enumerate(whole.groups)
     ]
@@ -132,22 +132,22 @@ def test_what_is_expected_is_taken_in_before_this_member_sends(mesh: Any) -> Non
     whole = mesh(2)
     late, early = whole.groups
     out = empty(LONG)
-    expected = late.expect(Parts(out, [0, LONG]))
-    sent = early.all_to_all(Parts(empty(0), [0, 0]), Parts(filled(LONG, 3), [LONG, 0]))
+    expected = late.expect(PeerBuffers(out, [0, LONG]))
+    sent = early.all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(filled(LONG, 3), [LONG, 0]))
     whole.drive(lambda: sent.done and expected.done)
     assert out.min() == 3
-    assert late.all_to_all(Parts(out, [0, LONG]), Parts(empty(0), [0, 0]), expected) is expected
+    assert late.all_to_all(PeerBuffers(out, [0, LONG]), PeerBuffers(empty(0), [0, 0]), expected) is expected
 
 
 def test_messages_that_come_too_early_wait_their_turn(mesh: Any) -> None:
     whole = mesh(2)
     late, early = whole.groups
     for value in (1, 2, 3):
-        early.all_to_all(Parts(empty(0), [0, 0]), Parts(filled(50, value), [50, 0]))
+        early.all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(filled(50, value), [50, 0]))
     for _ in range(20):
         whole.pollers[0].wait(0.001)
     outs = [empty(50) for _ in range(3)]
-    operations = [late.expect(Parts(out, [0, 50])) for out in outs]
+    operations = [late.expect(PeerBuffers(out, [0, 50])) for out in outs]
     whole.drive(lambda: all(op.done for op in operations))
     assert [int(out[0]) for out in outs] == [1, 2, 3]
 
@@ -157,8 +157,10 @@ def test_a_length_that_was_not_expected_fails_the_operation_and_harms_nothing(me
         whole = mesh(2)
         out = empty(100)
         launch = [
-            lambda whole=whole: whole.groups[1].all_to_all(Parts(empty(0), [0, 0]), Parts(filled(101, 9), [101, 0])),
-            lambda whole=whole, out=out: whole.groups[0].expect(Parts(out, [0, 100])),
+            lambda whole=whole: whole.groups[1].all_to_all(
+                PeerBuffers(empty(0), [0, 0]), PeerBuffers(filled(101, 9), [101, 0])
+            ),
+            lambda whole=whole, out=out: whole.groups[0].expect(PeerBuffers(out, [0, 100])),
         ]
         first, second = launch if early else launch[::-1]
         operations = [first()]
@@ -176,8 +178,11 @@ def test_a_lost_peer_fails_what_needs_it_and_nothing_else(mesh: Any) -> None:
     whole = mesh(3)
     first, second, third = whole.groups
     outs = [empty(20) for _ in range(3)]
-    from_second, from_third = first.expect(Parts(outs[0], [0, 20, 0])), first.expect(Parts(outs[1], [0, 0, 20]))
-    second.all_to_all(Parts(empty(0), [0, 0, 0]), Parts(filled(20, 4), [20, 0, 0]))
+    from_second, from_third = (
+        first.expect(PeerBuffers(outs[0], [0, 20, 0])),
+        first.expect(PeerBuffers(outs[1], [0, 0, 20])),
+    )
+    second.all_to_all(PeerBuffers(empty(0), [0, 0, 0]), PeerBuffers(filled(20, 4), [20, 0, 0]))
     third.leave()
     whole.drive(lambda: from_third.done and from_second.done, ranks=[0, 1])
     from_second.result()
@@ -185,8 +190,8 @@ def test_a_lost_peer_fails_what_needs_it_and_nothing_else(mesh: Any) -> None:
     with pytest.raises(GroupError, match="rank 2 is lost"):
         from_third.result()
     later = [
-        first.expect(Parts(outs[2], [0, 0, 20])),
-        first.all_to_all(Parts(empty(0), [0] * 3), Parts(filled(20, 1), [0, 0, 20])),
+        first.expect(PeerBuffers(outs[2], [0, 0, 20])),
+        first.all_to_all(PeerBuffers(empty(0), [0] * 3), PeerBuffers(filled(20, 1), [0, 0, 20])),
     ]
     for operation in later:
         assert operation.done
@@ -196,10 +201,10 @@ def test_a_lost_peer_fails_what_needs_it_and_nothing_else(mesh: Any) -> None:
 
 def test_what_was_sent_before_its_end_still_arrives(mesh: Any) -> None:
     whole = mesh(2)
-    whole.groups[1].all_to_all(Parts(empty(0), [0, 0]), Parts(filled(1000, 6), [1000, 0]))
+    whole.groups[1].all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(filled(1000, 6), [1000, 0]))
     whole.groups[1].leave()
     out = empty(1000)
-    operation = whole.groups[0].expect(Parts(out, [0, 1000]))
+    operation = whole.groups[0].expect(PeerBuffers(out, [0, 1000]))
     whole.drive(lambda: operation.done, ranks=[0])
     operation.result()
     assert out.min() == 6
@@ -208,12 +213,12 @@ def test_what_was_sent_before_its_end_still_arrives(mesh: Any) -> None:
 def test_who_has_received_all_goes_on_unless_told_to_flush(mesh: Any) -> None:
     whole = mesh(2)
     sender = whole.groups[0]
-    hasty = sender.all_to_all(Parts(empty(0), [0, 0]), Parts(filled(LONG, 1), [0, LONG]), flush=False)
-    patient = sender.all_to_all(Parts(empty(0), [0, 0]), Parts(filled(LONG, 2), [0, LONG]))
+    hasty = sender.all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(filled(LONG, 1), [0, LONG]), flush=False)
+    patient = sender.all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(filled(LONG, 2), [0, LONG]))
     assert hasty.done
     assert not patient.done
     outs = [empty(LONG) for _ in range(2)]
-    received = [whole.groups[1].expect(Parts(out, [LONG, 0])) for out in outs]
+    received = [whole.groups[1].expect(PeerBuffers(out, [LONG, 0])) for out in outs]
     whole.drive(lambda: patient.done and all(op.done for op in received))
     assert [(int(out.min()), int(out.max())) for out in outs] == [(1, 1), (2, 2)]
 
@@ -221,12 +226,12 @@ def test_who_has_received_all_goes_on_unless_told_to_flush(mesh: Any) -> None:
 def test_the_place_of_a_short_message_may_be_used_again_at_once(mesh: Any) -> None:
     whole = mesh(2)
     sender = whole.groups[0]
-    sender.all_to_all(Parts(empty(0), [0, 0]), Parts(filled(LONG, 1), [0, LONG]), flush=False)
+    sender.all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(filled(LONG, 1), [0, LONG]), flush=False)
     short = filled(100, 2)
-    sender.all_to_all(Parts(empty(0), [0, 0]), Parts(short, [0, 100]), flush=False)
+    sender.all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(short, [0, 100]), flush=False)
     short.fill_(77)
     outs = [empty(LONG), empty(100)]
-    received = [whole.groups[1].expect(Parts(out, [len(out), 0])) for out in outs]
+    received = [whole.groups[1].expect(PeerBuffers(out, [len(out), 0])) for out in outs]
     whole.drive(lambda: all(op.done for op in received))
     assert outs[1].unique().tolist() == [2]
 
@@ -234,9 +239,9 @@ def test_the_place_of_a_short_message_may_be_used_again_at_once(mesh: Any) -> No
 def test_nothing_is_written_after_a_group_was_left(mesh: Any) -> None:
     whole = mesh(2)
     out = empty(100)
-    whole.groups[0].expect(Parts(out, [0, 100]))
+    whole.groups[0].expect(PeerBuffers(out, [0, 100]))
     whole.groups[0].leave()
-    whole.groups[1].all_to_all(Parts(empty(0), [0, 0]), Parts(filled(100, 5), [100, 0]), flush=False)
+    whole.groups[1].all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(filled(100, 5), [100, 0]), flush=False)
     for _ in range(10):
         whole.pollers[0].wait(0.001)
     assert out.sum() == 0
@@ -366,7 +371,7 @@ def test_a_group_that_nobody_wants_any_more_is_left_whenever_it_was_made(
         go_on.wait(10)
         return made
 
-    monkeypatch.setattr(GroupBuilder, "_made", make)
+    monkeypatch.setattr(GroupBuilder, "_connected_group", make)
     builder = GroupBuilder("g", meetings(1)[0], 0, 1, "h", torch.device("cpu"), woken.set)  # type: ignore[arg-type]
     if late:
         builder.abandon()
@@ -380,11 +385,14 @@ def test_a_group_that_nobody_wants_any_more_is_left_whenever_it_was_made(
 def test_the_thread_is_woken_for_large_parts_of_a_long_message_and_for_its_end(mesh: Any) -> None:
     whole = mesh(2)
     out, end = empty(LONG), empty(10)
-    operations = [whole.groups[0].expect(Parts(out, [0, LONG])), whole.groups[0].expect(Parts(end, [0, 10]))]
+    operations = [
+        whole.groups[0].expect(PeerBuffers(out, [0, LONG])),
+        whole.groups[0].expect(PeerBuffers(end, [0, 10])),
+    ]
     sock = whole.groups[0]._peers[1].sock
     seen = []
     for part, length in ((filled(LONG, 1), LONG), (filled(10, 2), 10)):
-        whole.groups[1].all_to_all(Parts(empty(0), [0, 0]), Parts(part, [length, 0]), flush=False)
+        whole.groups[1].all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(part, [length, 0]), flush=False)
 
     def done() -> bool:
         seen.append(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT))
@@ -399,12 +407,12 @@ def test_a_failed_operation_is_freed_with_its_buffers_though_nobody_collects_cyc
     gc.disable()
     try:
         whole = mesh(2)
-        operations = [whole.groups[0].expect(Parts(empty(LONG), [0, LONG]))]
-        whole.groups[1].all_to_all(Parts(empty(0), [0, 0]), Parts(filled(1000, 1), [1000, 0]), flush=False)
+        operations = [whole.groups[0].expect(PeerBuffers(empty(LONG), [0, LONG]))]
+        whole.groups[1].all_to_all(PeerBuffers(empty(0), [0, 0]), PeerBuffers(filled(1000, 1), [1000, 0]), flush=False)
         whole.drive(lambda: operations[0].done)
         with pytest.raises(GroupError):
             operations[0].result()
-        operations.append(whole.groups[1].expect(Parts(empty(LONG), [LONG, 0])))
+        operations.append(whole.groups[1].expect(PeerBuffers(empty(LONG), [LONG, 0])))
         whole.groups[0]._give(whole.groups[0]._peers[1], None, memoryview(bytes(LONG)), 1)
         for _ in range(3):
             whole.pollers[1].wait(0.01)
@@ -466,24 +474,24 @@ class Steps:
     def train(self) -> None:
         step = 0
         for record in self.generations:
-            exchange = Exchange(record, self.rank, self.LAYOUT, self.group, CodecStates(self.LAYOUT))
+            reducer = reducer_for(record, self.rank, self.LAYOUT, self.group, ErrorFeedback(self.LAYOUT))
             for _ in range(4):
                 step += 1
-                self.do(exchange, record, step)
+                self.do(reducer, record, step)
 
-    def do(self, exchange: Exchange, record: Any, step: int) -> None:
+    def do(self, reducer: Reducer, record: Any, step: int) -> None:
         if step % 3 == self.rank:
             time.sleep(0.005)  # The others are to have something left that they could not send yet.
-        exchange.expect()
+        reducer.expect_step()
         sums, contributes = Sums(step=step), record.shares[self.rank] > 0
         for bucket in self.LAYOUT.buckets:
             local = self.gradient(step, self.rank, bucket.index, bucket.numel)
-            wires = exchange.wires[bucket.index]
+            wires = reducer.send_buffers[bucket.index]
             for start, stop, values in wires or ():
                 values.copy_(local[start:stop])
             header = Header(step, record.number, bucket.index, 0, 1.0, True, contributes, 0, 0)
             out = torch.full((bucket.numel,), torch.nan)
-            for operation in exchange.all_reduce(bucket, header, None if wires else local, out, sums):
+            for operation in reducer.all_reduce(bucket, header, None if wires else local, out, sums):
                 self.finish(operation)
             senders = [rank for rank, share in enumerate(record.shares) if share > 0]
             parts = [self.gradient(step, rank, bucket.index, bucket.numel) for rank in senders]

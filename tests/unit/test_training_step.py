@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from raytrain_het.jobs.table import KINDS, load_job, make_step
+from raytrain_het.jobs.table import JOBS, load_job
 
-JOBS = Path(__file__).parents[2] / "experiments" / "jobs"
+FILES = Path(__file__).parents[2] / "experiments" / "jobs"
 SMALL = {"tabular": ["rows=500"], "char_lm": ["max_characters=10000", "layers=1", "width=8", "heads=1"]}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", JOBS)
 def test_a_step_of_any_size_trains_the_model(kind: str) -> None:
-    job = load_job(JOBS / f"{kind}.yaml", SMALL.get(kind, []))
-    step = make_step(kind, job.train_loop_config(), torch.device("cpu"))
+    job = load_job(FILES / f"{kind}.yaml", SMALL.get(kind, []))
+    step = job.make_step(job.train_loop_config(), torch.device("cpu"))
     for samples in (1, 7, 600):  # The last one goes round some of the data sets.
         before = [p.detach().clone() for p in step.model.parameters()]
         step(samples)

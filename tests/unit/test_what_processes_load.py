@@ -16,10 +16,10 @@ import subprocess, sys
 from ray import cloudpickle
 from raytrain_het import HetConfig
 from raytrain_het.ray_train.backend import HetBackendConfig, WorkerSetup
-from raytrain_het.ray_train.controller import HetController, RunPlan
+from raytrain_het.ray_train.controller import HetController, RunSettings
 from raytrain_het.ray_train.hub import Parts
 
-sent = [HetController, RunPlan(config=HetConfig(), parts=Parts.default()), HetBackendConfig(), WorkerSetup(True)]
+sent = [HetController, RunSettings(config=HetConfig(), parts=Parts.default()), HetBackendConfig(), WorkerSetup(True)]
 again = [sys.executable, "-c", "import sys; from ray import cloudpickle;"
          "cloudpickle.loads(sys.stdin.buffer.read())[1].parts.actor; print('torch' in sys.modules)"]
 print(subprocess.run(again, input=cloudpickle.dumps(sent), capture_output=True, check=True).stdout.decode())

@@ -33,7 +33,7 @@ from raytrain_het.jobs.summary import checkpoint_line
 from raytrain_het.jobs.table import load_job
 from raytrain_het.ray_train import monitor
 from raytrain_het.ray_train.monitor import Monitor
-from raytrain_het.ray_train.narration import event_line, number, told
+from raytrain_het.ray_train.narration import event_line, number, sentences
 from raytrain_het.ray_train.run_folder import LastCheckpoint, RunFolder, last_checkpoint_of
 from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
 
@@ -130,7 +130,7 @@ def test_throughput_counts_what_this_process_has_done(
     watch = Monitor("id", folder, None, resumed)
     for second, samples in enumerate([0, start, start + 100, start + 200]):
         now[0] = float(second)
-        watch._take({"samples": samples, "step": 60, "members": []}, [], [])
+        watch._take_in({"samples": samples, "step": 60, "members": []}, [], [])
     assert watch.summary(None)["throughput_samples_per_s"] == pytest.approx(expected)
     assert watch.summary(None)["steps_now"] == (10 if start else 60)
 
@@ -138,7 +138,7 @@ def test_throughput_counts_what_this_process_has_done(
 def test_lost_checkpoints_are_counted_and_the_last_stored_one_is_named(tmp_path: Path) -> None:
     watch = Monitor("id", RunFolder(StorageContext(str(tmp_path), "run")))
     reports = [{"checkpoint": "a/c1", "checkpoint_error": None}, {"checkpoint": None, "checkpoint_error": "full"}]
-    watch._take({}, [], [{"seq": i, "step": i, "epoch": 0, "metrics": {}, **r} for i, r in enumerate(reports)])
+    watch._take_in({}, [], [{"seq": i, "step": i, "epoch": 0, "metrics": {}, **r} for i, r in enumerate(reports)])
     summary = watch.summary(None)
     assert (summary["checkpoint"], summary["num_checkpoints_failed"]) == ("a/c1", 1)
     assert checkpoint_line(summary) == "1 of 2 checkpoints could not be written; the last one stored is a/c1"
@@ -191,7 +191,7 @@ def test_a_display_on_a_full_disk_is_told_of_once_in_a_line(tmp_path: Path, capl
 
     watch = Monitor("id", RunFolder(StorageContext(str(tmp_path), "run")), full)
     for _ in range(3):
-        watch._take({}, [], [])
+        watch._take_in({}, [], [])
     (record,) = caplog.records
     assert "No space left" in record.getMessage() and record.exc_info is None
 
@@ -301,7 +301,7 @@ def test_a_function_that_raised_is_told_in_a_line_and_who_goes_then_is_not() -> 
         {"seq": 1, "kind": "failed", "message": message, "time": 1.0},
         {"seq": 2, "kind": "lost", "slot": 0, "reason": "its connection closed", "expected": True, "time": 2.0},
     ]
-    assert told(events, []) == ["the run fails: the training function of worker 1 raised: ValueError: bad"]
+    assert sentences(events, []) == ["the run fails: the training function of worker 1 raised: ValueError: bad"]
 
 
 def test_a_trainer_without_a_display_logs_what_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -311,7 +311,7 @@ def test_a_trainer_without_a_display_logs_what_happens(tmp_path: Path, caplog: p
     more = "; what its codec had left out is lost with it (norm 0.25 of the mean gradient's)"
     assert event_line(event | {"left_out": 0.25}) == f"worker 1 is lost: its connection closed{more}"
     reports = [{"seq": k, "step": 5 + k, "epoch": 0, "metrics": {"loss": 1.0}, "time": 6.0 + 2 * k} for k in range(2)]
-    watch._take({}, [event], reports)
+    watch._take_in({}, [event], reports)
     lost = "worker 1 is lost: its connection closed"
     assert caplog.messages == ["step 5  epoch 0  loss 1", lost, "step 6  epoch 0  loss 1"]
 

@@ -1,46 +1,33 @@
-"""Codecs. A new one is one file, one line in the table, and its name and options in `raytrain_het.codec_options`."""
+"""Codecs: what a worker's gradients become on the wire. ``base.py`` has the interface.
+
+A new codec is one file here and one line in :data:`raytrain_het.codec_options.CODECS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib
 
-from raytrain_het.allreduce.codecs.base import RESIDUAL, Codec, Stamp, State, mix
-from raytrain_het.allreduce.codecs.blockwise import Int4, Int8
-from raytrain_het.allreduce.codecs.calibration import byte_cpu_s, codec_costs, relative_error
-from raytrain_het.allreduce.codecs.dense import Bf16, NoCodec
-from raytrain_het.allreduce.codecs.fp16 import Fp16
-from raytrain_het.allreduce.codecs.lowrank import LowRank
-from raytrain_het.allreduce.codecs.randomk import RandomK
-from raytrain_het.allreduce.codecs.sign import Sign
-from raytrain_het.allreduce.codecs.topk import TopK
-from raytrain_het.codec_options import parsed
-
-KINDS: dict[str, Callable[..., Codec]] = {
-    kind.name: kind for kind in (NoCodec, Bf16, Fp16, Int8, Int4, Sign, TopK, RandomK, LowRank)
-}
-
-
-class _Codecs(dict[str, Codec]):
-    """By what a record says of a codec, such as ``int8`` or ``topk(density=0.01)``: made when first asked for."""
-
-    def __missing__(self, text: str) -> Codec:
-        name, options = parsed(text)
-        codec = self[text] = KINDS[name](**options)
-        return codec
-
-
-CODECS = _Codecs()
+from raytrain_het.allreduce.codecs.base import RESIDUAL, Codec, Stamp, State, mix, relative_error
+from raytrain_het.allreduce.codecs.calibration import byte_cpu_s, codec_costs
+from raytrain_het.codec_options import CODECS, options_of, parsed
 
 __all__ = [
-    "CODECS",
-    "KINDS",
     "RESIDUAL",
     "Codec",
-    "LowRank",
     "Stamp",
     "State",
     "byte_cpu_s",
     "codec_costs",
+    "codec_of",
     "mix",
     "relative_error",
 ]
+
+
+@functools.cache
+def codec_of(word: str) -> Codec:
+    """The codec that a record names, such as ``int8`` or ``topk(density=0.002)``: the same object each time."""
+    module, _, name = CODECS[parsed(word)[0]].implementation.partition(":")
+    codec: Codec = getattr(importlib.import_module(module), name)(options_of(word))
+    return codec

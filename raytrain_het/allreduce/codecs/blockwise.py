@@ -8,14 +8,16 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from raytrain_het.allreduce.codecs.base import Feedback, PackedCodec, Stamp
+from raytrain_het.allreduce.codecs.base import Stamp
 from raytrain_het.allreduce.codecs.compiled import array, arrays, loops_for
+from raytrain_het.allreduce.codecs.packed import Feedback, PackedCodec
+from raytrain_het.codec_options import BlockwiseOptions
 
 _TINY = 2.0**-119
 
 
 class BlockCodec(PackedCodec):
-    """A payload of one fp32 scale for each block, and behind them what is packed of its elements."""
+    """A codec whose body is one fp32 scale for each block, and behind all scales the packed elements."""
 
     block: ClassVar[int]
 
@@ -23,26 +25,31 @@ class BlockCodec(PackedCodec):
         return -(-num_elements // self.block)
 
     def _cut(self, body: torch.Tensor, num_elements: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales, and the rest."""
+        """The scales (blocks,) fp32, and the packed elements uint8."""
         size = 4 * self._num_blocks(num_elements)
         return body[:size].view(torch.float32), body[size : self.body_bytes(num_elements)]
 
 
 class Blockwise(BlockCodec):
-    """``y = s q``: by block a scale ``s = max |y| / levels`` in fp32, by element a whole number ``q``.
+    """``decoded = s q``: by block a scale ``s = max |y| / levels``, by element a whole number ``q``.
 
-    ``y / s`` is rounded up with a probability of its fractional part, and down otherwise, so that the decoded value's
-    expectation is ``y`` (to ``2^-17 s``) and its error below ``s``. A block whose largest value is below ``2^-119``
-    becomes zeros. The random numbers are a hash of the stamp's key and the place. (Alistarh et al. 2017.)
+    ``q = floor(y / s + u)`` with ``u`` uniform in [0, 1): a hash of the stamp's key and the element's place. A block
+    whose largest value is below ``2^-119`` becomes zeros.
+
+    Bias: none. The decoded value's expectation is ``y`` (to ``2^-17 s``), and its error is below ``s``.
+    Error feedback: optional, off by default.
+    Source: QSGD (Alistarh et al. 2017, arXiv:1610.02132).
 
     Args:
-        error_feedback: not needed for convergence; it lessens the noise at the cost of one fp32 number an element.
+        options: see :class:`raytrain_het.codec_options.BlockwiseOptions`.
     """
 
     levels: ClassVar[int]
+    """``q`` is from ``-levels`` to ``levels``."""
 
-    def __init__(self, *, error_feedback: bool = False) -> None:
-        self.error_feedback = error_feedback
+    def __init__(self, options: BlockwiseOptions) -> None:
+        super().__init__(options)
+        self.error_feedback = options.error_feedback
 
     def pack(self, x: torch.Tensor, body: torch.Tensor, stamp: Stamp, feedback: Feedback | None) -> int:
         scales, packed = self._cut(body, x.numel())
@@ -51,7 +58,7 @@ class Blockwise(BlockCodec):
             q = self._room(packed, x.numel())
             loops.round_blocks(array(x), self.levels, stamp.key, self.block, array(q), array(scales), *arrays(feedback))
         else:
-            y = x if feedback is None else feedback.to(x)
+            y = x if feedback is None else feedback.corrected(x)
             rows = F.pad(y, (0, -y.numel() % self.block)).view(-1, self.block)
             largest = rows.abs().amax(1)
             scales.copy_(torch.where(largest > _TINY, largest / self.levels, 0.0))
@@ -59,13 +66,13 @@ class Blockwise(BlockCodec):
             numbers = (rows * inverse + chances(rows.numel(), stamp.key, y.device).view_as(rows)).floor_()
             q = numbers.clamp_(-self.levels, self.levels).to(torch.int8).view(-1)[: y.numel()]
             if feedback is not None:
-                feedback.left(y, q.to(torch.float32) * scales.repeat_interleave(self.block)[: y.numel()])
+                feedback.keep(y, q.to(torch.float32) * scales.repeat_interleave(self.block)[: y.numel()])
         self._put(q, packed)
         return self.body_bytes(x.numel())
 
     @abc.abstractmethod
     def _room(self, packed: torch.Tensor, num_elements: int) -> torch.Tensor:
-        """(n,) int8 for the numbers, in place where they are packed if that can be."""
+        """Where the numbers are written, (n,) int8: in the body itself if they are packed as they are."""
 
     @abc.abstractmethod
     def _put(self, q: torch.Tensor, packed: torch.Tensor) -> None:
@@ -73,7 +80,10 @@ class Blockwise(BlockCodec):
 
 
 class Int8(Blockwise):
-    """A byte an element and a scale for each 256: 3.9 times fewer bytes than fp32."""
+    """Blockwise integers of one byte.
+
+    Body: ``ceil(n / 256)`` scales in fp32, and ``n`` int8. 3.9 times fewer bytes than fp32.
+    """
 
     name = "int8"
     block = 256
@@ -99,7 +109,11 @@ class Int8(Blockwise):
 
 
 class Int4(Blockwise):
-    """Half a byte an element and a scale for each 128: 7.5 times fewer bytes than fp32."""
+    """Blockwise integers of half a byte.
+
+    Body: ``b = ceil(n / 128)`` scales in fp32, and 64 bytes a block: byte ``j`` holds ``q_j + 8`` in its low half and
+    ``q_(j+64) + 8`` in its high half. 7.5 times fewer bytes than fp32.
+    """
 
     name = "int4"
     block = 128

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from raytrain_het.allreduce.codecs.base import Feedback
+    from raytrain_het.allreduce.codecs.packed import Feedback
 
 logger = logging.getLogger("raytrain_het")
 
@@ -44,7 +44,7 @@ def array(tensor: torch.Tensor) -> Any:
 
 
 def arrays(feedback: Feedback | None) -> tuple[Any, Any, float]:
-    """What the loops are told of error feedback."""
+    """What the loops are told of error feedback: the residual, the next one, and the weight."""
     if feedback is None:
         return _NONE, _NONE, 1.0
     return array(feedback.residual), array(feedback.following), feedback.weight

@@ -10,7 +10,10 @@ from raytrain_het.allreduce.codecs.base import Codec, Stamp, State
 
 
 class _Cast(Codec):
+    """A codec that sends each value in one dtype."""
+
     wire_dtype: ClassVar[torch.dtype | None]
+    """None: the dtype in which values are summed."""
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self.wire_dtype or dtype
@@ -29,14 +32,23 @@ class _Cast(Codec):
 
 
 class NoCodec(_Cast):
-    """Values travel as they are summed: fp32, or fp64 where the parameter is fp64."""
+    """``decoded = y``: values travel as they are summed.
+
+    Payload: ``n`` fp32, or fp64 where the parameter is fp64. Bias: none. Error feedback: none.
+    """
 
     name = "none"
     wire_dtype = None
 
 
 class Bf16(_Cast):
-    """Round to nearest bfloat16: half the bytes of fp32, 8 bits of mantissa."""
+    """``decoded = y`` rounded to the nearest bfloat16, with 8 bits of mantissa.
+
+    Payload: ``n`` bf16. Half the bytes of fp32.
+
+    Bias: none beyond rounding to nearest. Error feedback: none.
+    Source: A Study of BFLOAT16 for Deep Learning Training (Kalamkar et al. 2019, arXiv:1905.12322).
+    """
 
     name = "bf16"
     wire_dtype = torch.bfloat16

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from raytrain_het.allreduce.codecs.base import Feedback, PackedCodec, Stamp
+from raytrain_het.allreduce.codecs.base import Stamp
+from raytrain_het.allreduce.codecs.packed import Feedback, PackedCodec
 
 _LARGEST = 32752.0
 """The largest half-precision number below 2^15: rounded up to that, fp32's largest numbers would overflow."""
 
 
 class Fp16(PackedCodec):
-    """``y = s h``: half precision behind a power of two ``s`` that puts the largest value between 2^14 and 2^15.
+    """``decoded = s h``: half precision, and a power of two ``s`` that puts the largest ``h`` between 2^14 and 2^15.
 
-    So nothing overflows, whatever weights and loss scales gradients carry. Half the bytes of fp32 and 11 bits of
-    mantissa (bf16 has 8); what is below ``2^-29`` of a shard's largest value loses bits, and below ``2^-40`` is 0.
+    So nothing overflows, whatever weights and loss scales gradients carry.
+
+    Body: ``s`` in fp32, and ``n`` fp16. Half the bytes of fp32.
+
+    Bias: none beyond rounding to nearest, with 11 bits of mantissa (bf16 has 8). What is below ``2^-29`` of a shard's
+    largest value loses bits, and below ``2^-40`` it becomes 0.
+    Error feedback: none.
+    Source: Mixed Precision Training (Micikevicius et al. 2018, arXiv:1710.03740), with the scale chosen by message.
     """
 
     name = "fp16"

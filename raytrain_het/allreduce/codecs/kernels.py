@@ -1,8 +1,8 @@
 """The codecs' inner loops for the CPU, compiled by numba: without a compiler of the system's, and kept on disk.
 
-They let go of the interpreter's lock, so that a backward pass goes on beside them. Arrays are contiguous. With a
-``residual`` ``y = x + weight * residual``, and the next residual is written to ``error``; without elements in it
-``y = x``. A block's parts are done one after the other, while it is in the nearest cache.
+They release the interpreter's lock, so a backward pass can run beside them. Arrays are contiguous. With a
+``residual``, ``y = x + weight * residual`` is encoded, and the next residual is written to ``error``; if ``residual``
+has no elements, ``y = x``. A block's parts are done one after the other, while it is in the nearest cache.
 
 Random numbers are a hash of key and place (the finaliser of Mueller, as in public integer hash collections), so that
 the same key gives the same bytes, and nothing has to be drawn before.
@@ -125,7 +125,7 @@ def scale_nibbles(packed: Array, half: int, scales: Array, out: Array) -> None:
 
 
 @_compiled("void(float32[::1],int32,uint8[::1],float32[::1],float32[::1],float32[::1],float32)")
-def take_signs(
+def pack_signs(
     x: Array, block: int, packed: Array, scales: Array, residual: Array, error: Array, weight: float
 ) -> None:
     """One bit an element (bit ``k`` of byte ``i``: element ``i + k block / 8``), and by block the mean ``|y|``."""
@@ -155,7 +155,7 @@ def take_signs(
 
 
 @_compiled("void(uint8[::1],int32,float32[::1],float32[::1])")
-def give_signs(packed: Array, block: int, scales: Array, out: Array) -> None:
+def unpack_signs(packed: Array, block: int, scales: Array, out: Array) -> None:
     """The inverse."""
     eighth = block // 8
     for b in range(scales.size):
@@ -329,7 +329,7 @@ def multiply(p: Array, q: Array, out: Array) -> None:
         "void(float64[:,::1],float64[:,::1],float64,float64[:,::1])",
     ]
 )
-def leave(p: Array, q: Array, factor: float, y: Array) -> None:
+def subtract_product(p: Array, q: Array, factor: float, y: Array) -> None:
     """``y = factor (y - p^T q)``."""
     for i in range(y.shape[0]):
         own = y[i]

@@ -1,32 +1,45 @@
-"""Elements chosen by chance, the same ones by all workers: ``randomk``."""
+"""Elements chosen by chance, the same ones on all workers: ``randomk``."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from raytrain_het.allreduce.codecs.base import Feedback, PackedCodec, Stamp
+from raytrain_het.allreduce.codecs.base import Stamp
+from raytrain_het.allreduce.codecs.packed import Feedback, PackedCodec
 from raytrain_het.allreduce.codecs.warmup import warm_densities
+from raytrain_het.codec_options import SparseOptions
 
 
 class RandomK(PackedCodec):
-    """One element of every ``g = round(1 / density)``, in fp32; which one is a hash of the shared key and the place.
+    """``decoded_i = y_i`` for one element ``i`` of every ``g = round(1 / density)``, and 0 for the others.
 
-    All workers send the same elements of a step, so that no places travel and the mean of what was sent is sent back as
-    it is. Error feedback is always on. (Stich et al. 2018.)
+    Which one is a hash of the shared key and the place, so all workers send the same elements of a step. No places
+    travel, and the mean of what was sent is sent back as it is.
+
+    Body: ``ceil(n / g)`` fp32.
+
+    Bias: what is not chosen becomes 0.
+    Error feedback: always on.
+    Source: Sparsified SGD with Memory (Stich et al. 2018, arXiv:1809.07599).
 
     Args:
-        density: the kept fraction, above 0 and at most 1.
-        warmup_epochs: in so many epochs more is kept, see :func:`~raytrain_het.allreduce.codecs.warmup.warm_densities`.
+        options: see :class:`raytrain_het.codec_options.SparseOptions`.
     """
 
     name = "randomk"
     biased = True
     error_feedback = True
 
-    def __init__(self, *, density: float = 0.01, warmup_epochs: int = 0) -> None:
-        self.density = density
-        self._warming = [RandomK(density=warm) for warm in warm_densities(density, warmup_epochs)]
-        self.group = max(1, round(1 / density))
+    def __init__(self, options: SparseOptions) -> None:
+        super().__init__(options)
+        self.density: float = options.density
+        self._warming = [
+            RandomK(dataclasses.replace(options, density=density, warmup_epochs=0))
+            for density in warm_densities(options.density, options.warmup_epochs)
+        ]
+        self.group = max(1, round(1 / self.density))
 
     def at_epoch(self, epoch: int) -> RandomK:
         return self._warming[epoch] if epoch < len(self._warming) else self

@@ -1,48 +1,56 @@
-"""The largest elements only: ``topk``."""
+"""The largest elements: ``topk``."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import torch
 
-from raytrain_het.allreduce.codecs.base import Feedback, PackedCodec, Stamp
+from raytrain_het.allreduce.codecs.base import Stamp
 from raytrain_het.allreduce.codecs.blockwise import Int8
 from raytrain_het.allreduce.codecs.compiled import array, arrays, loops_for
+from raytrain_het.allreduce.codecs.packed import Feedback, PackedCodec
 from raytrain_het.allreduce.codecs.warmup import warm_densities
+from raytrain_het.codec_options import BlockwiseOptions, TopKOptions
 from raytrain_het.errors import ProtocolError
 
 _CHUNK = 65536
-"""Places are two bytes inside of a chunk."""
+"""Elements of a chunk: inside of it a place takes two bytes."""
 _LEAST_HITS = 128
-"""So many sampled values, about, lie above the threshold, of which there are ..."""
+"""About so many sampled values lie above the threshold at least."""
 _RUN = 16
-"""Sampled values come in runs of so many: reading one costs as much as reading all of them."""
+"""Values of a run: reading one of them from memory costs as much as reading all."""
 _SPARE = 1.4
-"""... so many times what is wanted: the best of those are taken."""
+"""The threshold is chosen so that about so many times ``k`` values lie above it: the best of them are kept."""
 _STRIDES = (1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
-"""Of a sample. Primes, or else a matrix's columns might fall in with it."""
+"""Every how many runs a sample takes one. Primes: another stride might fall in with the columns of a matrix."""
 _LEAST = np.nextafter(np.float32(0), np.float32(1))
-"""Zeros are not kept, however few other elements there are."""
+"""The least threshold: zeros are not kept, however few other elements there are."""
 
 
 class TopK(PackedCodec):
-    """Of ``n`` elements the ``k = ceil(density n)`` of largest absolute value, as int8 with stochastic rounding.
+    """``decoded_i = int8(y_i)`` for the ``k = ceil(density n)`` elements of largest absolute value, else 0.
 
-    They are found by a threshold from a sample of every 97th element or more, and the best of those above it; so they
-    are nearly the largest. A place takes two bytes, or one bit an element of the shard where that is less
-    (``density > 1/16``). At 1 % that is 130 times fewer bytes than fp32. Error feedback is always on; momentum of a
-    high factor wants a warm-up. (Aji, Heafield 2017; Lin et al. 2018; Stich et al. 2018.)
+    The elements are found by a threshold from a sample of every 97th element or more: of those above it the ``k`` best
+    are kept, so they are nearly the largest. Their values are rounded as :class:`~.blockwise.Int8` does.
 
-    The owner of a shard keeps ``k`` of its mean, too, so that ``2 (N - 1)/N`` times a payload is sent, of which the
-    second half chooses again. With ``all_gather`` everything that anybody has chosen counts, for ``N - 1`` payloads.
+    Body: ``k`` (8 bytes), the int8 body of ``k`` values, and their places: ``ceil(n / 65536)`` counts by chunk (int32)
+    and two bytes a place, or one bit an element of the shard where that is less (``density > 1/16``). At 1 % that is
+    130 times fewer bytes than fp32.
+
+    The owner of a shard keeps ``k`` elements of its mean, too: ``2 (N - 1)/N`` times a payload is sent, and the second
+    half chooses again. With ``all_gather`` everything that any worker has chosen counts, for ``N - 1`` payloads.
+
+    Bias: what is not among the largest becomes 0.
+    Error feedback: always on. With momentum of a high factor, warm up.
+    Sources: Sparse Communication for Distributed Gradient Descent (Aji, Heafield 2017, arXiv:1704.05021); Deep Gradient
+    Compression (Lin et al. 2018, arXiv:1712.01887); Sparsified SGD with Memory (Stich et al. 2018, arXiv:1809.07599).
 
     Args:
-        density: the kept fraction, above 0 and at most 1.
-        warmup_epochs: in so many epochs more is kept, see :func:`~raytrain_het.allreduce.codecs.warmup.warm_densities`.
-        all_gather: see above. By all workers or none.
+        options: see :class:`raytrain_het.codec_options.TopKOptions`.
     """
 
     name = "topk"
@@ -50,26 +58,32 @@ class TopK(PackedCodec):
     error_feedback = True
     length_varies = True
 
-    def __init__(self, *, density: float = 0.01, warmup_epochs: int = 0, all_gather: bool = False) -> None:
-        self.density, self.all_gather = density, all_gather
-        self._warming = [TopK(density=d, all_gather=all_gather) for d in warm_densities(density, warmup_epochs)]
-        self._values = Int8()
+    def __init__(self, options: TopKOptions) -> None:
+        super().__init__(options)
+        self.density: float = options.density
+        self.all_gather = options.all_gather
+        self._warming = [
+            TopK(dataclasses.replace(options, density=density, warmup_epochs=0))
+            for density in warm_densities(options.density, options.warmup_epochs)
+        ]
+        self._values = Int8(BlockwiseOptions())
 
     def at_epoch(self, epoch: int) -> TopK:
         return self._warming[epoch] if epoch < len(self._warming) else self
 
     def num_kept(self, num_elements: int) -> int:
-        """``k``."""
+        """``k``, the most elements of so many that are sent."""
         return min(num_elements, math.ceil(self.density * num_elements))
 
     def _bitmap(self, num_elements: int) -> bool:
+        """Whether places travel as one bit an element."""
         return 2 * self.num_kept(num_elements) > num_elements / 8
 
     def body_bytes(self, num_elements: int) -> int:
         return self._ends(num_elements, self.num_kept(num_elements))[-1]
 
     def _ends(self, num_elements: int, k: int) -> tuple[int, int, int]:
-        """Behind 8 bytes with ``k``: where values, what says how many places there are by chunk, and places end."""
+        """Where in the body the values, the counts by chunk, and the places end."""
         values = 8 + _up(self._values.body_bytes(k), 4)
         if self._bitmap(num_elements):
             return values, values, values + _up(num_elements, 8) // 8
@@ -157,8 +171,9 @@ class TopK(PackedCodec):
         return ProtocolError(f"a payload in codec {self.name!r} does not decode: its elements are not there.")
 
     def _largest(self, x: torch.Tensor, feedback: Feedback | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is sent, and (k,) places of it, in order. The next residual is as if nothing were sent."""
-        y = x if feedback is None else feedback.to(x)
+        """The values that are sent (k,), and their places (k,) in order. The next residual is written as if nothing
+        were sent."""
+        y = x if feedback is None else feedback.corrected(x)
         places = y.abs().topk(self.num_kept(x.numel()), sorted=False).indices.sort().values
         kept = y[places]
         if feedback is not None:
@@ -168,7 +183,7 @@ class TopK(PackedCodec):
     def _largest_compiled(
         self, loops: Any, x: torch.Tensor, feedback: Feedback | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same by one pass, and (at most k,) places."""
+        """The same in one pass, of at most ``k`` elements."""
         n, k, values, fed = x.numel(), self.num_kept(x.numel()), array(x), arrays(feedback)
         places, kept = np.empty(2 * k + 64, np.int32), np.empty(2 * k + 64, np.float32)
         threshold = self._sampled_threshold(values, k, feedback)
@@ -189,7 +204,8 @@ class TopK(PackedCodec):
         return torch.from_numpy(kept), torch.from_numpy(places)
 
     def _sampled_threshold(self, values: Any, k: int, feedback: Feedback | None) -> Any:
-        """That about 1.4 times ``k`` absolute values reach, by a sample; of runs, since memory comes in lines of 16."""
+        """A value that about 1.4 times ``k`` absolute values reach, by a sample. It takes runs, since memory comes in
+        lines of 16 values."""
         runs, rest = values.size // _RUN, values.size % _RUN
         stride = max(prime for prime in _STRIDES if prime <= max(1, k // _LEAST_HITS))
         stride = stride if runs > 4 * stride else 1

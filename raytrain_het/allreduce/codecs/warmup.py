@@ -6,10 +6,12 @@ FIRST_DENSITY = 0.25
 
 
 def warm_densities(density: float, warmup_epochs: int) -> list[float]:
-    """Of the first ``E`` epochs: ``d_e = d_0 (d / d_0)^(e/E)`` with ``d_0 = 1/4``; no less than ``d``.
+    """The densities of the first ``E`` epochs: ``d_e = d_0 (d / d_0)^(e/E)`` with ``d_0 = max(d, 1/4)``.
 
-    Early gradients change fast, and what is sent late then is of little use. For 0.001 after four epochs these are
-    0.25, 0.063, 0.016, 0.004. (Lin et al. 2018, section 3.3.)
+    Early gradients change fast, so what is sent late is of little use then. For ``d = 0.001`` and ``E = 4`` they are
+    0.25, 0.063, 0.016, 0.004.
+
+    Source: Deep Gradient Compression (Lin et al. 2018, arXiv:1712.01887), section 3.3.
 
     Args:
         density: ``d``, after the warm-up.

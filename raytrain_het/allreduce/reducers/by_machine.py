@@ -1,11 +1,12 @@
-"""Gradients of workers that share a machine are added up there, and travel on as one.
+"""Gradients of workers that share a machine are added up there, and their sum crosses the machine's link once.
 
 1. Every member sends its header to all, and its weighted gradient as it is to its machine's *leader*, which adds up
-   what comes;
-2. the leaders all-reduce these sums among themselves, as members do without a hierarchy: encoded, with error feedback;
-3. each leader sends the means to the others on its machine.
+   what comes.
+2. The leaders all-reduce these sums among themselves, encoded and with error feedback. The other members launch empty
+   operations meanwhile, so that all members count the same operations.
+3. Each leader sends the means to the other members on its machine.
 
-So of ``m`` workers on a machine one crosses its link, for two more ways through its memory.
+So of ``m`` workers on a machine one sends over its link, at the price of two more ways through the machine's memory.
 """
 
 from __future__ import annotations
@@ -15,128 +16,143 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from raytrain_het.allreduce.codec_states import CodecStates
-from raytrain_het.allreduce.codecs import CODECS, Codec
-from raytrain_het.allreduce.fidelity import Fidelity
+from raytrain_het.allreduce.codecs import Codec, codec_of
+from raytrain_het.allreduce.compression_error import CompressionErrorMeter
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Bucket
-from raytrain_het.allreduce.reducers.owner_shards import Messages, Traffic, Wire
+from raytrain_het.allreduce.reducers.base import BucketReducer, SendBuffer
+from raytrain_het.allreduce.reducers.flat import flat_kind, flat_reducer
+from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
+from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder
+from raytrain_het.allreduce.reducers.to_owners import ShardsToOwners
 from raytrain_het.allreduce.sums import Sums
-from raytrain_het.allreduce.transport.group import Group, Operation, Parts
+from raytrain_het.allreduce.transport.group import Group, Operation, PeerBuffers
 from raytrain_het.membership.record import Record
 
 
-class Hierarchy:
-    """One generation's messages, with the methods of :class:`~raytrain_het.allreduce.reducers.owner_shards.Messages`.
+class Machines:
+    """Which members of a generation share a machine, and how their leaders reach each other.
 
     Args:
-        record: the generation.
-        rank: this member's rank in it.
+        members: the generation's.
         codecs: by rank; those of leaders count.
-        buckets: all that travel, by index.
-        group: the process group, of all members.
-        states: what this member's codec remembers, if it is a leader.
-        fidelity: looks now and then at what encoding loses.
+        feedback: what this member's codec remembers, if it is a leader.
+        error_meter: measures now and then what encoding loses.
+        num_buckets: of the layout.
     """
 
     def __init__(
         self,
-        record: Record,
-        rank: int,
+        members: GenerationGroup,
         codecs: Sequence[Codec],
-        buckets: Sequence[Bucket],
-        group: Group,
-        states: CodecStates,
-        fidelity: Fidelity,
+        feedback: ErrorFeedback,
+        error_meter: CompressionErrorMeter,
+        num_buckets: int,
     ) -> None:
-        self._group, self._codecs, self._rank = group, codecs, rank
-        leader_of = record.leaders
-        self.leader = leader_of[rank]
-        self._leads = self.leader == rank
-        self._under_way: dict[int, tuple[Header, float]] = {}
-        self._as_they_are = [dataclasses.replace(bucket, is_dense=True) for bucket in buckets]
-        dense = [CODECS["none"]] * len(record.members)
-        self._inside = Messages(record, rank, dense, self._as_they_are, group, states, fidelity, leader_of)
-        self._across: Messages | None = None
-        self._states, self._idle = states, False
-        if self._leads:
-            leaders = sorted(set(leader_of))
-            subgroup: Group = _SubGroup(group, leaders)
-            machines, place = _of_machines(record, leader_of, leaders), leaders.index(rank)
-            self._idle = machines.shares[place] == machines.owners[place] == 0
-            self._across = Messages(machines, place, [codecs[k] for k in leaders], buckets, subgroup, states, fidelity)
-        local = [k for k, leader in enumerate(leader_of) if leader == rank and k != rank]
-        size = len(record.members)
-        self._none = Parts(torch.empty(0, dtype=torch.uint8, device=group.device), [0] * size)
-        self._means = [torch.empty(bucket.numel, dtype=bucket.dtype, device=group.device) for bucket in buckets]
-        """As all have them: good until the next step's come."""
-        raw = [mean.view(torch.uint8) for mean in self._means]
-        self._passed_on = [Parts.copies(r, local, size) if self._leads else self._none for r in raw]
-        self._passed_here = [
-            self._none if self._leads else Parts(r, [r.numel() * (k == self.leader) for k in range(size)]) for r in raw
-        ]
+        self.members, self.feedback, self._codecs = members, feedback, codecs
+        rank, self.leader_of = members.rank, members.record.leaders
+        self.leader = self.leader_of[rank]
+        """The rank of this member's leader."""
+        self.leads = self.leader == rank
+        self.local_others = [k for k, leader in enumerate(self.leader_of) if leader == rank and k != rank]
+        """Of a leader: the ranks of the others on its machine."""
+        plain = [codec_of("none")] * members.size
+        self.coder = GradientCoder(members, plain, feedback, error_meter, num_buckets)
+        """Adds up what travels inside of the machine."""
+        self.nothing = PeerBuffers(members.new_buffer(0), [0] * members.size)
+        leaders = sorted(set(self.leader_of))
+        self._leaders: GradientCoder | None = None
+        self.is_idle = False
+        """Whether this member leads, but its machine neither sends nor owns anything."""
+        if self.leads:
+            record, place = _by_machine(members.record, self.leader_of, leaders), leaders.index(rank)
+            self.is_idle = record.shares[place] == record.owners[place] == 0
+            group: Group = _LeadersGroup(members.group, leaders)
+            among = GenerationGroup(record, place, group, members.traffic)
+            chosen = [codecs[k] for k in leaders]
+            self._leaders = GradientCoder(among, chosen, feedback, error_meter, num_buckets)
+
+    def reducer_among_leaders(self, bucket: Bucket) -> BucketReducer | None:
+        """The bucket's reducer among the leaders; None if this member is none of them."""
+        return flat_reducer(self._leaders.members, bucket, self._leaders) if self._leaders is not None else None
+
+    def num_operations_among_leaders(self, bucket: Bucket) -> int:
+        """How many operations the leaders' all-reduce takes."""
+        return flat_kind(self.coder.dense if bucket.is_dense else self._codecs[self.leader]).num_operations
+
+
+class ByMachineReducer:
+    """See the module's text, and :class:`~raytrain_het.allreduce.reducers.base.BucketReducer`.
+
+    Args:
+        machines: the generation's.
+        bucket: which one.
+    """
+
+    def __init__(self, machines: Machines, bucket: Bucket) -> None:
+        self._machines, self._bucket = machines, bucket
+        members, leader_of, n = machines.members, machines.leader_of, bucket.numel
+        self._inside = ShardsToOwners(
+            members,
+            dataclasses.replace(bucket, is_dense=True),
+            machines.coder,
+            [(0, n if receiver == machines.leader else 0) for receiver in range(members.size)],
+            [(0, n if leader == members.rank else 0) for leader in leader_of],
+        )
+        self._among_leaders = machines.reducer_among_leaders(bucket)
+        self._sum = torch.empty(n if machines.leads else 0, dtype=bucket.dtype, device=members.device)
+        """Of a leader: its machine's sum."""
+        self._mean = torch.empty(n, dtype=bucket.dtype, device=members.device)
+        """As all members have it, until the next step's comes."""
+        raw, size = self._mean.view(torch.uint8), members.size
+        if machines.leads:
+            self._to_machine, self._from_leader = PeerBuffers.copies(raw, machines.local_others, size), machines.nothing
+        else:
+            lengths = [raw.numel() if k == machines.leader else 0 for k in range(size)]
+            self._to_machine, self._from_leader = machines.nothing, PeerBuffers(raw, lengths)
 
     @property
-    def traffic(self) -> Traffic:
-        """Of this generation's messages."""
-        traffic = self._inside.traffic
-        if self._across is not None:
-            traffic.take(self._across.traffic)
-        return traffic
+    def owned(self) -> tuple[int, int]:
+        return self._among_leaders.owned if self._among_leaders is not None else (0, 0)
 
     @property
     def gradient_bytes(self) -> int:
-        """Of this member's whole gradient on the wire: between machines, if it is a leader."""
-        return (self._across or self._inside).gradient_bytes
+        """Between machines, if this member is a leader."""
+        if self._among_leaders is not None:
+            return self._among_leaders.gradient_bytes
+        return self._machines.coder.gradient_bytes(self._bucket)
 
-    def owned(self, bucket: Bucket) -> tuple[int, int]:
-        """(start, stop) of the elements whose mean this member encodes."""
-        return self._across.owned(bucket) if self._across is not None else (0, 0)
+    def send_buffers(self) -> list[SendBuffer] | None:
+        return self._inside.send_buffers()
 
-    def wires_of(self, bucket: Bucket) -> list[Wire] | None:
-        """Where a local gradient can be gathered so that nothing is left to encode."""
-        return self._inside.wires_of(self._as_they_are[bucket.index])
+    def expect_step(self) -> None:
+        self._inside.expect_step()
 
-    def expect(self) -> None:
-        """A step is opened: what others send is taken from now on, whenever this member is ready itself."""
-        self._inside.expect()
-
-    def check(self, header: Header, bucket: Bucket, step: int, sender: int) -> None:
-        """See :meth:`Messages.check`."""
-        self._inside.check(header, bucket, step, sender)
-
-    def scatter(self, bucket: Bucket, header: Header, local: torch.Tensor | None, weight: float) -> Operation:
-        """The header to all, and the gradient to the leader."""
-        self._under_way[bucket.index] = header, weight
-        if self._idle and not bucket.is_dense:
-            # As all do whose gradients nobody needs: before others know that, and commit the step.
-            self._states.carry(bucket, 0, bucket.numel, header.step)
-        return self._inside.scatter(self._as_they_are[bucket.index], header, local, 1.0)
-
-    def reduce(self, bucket: Bucket, sums: Sums, *, first: bool = True) -> Iterator[Operation]:
-        """The leaders' all-reduce, and the means for all."""
-        inside = self._as_they_are[bucket.index]
-        (total, contributes), across = self._inside.collect(inside, sums, first=first), self._across
-        header, weight = self._under_way.pop(bucket.index)
-        if across is not None:
-            yield across.scatter(bucket, header._replace(contributes=contributes, used=0), total, weight)
-            yield from across.reduce(bucket, sums, first=False)
-            across.decode(bucket, self._means[bucket.index])
+    def all_reduce(
+        self, header: Header, local: torch.Tensor | None, weight: float, sums: Sums, *, noted: bool = False
+    ) -> Iterator[Operation]:
+        machines, bucket = self._machines, self._bucket
+        if machines.is_idle and not bucket.is_dense:
+            # Before others know that this gradient is not needed, and commit the step.
+            machines.feedback.carry_over(bucket, 0, bucket.numel, header.step)
+        yield self._inside.send(header, local, 1.0)
+        payloads = self._inside.received(sums, noted=noted)
+        if self._among_leaders is not None:
+            machines.coder.add_up(payloads, bucket, self._sum)
+            of_machine = header._replace(contributes=bool(payloads), used=0)
+            yield from self._among_leaders.all_reduce(of_machine, self._sum, weight, sums, noted=True)
+            self._among_leaders.decode(self._mean)
         else:
-            all_gather = self._codecs[self.leader].all_gather and not bucket.is_dense
-            for _ in range(1 if all_gather else 2):
-                yield self._group.all_to_all(self._none, self._none, flush=False)
-        here, on = self._passed_here[bucket.index], self._passed_on[bucket.index]
-        self._inside.traffic.sent += sum(on.lengths)
-        self._inside.traffic.received += sum(here.lengths)
-        yield self._group.all_to_all(here, on, flush=False)
+            for _ in range(machines.num_operations_among_leaders(bucket)):
+                yield machines.members.launch(machines.nothing, machines.nothing)
+        yield machines.members.launch(self._from_leader, self._to_machine)
 
-    def decode(self, bucket: Bucket, out: torch.Tensor) -> None:
-        """The means into ``out`` (n,). May be called again while the step is kept."""
-        out.copy_(self._means[bucket.index])
+    def decode(self, out: torch.Tensor) -> None:
+        out.copy_(self._mean)
 
 
-def _of_machines(record: Record, leader_of: Sequence[int], leaders: Sequence[int]) -> Record:
+def _by_machine(record: Record, leader_of: Sequence[int], leaders: Sequence[int]) -> Record:
     """The record with one member for each machine."""
 
     def total(values: Sequence[float], leader: int) -> float:
@@ -151,33 +167,35 @@ def _of_machines(record: Record, leader_of: Sequence[int], leaders: Sequence[int
     )
 
 
-class _SubGroup:
-    """Some ranks of a group. The others launch empty operations meanwhile, so that all count alike."""
+class _LeadersGroup:
+    """Some ranks of a group as a :class:`~raytrain_het.allreduce.transport.group.Group`. The other ranks launch empty
+    operations for theirs."""
 
     def __init__(self, group: Group, ranks: Sequence[int]) -> None:
         self.key, self.rank, self.size, self.device = group.key, list(ranks).index(group.rank), len(ranks), group.device
         self.poll_s = group.poll_s
         self._group, self._ranks = group, list(ranks)
-        self._spread: dict[int, tuple[Parts, Parts]] = {}
+        self._in_whole_group: dict[int, tuple[PeerBuffers, PeerBuffers]] = {}
+        """By the id of buffers: those, which so stay alive, and the same for the whole group."""
 
-    def all_to_all(self, out: Parts, inp: Parts, expected: None = None, *, flush: bool = True) -> Operation:
+    def all_to_all(self, out: PeerBuffers, inp: PeerBuffers, expected: None = None, *, flush: bool = True) -> Operation:
         """See :class:`raytrain_het.allreduce.transport.group.Group`."""
         return self._group.all_to_all(self._whole(out), self._whole(inp), flush=flush)
 
-    def _whole(self, parts: Parts) -> Parts:
-        if id(parts) not in self._spread:
-            self._spread[id(parts)] = parts, parts.spread(self._ranks, self._group.size)
-        return self._spread[id(parts)][1]
+    def _whole(self, buffers: PeerBuffers) -> PeerBuffers:
+        if id(buffers) not in self._in_whole_group:
+            self._in_whole_group[id(buffers)] = buffers, buffers.in_larger_group(self._ranks, self._group.size)
+        return self._in_whole_group[id(buffers)][1]
 
     def join(self, poller: object) -> None:
-        """The group has."""
+        """Nothing to do: the whole group has joined."""
 
     def leave(self) -> None:
-        """The group does."""
+        """Nothing to do: the whole group leaves."""
 
-    def expect(self, out: Parts) -> None:
-        """Operations of a part are not expected."""
+    def expect(self, out: PeerBuffers) -> None:
+        """Operations of a part of a group are not expected."""
 
     def sent(self) -> dict[int, tuple[int, float]]:
-        """The group knows."""
+        """Nothing: the whole group knows."""
         return {}

@@ -1,4 +1,4 @@
-"""How the members of a generation connect, each with each."""
+"""How the members of a generation connect, each with each. A helper thread does it, since a peer may not answer."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from raytrain_het.allreduce.transport.tcp import TcpGroup
 from raytrain_het.membership.meeting import Meeting
 
 _HELLO = struct.Struct("<16sI")
-"""The group's secret, and the rank of who connects."""
+"""The group's secret, and the rank of the member that connects."""
 _LOOK_S = 0.05
-"""How soon a wait notices that the group is not wanted any more."""
+"""How often a wait looks whether the group is still wanted."""
 _CONNECT_S = 5.0
-"""A host that does not answer for so long is gone."""
+"""A host that does not answer for so long is taken for gone."""
 
 
 def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[[], bool]) -> dict[int, socket.socket]:
     """A connection with every other member, by rank. Higher ranks connect to lower ones.
 
     Args:
-        meeting: where members say their addresses, and hear a secret that strangers do not.
+        meeting: where members publish their addresses, and learn a secret that strangers do not know.
         rank: of this member.
         size: number of members.
         host: this member's address for others.
-        wanted: waiting ends once this is false.
+        wanted: whether to go on waiting.
 
     Raises:
-        GroupError: a member is not there any more, or the group is not wanted any more.
+        GroupError: a member has gone, or the group is not wanted any more.
     """
     sockets: dict[int, socket.socket] = {}
     try:
@@ -67,56 +67,69 @@ def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[
 
 
 class _Callers:
-    """Who connects here. Who does not know the secret, or says nothing, holds up nobody else."""
+    """Connections that come in. A caller that does not know the secret, or says nothing, delays no other one."""
 
     def __init__(self, listener: socket.socket, secret: bytes) -> None:
         self._listener, self._secret = listener, secret
-        self._said: dict[socket.socket, bytes] = {}
+        self._received: dict[socket.socket, bytes] = {}
+        """By caller: what it has sent of its hello."""
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
-        self._selector.register(listener, selectors.EVENT_READ)
+        self._watch(listener)
 
     def heard(self, timeout_s: float) -> dict[int, socket.socket]:
         """Members that have said hello, by rank."""
         members = {}
         for key, _ in self._selector.select(timeout_s):
-            sock = key.fileobj
-            assert isinstance(sock, socket.socket)
+            sock: socket.socket = key.data
             with contextlib.suppress(BlockingIOError):
                 if sock is self._listener:
                     caller, _ = sock.accept()
                     caller.setblocking(False)
-                    self._said[caller] = b""
-                    self._selector.register(caller, selectors.EVENT_READ)
+                    self._received[caller] = b""
+                    self._watch(caller)
                 elif self._listen(sock):
-                    members[_HELLO.unpack(self._said.pop(sock))[1]] = sock
+                    members[_HELLO.unpack(self._received.pop(sock))[1]] = sock
         return members
 
     def close(self) -> None:
-        """The others are none of ours."""
-        for sock in self._said:
+        """Close the connections of all that have not said hello."""
+        for sock in self._received:
             sock.close()
         self._selector.close()
 
+    def _watch(self, sock: socket.socket) -> None:
+        self._selector.register(sock, selectors.EVENT_READ, sock)
+
     def _listen(self, sock: socket.socket) -> bool:
-        """Whether it has said its hello. Who says something else is let go."""
+        """Whether the caller has said its hello now. One that says something else is closed."""
         try:
-            part = sock.recv(_HELLO.size - len(self._said[sock]))
+            part = sock.recv(_HELLO.size - len(self._received[sock]))
         except ConnectionError:
             part = b""
-        self._said[sock] += part
-        if part and len(self._said[sock]) < _HELLO.size:
+        self._received[sock] += part
+        if part and len(self._received[sock]) < _HELLO.size:
             return False
         self._selector.unregister(sock)
-        if part and hmac.compare_digest(self._said[sock][:16], self._secret):
+        if part and hmac.compare_digest(self._received[sock][:16], self._secret):
             return True
-        del self._said[sock]
+        del self._received[sock]
         sock.close()
         return False
 
 
 class GroupBuilder:
-    """Makes a group in a helper thread, which is left to itself when the group is no longer wanted."""
+    """Makes a group in a helper thread.
+
+    Args:
+        key: names the group.
+        meeting: where its members publish their addresses.
+        rank: of this member.
+        size: number of members.
+        host: this member's address for others.
+        device: where messages are.
+        wake: called from the helper thread when the group, or an error, is there.
+    """
 
     def __init__(
         self,
@@ -133,7 +146,7 @@ class GroupBuilder:
         self._wanted = True
         self._lock = threading.Lock()
         self._meeting, self._wake = meeting, wake
-        self._make = functools.partial(self._made, key, rank, size, host, device)
+        self._make = functools.partial(self._connected_group, key, rank, size, host, device)
         threading.Thread(target=self._run, name="het-group", daemon=True).start()
 
     @property
@@ -142,14 +155,14 @@ class GroupBuilder:
         return self.group is not None or self.error is not None
 
     def abandon(self) -> None:
-        """Nobody wants the group any more."""
+        """The group is not wanted any more. The helper thread drops it when it is there."""
         self._meeting.abandon()
         with self._lock:
             self._wanted = False
             if self.group is not None:
                 self.group.leave()
 
-    def _made(self, key: str, rank: int, size: int, host: str, device: torch.device) -> Group:
+    def _connected_group(self, key: str, rank: int, size: int, host: str, device: torch.device) -> Group:
         if device.type == "cuda":
             return NcclGroup(key, self._meeting, rank, size, device)
         return TcpGroup(key, rank, connect(self._meeting, rank, size, host, lambda: self._wanted))

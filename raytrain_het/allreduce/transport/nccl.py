@@ -1,4 +1,4 @@
-"""Groups on GPUs. Untested with several: no machine with two GPUs was at hand."""
+"""Groups on GPUs. Untested with several GPUs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raytrain_het.allreduce.transport.group import GroupError, Parts
+from raytrain_het.allreduce.transport.group import GroupError, PeerBuffers
 from raytrain_het.allreduce.transport.poller import Poller
 
 
 class NcclOperation:
-    """NCCL's futures are done when the work is queued: here the device is asked."""
+    """One collective. NCCL's futures are done when the work is queued, so this asks the device."""
 
     def __init__(self, work: dist.Work, tensors: tuple[torch.Tensor, ...]) -> None:
         self._tensors, self._work = tensors, work
@@ -45,23 +45,25 @@ class NcclGroup:
         self._under_way: list[NcclOperation] = []
 
     def join(self, poller: Poller) -> None:
-        """Nothing to be told of: whoever waits looks again and again."""
+        """Nothing to do: a thread that waits looks every :attr:`poll_s`."""
 
     def leave(self) -> None:
-        """Abort what is under way, which would block the device for good. Dropping the group may block too."""
+        """Abort what is under way, which would block the device for good. A thread drops the group: that may block."""
         pg, self._pg = self._pg, None
         if any(not operation.done for operation in self._under_way):
             pg.abort()
         threading.Thread(target=pg.shutdown, name="het-drop", daemon=True).start()
 
-    def expect(self, out: Parts) -> None:
-        """Nothing comes in before both sides have launched."""
+    def expect(self, out: PeerBuffers) -> None:
+        """Nothing to do: NCCL transfers nothing before both sides have launched."""
 
     def sent(self) -> dict[int, tuple[int, float]]:
         """Not known."""
         return {}
 
-    def all_to_all(self, out: Parts, inp: Parts, expected: Any = None, *, flush: bool = True) -> NcclOperation:
+    def all_to_all(
+        self, out: PeerBuffers, inp: PeerBuffers, expected: Any = None, *, flush: bool = True
+    ) -> NcclOperation:
         """See :class:`raytrain_het.allreduce.transport.group.Group`."""
         sent = inp.in_a_row()
         try:

@@ -1,4 +1,4 @@
-"""What the communication thread waits in: for sockets, for other threads, and for some time."""
+"""Where the communication thread waits: for sockets, for other threads, and for a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class Poller:
-    """Sockets are served by whoever waits here, and by nobody else: there are no further threads to hand over to."""
+    """Serves sockets in the thread that waits here. There are no further threads to hand over to."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -20,19 +20,19 @@ class Poller:
         self._selector.register(self._inner, selectors.EVENT_READ, self._drain)
 
     def wake(self) -> None:
-        """From any thread: have the one that waits look around."""
+        """End the wait of the waiting thread. From any thread."""
         if not self._woken:
             self._woken = True
             with contextlib.suppress(OSError):  # It is closed, or full of such calls.
                 self._outer.send(b"\0")
 
     def wait(self, timeout_s: float) -> None:
-        """Serve sockets; comes back after that, when woken, or when the time is over."""
+        """Wait until sockets are ready, and serve them; or until woken, or until the time is over."""
         for key, events in self._selector.select(max(timeout_s, 0.0)):
             key.data(events)
 
     def watch(self, sock: socket.socket, events: int, serve: Callable[[int], None]) -> None:
-        """Call ``serve`` when one of these events happens; 0 stops that."""
+        """Call ``serve`` whenever one of these events happens; 0 stops that."""
         known = sock in self._selector.get_map()
         if events and known:
             self._selector.modify(sock, events, serve)
@@ -42,12 +42,12 @@ class Poller:
             self._selector.unregister(sock)
 
     def close(self) -> None:
-        """Nobody waits here any more."""
+        """Free the sockets. Nobody may wait here after that."""
         self._selector.close()
         self._inner.close()
         self._outer.close()
 
     def _drain(self, events: int) -> None:
-        # In this order: who calls in between is looked for after it, since the thread comes back from waiting now.
+        # In this order: a wake-up in between is not lost, since the thread returns from its wait now anyway.
         self._inner.recv(4096)
         self._woken = False

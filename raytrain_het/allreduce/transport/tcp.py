@@ -1,15 +1,15 @@
-"""Members connected each with each by TCP: uneven exchanges of bytes that may arrive before they are asked for.
+"""Members connected each with each by TCP: uneven all-to-alls of bytes, which may arrive before they are asked for.
 
-Not torch's gloo, though it would do the same:
+Torch's gloo has the same operation. This one differs:
 
-- a part can be received while this member still computes (:meth:`TcpGroup.expect`), so that whoever is ready early has
-  sent all it has by the time the last one is; gloo's send waits until the receiver has launched the operation too;
-- a member that has received what it waits for goes on; in gloo it waits until all others have taken what it sent;
-- an operation that is given up is over: its sockets are closed, and nothing writes into its buffers later;
-- one thread serves all, the one that waits for the result; gloo hands each operation through three.
+- A message can be received while this member still computes (:meth:`TcpGroup.expect`), so members that are ready early
+  have sent everything by the time the last one is. Gloo's send waits until the receiver has launched the operation.
+- A member that has received what it waits for continues. In gloo it waits until the others have received what it sent.
+- An operation that is given up is over: its sockets are closed, and nothing writes into its buffers later.
+- One thread serves everything: the one that waits for the result. Gloo hands each operation through three.
 
-Frames are ``tag, length`` and the bytes. Tags count a group's operations, which all members launch in the same order.
-A frame whose operation this member has not come to yet stays in the socket.
+A frame is ``tag, length`` and the bytes. Tags count a group's operations, which all members launch in the same order.
+A frame for an operation that this member has not expected yet stays in the socket.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ import sys
 
 import torch
 
-from raytrain_het.allreduce.transport.group import GroupError, Parts
+from raytrain_het.allreduce.transport.group import GroupError, PeerBuffers
 from raytrain_het.allreduce.transport.poller import Poller
 
 _FRAME = struct.Struct("<QQ")
 _SENT = struct.Struct("=120xQ40xQQ")
 """``tcpi_bytes_acked``, ``tcpi_busy_time``, ``tcpi_rwnd_limited`` in the kernel's ``struct tcp_info`` (linux/tcp.h)."""
 _SMALL = 4096
-"""So few bytes are copied if they can't be sent at once: their place may be needed again soon."""
+"""A message of no more bytes is copied if it cannot be sent at once: its memory may be needed again soon."""
 _AT_ONCE = 1 << 20
-"""Bytes read from a peer before the next one's turn."""
+"""So many bytes are read from a peer before the next peer's turn."""
 _LOW_WATER = 1 << 18
-"""Of a long frame, so much should be there before the thread is woken for it."""
+"""The thread is woken for a long frame once so many bytes of it are there."""
 
 
 class TcpOperation:
-    """An exchange. Done when all that is expected has come, and, with ``flush``, all that it sends has gone."""
+    """An all-to-all. It is done when all messages have come, and, with ``flush``, all that it sends has gone."""
 
-    def __init__(self, rank: int, tag: int, out: Parts) -> None:
+    def __init__(self, rank: int, tag: int, out: PeerBuffers) -> None:
         self.tag = tag
         self.own = out.views[rank]
         self.missing = {sender: part for sender, part in enumerate(out.views) if out.lengths[sender] and sender != rank}
-        """By rank: where its part lands."""
+        """By rank of those whose message is still to come: where it lands."""
         self.num_unsent = 0
         self.error = ""
-        """Why it has failed. A text: an exception keeps the frames that it went through, and their buffers, alive."""
+        """Why it has failed. A text, since an exception would keep the buffers of its frames alive."""
 
     @property
     def done(self) -> bool:
@@ -62,6 +62,15 @@ class TcpOperation:
             raise GroupError(self.error)
 
 
+class _Incoming:
+    """A message that is being received."""
+
+    def __init__(self, operation: TcpOperation, rest: memoryview) -> None:
+        self.operation = operation
+        self.rest = rest
+        """The part of its place that is still to be filled."""
+
+
 class _Peer:
     """One connection."""
 
@@ -71,15 +80,13 @@ class _Peer:
         self.out: collections.deque[tuple[memoryview, TcpOperation | None]] = collections.deque()
         self.head = bytearray(_FRAME.size)
         self.head_filled = 0
-        self.operation: TcpOperation | None = None
-        """Whose part is coming in."""
-        self.rest: memoryview | None = None
-        """What of it is still to come."""
+        self.incoming: _Incoming | None = None
+        """The message that is being received; None between two frames, where a head comes."""
         self.low_water = 1
         self.early: tuple[int, int] | None = None
         """(tag, length) of a frame that nobody expects yet."""
         self.gone = ""
-        """Why it is no longer heard."""
+        """Why the connection is lost."""
 
 
 class TcpGroup:
@@ -118,12 +125,12 @@ class TcpGroup:
                 peer.sock.shutdown(socket.SHUT_RDWR)
             peer.sock.close()
             peer.out.clear()
-            peer.operation = peer.rest = None
+            peer.incoming = None
         self._open.clear()
 
     # ---------------------------------------------------------------- operations
 
-    def expect(self, out: Parts) -> TcpOperation:
+    def expect(self, out: PeerBuffers) -> TcpOperation:
         """See :class:`raytrain_het.allreduce.transport.group.Group`."""
         operation = TcpOperation(self.rank, self._tag, out)
         self._tag += 1
@@ -136,7 +143,7 @@ class TcpGroup:
             elif peer.early is not None and peer.early[0] == operation.tag:
                 (_, length), peer.early = peer.early, None
                 try:
-                    self._take_in(peer, operation, length)
+                    self._begin_message(peer, operation, length)
                 except ConnectionError as error:
                     self._lost(peer, error)
                 else:
@@ -144,7 +151,7 @@ class TcpGroup:
         return operation
 
     def all_to_all(
-        self, out: Parts, inp: Parts, expected: TcpOperation | None = None, *, flush: bool = True
+        self, out: PeerBuffers, inp: PeerBuffers, expected: TcpOperation | None = None, *, flush: bool = True
     ) -> TcpOperation:
         """See :class:`raytrain_het.allreduce.transport.group.Group`."""
         operation = expected or self.expect(out)
@@ -186,7 +193,7 @@ class TcpGroup:
             self._lost(peer, error)
 
     def _lost(self, peer: _Peer, error: OSError) -> None:
-        """Whatever needs this peer has failed; what others send is still taken."""
+        """Operations that need this peer have failed. Messages of others are still received."""
         peer.gone = f"the connection to rank {peer.rank} is lost: {error}"
         self._watch(peer, 0)
         waiting = [operation for _, operation in peer.out if operation is not None]
@@ -239,21 +246,22 @@ class TcpGroup:
     def _read(self, peer: _Peer) -> None:
         budget = _AT_ONCE
         while budget > 0 and peer.early is None:
+            incoming = peer.incoming
             try:
-                if peer.rest is None:
+                if incoming is None:
                     count = peer.sock.recv_into(memoryview(peer.head)[peer.head_filled :])
                     peer.head_filled += count
                 else:
-                    count = peer.sock.recv_into(peer.rest)
-                    peer.rest = peer.rest[count:]
+                    count = peer.sock.recv_into(incoming.rest)
+                    incoming.rest = incoming.rest[count:]
             except BlockingIOError:
                 break
             if count == 0:
                 raise ConnectionError("it was closed by the peer")
             budget -= count
-            if peer.rest is not None:
-                if not len(peer.rest):
-                    self._taken_in(peer)
+            if incoming is not None:
+                if not len(incoming.rest):
+                    self._end_message(peer, incoming.operation)
             elif peer.head_filled == _FRAME.size:
                 self._begin(peer)
         self._set_low_water(peer)
@@ -263,29 +271,28 @@ class TcpGroup:
         peer.head_filled = 0
         operation = self._open.get(tag)
         if operation is not None:
-            self._take_in(peer, operation, length)
+            self._begin_message(peer, operation, length)
         elif tag >= self._tag:
             peer.early = (tag, length)
             self._watch(peer, peer.events & ~selectors.EVENT_READ)
         else:
             raise ConnectionError(f"rank {peer.rank} sends {length} bytes for operation {tag}, which is over")
 
-    def _take_in(self, peer: _Peer, operation: TcpOperation, length: int) -> None:
+    def _begin_message(self, peer: _Peer, operation: TcpOperation, length: int) -> None:
         part = operation.missing.get(peer.rank)
         if part is None or len(part) != length:
             expected = len(part) if part is not None else 0
             raise ConnectionError(f"rank {peer.rank} sends {length} bytes where {expected} are expected")
-        peer.operation, peer.rest = operation, part
+        peer.incoming = _Incoming(operation, part)
 
-    def _taken_in(self, peer: _Peer) -> None:
-        operation, peer.operation, peer.rest = peer.operation, None, None
-        assert operation is not None
+    def _end_message(self, peer: _Peer, operation: TcpOperation) -> None:
+        peer.incoming = None
         del operation.missing[peer.rank]
         if not operation.missing:
             self._open.pop(operation.tag, None)
 
     def _set_low_water(self, peer: _Peer) -> None:
-        wanted = min(len(peer.rest), _LOW_WATER) if peer.rest is not None else 1
+        wanted = min(len(peer.incoming.rest), _LOW_WATER) if peer.incoming is not None else 1
         if wanted != peer.low_water and (wanted == _LOW_WATER or peer.low_water > wanted):
             peer.low_water = wanted
             peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)

@@ -12,11 +12,11 @@ from raytrain_het.testing.programs.drawing import generate
 from raytrain_het.testing.programs.pool import Pool
 from raytrain_het.testing.programs.shrinking import shrunk
 from raytrain_het.testing.programs.text import text_of
-from raytrain_het.testing.programs.verdict import KINDS, verdict_of
+from raytrain_het.testing.programs.verdict import VERDICTS, verdict_of
 
 
 def main() -> None:
-    """Run programs and say what came of them."""
+    """Run programs and print the verdicts."""
     parser = argparse.ArgumentParser(prog="python -m raytrain_het.testing.programs", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="the first program's number is this times 100000")
     parser.add_argument("--count", type=int, default=30)
@@ -55,7 +55,7 @@ def main() -> None:
     if not args.json:
         for key, which in sorted(alike.items(), key=lambda item: -len(item[1])):
             print(f"{len(which):4} {key}  {which[:8]}")
-        print({kind: counts[kind] for kind in KINDS}, f"{time.monotonic() - started:.0f} s")
+        print({kind: counts[kind] for kind in VERDICTS}, f"{time.monotonic() - started:.0f} s")
     sys.exit(0 if not alike else 1)
 
 

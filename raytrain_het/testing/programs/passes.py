@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 
-class Passes:
+class ReferencePasses:
     """The passes of one step, made one after the other from the same state. Use it as a context manager.
 
     Args:
@@ -61,7 +61,7 @@ class Passes:
         torch.Tensor.backward = self._backward  # type: ignore[method-assign]
 
     def begin(self, weight: float, *, last: bool) -> None:
-        """The next pass has so much weight; what the last one's body has changed is undone."""
+        """Begin the next pass, with its weight. What the body of the last pass has changed is undone."""
         if not self._first:
             self._go_back()
         self._first, self._weight, self._last = False, weight, last

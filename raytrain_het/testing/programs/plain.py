@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, defau
 from raytrain_het.balance.batch_shares import apportion
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.cursor import Cursor
-from raytrain_het.testing.programs.passes import Passes
+from raytrain_het.testing.programs.passes import ReferencePasses
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.traces import Outcome, StepNote, bits_of, state_of
 from raytrain_het.worker.data.data_plan import DataPlan, micro_batches
@@ -37,7 +37,7 @@ class Used:
 
 
 class PlainHet:
-    """What a program knows as ``het``.
+    """The ``het`` of a program in the reference.
 
     Args:
         program: how it is run.
@@ -87,7 +87,7 @@ class PlainHet:
         return optimizer
 
     def note(self) -> None:
-        """A step was made."""
+        """Note that the optimizer has made a step."""
         state = state_of(self.model, self.optimizer)
         self.outcome.notes.append(StepNote(step=self.step, epoch=self.epoch, state=state, bits=bits_of(state)))
 
@@ -216,7 +216,7 @@ class PlainLoader:
         het = self.het
         assert het.model is not None and het.optimizer is not None
         cut = [[part[s.start : s.stop] for s in micro_batches(range(len(part)), self.micro)] for part in parts]
-        passes = Passes(het.model, het.optimizer, het.registered, sums=self.sums)
+        passes = ReferencePasses(het.model, het.optimizer, het.registered, sums=self.sums)
         todo = [list(one) for own in cut for one in own]
         with passes:
             for number, indices in enumerate(todo):

@@ -1,4 +1,5 @@
-"""Kept processes, and a program's run on them: a hub here, its workers and then the reference there."""
+"""A pool of processes, and a program's run on it: the hub is in this process, the workers and the reference in
+others."""
 
 from __future__ import annotations
 
@@ -31,10 +32,10 @@ from raytrain_het.testing.programs.traces import Outcome, StepNote, read_notes
 from raytrain_het.worker.state.checkpoint import read_meta
 
 DEADLINE_S = 60.0
-"""A program that takes longer hangs: an ordinary one takes half a second. Three times as long with data processes, each
-of which imports torch first."""
+"""A program that takes longer hangs: an ordinary one takes half a second. A program with data processes, each of which
+imports torch first, may take three times as long."""
 MAX_JOBS = 200
-"""So many jobs a process does, before another one takes its place."""
+"""After so many programs a process is replaced by a new one."""
 MAX_REFILLS = 8
 
 _context = multiprocessing.get_context("forkserver")
@@ -43,20 +44,20 @@ _context.set_forkserver_preload(["raytrain_het.testing.programs.worker"])
 
 @dataclass
 class Kept:
-    """One process."""
+    """One process of the pool."""
 
     process: BaseProcess
     connection: multiprocessing.connection.Connection
     stacks: Path
     jobs: int = 0
 
-    def give(self, job: worker.Job) -> None:
-        """Let it do a job."""
+    def give(self, job: worker.ProgramRun) -> None:
+        """Let the process run a program."""
         self.jobs += 1
         self.connection.send_bytes(pickle.dumps(job))
 
     def end(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         with contextlib.suppress(ProcessLookupError, TypeError):
             os.kill(self.process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         self.process.join(timeout=10)
@@ -65,7 +66,7 @@ class Kept:
 
 @dataclass
 class Ran:
-    """What became of a program."""
+    """The results of a program's run."""
 
     program: Program
     outcomes: dict[int, Outcome] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class Ran:
     events: list[dict[str, Any]] = field(default_factory=list)
     failure: str | None = None
     hang: str = ""
-    """What all threads were doing when time ran out."""
+    """The stacks of all threads, if time ran out."""
     used: dict[int, Used] = field(default_factory=dict)
     fault_happened: bool = False
     seconds: float = 0.0
@@ -101,7 +102,7 @@ class Pool:
         self._free.clear()
         self._folder.cleanup()
 
-    def _take(self) -> Kept:
+    def _free_process(self) -> Kept:
         return self._free.pop() if self._free else self._new()
 
     def _new(self) -> Kept:
@@ -111,11 +112,11 @@ class Pool:
         process = _context.Process(target=worker.serve, args=(theirs, os.getpid(), str(stacks)))
         process.start()
         theirs.close()
-        mine.recv_bytes()  # It is there: what a busy machine takes for that is no part of a program's time.
+        mine.recv_bytes()  # It has started. On a busy machine that takes long, and does not count as a program's time.
         return Kept(process, mine, stacks)
 
     def _give_back(self, kept: Kept, outcome: Outcome | None) -> None:
-        # A function that raised may have left anything behind.
+        # A program that raised may have left the process in any state.
         if outcome is None or outcome.kind == "error" or kept.jobs >= MAX_JOBS:
             kept.end()
         else:
@@ -132,7 +133,7 @@ class Pool:
         with tempfile.TemporaryDirectory(dir=self._folder.name) as name:
             directory = Path(name)
             jobs = [
-                worker.Job(
+                worker.ProgramRun(
                     program=program,
                     text=text,
                     config=config,
@@ -146,13 +147,13 @@ class Pool:
             ran.notes, ran.ledger = read_notes(directory), read_ledgers(directory)
             ran.fault_happened = any(directory.glob("fault_*")) or program.fault == "hub"
             ran.used = used_in(ran.notes)
-            reference = worker.Job(program=program, text=text, config=config, directory=directory, used=ran.used)
+            reference = worker.ProgramRun(program=program, text=text, config=config, directory=directory, used=ran.used)
             ran.plain = self._plain(reference)
         ran.seconds = time.monotonic() - started
         return ran
 
-    def _plain(self, job: worker.Job) -> Outcome:
-        kept = self._take()
+    def _plain(self, job: worker.ProgramRun) -> Outcome:
+        kept = self._free_process()
         kept.give(job)
         outcome: Outcome | None = None
         if kept.connection.poll(self._deadline_s):
@@ -163,9 +164,9 @@ class Pool:
 
 
 class _Run:
-    """One program's run on kept processes."""
+    """One program's run on processes of the pool."""
 
-    def __init__(self, pool: Pool, ran: Ran, jobs: Sequence[worker.Job], deadline: float) -> None:
+    def __init__(self, pool: Pool, ran: Ran, jobs: Sequence[worker.ProgramRun], deadline: float) -> None:
         self._pool, self._ran, self._jobs, self._deadline = pool, ran, jobs, deadline
         self._directory = jobs[0].directory
         self._at_work: dict[int, Kept] = {}
@@ -176,7 +177,7 @@ class _Run:
         self._hub = self._new_hub()
 
     def go(self) -> None:
-        """To the end of all workers, or of the time."""
+        """Run until all workers have ended, or time runs out."""
         try:
             for job in self._jobs:
                 self._start(job)
@@ -204,8 +205,8 @@ class _Run:
         paths = list(self._directory.glob("ledger_0_*.jsonl"))
         return max((path.read_bytes().count(b"\n") for path in paths), default=0)
 
-    def _start(self, job: worker.Job) -> None:
-        kept = self._at_work[job.slot] = self._pool._take()
+    def _start(self, job: worker.ProgramRun) -> None:
+        kept = self._at_work[job.slot] = self._pool._free_process()
         kept.give(job)
 
     def _take_answer(self, slot: int, kept: Kept) -> None:
@@ -218,7 +219,7 @@ class _Run:
         if outcome is not None and outcome.kind in ("result", "error"):
             self._resumes = False
             return
-        if self._resumes:  # All are killed at one point, and the whole run begins again.
+        if self._resumes:  # All workers are killed at the same point, and then the whole run is resumed.
             return
         status = self._hub.status()
         if status["state"] in ("ended", "failed") or slot in status["dead_slots"]:
@@ -230,7 +231,7 @@ class _Run:
         self._start(self._jobs[slot])
 
     def _resume(self) -> None:
-        """All workers are gone: begin again from the newest checkpoint, as a new run of that name would."""
+        """Resume the run from its newest checkpoint, as a new run of that name would, once all workers are gone."""
         self._resumes = False
         self._shut_down_hub()
         stored = sorted((self._directory / "storage").glob("checkpoint_*"))

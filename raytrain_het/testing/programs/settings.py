@@ -1,4 +1,4 @@
-"""What a program's run is told, and which samples it has used."""
+"""The settings and the faults of a program's run, and the samples that it has used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does not go together in a program is set right; most of it does not go together in anybody's program."""
+"""Change choices of a drawn program that do not go together; most of them would not go together in any program."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _run(p: Program) -> dict[str, Any]:
 
 
 def _task(p: Program) -> dict[str, Any]:
-    """What belongs to some tasks only."""
+    """Set right what belongs to some tasks only."""
     if p.odd == "sparse":
         plain = {"head": "linear", "frozen": "none", "optimizer": "sgd", "loss": "mean", "layout": "none"}
         return {"task": "tokens", **plain}

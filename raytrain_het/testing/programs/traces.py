@@ -1,4 +1,4 @@
-"""What is noted of a program while it runs: the state after every step, and what it ended with."""
+"""The notes of a program's run: the state after every step, and the outcome."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StepNote:
     batch: list[int] = field(default_factory=list)
     """Dataset indices of the global batch, in order, as this worker knows it."""
     own: list[int] = field(default_factory=list)
-    """Those of this worker's part."""
+    """Dataset indices of this worker's part."""
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,7 @@ class Outcome:
     """The state at the end, as in :class:`StepNote`."""
     reports: list[dict[str, Any]] = field(default_factory=list)
     notes: list[StepNote] = field(default_factory=list)
-    """Of the reference only: workers write theirs into files, which outlive a kill."""
+    """The reference's notes. Workers write theirs into files, which outlive a kill."""
     complaints: list[str] = field(default_factory=list)
 
 

@@ -1,4 +1,4 @@
-"""Whether a program came out as it must: as with one process, or refused by name before anything was wrong."""
+"""Whether a program's run is right: the same numbers as one process, or an error by name before anything was wrong."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from raytrain_het.testing.programs.traces import Outcome
 from raytrain_het.worker.data.data_plan import DataPlan
 
 GOOD = ("equal", "refused")
-KINDS = (*GOOD, "late", "wrong", "hang", "internal", "misnamed")
-"""equal: the same numbers as one process. refused: an error of raytrain_het's own that names what the program does.
+VERDICTS = (*GOOD, "late", "wrong", "hang", "internal", "misnamed")
+"""Allowed are ``equal`` (the same numbers as one process) and ``refused`` (an error of raytrain_het's own that names
+what the program does).
 
-late: replicas came to differ, and the check of them has raised an error with names, steps later. wrong: other numbers
-than one process, without a word, or an error long after them. hang: not over in time. internal: an error from within.
-misnamed: an error of raytrain_het's own, for a program that it should run, or that names another thing than the
-program does."""
+Not allowed are ``late`` (replicas differed, and only steps later the check of them raised an error with names),
+``wrong`` (other numbers than one process without an error, or with one long after), ``hang`` (the run did not end in
+time), ``internal`` (any other error), and ``misnamed`` (an error of raytrain_het's own for a program that it should
+run, or one that names something else than the program does)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What came of a program."""
+    """The judgement on a program's run."""
 
     kind: str
     detail: str = ""
 
     @property
     def good(self) -> bool:
-        """Whether it is one of the two that are allowed."""
+        """Whether the run is right."""
         return self.kind in GOOD
 
     @property
     def key(self) -> str:
-        """The same for failures that look alike."""
+        """A text that is the same for failures that look alike."""
         text = re.sub(r"\d+(\.\d+)?(e-?\d+)?", "#", self.detail.split("\n")[0])
         return f"{self.kind}: {text[:160]}"
 
@@ -67,7 +68,7 @@ def _verdict_of(ran: Ran) -> Verdict:
         if ran.failure:
             return Verdict(kind="internal", detail=f"the hub: {ran.failure}")
         return _of_results(ran, wrong)
-    # Others than the one that raised hear of it from the hub.
+    # The workers that did not raise learn of the error from the hub.
     if ran.plain.kind == "error" and any(ran.plain.error_class in (o.error_class + o.error) for o in errors.values()):
         return Verdict(kind="equal", detail=f"both raise {ran.plain.error}")
     own = {slot: o for slot, o in errors.items() if not o.refused}

@@ -1,13 +1,12 @@
-"""A process that is kept: it runs one program after the other, as a worker or as the reference."""
+"""A process of the pool: it runs one program after the other, as a worker or as the reference."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import faulthandler
 import multiprocessing.connection
 import os
 import pickle
-import select
 import signal
 import threading
 import traceback
@@ -24,7 +23,8 @@ from raytrain_het.allreduce import points
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, ProtocolError
 from raytrain_het.testing import faults as fault_kit
-from raytrain_het.testing.ledger import LedgerEntry, LedgerWriter
+from raytrain_het.testing.lab_worker import end_with, ledger_entry
+from raytrain_het.testing.ledger import LedgerWriter
 from raytrain_het.testing.programs.plain import Used, run_plain
 from raytrain_het.testing.programs.program import Program
 from raytrain_het.testing.programs.traces import NoteWriter, Outcome, StepNote, bits_of, state_of
@@ -34,8 +34,8 @@ from raytrain_het.worker.step.step_record import StepRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a kept process is to do."""
+class ProgramRun:
+    """One run of a program in one process of the pool."""
 
     program: Program
     text: str
@@ -43,15 +43,15 @@ class Job:
     directory: Path
     slot: int = 0
     life: int = 0
-    """How often the whole run was begun anew from a checkpoint, by another hub."""
+    """How often the whole run has been resumed from a checkpoint, with a new hub."""
     faults: tuple[fault_kit.Fault, ...] = ()
     used: dict[int, Used] | None = None
-    """Given: this is the reference."""
+    """By step, the samples that the run has used. If given, this process is the reference."""
 
 
 def serve(connection: multiprocessing.connection.Connection, parent: int, stacks: str) -> None:
-    """Do jobs until the other end is gone."""
-    threading.Thread(target=_end_with, args=(parent,), name="het-programs", daemon=True).start()
+    """Run programs until the other end of the connection is gone."""
+    threading.Thread(target=end_with, args=(parent,), name="het-programs", daemon=True).start()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     warnings.filterwarnings("ignore")
@@ -60,7 +60,7 @@ def serve(connection: multiprocessing.connection.Connection, parent: int, stacks
     connection.send_bytes(b"ready")
     while True:
         try:
-            job: Job = pickle.loads(connection.recv_bytes())
+            job: ProgramRun = pickle.loads(connection.recv_bytes())
         except EOFError:
             os._exit(0)
         if job.used is not None:
@@ -75,17 +75,10 @@ def serve(connection: multiprocessing.connection.Connection, parent: int, stacks
         connection.send_bytes(answer)
 
 
-def _end_with(pid: int) -> None:
-    """End this process when its parent has ended, however: a fork server does not."""
-    with contextlib.suppress(ProcessLookupError):
-        select.select([os.pidfd_open(pid)], [], [])
-    os._exit(1)
-
-
 class Watched:
-    """What a program knows as ``het``: raytrain_het, and a look at what goes through it."""
+    """The ``het`` of a program: raytrain_het, with notes of the model, the optimizer and every committed step."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ProgramRun) -> None:
         self._job = job
         self.model: torch.nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -106,24 +99,13 @@ class Watched:
         return prepared
 
     def committed(self, note: StepRecord) -> None:
-        """A step was committed here."""
+        """Write the ledger and the notes of a step that was committed here."""
         state = state_of(self.model, self.optimizer)
         plan = sessions.current().joined().engine.passes.plan
         batch = plan.permutation(note.epoch)[note.offset : note.offset + note.batch_size].tolist()
         generation = self._job.life * 100_000 + note.generation  # A new hub counts from 1 again.
         slices = {uid: (int(s[0]), int(s[1])) for uid, s in note.slices.items()}
-        self._ledger.append(
-            LedgerEntry(
-                step=note.step,
-                generation=generation,
-                epoch=note.epoch,
-                offset=note.offset,
-                batch_size=note.batch_size,
-                slices=slices,
-                writer=note.uid,
-                own_samples=note.own_samples,
-            )
-        )
+        self._ledger.append(dataclasses.replace(ledger_entry(note), generation=generation))
         self._notes.append(
             StepNote(
                 step=note.step,
@@ -141,7 +123,7 @@ class Watched:
         )
 
 
-def _run(job: Job) -> Outcome:
+def _run(job: ProgramRun) -> Outcome:
     where = job.directory / "hub.pickle"
     watched = Watched(job)
     space: dict[str, Any] = {

@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 
-from raytrain_het.allreduce.codecs import CODECS, LowRank
-from raytrain_het.allreduce.codecs.randomk import RandomK
-from raytrain_het.allreduce.codecs.sign import Sign
-from raytrain_het.allreduce.codecs.topk import TopK
+from raytrain_het.allreduce.codecs import codec_of
 from raytrain_het.allreduce.layout import SMALL, Layout
 
 
@@ -23,23 +20,16 @@ def warnings_of_model(compression: Any, words: Sequence[str], layout: Layout) ->
             f"compression={compression!r} does nothing here: every parameter of the model has one dimension or fewer "
             f"than {SMALL} elements, and those travel as they are. Leave it out."
         )
-    for codec in (CODECS[word] for word in words):
-        if not isinstance(codec, LowRank) or len(words) > 1:  # Of many that may be chosen, none is told of.
-            continue
-        whole = [name for name, shape in shapes.items() if codec.matrix(shape) is None]
-        if whole:
-            some = ", ".join(f"{name} {list(shapes[name])}" for name in whole[:3]) + ", ..." * (len(whole) > 3)
-            said.append(
-                f"compression={compression!r}: {len(whole)} of {len(shapes)} matrices travel as they are, since "
-                f"factors of rank {codec.rank} would be no smaller ({some}). Write a lower rank if they are to be "
-                "compressed."
-            )
+    if len(words) == 1:  # With several to choose from, the user has not written any of them.
+        warning = codec_of(words[0]).warning_of_shapes(shapes)
+        if warning is not None:
+            said.append(f"compression={compression!r}: {warning}")
     return said
 
 
 def warnings_of_optimizer(compression: Any, words: Sequence[str], optimizer: torch.optim.Optimizer) -> list[str]:
     """Of signs for one that divides by what gradients vary."""
-    if not any(isinstance(CODECS[word], Sign) for word in words) or "betas" not in optimizer.defaults:
+    if all(codec_of(word).suits_adaptive_optimizers for word in words) or "betas" not in optimizer.defaults:
         return []
     return [
         f"compression={compression!r} does not suit {type(optimizer).__name__}: it divides by a mean of squared "
@@ -51,9 +41,9 @@ def warnings_of_optimizer(compression: Any, words: Sequence[str], optimizer: tor
 def warnings_of_epochs(compression: Any, words: Sequence[str], num_epochs: int) -> list[str]:
     """Of a density that the run does not come to."""
     said = []
-    for codec in (CODECS[word] for word in words):
+    for codec in map(codec_of, words):
         last = codec.at_epoch(num_epochs - 1)
-        if isinstance(codec, TopK | RandomK) and isinstance(last, TopK | RandomK) and last is not codec:
+        if last is not codec and codec.density is not None and last.density is not None:
             said.append(
                 f"compression={compression!r}: the run has {num_epochs} epochs, all of them in the warm-up: it ends at "
                 f"a density of {last.density:.3g}, and does not come to {codec.density:g}. Write fewer warmup_epochs."

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from raytrain_het.allreduce.codec_states import CodecStates
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Record
 from raytrain_het.worker.data.data_plan import DataPlan
@@ -26,7 +26,7 @@ class Contents:
     """Where it all is."""
 
     replica: Replica
-    states: CodecStates
+    states: ErrorFeedback
     """What this worker's codec remembers."""
     extras: Extras
     plan: DataPlan

@@ -6,8 +6,8 @@ import threading
 import time
 from typing import Any
 
-from raytrain_het.allreduce.codec_states import CodecStates
 from raytrain_het.allreduce.codecs import RESIDUAL, State
+from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.errors import CheckpointError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.protocol import Event
@@ -21,7 +21,7 @@ _LEFT_OUT, _INHERIT = "left_out", "inherit"
 class HandingOn:
     """Both sides of it, between two state servers: the one that leaves asks its heir to come for it."""
 
-    def __init__(self, agent: MemberAgent, server: StateServer, states: CodecStates) -> None:
+    def __init__(self, agent: MemberAgent, server: StateServer, states: ErrorFeedback) -> None:
         self._agent, self._server, self._states = agent, server, states
         self._lock, self._gone = threading.Lock(), False
         server.offer(_INHERIT, self._inherit)

@@ -18,7 +18,7 @@ from torch import nn
 from raytrain_het.allreduce import points
 from raytrain_het.allreduce.jobs import ABORTED, LocalBucket, SendBuffers, StepJob
 from raytrain_het.allreduce.layout import Layout, is_finite
-from raytrain_het.allreduce.reducers.owner_shards import Wire
+from raytrain_het.allreduce.reducers import SendBuffer
 from raytrain_het.allreduce.sums import Sums
 from raytrain_het.errors import LoopOrderError
 from raytrain_het.worker.checks.losses import Root
@@ -76,9 +76,9 @@ class Gradients:
                 self._params.append(by_name[segment.name])
         must_be_zero = {id(p) for p in (self._params if zeroed is None else zeroed)}
         self._zeroed = [id(p) in must_be_zero for p in self._params]
-        self._parts: list[list[Wire]] = []
+        self._parts: list[list[SendBuffer]] = []
         """By bucket: the places in which it is gathered."""
-        self._targets: list[list[Wire]] = []
+        self._targets: list[list[SendBuffer]] = []
         """By parameter: the same, cut to the parameter; one place of its shape, or several flat ones."""
         self._send_buffers: SendBuffers | None = None
         self._gather_in(None)
@@ -176,7 +176,7 @@ class Gradients:
             self._parts.append(there or [(0, bucket.numel, local)])
         for index, place in self._slots:
             segment = self.layout.buckets[index].segments[place]
-            target: list[Wire] = []
+            target: list[SendBuffer] = []
             for start, stop, values in self._parts[index]:
                 low, high = max(start, segment.offset), min(stop, segment.stop)
                 if low < high:

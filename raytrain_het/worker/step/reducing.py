@@ -45,7 +45,7 @@ class Reducing:
     def begin(self, step: OpenStep) -> None:
         """A step is opened: gradients are gathered for it, and others' parts of it may come."""
         # What an earlier codec has left out is added to buckets of their own.
-        in_messages = None if self._comm.codec_states.flushes else self._generations.send_buffers
+        in_messages = None if self._comm.codec_states.has_earlier_residual else self._generations.send_buffers
         self._gradients.begin(
             step.job,
             on_full=lambda buckets: self._hand_over(step, buckets),

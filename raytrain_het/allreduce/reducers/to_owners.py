@@ -1,0 +1,127 @@
+"""The first half of an all-reduce by owners: every member's gradient is cut into shards, which go to their owners."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from raytrain_het.allreduce.header import Header
+from raytrain_het.allreduce.layout import Bucket
+from raytrain_het.allreduce.reducers.base import SendBuffer
+from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
+from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder, Payload
+from raytrain_het.allreduce.reducers.messages import BucketMessages
+from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.transport.group import Operation
+
+Bounds = tuple[int, int]
+"""(start, stop) of elements of a bucket."""
+
+
+class ShardsToOwners:
+    """One bucket's shards on their way to the members that add them up.
+
+    A member's shard for itself stays as and where it is: it is added up without being encoded.
+
+    Args:
+        members: the generation's.
+        bucket: which one.
+        coder: encodes the shards for others.
+        bounds: by receiver: the elements that this member sends there; its own part is at its own rank.
+        incoming: by sender: the elements that come here.
+    """
+
+    def __init__(
+        self,
+        members: GenerationGroup,
+        bucket: Bucket,
+        coder: GradientCoder,
+        bounds: Sequence[Bounds],
+        incoming: Sequence[Bounds],
+    ) -> None:
+        self._members, self._bucket, self._coder, self._bounds = members, bucket, coder, bounds
+        rank, sends = members.rank, members.sends
+        self._messages = BucketMessages(
+            members,
+            bucket,
+            [
+                coder.payload_bytes(rank, bucket, part) if sends[rank] and receiver != rank else 0
+                for receiver, part in enumerate(bounds)
+            ],
+            [
+                coder.payload_bytes(sender, bucket, part) if sends[sender] and sender != rank else 0
+                for sender, part in enumerate(incoming)
+            ],
+        )
+        self._own: torch.Tensor | None = None
+        """This member's shard for itself, uint8, wherever it is."""
+        self._gathered_own: torch.Tensor | None = None
+        """The memory for it where gradients are gathered in :meth:`send_buffers`."""
+
+    def send_buffers(self) -> list[SendBuffer] | None:
+        """See :meth:`raytrain_het.allreduce.reducers.base.BucketReducer.send_buffers`."""
+        bucket, rank = self._bucket, self._members.rank
+        if bucket.is_state or not self._members.sends[rank]:
+            return None
+        codec, buffers = self._coder.codec(rank, bucket), []
+        for receiver, (start, stop) in enumerate(self._bounds):
+            if stop == start:
+                continue
+            capacity = codec.capacity_bytes(stop - start, bucket.dtype)
+            own = torch.empty(capacity, dtype=torch.uint8) if receiver == rank else None
+            place = own if own is not None else self._messages.outgoing[receiver][:capacity]
+            values = codec.in_place(place, bucket.dtype)
+            if values is None:
+                return None
+            if own is not None:
+                self._gathered_own = own
+            buffers.append((start, stop, values))
+        return buffers
+
+    def expect_step(self) -> None:
+        """Receive what peers send for the step from now on."""
+        self._messages.expect_step()
+
+    def send(self, header: Header, local: torch.Tensor | None, weight: float) -> Operation:
+        """Send the header to all members, and to each owner its shard.
+
+        Args:
+            header: what every member is told.
+            local: the weighted gradient (n,), which may be changed; None where it was gathered in
+                :meth:`send_buffers`, or this member sends nothing.
+            weight: that the sum will be divided by, as far as it is known.
+        """
+        if local is None:
+            self._own = self._gathered_own
+        elif self._members.sends[self._members.rank]:
+            self._encode(header, local, weight)
+        if not self._bucket.is_dense and not (self._members.sends[self._members.rank] and header.contributes):
+            for receiver, (start, stop) in enumerate(self._bounds):
+                if receiver != self._members.rank and stop > start:
+                    self._coder.feedback.carry_over(self._bucket, start, stop, header.step)
+        # No flush: an owner begins no further step before it has all that was sent to it.
+        return self._messages.send(header, flush=False)
+
+    def _encode(self, header: Header, local: torch.Tensor, weight: float) -> None:
+        for receiver, (start, stop) in enumerate(self._bounds):
+            if stop == start:
+                continue
+            shard = local[start:stop]
+            if receiver == self._members.rank:
+                self._own = shard.to(self._members.device).view(torch.uint8)
+            else:
+                body = self._messages.outgoing[receiver]
+                self._coder.encode_gradient(self._bucket, start, shard, body, header, weight)
+
+    def received(self, sums: Sums, *, noted: bool) -> list[Payload]:
+        """What all members contribute to this one's part, in rank order, its own contribution included."""
+        payloads, rank = [], self._members.rank
+        for sender, header in enumerate(self._messages.read_headers(sums, noted=noted)):
+            data = self._messages.incoming[sender]
+            codec = self._coder.codec(sender, self._bucket)
+            if sender == rank:
+                data, codec = self._own if self._own is not None else data, self._coder.dense
+            if header.contributes and data.numel() > 0:
+                payloads.append(Payload(sender, codec, data))
+        return payloads

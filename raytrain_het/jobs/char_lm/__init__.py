@@ -1,0 +1,2 @@
+"""The language-model job: ``job.py`` has its keys and needs no torch, ``text.py`` its text, ``training.py`` its model
+and training."""
