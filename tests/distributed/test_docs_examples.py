@@ -10,7 +10,7 @@ import pytest
 
 from raytrain_het.config import HetConfig
 from raytrain_het.testing.faults import Fault
-from raytrain_het.testing.processes import ProcessLab
+from raytrain_het.testing.processes import LabSlots, ProcessLab
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SETTINGS = {"start.md": {"lr": 0.01}, "training.md": {"lr": 0.1, "epochs": 3}, "faults.md": {"lr": 0.05, "epochs": 3}}
@@ -28,9 +28,8 @@ def first_example(page: str) -> dict[str, Any]:
 def test_the_first_training_function_of_a_page_trains_in_two_workers_through_a_kill(page: str, tmp_path: Path) -> None:
     train_fn, settings = first_example(page)["train_fn"], SETTINGS[page]
     fault = Fault(slot=1, step=4, point="backward", kind="kill")
-    lab = ProcessLab(
-        lambda directory: train_fn(settings), tmp_path, num_slots=2, faults=[fault], config=HetConfig(shares=None)
-    )
+    config = HetConfig(shares=None)
+    lab = ProcessLab(lambda _: train_fn(settings), tmp_path, LabSlots(num_slots=2), faults=[fault], config=config)
     lab.run(60.0)
     assert lab.failure is None
     assert [event["slot"] for event in lab.events if event["kind"] == "lost"] == [1]
