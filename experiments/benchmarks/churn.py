@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks import common
-from raytrain_het.allreduce import points
+from raytrain_het.membership.points import POINTS
 from raytrain_het.testing.lab_worker import WorkerFiles
 from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.worker.session import current
@@ -30,7 +30,7 @@ from raytrain_het.worker.session import current
 VICTIM = 2
 STEPS_PER_LIFE = 2
 INTERVAL_S = 0.1
-KILL_POINTS = tuple(point for point in points.POINTS if point != "report")
+KILL_POINTS = tuple(point for point in POINTS if point != "report")
 
 
 class Meter:
@@ -82,7 +82,7 @@ def arrange_death(refills: Path) -> None:
                 file.write(b".")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    points.listeners.append(reached)
+    current().points.listeners.append(reached)
 
 
 class Enough(Exception):

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 import raytrain_het as het
 from experiments.benchmarks import common
-from raytrain_het.allreduce import points
+from raytrain_het.membership.points import MARKS, POINTS
 from raytrain_het.testing.faults import Fault
 from raytrain_het.testing.lab_worker import WorkerFiles
 from raytrain_het.testing.processes import LabSlots, ProcessLab
@@ -45,10 +45,10 @@ def train(directory: str, *, epochs: int, steps_per_epoch: int, batch: int) -> N
     log = open(Path(directory) / f"times_{session.slot}_{os.getpid()}.jsonl", "w", buffering=1)  # noqa: SIM115
 
     def note(point: str, step: int) -> None:
-        if point in points.MARKS:
+        if point in MARKS:
             log.write(json.dumps([point, step, session.joined().connections.record().number, time.time()]) + "\n")
 
-    points.listeners.append(note)
+    session.points.listeners.append(note)
     data = common.make_data(steps_per_epoch * batch)
     model = het.prepare_model(common.make_model())
     optimizer = het.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
@@ -133,7 +133,7 @@ def evaluate(directory: Path, point: str, kind: str) -> Iterator[dict[str, Any]]
 def main() -> None:
     def add(parser: Any) -> None:
         parser.add_argument("--kind", choices=("kill", "stop"), default="kill")
-        parser.add_argument("--points", nargs="+", choices=points.POINTS, default=points.POINTS)
+        parser.add_argument("--points", nargs="+", choices=POINTS, default=POINTS)
         parser.add_argument("--faults", type=int, default=12, help="faults at each point")
         parser.add_argument("--apart", type=int, default=60, help="steps between two faults")
         parser.add_argument("--batch", type=int, default=64, help="samples of each worker in a step")

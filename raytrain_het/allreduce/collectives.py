@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from raytrain_het.allreduce import points
 from raytrain_het.allreduce.header import Header, header_bytes, read_header, write_header
 from raytrain_het.allreduce.jobs import ConfirmJob, Contribution, LocalBucket, ResyncJob, StepJob
 from raytrain_het.allreduce.layout import Bucket, Layout
@@ -70,7 +69,7 @@ class Collectives:
                 operations = self._begin(job, buckets[k], reducer, sums, expected_weight)
                 under_way.append(_UnderWay(operations, next(operations)))
             if k == 1:
-                points.reach("between_buckets", job.step)
+                self._agent.points.reach("between_buckets", job.step)
             for bucket in before:
                 waited_s += self._waiter.finish_of_step(bucket.operation, job)
                 following = next(bucket.rest, None)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from raytrain_het.allreduce import kept_step, points
+from raytrain_het.allreduce import kept_step
 from raytrain_het.allreduce.collectives import Collectives
 from raytrain_het.allreduce.compression_error import CompressionErrorMeter
 from raytrain_het.allreduce.error_feedback import ErrorFeedback
@@ -304,7 +304,7 @@ class Communicator:
         self._kept = (job.step, lambda: kept_step.pack(sums, reducer, self.layout))
         self._count_traffic()
         self._paths.look(reducer)
-        points.reach("decoded", job.step)
+        self.agent.points.reach("decoded", job.step)
         return StepResult(
             sums=sums,
             means=(job.contribution or Contribution()).means,

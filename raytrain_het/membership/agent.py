@@ -14,6 +14,7 @@ import msgspec
 from raytrain_het.errors import EvictedError, HetError, ReplicaMismatchError, RunFailedError
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.message_parts import Address, Known, Told
+from raytrain_het.membership.points import StepPoints
 from raytrain_het.membership.protocol import (
     Answer,
     Bye,
@@ -60,10 +61,24 @@ class MemberAgent:
     ``commit_lock`` serialises committing a step and answering to a forming generation: once answered, nothing of the
     old generation commits. The reader thread never waits for it but to say hello; a committing thread answers itself
     when it is done.
+
+    Args:
+        member: who this is.
+        locate: says where the hub is; asked again whenever the connection is lost.
+        fingerprint: of what all members must have alike.
+        points: told when this member's threads reach the points of a step.
     """
 
-    def __init__(self, member: Member, locate: Callable[[], dict[str, Any]], *, fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        member: Member,
+        locate: Callable[[], dict[str, Any]],
+        *,
+        fingerprint: str = "",
+        points: StepPoints | None = None,
+    ) -> None:
         self.member = member
+        self.points = points or StepPoints()
         self.uid = member.uid
         self.condition = threading.Condition()
         self.commit_lock = threading.Lock()

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytrain_het.allreduce.points import POINTS
 from raytrain_het.config import HetConfig
+from raytrain_het.membership.points import POINTS
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.ledger import LedgerError, check_exactly_once, read_ledgers
 from raytrain_het.testing.processes import LabSlots, ProcessLab

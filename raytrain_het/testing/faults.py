@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from raytrain_het.allreduce import points
+from raytrain_het.membership.points import POINTS, StepPoints
 
 Kind = Literal["kill", "stop", "leave", "raise", "slow"]
 
@@ -34,14 +34,15 @@ class Fault:
     when_stored: bool = False
 
     def __post_init__(self) -> None:
-        if self.point not in points.POINTS:
-            raise ValueError(f"point={self.point!r} is not valid: allowed are {points.POINTS}")
+        if self.point not in POINTS:
+            raise ValueError(f"point={self.point!r} is not valid: allowed are {POINTS}")
 
 
 def install(
     faults: Sequence[Fault],
     slot: int,
     directory: str,
+    points: StepPoints,
     leave: Callable[[], None],
     await_reports: Callable[[], None],
 ) -> None:
@@ -52,6 +53,7 @@ def install(
         slot: This worker's slot.
         directory: Holds a mark for each fault that has happened, with the wall-clock time at which it did. So a
             refilled worker does not meet the same fault again.
+        points: This worker's.
         leave: Makes this worker leave in good order.
         await_reports: Returns when all reports of this worker are registered.
     """

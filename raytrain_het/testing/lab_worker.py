@@ -104,7 +104,7 @@ def run_worker(slot: int, pickled_task: bytes) -> None:
 
 def _train(task: WorkerTask, slot: int) -> tuple[Any]:
     session = sessions.current()
-    fault_kit.install(task.faults, slot, task.directory, session.leave, session.await_reports)
+    fault_kit.install(task.faults, slot, task.directory, session.points, session.leave, session.await_reports)
     if task.files.ledger:
         writer = LedgerWriter(Path(task.directory) / f"ledger_{slot}_{os.getpid()}.jsonl")
         session.listeners.append(lambda record: writer.append(ledger_entry(record)))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from raytrain_het.config import HetConfig
+from raytrain_het.membership.points import StepPoints
 from raytrain_het.worker.state.storage import Storage
 
 
@@ -30,6 +31,8 @@ class WorkerContext:
     """This worker's."""
     node_ip: str
     """Address at which peers reach it."""
+    points: StepPoints = field(default_factory=StepPoints)
+    """Told when this worker reaches the points of a step."""
 
 
 class HubAddress:

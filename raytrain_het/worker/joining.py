@@ -115,7 +115,8 @@ def _connect(
         kind=kind_of_machine(context.device),
     )
     identity = identity_of_data(plan, prepared.data.fingerprint).values()
-    agent = MemberAgent(member, hub.find, fingerprint="/".join(map(str, (layout.fingerprint, *identity))))
+    fingerprint = "/".join(map(str, (layout.fingerprint, *identity)))
+    agent = MemberAgent(member, hub.find, fingerprint=fingerprint, points=context.points)
     if speed is not None:
         codecs = _codecs_told(config, layout) if config.compression_error is not None else None
         agent.known = speed.told(plan.full_batch, codecs)

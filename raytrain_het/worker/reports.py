@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from raytrain_het.allreduce import points
 from raytrain_het.membership.message_parts import ReplicaAudit
 from raytrain_het.membership.protocol import Report as ReportPart
 from raytrain_het.membership.record import Record
@@ -46,7 +45,7 @@ class Reports:
         plain = check_metrics(metrics, reduce)
         agent.check()
         cursor, record = engine.cursor, self._connections.record()
-        points.reach("report", cursor.step)
+        agent.points.reach("report", cursor.step)
         # Not those that healed at the very end of an epoch: they begin with the next one, and do not come here.
         healed = [m.uid for m in record.members if m.uid not in (*record.unhealed, *record.fresh)]
         holds = checkpoint and agent.uid in healed[:NUM_HOLDERS]

@@ -28,7 +28,7 @@ class Session:
     def __init__(self, context: WorkerContext) -> None:
         self.context = context
         self.config, self.slot, self.num_slots = context.config, context.slot, context.num_slots
-        self.device = context.device
+        self.device, self.points = context.device, context.points
         self.extras = Extras()
         """What checkpoints hold besides: add to it before ``loader.epochs()``."""
         self.listeners: list[StepListener] = []

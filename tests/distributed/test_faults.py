@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from labs import run, wait_until
 
-from raytrain_het.allreduce import layout, points
-from raytrain_het.allreduce.points import POINTS
+from raytrain_het.allreduce import layout
+from raytrain_het.membership.points import POINTS
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
 from raytrain_het.worker.session import current
@@ -57,7 +57,7 @@ class UntilRefilled:
                 uid = first.read_text()
                 session.worker.agent.wait_for(lambda: self.is_needed(session.worker.agent, uid))
 
-        points.listeners.append(hold)
+        session.points.listeners.append(hold)
         return self.task(directory)
 
     def is_needed(self, agent, first):
@@ -147,7 +147,7 @@ class OnceSomebodyHeals:
         self.task = task
 
     def __call__(self, directory):
-        session, reached = current(), points.listeners[:]
+        session, reached = current(), current().points.listeners[:]
 
         def hold(point, step):
             record = session.worker.agent.record
@@ -157,7 +157,7 @@ class OnceSomebodyHeals:
                     listener(point, step)
 
         if reached:
-            points.listeners[:] = [hold]
+            session.points.listeners[:] = [hold]
         return self.task(directory)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 
 from labs import run
 
-from raytrain_het.allreduce import points
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression
 from raytrain_het.worker.session import current
 from raytrain_het.worker.step.memory import MemoryLimit
@@ -44,7 +43,7 @@ class Small:
                 sizes[step] = [len(part) for part in session.worker.engine.opened.micro]
 
         session.begin = begin_small
-        points.listeners.append(note)
+        session.points.listeners.append(note)
         return TASK(directory) | {"sizes": sizes}
 
 

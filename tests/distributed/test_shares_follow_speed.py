@@ -13,7 +13,6 @@ from labs import alone, run
 from torch.utils.data import DataLoader, TensorDataset
 
 import raytrain_het as het
-from raytrain_het.allreduce import points
 from raytrain_het.testing.cgroups import CpuQuota, available
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.ledger import read_ledgers
@@ -51,7 +50,7 @@ class Uneven:
             self.step = step
             time.sleep(0.02)
 
-        points.listeners.append(work)
+        current().points.listeners.append(work)
         return self.task(directory)
 
     def own_s(self, samples):
@@ -162,7 +161,7 @@ class SlowOnceRefilled(Uneven):
             if point == "opened" and back and happened(directory) and self.at_step > step + 12:
                 self.at_step = step + 12
 
-        points.listeners.append(note)
+        current().points.listeners.append(note)
         return super().__call__(directory)
 
 

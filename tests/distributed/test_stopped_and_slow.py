@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from labs import run, wait_until
 
-from raytrain_het.allreduce import points
-from raytrain_het.allreduce.points import POINTS
+from raytrain_het.membership.points import POINTS
 from raytrain_het.testing.campaign import Waker
 from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
@@ -90,7 +89,7 @@ class OnceOneIsHealed:
         self.task = task
 
     def __call__(self, directory):
-        session, reached = current(), points.listeners[:]
+        session, reached = current(), current().points.listeners[:]
 
         def hold(point, step):
             record, num_happened = session.worker.agent.record, len(happened(directory))
@@ -99,7 +98,7 @@ class OnceOneIsHealed:
                     listener(point, step)
 
         if reached:
-            points.listeners[:] = [hold]
+            session.points.listeners[:] = [hold]
         return self.task(directory)
 
 
@@ -115,7 +114,7 @@ class StopsOnceTheOtherIsBack:
                 mark.write_text(repr(time.time()))
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-        points.listeners.append(hold)
+        current().points.listeners.append(hold)
         return TASK(directory)
 
 

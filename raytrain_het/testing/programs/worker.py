@@ -19,7 +19,6 @@ import torch
 import torch._dynamo  # Imported by every optimizer's first step: once in the fork server.
 
 import raytrain_het
-from raytrain_het.allreduce import points
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import EvictedError, HetError, ProtocolError
 from raytrain_het.testing import faults as fault_kit
@@ -136,7 +135,7 @@ def _run(job: ProgramRun) -> Outcome:
     def train() -> tuple[Any]:
         session = sessions.current()
         directory = str(job.directory)
-        fault_kit.install(job.faults, job.slot, directory, session.leave, session.await_reports)
+        fault_kit.install(job.faults, job.slot, directory, session.points, session.leave, session.await_reports)
         session.listeners.append(watched.committed)
         exec(compile(job.text, "<program>", "exec"), space)
         return (space["train_fn"](),)
@@ -162,7 +161,5 @@ def _run(job: ProgramRun) -> Outcome:
         outcome.error_class = type(error).__name__
         outcome.refused = isinstance(error, HetError) and not isinstance(error, ProtocolError)
         outcome.traceback = traceback.format_exc()
-    finally:
-        points.listeners.clear()
     outcome.final = state_of(watched.model, watched.optimizer)
     return outcome

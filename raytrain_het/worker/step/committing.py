@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from raytrain_het.allreduce import points
 from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.allreduce.jobs import ResyncJob
 from raytrain_het.allreduce.sums import Sums
@@ -77,7 +76,7 @@ class Committing:
                 self._comm.codec_states.commit(step.number, sums.total_weight, sums.used)
             else:
                 log(step.number, lambda: None)
-            points.reach("updated", step.number)
+            agent.points.reach("updated", step.number)
             after, _ = advance(self._plan, step.cursor)
             agent.advance(after, healed=True)
             step.closed = True

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raytrain_het.allreduce import points
 from raytrain_het.allreduce.jobs import StepJob
 from raytrain_het.errors import LoopOrderError
 from raytrain_het.membership.cursor import Cursor
@@ -111,7 +110,7 @@ class Engine:
         if before is not None:
             self._tell_timing(before, step)
         self._reducing.submit(step)
-        points.reach("opened", step.number)
+        self.agent.points.reach("opened", step.number)
         return step
 
     def _generation_of_next_step(self, epoch: int) -> Record | None:
@@ -123,7 +122,7 @@ class Engine:
                 if not self.generations.awaits_confirmation and self.agent.is_current(record.number):
                     return None
                 continue
-            points.reach("slice", self.cursor.step + 1)
+            self.agent.points.reach("slice", self.cursor.step + 1)
             if self.agent.is_current(record.number):
                 return record
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from raytrain_het.allreduce import points
 from raytrain_het.allreduce.jobs import ABORTED, LocalBucket, SendBuffers, StepJob
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.sums import Sums
@@ -65,6 +64,7 @@ class Gradients:
         self._zeroed = [id(p) in must_be_zero for p in self._params]
         self._no_pass_yet()
         self._job = StepJob(0, 0, ABORTED)
+        self._on_first: Callable[[], None] = lambda: None
         self._on_full: Callable[[Sequence[LocalBucket]], None] = lambda buckets: None
         self._on_backward_done: Callable[[bool], None] = lambda last: None
         self.inspect: Callable[[Sequence[Root]], Exception | None] = lambda roots: None
@@ -126,18 +126,20 @@ class Gradients:
         *,
         on_full: Callable[[Sequence[LocalBucket]], None],
         on_backward_done: Callable[[bool], None],
+        on_first: Callable[[], None] = lambda: None,
         send_buffers: SendBuffers | None = None,
     ) -> None:
         """A step is opened: nothing is gathered yet.
 
         Args:
             job: once it is over nothing is gathered any more.
+            on_first: called when the first gradient of a pass is here.
             on_full: called with buckets that are full, in layout order.
             on_backward_done: called when a pass is over, with whether it was the step's last.
             send_buffers: where gradients are gathered, as far as they can be; else in buckets of their own.
         """
         self._job = job
-        self._on_full, self._on_backward_done = on_full, on_backward_done
+        self._on_first, self._on_full, self._on_backward_done = on_first, on_full, on_backward_done
         self._buckets.begin(send_buffers)
         self._num_passes = self._num_counted = 0
         self.buffers.begin()
@@ -256,7 +258,7 @@ class Gradients:
                 f"gradients, that of {self._buckets.name(index)!r} the first of them: call optimizer.zero_grad() "
                 "before backward()."
             )
-        points.reach("backward", self._job.step)
+        self._on_first()
 
     def _comes_again(self, index: int) -> None:
         """The parameter's gradient comes in parts."""

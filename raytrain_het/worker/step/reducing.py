@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from raytrain_het.allreduce import points
 from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.allreduce.jobs import Contribution, LocalBucket, Result, StepJob, StepResult
 from raytrain_het.worker.checks.step_checks import StepChecks
@@ -48,6 +47,7 @@ class Reducing:
         in_messages = None if self._comm.codec_states.has_earlier_residual else self._generations.send_buffers
         self._gradients.begin(
             step.job,
+            on_first=lambda: self._generations.agent.points.reach("backward", step.number),
             on_full=lambda buckets: self._hand_over(step, buckets),
             on_backward_done=lambda last: self._backward_done(step) if last else None,
             send_buffers=in_messages,
@@ -79,7 +79,7 @@ class Reducing:
     def _backward_done(self, step: OpenStep) -> None:
         """The step's last pass is over. Comes out of the user's ``backward()``, and so does what is raised here."""
         step.submitted = step.submitted or time.monotonic()
-        points.reach("arrived", step.number)
+        self._generations.agent.points.reach("arrived", step.number)
         step.cpu.waiting_begins()
         self._await_sums(step)
         step.cpu.waiting_ends()
