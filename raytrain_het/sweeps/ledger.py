@@ -24,7 +24,7 @@ _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b: ")
 
 
 @dataclass
-class Entry:
+class TrialEntry:
     """One trial, as the ledger has it."""
 
     number: int
@@ -61,9 +61,9 @@ class Entry:
             self._began = line["time"]
 
 
-def read_ledger(folder: Path) -> dict[str, Entry]:
+def read_ledger(folder: Path) -> dict[str, TrialEntry]:
     """All trials by Tune's ids, in the order in which they began."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TrialEntry] = {}
     try:
         lines = (folder / FILE).read_text("utf-8").splitlines()
     except OSError:
@@ -79,7 +79,7 @@ def read_ledger(folder: Path) -> dict[str, Entry]:
                 entry.stop(line["time"])
             continue
         number = max((entry.number for entry in entries.values()), default=0) + 1
-        entries.setdefault(line["id"], Entry(number, line["settings"])).add_line(line)
+        entries.setdefault(line["id"], TrialEntry(number, line["settings"])).add_line(line)
     return entries
 
 

@@ -23,7 +23,7 @@ from raytrain_het.jobs.lines import COLUMNS, Sentence, fits
 from raytrain_het.jobs.summary import jsonable, size
 from raytrain_het.jobs.validation import yaml_text
 from raytrain_het.ray_train.narration import number
-from raytrain_het.sweeps.ledger import Entry, last_line, read_ledger
+from raytrain_het.sweeps.ledger import TrialEntry, last_line, read_ledger
 from raytrain_het.sweeps.paths import flat
 from raytrain_het.sweeps.runs import read_reports, rows_of
 from raytrain_het.sweeps.sweep import Sweep
@@ -200,7 +200,7 @@ def _rank(sweep: Sweep, row: Mapping[str, Any]) -> tuple[int, float, int]:
     return row["status"] != "complete", value if sweep.objective.best == "min" else -value, row["trial"]
 
 
-def _row(sweep: Sweep, entry: Entry, rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+def _row(sweep: Sweep, entry: TrialEntry, rows: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     _, idle = sweep.data_of(entry.settings)
     try:
         job = flat(dataclasses.asdict(sweep.job_of(entry.settings)))
