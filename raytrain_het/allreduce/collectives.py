@@ -11,7 +11,7 @@ from raytrain_het.allreduce.header import Header, header_bytes, read_header, wri
 from raytrain_het.allreduce.jobs import ConfirmJob, Contribution, LocalBucket, ResyncJob, StepJob
 from raytrain_het.allreduce.layout import Bucket, Layout
 from raytrain_het.allreduce.reducers import Reducer, ReducerByEpoch
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import Sums, SumsSoFar
 from raytrain_het.allreduce.transport.group import Operation, PeerBuffers
 from raytrain_het.allreduce.transport.one_to_all import one_to_all
 from raytrain_het.allreduce.waiting import Waiter
@@ -58,7 +58,7 @@ class Collectives:
             What the headers say, and the seconds in which only peers were waited for.
         """
         reducer, buckets = self.reducers.open(job.cursor.epoch), self._layout.buckets
-        sums, waited_s = Sums(step=job.step), 0.0
+        sums, waited_s = SumsSoFar(job.step), 0.0
         under_way: list[_UnderWay] = []
         reducer.expect_step()
         expected_weight = reducer.feedback.expected_weight(job.num_samples)
@@ -77,10 +77,10 @@ class Collectives:
                     under_way.append(_UnderWay(bucket.rest, following))
             k += 1
         reducer.feedback.observe_weight(sums.total_weight, job.num_samples)
-        return sums, waited_s
+        return sums.all(), waited_s
 
     def _begin(
-        self, job: StepJob, bucket: Bucket, reducer: Reducer, sums: Sums, expected_weight: float
+        self, job: StepJob, bucket: Bucket, reducer: Reducer, sums: SumsSoFar, expected_weight: float
     ) -> Iterator[Operation]:
         """Wait until the training thread has filled the bucket, and begin its all-reduce."""
         k = bucket.index

@@ -45,16 +45,16 @@ def pack(sums: Sums, reducer: Reducer, layout: Layout) -> torch.Tensor:
 
 def unpack(data: torch.Tensor, layout: Layout, step: int, outs: list[torch.Tensor]) -> Sums:
     """The inverse of :func:`pack`: values go to ``outs`` by bucket, the rest is returned."""
-    sums, place = Sums(step=step), 0
+    place, used, weight, finite = 0, [], 0.0, True
     for bucket in layout.buckets:
         header = read_header(data[place:], len(bucket.segments))
         place += header_bytes(len(bucket.segments))
-        sums.total_weight, sums.finite = header.weight, header.finite
-        sums.used.append(header.used)
+        weight, finite = header.weight, header.finite
+        used.append(header.used)
         size = bucket.numel * bucket.dtype.itemsize
         outs[bucket.index].copy_(data[place : place + size].view(bucket.dtype))
         place += _padded(size)
-    return sums
+    return Sums(step=step, total_weight=weight, finite=finite, used=tuple(used))
 
 
 def _padded(size: int) -> int:

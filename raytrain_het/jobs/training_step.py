@@ -12,7 +12,7 @@ from raytrain_het.allreduce.codecs import codec_of
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.worker.data.batches import to_device
 from raytrain_het.worker.data.data_plan import micro_batches
-from raytrain_het.worker.state.fetch import SampleFetcher
+from raytrain_het.worker.data.fetch import SampleFetcher
 from raytrain_het.worker.step.step_key import step_key
 
 

@@ -12,7 +12,7 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers import Reducer, ReducerByEpoch, reducer_for
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import Sums, SumsSoFar
 from raytrain_het.allreduce.transport.group import PeerBuffers
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Member, Record
@@ -127,7 +127,7 @@ class Reduction:
     ) -> tuple[list[list[torch.Tensor]], list[Sums]]:
         """Reduce ``gradients`` (by rank, all buckets flat, already weighted); returns outs and sums by rank."""
         size = len(weights)
-        sums = [Sums(step=at) for _ in range(size)]
+        sums = [SumsSoFar(step=at) for _ in range(size)]
         outs: list[list[torch.Tensor]] = [[] for _ in range(size)]
         place = 0
         for reducer in self.reducers:
@@ -165,7 +165,7 @@ class Reduction:
         self.sums = sums
         for reducer, seen in zip(self.reducers, sums, strict=True):
             reducer.feedback.observe_weight(seen.total_weight, num_samples or max(1, round(sum(weights))))
-        return outs, sums
+        return outs, [so_far.all() for so_far in sums]
 
     def commit(self) -> None:
         """What was run last is committed by all."""

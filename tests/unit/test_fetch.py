@@ -18,9 +18,9 @@ from ray import cloudpickle
 from torch.utils.data import DataLoader, Subset, TensorDataset, get_worker_info
 
 from raytrain_het.errors import ConfigError, DataProcessError
+from raytrain_het.worker.data.fetch import DataProcesses, SampleFetcher
 from raytrain_het.worker.data.packed_samples import pack
 from raytrain_het.worker.data.sample_source import sample_seeds
-from raytrain_het.worker.state.fetch import SampleFetcher
 
 # As a user's script: its classes reach a worker by value, in no module that another process could import.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -119,8 +119,8 @@ def same(a, b):
 def fetcher_of():
     made = []
 
-    def make(*args, **kwargs):
-        made.append(SampleFetcher(*args, **kwargs))
+    def make(*args, seed=0, **processes):
+        made.append(SampleFetcher(*args, seed=seed, processes=DataProcesses(**processes)))
         return made[-1]
 
     yield make
@@ -467,9 +467,9 @@ def test_data_processes_end_with_a_worker_that_is_killed(tmp_path):
     script.write_text(
         textwrap.dedent("""
         import time
-        from raytrain_het.worker.state.fetch import SampleFetcher
+        from raytrain_het.worker.data.fetch import DataProcesses, SampleFetcher
         if __name__ == "__main__":
-            SampleFetcher(list(range(10)), num_workers=2).fetch(0, range(10))
+            SampleFetcher(list(range(10)), processes=DataProcesses(num_workers=2)).fetch(0, range(10))
             print("ready", flush=True)
             time.sleep(60)
     """)

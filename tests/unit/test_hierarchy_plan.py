@@ -16,7 +16,7 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers.by_machine import ByMachineReducer
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import SumsSoFar
 
 LAYOUT = Layout(
     [("a", torch.zeros(30, 50)), ("b", torch.zeros(700)), ("c", torch.zeros(9))], [("m", torch.zeros(3))], 4000
@@ -142,7 +142,7 @@ def test_a_leader_whose_machine_sends_nothing_keeps_what_it_held_though_others_c
     record = record_of([1, 1, 0, 0], [1, 1, 0, 0], codec="topk(density=0.05)", hosts="xxyy")
     idle = Reduction(record, LAYOUT, states).reducers[2]
     idle.expect_step()
-    sums = Sums(step=2)
+    sums = SumsSoFar(step=2)
     for bucket in LAYOUT.buckets:
         header = Header(2, 3, bucket.index, 3, 0.0, True, False, 0, 0)
         next(idle.all_reduce(bucket, header, None, torch.empty(bucket.numel), sums, expected_weight=2.0))

@@ -16,7 +16,7 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers.low_rank import LowRankReducer
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import SumsSoFar
 from raytrain_het.codec_options import AUTO_CODECS, LowRankOptions, used_together
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
@@ -216,7 +216,7 @@ def test_who_takes_a_step_over_when_all_it_sends_has_gone_holds_what_it_has_not_
     states = [ErrorFeedback(LAYOUT) for _ in range(2)]
     reduction = Reduction(record_of([1.0, 1.0], codec="lowrank"), LAYOUT, states)
     (bucket,) = [b for b in LAYOUT.buckets if {s.name for s in b.segments} == {"small", "b"}]
-    sums = [Sums(step=5) for _ in range(2)]
+    sums = [SumsSoFar(step=5) for _ in range(2)]
     ways = []
     for reducer, seen in zip(reduction.reducers, sums, strict=True):
         reducer.expect_step()
@@ -242,7 +242,7 @@ def test_kept_sums_stay_as_they_are_while_the_next_step_is_begun() -> None:
         for bucket in LAYOUT.buckets:
             header = Header(6, 3, bucket.index, 3, 1.0, True, True, 0, 3)
             local, ignored = torch.ones(bucket.numel), torch.empty(bucket.numel)
-            next(reducer.all_reduce(bucket, header, local, ignored, Sums(step=6)))
+            next(reducer.all_reduce(bucket, header, local, ignored, SumsSoFar(step=6)))
             again = torch.empty(bucket.numel)
             of_bucket = reducer.by_bucket[bucket.index]
             if isinstance(of_bucket, LowRankReducer) and of_bucket.factors.second is not None:

@@ -26,7 +26,7 @@ from raytrain_het.jobs.tabular import training as tabular
 from raytrain_het.jobs.tabular.columns import Source
 from raytrain_het.jobs.tabular.data import open_table
 from raytrain_het.jobs.tabular.job import TabularJob
-from raytrain_het.worker.state.fetch import SampleFetcher
+from raytrain_het.worker.data.fetch import SampleFetcher
 
 GENERATED = Source(data=None, rows=1000, columns=3, target=None, features=None, task="regression", seed=0)
 

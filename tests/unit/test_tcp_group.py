@@ -19,7 +19,7 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers import Reducer, reducer_for
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import SumsSoFar
 from raytrain_het.allreduce.transport import tcp
 from raytrain_het.allreduce.transport.building import GroupBuilder, connect
 from raytrain_het.allreduce.transport.group import GroupError, PeerBuffers
@@ -483,7 +483,7 @@ class Steps:
         if step % 3 == self.rank:
             time.sleep(0.005)  # The others are to have something left that they could not send yet.
         reducer.expect_step()
-        sums, contributes = Sums(step=step), record.shares[self.rank] > 0
+        sums, contributes = SumsSoFar(step=step), record.shares[self.rank] > 0
         for bucket in self.LAYOUT.buckets:
             local = self.gradient(step, self.rank, bucket.index, bucket.numel)
             wires = reducer.send_buffers[bucket.index]

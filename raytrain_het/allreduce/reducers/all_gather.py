@@ -17,7 +17,7 @@ from raytrain_het.allreduce.reducers.base import SendBuffer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder, Payload
 from raytrain_het.allreduce.reducers.messages import BucketMessages
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import SumsSoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 
@@ -63,7 +63,7 @@ class AllGatherReducer:
         self._messages.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, sums: Sums, *, noted: bool = False
+        self, header: Header, local: torch.Tensor | None, weight: float, sums: SumsSoFar, *, noted: bool = False
     ) -> Iterator[Operation]:
         if local is None:
             self._own = None
@@ -81,7 +81,7 @@ class AllGatherReducer:
         for receiver in self._members.others:
             self._messages.outgoing[receiver].copy_(self._own)
 
-    def _received(self, sums: Sums, *, noted: bool) -> list[Payload]:
+    def _received(self, sums: SumsSoFar, *, noted: bool) -> list[Payload]:
         payloads, rank = [], self._members.rank
         for sender, header in enumerate(self._messages.read_headers(sums, noted=noted)):
             own = self._own if sender == rank else None

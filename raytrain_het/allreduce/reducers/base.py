@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from raytrain_het.allreduce.header import Header
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import SumsSoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 SendBuffer = tuple[int, int, torch.Tensor]
@@ -45,7 +45,7 @@ class BucketReducer(Protocol):
         """A step is opened. What peers send for it is received from now on, whenever this member is ready itself."""
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, sums: Sums, *, noted: bool = False
+        self, header: Header, local: torch.Tensor | None, weight: float, sums: SumsSoFar, *, noted: bool = False
     ) -> Iterator[Operation]:
         """Reduce the bucket, by operations with the peers.
 

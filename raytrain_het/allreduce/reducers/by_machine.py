@@ -26,7 +26,7 @@ from raytrain_het.allreduce.reducers.flat import flat_kind, flat_reducer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder
 from raytrain_het.allreduce.reducers.to_owners import ShardsToOwners
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import SumsSoFar
 from raytrain_het.allreduce.transport.group import Group, Operation, PeerBuffers
 from raytrain_het.membership.record import Record
 
@@ -130,7 +130,7 @@ class ByMachineReducer:
         self._inside.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, sums: Sums, *, noted: bool = False
+        self, header: Header, local: torch.Tensor | None, weight: float, sums: SumsSoFar, *, noted: bool = False
     ) -> Iterator[Operation]:
         machines, bucket = self._machines, self._bucket
         if machines.is_idle and not bucket.is_dense:

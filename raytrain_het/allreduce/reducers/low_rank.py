@@ -18,7 +18,7 @@ from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Bucket, Segment
 from raytrain_het.allreduce.reducers.base import BucketReducer, SendBuffer
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import SumsSoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 
@@ -60,7 +60,7 @@ class LowRankReducer:
             self._second.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, sums: Sums, *, noted: bool = False
+        self, header: Header, local: torch.Tensor | None, weight: float, sums: SumsSoFar, *, noted: bool = False
     ) -> Iterator[Operation]:
         factors, second = self.factors, self._second
         y = self._corrected(header, local, weight)

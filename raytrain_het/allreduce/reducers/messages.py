@@ -13,7 +13,7 @@ import torch
 from raytrain_het.allreduce.header import Header, HeaderPlace, header_bytes, header_place, read_header, write_header
 from raytrain_het.allreduce.layout import Bucket
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import SumsSoFar
 from raytrain_het.allreduce.transport.group import Operation, PeerBuffers
 
 
@@ -50,7 +50,7 @@ class BucketMessages:
         expected, self._expected = self._expected, None
         return self._members.launch(self._received, self._sent, expected, flush=flush)
 
-    def read_headers(self, sums: Sums, *, noted: bool) -> list[Header]:
+    def read_headers(self, sums: SumsSoFar, *, noted: bool) -> list[Header]:
         """All members' headers by rank, checked, and noted in ``sums`` unless they are already.
 
         Raises:

@@ -22,7 +22,7 @@ from raytrain_het.allreduce.reducers.base import SendBuffer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder, Payload
 from raytrain_het.allreduce.reducers.to_owners import ShardsToOwners
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import SumsSoFar
 from raytrain_het.allreduce.transport.group import Operation, PeerBuffers
 
 
@@ -67,13 +67,13 @@ class OwnerShardsReducer:
         self._to_owners.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, sums: Sums, *, noted: bool = False
+        self, header: Header, local: torch.Tensor | None, weight: float, sums: SumsSoFar, *, noted: bool = False
     ) -> Iterator[Operation]:
         yield self._to_owners.send(header, local, weight)
         self._encode_own_mean(self._to_owners.received(sums, noted=noted), sums)
         yield self._members.launch(self._from_owners, self._to_all)
 
-    def _encode_own_mean(self, payloads: list[Payload], sums: Sums) -> None:
+    def _encode_own_mean(self, payloads: list[Payload], sums: SumsSoFar) -> None:
         (start, stop), bucket = self.owned, self._bucket
         if stop == start:
             return

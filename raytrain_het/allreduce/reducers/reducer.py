@@ -19,7 +19,7 @@ from raytrain_het.allreduce.reducers.flat import flat_reducer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup, Traffic
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder
 from raytrain_het.allreduce.reducers.low_rank import LowRankReducer, MatrixFactors
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.sums import SumsSoFar
 from raytrain_het.allreduce.transport.group import Group, Operation
 from raytrain_het.membership.record import Record
 
@@ -76,7 +76,7 @@ class Reducer:
         header: Header,
         local: torch.Tensor | None,
         out: torch.Tensor,
-        sums: Sums,
+        sums: SumsSoFar,
         *,
         expected_weight: float = 1.0,
     ) -> Iterator[Operation]:

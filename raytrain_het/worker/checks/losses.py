@@ -18,7 +18,8 @@ import torch
 
 from raytrain_het.errors import ConfigError
 from raytrain_het.membership.audit import Terms, agree
-from raytrain_het.worker.checks.loss_graph import LossGraph, Reduction
+from raytrain_het.worker.checks.loss_graph import LossGraph
+from raytrain_het.worker.checks.reduction import Reduction
 from raytrain_het.worker.checks.unsupported import refuse
 
 logger = logging.getLogger("raytrain_het")

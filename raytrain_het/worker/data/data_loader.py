@@ -15,10 +15,10 @@ from raytrain_het.worker.checks.unsupported import refuse
 from raytrain_het.worker.checks.weights import checked_weight
 from raytrain_het.worker.data.batches import pinned, to_device
 from raytrain_het.worker.data.data_plan import DataPlan, slice_of
+from raytrain_het.worker.data.fetch import SampleFetcher
 from raytrain_het.worker.data.sampler_orders import check_epoch, orders_of
 from raytrain_het.worker.data.whole_numbers import whole_number
 from raytrain_het.worker.draft import TrainingData
-from raytrain_het.worker.state.fetch import SampleFetcher
 
 if TYPE_CHECKING:
     from raytrain_het.worker.session import Session

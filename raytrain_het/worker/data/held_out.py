@@ -15,11 +15,11 @@ from raytrain_het.membership.cursor import Cursor
 from raytrain_het.worker.data.batches import pinned, to_device
 from raytrain_het.worker.data.data_loader import HetDataLoader, dataset_size, plan_of
 from raytrain_het.worker.data.data_plan import DataPlan
+from raytrain_het.worker.data.fetch import SampleFetcher
 from raytrain_het.worker.data.forked_generators import seeded
 from raytrain_het.worker.data.sample_source import SampleSource
 from raytrain_het.worker.data.sampler_orders import check_epoch
 from raytrain_het.worker.data.whole_numbers import whole_number
-from raytrain_het.worker.state.fetch import SampleFetcher
 
 BATCH_SIZE = 256
 CollateFn = Callable[[list[Any]], Any]

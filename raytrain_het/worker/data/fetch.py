@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,30 @@ _MAX_CHUNK = 32
 _Key = tuple[int, int, int]  # (epoch, dataset index, how often it was used before in the epoch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataProcesses:
+    """The processes in which samples are fetched ahead, as a ``DataLoader`` has them.
+
+    Raises:
+        ConfigError: ``num_workers`` is not a whole number from 0.
+    """
+
+    num_workers: int = 0
+    """Each has a copy of the dataset; 0 fetches in the calling thread."""
+    worker_init_fn: Callable[[int], None] | None = None
+    """Called in each process with its number, from 0."""
+    context: Any = None
+    """How processes are started; None is a server process that forks them."""
+    timeout: float = 0
+    """How many seconds may pass until a sample is there; 0 is no limit."""
+    persistent: bool = False
+    """Whether processes keep their first copy of the dataset, whatever becomes of the caller's."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_workers, int) or self.num_workers < 0:
+            raise ConfigError(f"num_workers={self.num_workers!r} is not valid: allowed is a whole number from 0.")
+
+
 class SampleFetcher:
     """Fetches the samples of a map-style dataset by index and collates them as torch's `DataLoader` would.
 
@@ -42,18 +67,14 @@ class SampleFetcher:
         dataset: map-style. ``__getitems__`` is used if it has one (see `SampleSource`).
         collate_fn: makes a batch of a list of samples; ``None`` is torch's ``default_collate``. Runs in the calling
             thread. A ``TensorDataset`` (or ``Subset`` of one) with the default is indexed directly.
-        num_workers: processes that fetch ahead, each with a copy of the dataset; 0 fetches in the calling thread.
         seed: the run's seed, from 0.
-        worker_init_fn: called in each process with its number, from 0.
-        context: how processes are started; None is a server process that forks them.
-        timeout: how many seconds may pass until a sample is there; 0 is no limit.
-        persistent: whether processes keep their first copy of the dataset, whatever becomes of the caller's.
+        processes: which fetch ahead.
 
     Attributes:
         num_fetched: samples asked of the dataset so far, here or in the processes.
 
     Raises:
-        ConfigError: ``num_workers`` is not a whole number from 0, or the dataset cannot be sent to processes.
+        ConfigError: the dataset cannot be sent to processes.
     """
 
     def __init__(
@@ -61,19 +82,15 @@ class SampleFetcher:
         dataset: Any,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         *,
-        num_workers: int = 0,
         seed: int = 0,
-        worker_init_fn: Callable[[int], None] | None = None,
-        context: Any = None,
-        timeout: float = 0,
-        persistent: bool = False,
+        processes: DataProcesses | None = None,
     ) -> None:
-        if not isinstance(num_workers, int) or num_workers < 0:
-            raise ConfigError(f"num_workers={num_workers!r} is not valid: allowed is a whole number from 0.")
+        processes = processes or DataProcesses()
+        num_workers, worker_init_fn = processes.num_workers, processes.worker_init_fn
         self.num_fetched = 0
         self._collate = default_collate if collate_fn is None else collate_fn
-        self._num_workers, self._seed, self._timeout = num_workers, seed, timeout
-        self._init_fn, self._context, self._persistent = worker_init_fn, context, persistent
+        self._num_workers, self._seed, self._timeout = num_workers, seed, processes.timeout
+        self._init_fn, self._context, self._persistent = worker_init_fn, processes.context, processes.persistent
         self._direct = (
             self._collate is default_collate
             and not (num_workers and worker_init_fn is not None)
@@ -94,12 +111,14 @@ class SampleFetcher:
         return cls(
             loader.dataset,
             collate_fn,
-            num_workers=loader.num_workers,
             seed=seed,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            context=loader.multiprocessing_context,
-            persistent=loader.persistent_workers,
+            processes=DataProcesses(
+                num_workers=loader.num_workers,
+                timeout=loader.timeout,
+                worker_init_fn=loader.worker_init_fn,
+                context=loader.multiprocessing_context,
+                persistent=loader.persistent_workers,
+            ),
         )
 
     def begin_epoch(self) -> None:
