@@ -246,5 +246,7 @@ def options_of(word: str) -> CodecOptions:
 
 
 def used_together(word: str) -> bool:
-    """Whether all workers must use this codec if one does."""
-    return options_of(word).used_together
+    """Whether all workers must use this codec if one does. False for a name that is not in the table: a choice by cost
+    is among names of any kind."""
+    name, _ = parsed(word)
+    return name in CODECS and options_of(word).used_together
