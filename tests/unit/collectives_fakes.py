@@ -162,10 +162,10 @@ class Reduction:
                     break
                 self.wire.carry()
             place += bucket.numel
-        self.sums = sums
         for reducer, seen in zip(self.reducers, sums, strict=True):
             reducer.feedback.observe_weight(seen.total_weight, num_samples or max(1, round(sum(weights))))
-        return outs, [so_far.all() for so_far in sums]
+        self.sums = [so_far.all() for so_far in sums]
+        return outs, self.sums
 
     def commit(self) -> None:
         """What was run last is committed by all."""

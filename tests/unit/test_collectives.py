@@ -222,7 +222,7 @@ def test_a_gradient_that_is_not_finite_is_known_to_all_with_its_slot() -> None:
     _, sums = Reduction(record_of([1.0, 1.0, 1.0]), layout).run(
         [one, one * torch.inf, one], [1.0, 1.0, 1.0], finite=[True, False, True]
     )
-    assert [(s.finite, s.applies, s.nonfinite_slots) for s in sums] == [(False, False, [11])] * 3
+    assert [(s.finite, s.applies, s.nonfinite_slots) for s in sums] == [(False, False, (11,))] * 3
 
 
 def test_a_step_in_which_nobody_contributes_applies_nothing() -> None:
@@ -238,7 +238,7 @@ def test_a_parameter_counts_as_used_if_any_contributor_used_it() -> None:
     _, sums = Reduction(record_of([1.0, 1.0, 1.0]), layout).run(
         [one, one, one], [1.0, 1.0, 0.0], used=[0b0001, 0b0100, 0b1000]
     )
-    assert [s.used for s in sums] == [[0b0101]] * 3
+    assert [s.used for s in sums] == [(0b0101,)] * 3
 
 
 def test_the_highest_want_and_all_digests_reach_every_rank_also_from_those_without_a_share() -> None:

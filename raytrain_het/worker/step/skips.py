@@ -44,7 +44,7 @@ class Skips:
         counters.skipped += 1
         self._in_a_row += 1
         slot = self._agent.member.slot
-        text = f"workers {sums.nonfinite_slots}" if sums.nonfinite_slots else "a peer"
+        text = f"workers {list(sums.nonfinite_slots)}" if sums.nonfinite_slots else "a peer"
         if sums.finite:
             text = "the weights of the whole batch are 0, see prepare_data_loader(weight=)"
             logger.warning("step %d: %s; the update is skipped", step.number, text)
