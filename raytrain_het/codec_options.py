@@ -11,25 +11,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raytrain_het.errors import ConfigError
+from raytrain_het.named_options import FROM_0_TO_1, TRUE_OR_FALSE, Allowed, option, whole_number_from
 from raytrain_het.plain import is_number, nearest
 
 # ---------------------------------------------------------------- options
-
-
-def option(default: Any, allowed: str, fits: Callable[[Any], bool]) -> Any:
-    """A field of an options class.
-
-    Args:
-        default: its value where none is written.
-        allowed: what is allowed, in words for an error message.
-        fits: whether a value is allowed.
-    """
-    return dataclasses.field(default=default, metadata={"allowed": allowed, "fits": fits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +32,11 @@ class CodecOptions:
         return False
 
 
-def option_names(options: type[CodecOptions]) -> list[str]:
-    """The names of all options, in their order."""
-    return [field.name for field in dataclasses.fields(options)]
-
-
-def _is_whole(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _switch() -> Any:
-    return option(False, "true or false", lambda value: isinstance(value, bool))
-
-
 @dataclass(frozen=True, kw_only=True)
 class BlockwiseOptions(CodecOptions):
     """Options of ``int8`` and ``int4``."""
 
-    error_feedback: bool = _switch()
+    error_feedback: bool = option(False, TRUE_OR_FALSE)
     """Not needed for convergence. It lessens the noise, and takes one fp32 number of memory an element."""
 
 
@@ -68,14 +45,16 @@ class SparseOptions(CodecOptions):
     """Options of codecs that keep a part of the elements."""
 
     density: float = option(
-        0.01, "a number from 1e-6 to 1: the kept fraction", lambda value: is_number(value) and 1e-6 <= value <= 1
+        0.01, Allowed("a number from 1e-6 to 1: the kept fraction", lambda x: is_number(x) and 1e-6 <= x <= 1)
     )
     """The kept fraction."""
 
     warmup_epochs: int = option(
         0,
-        "a whole number from 0 to 1000: the epochs in which the density falls from 0.25",
-        lambda value: _is_whole(value, 0, 1000),
+        Allowed(
+            "a whole number from 0 to 1000: the epochs in which the density falls from 0.25",
+            lambda x: whole_number_from(0).holds(x) and x <= 1000,
+        ),
     )
     """The epochs in which more is kept, see :func:`raytrain_het.allreduce.codecs.warmup.warm_densities`."""
 
@@ -84,7 +63,7 @@ class SparseOptions(CodecOptions):
 class TopKOptions(SparseOptions):
     """Options of ``topk``."""
 
-    all_gather: bool = _switch()
+    all_gather: bool = option(False, TRUE_OR_FALSE)
     """Whether every worker's payload goes to all workers, who all add them up."""
 
     @property
@@ -96,7 +75,9 @@ class TopKOptions(SparseOptions):
 class LowRankOptions(CodecOptions):
     """Options of ``lowrank``."""
 
-    rank: int = option(4, "a whole number from 1 to 1024", lambda value: _is_whole(value, 1, 1024))
+    rank: int = option(
+        4, Allowed("a whole number from 1 to 1024", lambda x: whole_number_from(1).holds(x) and x <= 1024)
+    )
     """Rows of each of the two factors of a matrix."""
 
     @property
@@ -108,9 +89,7 @@ class LowRankOptions(CodecOptions):
 class AutoOptions(CodecOptions):
     """Options of ``auto``, which is no codec: it chooses one for each worker."""
 
-    error: float = option(
-        0.2, "a number from 0 to 1: |x - decoded(x)| / |x|", lambda value: is_number(value) and 0 <= value <= 1
-    )
+    error: float = option(0.2, Allowed("a number from 0 to 1: |x - decoded(x)| / |x|", FROM_0_TO_1.holds))
     """The most that a codec may lose of a message."""
 
 
@@ -195,9 +174,10 @@ def one_word(value: str | Mapping[str, Any], *, auto: bool = False) -> str:
                 f"compression={value!r} is not valid: {name!r} has no option {key!r}; allowed is "
                 f"{' and '.join(known) or 'none'}. Write compression={right!r}."
             )
-        if not known[key].metadata["fits"](chosen):
+        allowed: Allowed = known[key].metadata[Allowed]
+        if not allowed.holds(chosen):
             raise ConfigError(
-                f"compression={value!r} is not valid: allowed for {key!r} is {known[key].metadata['allowed']}. "
+                f"compression={value!r} is not valid: allowed for {key!r} is {allowed.words}. "
                 f"The default is {defaults[key]!r}."
             )
     said = [

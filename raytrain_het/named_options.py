@@ -145,8 +145,8 @@ def name_and_options(written: Any) -> tuple[str | None, dict[Any, Any] | None]:
     return (name if isinstance(name, str) else None), dict(options or {})
 
 
-def option_names(kind: type[NamedOptions]) -> list[str]:
-    """The options of a kind."""
+def option_names(kind: type[Any]) -> list[str]:
+    """The options of a kind, which is a dataclass, in their order."""
     return [declared.name for declared in dataclasses.fields(kind)]
 
 

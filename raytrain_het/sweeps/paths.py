@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from raytrain_het.codec_options import option_names as codec_option_names
 from raytrain_het.codec_options import options_by_name, parsed
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
@@ -26,7 +25,7 @@ _NOT_SWEPT = ("kind", "name", "storage", "het", "workers")
 _WORKERS = re.compile(r"workers\.\d+\.(count|resources\.\w+)")
 
 NAMED: dict[str, dict[str, list[str]]] = {
-    "het.compression": {name: codec_option_names(kind) for name, kind in options_by_name(auto=True).items()},
+    "het.compression": {name: option_names(kind) for name, kind in options_by_name(auto=True).items()},
     "het.schedule": {name: option_names(kind) for name, kind in SCHEDULES.items()},
     "optimizer": {name: option_names(kind) for name, kind in OPTIMIZERS.items()},
 }

@@ -177,7 +177,6 @@ class ReplicaCheck:
         tensors: Tensors = [(name, functools.partial(_parameter, p)) for name, p in replica.named_parameters()]
         tensors += [(f"buffer {name}", functools.partial(_buffer, name)) for name in light["buffers"]]
         names = {id(p): name for name, p in replica.named_parameters()}
-        assert replica.optimizer is not None
         state = replica.optimizer.state
         for group in replica.optimizer.param_groups:
             for p in group["params"]:

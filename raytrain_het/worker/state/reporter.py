@@ -142,17 +142,16 @@ class Reporter:
         if report is not None and report.snapshot is not None and not report.writing:
             report.writing = True
             threading.Thread(
-                target=self._write, args=(report, message.uids), name="het-checkpoint", daemon=True
+                target=self._write, args=(report, report.snapshot, message.uids), name="het-checkpoint", daemon=True
             ).start()
 
-    def _write(self, report: Report, uids: list[str]) -> None:
+    def _write(self, report: Report, snapshot: dict[str, Any], uids: list[str]) -> None:
         """Write and store the checkpoint. A failure costs this checkpoint, never an older one, and never the run."""
         name = "checkpoint_{:09d}_{}".format(*map(int, report.key.split(".")[1:]))
         path, error = None, None
         try:
-            assert report.snapshot is not None
             members = [m for m in report.record.members if m.uid in uids]
-            path = self._writer.write(name, report.meta, report.snapshot, members)
+            path = self._writer.write(name, report.meta, snapshot, members)
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
             logger.warning("the checkpoint of step %d could not be stored, the run goes on: %s", report.step, error)

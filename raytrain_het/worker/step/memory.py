@@ -80,7 +80,7 @@ class MemoryLimit:
         if self._measured is None:
             return FIRST
         samples, taken = self._measured
-        return max(FIRST, int(samples * min(self._room(taken), MOST_GROWTH)))
+        return max(FIRST, int(samples * min(self._room(self._meter, taken), MOST_GROWTH)))
 
     def step_begins(self) -> None:
         """What is measured from here on belongs to the next step."""
@@ -93,10 +93,9 @@ class MemoryLimit:
             return
         taken = max(self._meter.peak_bytes() - self._in_use, 1)
         # A small last batch of an epoch says little; one that took too much says all.
-        if self._measured is None or samples >= self._measured[0] or self._room(taken) < 1:
+        if self._measured is None or samples >= self._measured[0] or self._room(self._meter, taken) < 1:
             self._measured = samples, taken
 
-    def _room(self, taken: int) -> float:
+    def _room(self, meter: Meter, taken: int) -> float:
         """How many times as much would fit."""
-        assert self._meter is not None
-        return (PART * self._meter.total_bytes() - self._in_use) / taken
+        return (PART * meter.total_bytes() - self._in_use) / taken
