@@ -109,7 +109,7 @@ def test_what_is_remembered_follows_parameters_when_they_are_dealt_out_anew(tmp_
 
         step(state, "dc", "ba")
         before = remembered(state)
-        state._deal(tuple("cb"), [model[name] for name in "cb"])
+        state._make_bucket(tuple("cb"), [model[name] for name in "cb"])
         assert set(remembered(state)) == set("abcd")
         assert all(torch.equal(remembered(state)[name], before[name]) for name in "abcd")
         step(state, "cb", "da")
@@ -117,7 +117,7 @@ def test_what_is_remembered_follows_parameters_when_they_are_dealt_out_anew(tmp_
         saved = remembered(state)
         other = CompressedState(model, "sign")
         other.load_state_dict(state.state_dict())
-        other._deal(tuple("ad"), [model[name] for name in "ad"])
+        other._make_bucket(tuple("ad"), [model[name] for name in "ad"])
         loaded = {name: values["residual"] for name, values in other.state_dict().items()}
         assert all(torch.equal(loaded[name], saved[name]) for name in "abcd")
         thread = next(t for t in threading.enumerate() if t.name == "het-ddp-hook")
