@@ -70,7 +70,7 @@ class StepCost:
 
 
 LEAST = 2
-"""Least share that is given by itself: a batch norm over a single sample raises."""
+"""The least share: a batch norm over a single sample raises."""
 
 
 def least_share(total: int, count: int) -> int:

@@ -1,4 +1,4 @@
-"""Who adds up which part of the gradient."""
+"""Which member owns, and so adds up, which part of the gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEAST = 0.25
 
 
 LINK_SLACK = 1.1
-"""A link may be busy for so many times as long as it must be: a slow owner holds a step up more than that."""
+"""A link may be busy for so many times as long as it must be. A slow owner would hold a step up for longer."""
 
 
 def owner_parts(speeds: Sequence[float], links_s: Sequence[float] = (), unhurried_s: float = 0.0) -> list[float]:
@@ -78,7 +78,7 @@ def _carried(limit_s: float, links_s: Sequence[float]) -> list[float]:
 def _limited(parts: Sequence[float], limits: Sequence[float], speeds: Sequence[float]) -> list[float]:
     """The parts, none above its limit; what is cut off goes to those with room, the faster the more.
 
-    Who has no part gets one only when all others are full.
+    A member without a part gets one only when all others are full.
     """
     given = [min(part, limit) for part, limit in zip(parts, limits, strict=True)]
     missing = sum(parts) - sum(given)

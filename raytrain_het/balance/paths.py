@@ -1,4 +1,4 @@
-"""What the members' links carry in a run, as they see it on their own messages. Nothing is sent for it."""
+"""What the members' links carry, as they see it on their own messages. Nothing more is sent for it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterable, Mapping
 from statistics import fmean
 
 NUM_LOOKS = 3
-"""A path that was looked at less often, just after a connection was made say, tells little."""
+"""A path must be looked at so often before its rate is used: just after a connection was made it tells little."""
 WINDOW = 8
-"""So many last looks at a path count, of which there are at most two a second."""
+"""The last so many looks at a path count. There are at most two a second."""
 LEAST_S = 1e-3
-"""What takes less than a tick of the kernel's clock may be counted as nothing."""
+"""The least time that a look counts: the kernel's clock may show nothing for less than a tick."""
 LEAST_SENT = 0.1
-"""Of a gradient: a way on which less goes from look to look, as from who has no share, tells nothing of a link."""
+"""If less of a gradient than this goes one way from look to look, as from a worker without a share, it tells nothing of
+the link."""
 
 
 class Paths:
@@ -23,7 +24,7 @@ class Paths:
         self._paths: dict[tuple[int, int], deque[tuple[float, float]]] = {}
         self._gradient_bytes: dict[int, int] = {}
         self.hosts: Mapping[int, str] = {}
-        """By slot, the machine it is on. What stays there says nothing of its link."""
+        """By slot, the machine it is on. Messages within a machine say nothing of its link."""
 
     def observe(self, slot: int, sent: Mapping[int, tuple[float, float]], gradient_bytes: int = 1) -> None:
         """A member has looked at what it sent since it last did.
@@ -80,5 +81,5 @@ class Paths:
         return sent, rate
 
     def forget(self, slot: int) -> None:
-        """Another worker has come to that slot, perhaps on another machine."""
+        """Another worker has come to this slot, perhaps on another machine."""
         self._paths = {pair: seen for pair, seen in self._paths.items() if slot not in pair}

@@ -22,16 +22,16 @@ from raytrain_het.config import HetConfig
 MIN_GAIN = 0.02
 """A new table has to promise a step that is shorter by this part, and by as much as the estimates may be off."""
 LINK_PART = 0.1
-"""Links that are busy for less than this part of a step are not looked at: other things count then."""
+"""Links that are busy for less than this part of a step are ignored."""
 LINK_ROUNDS = 3
-"""So many rounds in a row other owners must look better; twice as many after each table for that reason."""
+"""Other owners must look better for so many rounds in a row, and for twice as many after each table made for that."""
 NUM_NEEDED = 3
-"""So many steps of every worker are seen before shares follow from them, after each change."""
+"""Shares follow from steps once so many of every worker were seen, after each change."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What all workers follow. By slot."""
+    """Scores, gradient weights and shares that all workers follow, by slot."""
 
     version: int
     scores: dict[int, float]
@@ -46,17 +46,17 @@ class Table:
     links_s: dict[int, float] = dataclasses.field(default_factory=dict)
     """Seconds for a whole gradient over a worker's link, where links are slow enough to matter; else empty."""
     codecs: dict[int, str] = dataclasses.field(default_factory=dict)
-    """That were chosen for each worker; empty where they are given."""
+    """Codecs that were chosen, by slot; empty where they are given."""
     hierarchy: bool = False
     """Whether it was chosen that gradients are added up on each machine first."""
 
     def links_of(self, slots: Iterable[int]) -> list[float]:
-        """``links_s`` in that order, the median for who is not in it; empty if links do not matter."""
+        """``links_s`` in the order of these slots, the median for a slot without one; empty if links do not matter."""
         usual = statistics.median(self.links_s.values()) if self.links_s else 0.0
         return [self.links_s.get(slot, usual) for slot in slots] if self.links_s else []
 
     def codecs_of(self, slots: Iterable[int], default: str) -> list[str]:
-        """``codecs`` in that order, most workers' for who is not in it; the default if there are none."""
+        """``codecs`` in the order of these slots, the most usual one for other slots; the default if there are none."""
         (usual, _), *_ = [*Counter(self.codecs.values()).most_common(1), (default, 0)]
         return [self.codecs.get(slot, usual) for slot in slots]
 
@@ -98,7 +98,7 @@ class Scoreboard:
         self._speeds.observe(slot, samples, seconds, cycle_s)
 
     def round_is_over(self, slots: Iterable[int]) -> bool:
-        """See :meth:`Speeds.round_is_over`. For whoever looks for no better table."""
+        """See :meth:`Speeds.round_is_over`. For callers that look for no better table."""
         return self._speeds.round_is_over(slots)
 
     def observe_paths(self, slot: int, sent: Mapping[int, tuple[float, float]], gradient_bytes: int = 1) -> None:
@@ -129,7 +129,7 @@ class Scoreboard:
             return None
         if not self._by_steps:
             return self._from_profiles(slots, self.config.score_policy, "from the score policy")
-        self._speeds.take_in()
+        self._speeds.learn()
         costs = self._speeds.costs(slots)
         if self.table is None:
             if len(costs) < len(slots):
@@ -291,7 +291,7 @@ class Scoreboard:
             codecs, hierarchy = self.table.codecs, self.table.hierarchy
         else:
             codecs, hierarchy = {}, False
-        if before and links_s is None:  # They matter: as they are by now.
+        if before and links_s is None:  # They still matter: measure them anew.
             links_s = self._of_links(self._paths.links_s, scores) or before
         self.table = Table(
             version=self.table.version + 1 if self.table is not None else 1,

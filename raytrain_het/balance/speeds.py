@@ -1,4 +1,4 @@
-"""What is known of the workers' speeds: their hardware, and what their steps have taken."""
+"""What is known of the workers' speeds: from their hardware, and from what their steps take."""
 
 from __future__ import annotations
 
@@ -12,41 +12,40 @@ from raytrain_het.balance.profile import Profile
 from raytrain_het.balance.step_time import WINDOW, StepTimeModel
 
 MOST_WAITING = 64
-"""So many observations of a worker wait for those of the others."""
+"""At most so many observations of a worker wait for those of the others."""
 FAR = 0.05
-"""A level so far from 1 is put into the models."""
+"""A level that is so far from 1 is put into the models."""
 
 
 class Speeds:
     """Pure bookkeeping, by slot.
 
-    What all workers share is nobody's speed: where everybody took longer than is usual at this share, or shorter, the
-    least of that is the *level* of that step, as when workers share a machine, a network or a file system that others
-    keep busy. Models learn from times divided by it, so that a few bad moments of a machine do not look like a change
-    in every worker on it, and shares, which depend on ratios alone, stay. What is told outside is at the median level
-    of the last steps. With new shares everybody takes another time, for the first steps, and that is no level: fixed
-    parts are learnt from it.
+    Workers may share a machine, a network or a file system that others keep busy. Then all of them take longer than is
+    usual at their shares, or shorter again, and the least of it is the *level* of that step. Models learn from times
+    divided by the level. So a few bad moments of a machine do not look like a change in every worker on it, and shares,
+    which depend on ratios alone, stay. What is told outside is at the median level of the last steps. The first steps
+    with new shares have no level, since every worker takes another time then: fixed parts are learnt from these.
     """
 
     def __init__(self) -> None:
         self.profiles: dict[int, Profile] = {}
         self.changed: set[int] = set()
-        """Slots that have come to run on other hardware since the table in force."""
+        """Slots whose worker runs on other hardware than when the table in force was made."""
         self._models: dict[int, StepTimeModel] = {}
         self._num_observed: dict[int, int] = {}
         """Since the table in force."""
         self._heard: set[int] = set()
-        """Who has told of a step in this round."""
+        """Slots that have told of a step in this round."""
         self._waiting: dict[int, deque[tuple[int, float]]] = {}
         """Observations (samples, seconds) of this round."""
         self._levels: deque[float] = deque(maxlen=WINDOW)
-        """By step: how many times as long as usual everybody took at least."""
+        """By step, how many times as long as usual all workers took at least."""
         self._steps_of_table = 0
         self._cycles: deque[float] = deque(maxlen=20)
         self._round_cycles: deque[float] = deque(maxlen=200)
         """Since the round was judged."""
         self._besides: deque[float] = deque(maxlen=WINDOW)
-        """By round: what its steps took besides the slowest worker, by what was known of the workers then."""
+        """By round, what its steps took besides the slowest worker, by what was known of the workers then."""
         self._lately: dict[int, deque[float]] = {}
         """Durations of the steps that the workers' own times are from, under the table in force."""
 
@@ -55,7 +54,7 @@ class Speeds:
 
         What was learnt in its slot stays, if it runs on the same hardware as its predecessor.
         """
-        self.take_in()  # What was told of its predecessor.
+        self.learn()  # What was told of its predecessor.
         before = self.profiles.get(slot)
         self.profiles[slot] = profile
         if before is not None:
@@ -76,14 +75,14 @@ class Speeds:
         if samples > 0 and seconds > 0:
             self._num_observed[slot] = self._num_observed.get(slot, 0) + 1
             self._heard.add(slot)
-            if slot not in self._models:  # Something is known of it at once, and what it shares with others never.
+            if slot not in self._models:  # A first estimate, at once. It has no level.
                 self._models[slot] = StepTimeModel()
                 self._models[slot].observe(samples, seconds / self.level())
             else:
                 self._waiting.setdefault(slot, deque(maxlen=MOST_WAITING)).append((samples, seconds))
 
     def round_is_over(self, slots: Iterable[int]) -> bool:
-        """Whether each of these has told of a step since this was last true: then what they told is taken in.
+        """Whether each of these has told of a step since this was last true; then it learns from what they told.
 
         No worker tells of its next step before all have told of this one, unless steps are short and told together.
         """
@@ -92,14 +91,14 @@ class Speeds:
             return False
         for gone in self._waiting.keys() - slots:
             del self._waiting[gone]
-        self.take_in()
+        self.learn()
         self._heard.clear()
         return True
 
-    def take_in(self) -> None:
+    def learn(self) -> None:
         """Learn from what was told since the last time, step by step."""
         num_steps = max(map(len, self._waiting.values()), default=0)
-        for before_last in reversed(range(num_steps)):  # All have told of the last one.
+        for before_last in reversed(range(num_steps)):  # The last one is the same step for all.
             step = {slot: told[-1 - before_last] for slot, told in self._waiting.items() if len(told) > before_last}
             level = self._level_of(step)
             for slot, (samples, seconds) in step.items():
@@ -121,7 +120,7 @@ class Speeds:
         return level
 
     def _put_level_into_models(self) -> None:
-        """What is told outside stays; models then are of times as they are."""
+        """Models are of times as they are from then on; what is told outside stays the same."""
         level = self.level()
         for model in self._models.values():
             model.scale(level)
@@ -129,11 +128,11 @@ class Speeds:
             self._levels.append(self._levels.popleft() / level)
 
     def num_observed(self, slots: Iterable[int]) -> int:
-        """Observations since the table in force, of whoever has the fewest."""
+        """Observations since the table in force was made, of the worker with the fewest."""
         return min((self._num_observed.get(slot, 0) for slot in slots), default=0)
 
     def table_issued(self) -> None:
-        """What follows is about another table."""
+        """Another table is in force from now on."""
         self._num_observed.clear()
         self._lately.clear()
         self._steps_of_table = 0
@@ -152,13 +151,13 @@ class Speeds:
         return _times(self.level(lately=lately), cost) if cost is not None else None
 
     def costs(self, slots: Collection[int]) -> dict[int, StepCost]:
-        """Of those that are known."""
+        """The step times of those workers of which they are known."""
         return {slot: cost for slot in slots if (cost := self.cost(slot)) is not None}
 
     def guess(self, slot: int) -> StepCost | None:
         """The step time of a worker that has done no step here, from its hardware.
 
-        That of the known worker whose speed in fp32 matrix products is nearest, times the ratio of these speeds.
+        It is that of the known worker whose speed in fp32 matrix products is nearest, times the ratio of these speeds.
         """
         flops = {s: p.flops["fp32"].median for s, p in self.profiles.items() if "fp32" in p.flops}
         known = self.costs(flops)
@@ -179,7 +178,7 @@ class Speeds:
             self._round_cycles.clear()
 
     def messages_change(self) -> None:
-        """From now on they take another time."""
+        """Messages take another time from now on."""
         self._besides.clear()
         self._round_cycles.clear()
 

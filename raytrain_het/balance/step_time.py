@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from raytrain_het.balance.batch_shares import StepCost
 
 WINDOW = 32
-"""So many of the last observations count."""
+"""The last so many observations count."""
 NUM_FOR_CHANGE = 3
-"""So many observations in a row, all off in the same direction, are a change of speed and no noise."""
+"""If so many observations in a row are off in the same direction, the speed has changed: it is no noise."""
 CHANGE = 0.2
-"""How far off: a fifth."""
+"""They must be off by a fifth."""
 MAX_SLOPE_ERROR = 0.15
 """A fitted slope counts if twice its standard error is less than this part of it."""
 USUAL_NOISE = 0.1
@@ -33,7 +33,7 @@ class StepTimeModel:
 
     def __init__(self, kept: StepCost | None = None) -> None:
         self._kept = kept
-        """From an earlier run: what counts until there is an observation, and its fixed part for longer."""
+        """From an earlier run. It counts until there is an observation, its fixed part for longer."""
         self._seen: list[Observation] = []
         self._samples_worth = kept.fixed_s / kept.per_sample_s if kept is not None else 0.0
         """``x``: so many samples would take as long as what does not depend on the share."""

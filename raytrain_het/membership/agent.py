@@ -13,7 +13,8 @@ import msgspec
 
 from raytrain_het.errors import EvictedError, HetError, ReplicaMismatchError, RunFailedError
 from raytrain_het.membership.cursor import Cursor
-from raytrain_het.membership.message_parts import Address, Known, Told
+from raytrain_het.membership.message_parts import Address, Known, LoopProgress
+from raytrain_het.membership.place import Doing
 from raytrain_het.membership.points import StepPoints
 from raytrain_het.membership.protocol import (
     Answer,
@@ -40,7 +41,6 @@ from raytrain_het.membership.protocol import (
     Want,
 )
 from raytrain_het.membership.record import Member, Record
-from raytrain_het.membership.whereabouts import Doing
 from raytrain_het.membership.wire import Connection
 
 logger = logging.getLogger("raytrain_het")
@@ -58,9 +58,9 @@ class RunOver(BaseException):
 class MemberAgent:
     """Holds what this member knows of the run, under one condition that every waiting thread shares.
 
-    ``commit_lock`` serialises committing a step and answering to a forming generation: once answered, nothing of the
-    old generation commits. The reader thread never waits for it but to say hello; a committing thread answers itself
-    when it is done.
+    ``commit_lock`` orders two things: committing a step, and answering to a generation that is being formed. Once this
+    member has answered, nothing of the old generation commits. The reader thread waits for this lock only to say hello.
+    If a commit is under way when a void is read, the committing thread answers when it is done.
 
     Args:
         member: who this is.
@@ -87,7 +87,7 @@ class MemberAgent:
         self.healed = False
         self.fresh = False
         self.want = 0
-        """Highest generation number this member was told of; travels in step headers."""
+        """Highest generation number that this member was told of; it travels in step headers."""
         self.void = 0
         """Highest generation number for which the current one was declared void."""
         self.answered = 0
@@ -97,14 +97,14 @@ class MemberAgent:
         self.failing: BaseException | None = None
         self.finished = False
         self.heir: Address | None = None
-        """Where the state server of the member is that takes over what this one has left to send, once it was let go.
-        """
+        """The state server of the member that takes over this one's residual; known once this member was let go."""
         self.position: Callable[[], int] = lambda: 0
+        """How far this member is in its collectives: the larger, the further."""
         self.doing = Doing()
-        self.told: Callable[[], Told | None] = lambda: None
-        """How far the training function is, and what it has reported: by this the hub sees who leaves a report out."""
+        self.loop_progress: Callable[[], LoopProgress | None] = lambda: None
+        """How far the training loop is, and what it has reported. It shows the hub who leaves a report out."""
         self.batch: Callable[[], list[int] | None] = lambda: None
-        self.patience = 0
+        """``[epoch, first sample, samples]`` of the step that is open."""
         self.checkpoint: str | None = None
         """The newest that the hub knows of. Every member does, so that a new hub learns of it from any of them."""
         self.checkpoint_cursor: Cursor | None = None
@@ -166,7 +166,7 @@ class MemberAgent:
         self._answer_if_void()
 
     def wait_for_peers(self, predicate: Callable[[], Any]) -> None:
-        """Wait for what other members do outside of a collective, where nobody else would notice that one is silent."""
+        """Wait for what other members do outside of a collective, where nobody else would notice a silent one."""
         impatience = Impatience(self)
         while not self.wait_for(predicate, timeout=FIRST_INQUIRY_S):
             impatience.tell()
@@ -178,19 +178,19 @@ class MemberAgent:
         self.fresh = self.fresh if fresh is None else fresh
 
     def answer_want(self, number: int) -> None:
-        """Re-form: the members have agreed to by a step's headers. The step is committed."""
+        """Answer to a wanted generation: a step's headers show that all members will, and the step is committed."""
         with self.commit_lock:
             self._answer(number)
         self._answer_if_void()
 
     def failed(self, generation: int, reason: str) -> None:
-        """Tell that a collective of that generation has failed."""
+        """Tell the hub that a collective of that generation has failed."""
         if generation > self._failed[0]:
             self._failed = (generation, reason)
             self._send(Failed(generation=generation, reason=reason))
 
     def suspect(self, generation: int, step: int) -> None:
-        """Tell that a collective takes longer than it should."""
+        """Tell the hub that a collective takes longer than it should."""
         self._send(Suspect(generation=generation, step=step))
 
     def tell(self, message: Message) -> None:
@@ -233,7 +233,7 @@ class MemberAgent:
             gone.__cause__ = error
             self._leave_with(gone)
         finally:
-            # Nobody answers from here on: better dead to the hub than silent.
+            # Nobody answers pings from here on. The hub must take this member for dead, and not for silent.
             if self._connection is not None:
                 self._connection.close()
 
@@ -253,7 +253,7 @@ class MemberAgent:
                 time.sleep(0.05)
                 continue
             if self.record is not None and self._failed[0] == self.record.number:
-                # It may have been lost with the last connection, and nobody tries that generation's group again.
+                # This message may have been lost with the last connection. Nobody tries that generation's group again.
                 self._send(Failed(generation=self._failed[0], reason=self._failed[1]))
             for tell in self.on_reconnect:
                 tell()
@@ -269,7 +269,7 @@ class MemberAgent:
     def _greet(self, connection: Connection, token: str) -> None:
         """Say hello, and speak through this connection from now on.
 
-        Under one lock: what changes is in the hello or is told after it, and in no moment lost between the two.
+        One lock is held meanwhile: so every change is either in the hello or is told after it.
         """
         with self.commit_lock:
             try:
@@ -298,19 +298,19 @@ class MemberAgent:
 
     def _handle(self, message: ToMember | Meet) -> None:
         if isinstance(message, Ping):
-            self._send(Pong(position=self.position(), place=self.doing.place(self._waits), told=self.told()))
+            self._send(Pong(position=self.position(), place=self.doing.place(self._waits), told=self.loop_progress()))
             return
         if type(message) in self.on_message:
             self.on_message[type(message)](message)
             return
         with self.condition:
-            self._take(message)
+            self._apply(message)
             self.condition.notify_all()
         self.on_change()
         if isinstance(message, Void):
             self._answer_if_void()
 
-    def _take(self, message: ToMember | Meet) -> None:
+    def _apply(self, message: ToMember | Meet) -> None:
         match message:
             case Want(number=number):
                 self.want = max(self.want, number)
@@ -318,12 +318,12 @@ class MemberAgent:
                 self.want, self.void = max(self.want, number), max(self.void, number)
             case Formed(record=record):
                 if self.record is None or record.number > self.record.number:
-                    self.record, self.patience = record, 0
+                    self.record = record
                     self.want = max(self.want, record.number)
             case Checkpoint(path=path, cursor=cursor):
                 self.checkpoint, self.checkpoint_cursor = path, cursor
             case Patience():
-                self.patience += 1
+                pass  # All others answer: waiting goes on.
             case Reply(id=number):
                 if number in self._replies:
                     self._replies[number] = message
@@ -373,7 +373,7 @@ class MemberAgent:
 
 
 class Impatience:
-    """Lets the hub see, now and again while a wait lasts, whether all members still answer."""
+    """Asks the hub now and again, while a wait lasts, whether all members still answer."""
 
     def __init__(self, agent: MemberAgent) -> None:
         self._agent = agent
@@ -381,7 +381,7 @@ class Impatience:
         self._next = time.monotonic() + self._pause
 
     def tell(self) -> None:
-        """To be called while waiting, as often as one likes."""
+        """Call this while waiting, as often as you like."""
         if time.monotonic() >= self._next:
             self._agent.tell(Waiting())
             self._pause = min(2 * self._pause, 30.0)

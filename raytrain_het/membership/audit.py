@@ -11,10 +11,10 @@ from raytrain_het.membership.message_parts import ReplicaAudit
 from raytrain_het.membership.protocol import Audit
 
 ROUNDING = 1e-5
-"""So much, relative to a tensor's largest sample, unlike machines may differ by rounding alone."""
+"""Unlike machines may differ by so much from rounding alone, relative to a tensor's largest sample."""
 PART_OF_UPDATES = 0.02
-"""So much of what updates have changed unlike machines may differ. Another gradient makes a difference of the same
-size as the update."""
+"""Unlike machines may differ by such a part of what updates have changed. Another gradient makes a difference of the
+size of the update."""
 
 
 def difference(audits: Mapping[int, ReplicaAudit]) -> str | None:
@@ -105,15 +105,15 @@ def message(step: int, what: str) -> str:
 
 
 Terms = Sequence[Sequence[float]]
-"""Of each mean that a loss consists of: over how many numbers it is, in all and for each unit of weight. Of constants
-by which means are multiplied: 0 and their norm."""
+"""What a loss consists of. For each mean: over how many numbers it is, in all and for each unit of weight. For
+constants by which means are multiplied: 0 and their norm."""
 
 
 def agree(one: Terms, other: Terms) -> bool:
     """Whether two passes' losses are means over as many numbers for each sample.
 
-    Where one has more terms than the other (a loop makes some for each sample), each has to have the like of it in the
-    other. Of a loss without any nothing is known.
+    If one has more terms than the other (a loop makes some for each sample), each term must have one like it in the
+    other. Nothing is known of a loss without terms.
     """
     if len(one) == len(other):
         return all(_near(a[-1], b[-1]) for a, b in zip(one, other, strict=True))
@@ -135,8 +135,8 @@ def message_of_losses(what: str) -> str:
     )
 
 
-class AuditBook:
-    """Collects audits of one step until all members have given theirs; and what each says once."""
+class AuditCollector:
+    """Collects audits of one step until all members have given theirs, and claims that each member makes once."""
 
     def __init__(self) -> None:
         self._claims: dict[str, tuple[int, Any]] = {}

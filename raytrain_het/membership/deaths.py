@@ -1,4 +1,4 @@
-"""When it is no use going on: a slot that only dies, a step that kills whoever takes it, links that never hold."""
+"""When to give up: a slot whose workers only die, a step that kills its workers, links that never hold."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ MAX_FRUITLESS_GENERATIONS = 20
 
 
 class Deaths:
-    """Counts what came to nothing. A worker that was dropped counts as one that died."""
+    """Counts deaths and failures without progress. A worker that was dropped counts as one that died."""
 
     def __init__(self) -> None:
         self.fruitless: Counter[int] = Counter()
         """By slot: workers lost since one of them last committed a step."""
         self.in_step: Counter[int] = Counter()
-        """By step: generations that lost members in it. How many at once does not matter: a power cut takes all."""
+        """By step: generations that lost members in it. How many at once does not matter: a power cut
+        takes all."""
         self.lost: list[Peer] = []
-        """Members that died in a step which they held and took part in, since the last generation was formed."""
+        """Members that died in a step that they took part in, since the last generation was formed."""
         self.voids_in_a_row = 0
-        """Generations voided without anybody lost and without a commit in between."""
+        """Generations that were voided in a row, with no member lost and no commit in between."""
 
     def lose_slot(self, slot: int) -> bool:
-        """Count that the worker in a slot was lost; whether the slot is to be given up."""
+        """Count that the worker in a slot was lost. Returns whether the slot is to be given up."""
         self.fruitless[slot] += 1
         return self.fruitless[slot] >= MAX_FRUITLESS_DEATHS
 
     def lose_member(self, peer: Peer) -> None:
-        """It died in a step that it took part in."""
+        """A member died in a step that it took part in."""
         self.lost.append(peer)
 
     def commit(self, slot: int) -> None:
@@ -40,25 +41,25 @@ class Deaths:
         self.fruitless[slot] = 0
 
     def lose_generation(self) -> bool:
-        """Count that a generation was voided; whether that is one too many."""
+        """Count that a generation was voided. Returns whether that is one too many."""
         self.voids_in_a_row += 1
         return self.voids_in_a_row > MAX_FRUITLESS_GENERATIONS
 
     def links_hold(self) -> None:
-        """The run has moved on, or somebody was to blame."""
+        """The run has moved on, or a member was to blame for the failure."""
         self.voids_in_a_row = 0
 
     def last_step(self) -> int:
-        """The highest that those who were lost are known to have committed."""
+        """The last step that the lost members are known to have committed."""
         return max((max(p.reached, p.cursor.step) for p in self.lost), default=0)
 
     def form_generation(self, base: int) -> list[Peer]:
-        """Count those lost since the last generation, in the step after ``base``: to be called once for each that is
-        formed.
+        """Count the members lost since the last generation, in the step after ``base``.
 
-        Returns them if this step has now cost too many generations a member.
+        Call it once for each generation that is formed. Returns the lost members if this step has now cost too many
+        generations a member.
         """
-        # Those of later steps stay when a run starts again from its last checkpoint: it will come to them once more.
+        # Counts of later steps stay when a run starts again from its last checkpoint: it comes to these steps again.
         for step in [s for s in self.in_step if s <= base]:
             del self.in_step[step]
         lost, self.lost = self.lost, []

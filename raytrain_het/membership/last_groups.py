@@ -1,4 +1,4 @@
-"""What was said at the meetings of the last groups; what is said late about an older one is not kept."""
+"""What members have said while they made the last process groups. Older groups are forgotten."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 MAX_GROUPS = 2
-"""The newest, and the one before it, to which some member may still hold."""
+"""The newest group, and the one before it, which some member may still use."""
 
 Value = TypeVar("Value")
 

@@ -15,12 +15,12 @@ from raytrain_het.membership.ending import fail, fail_as_replicas_differ
 from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.issuing import issue_first, keep_table
 from raytrain_het.membership.peers import Peer, Phase, Standing
+from raytrain_het.membership.place import Place
 from raytrain_het.membership.protocol import End, Evicted, Fail, Mismatch, ToMember
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.state import RunState
 from raytrain_het.membership.suspicion import Suspicion
-from raytrain_het.membership.whereabouts import Place
 
 
 class Membership:

@@ -2,7 +2,7 @@
 
 Not torch's ``TCPStore``. Both of its ends write the peer's name into log messages that nobody may ever see, and a
 name server that does not answer then holds up all members for its time-out: 5 s in one of thirty groups was measured.
-A store of our own needs no further connection, and whoever waits at it can be called off.
+A store of our own needs no further connection, and a wait at it can be ended.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from raytrain_het.membership.protocol import Meet
 
 
 class Meeting(Store):
-    """One group's store: as much of the interface as process groups use when they are made."""
+    """One group's store. It has as much of torch's interface as process groups use when they are made."""
 
     def __init__(self, place: MeetingPlace, group: str) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class MeetingPlace:
             self._send(group, key, value)
 
     def wait_for(self, predicate: Callable[[], bool]) -> bool:
-        """Wait until something that was said, or called off, makes it true; False if this member is out."""
+        """Wait until the predicate holds. Returns False if this member was let go meanwhile."""
         agent = self._agent
         with agent.condition:
             agent.condition.wait_for(lambda: agent.gone is not None or predicate())

@@ -29,20 +29,26 @@ class Known(Part, frozen=True, kw_only=True):
     codecs: Codecs | None = None
 
 
-class Told(Part, frozen=True, kw_only=True):
-    """How far a worker's loop is, and what it has reported: see :mod:`raytrain_het.membership.passing`."""
+class LoopProgress(Part, frozen=True, kw_only=True):
+    """How far a worker's loop is, and what it has reported: see :mod:`raytrain_het.membership.skipped_reports`."""
 
     life: int
+    """Which of the run's lives it is in."""
     began: int
+    """The first step whose reports concern it."""
     step: int
+    """The last step that its loop has committed."""
     reported: str | None
+    """Key of its last report."""
     complete: bool = False
+    """Whether its loop over epochs has come to its end."""
 
 
 class Paths(Part, frozen=True, kw_only=True):
-    """How long a worker's messages to peers were on the way: ``[peer's slot, part of its gradient, seconds]``."""
+    """How long a worker's messages to peers were on the way."""
 
     to: list[tuple[int, float, float]]
+    """``(peer's slot, part of a gradient, seconds)`` each."""
     gradient_bytes: int
 
 
@@ -62,14 +68,14 @@ class ReplicaAudit(Part, frozen=True, kw_only=True):
 
 
 class Address(Part, frozen=True, kw_only=True):
-    """Of a member's state server."""
+    """The address of a member's state server."""
 
     host: str
     port: int
 
 
 class Poison(Part, frozen=True, kw_only=True):
-    """A step that has killed whoever computed it."""
+    """A step that has killed the workers that computed it."""
 
     step: int
     slots: list[int]
@@ -78,7 +84,7 @@ class Poison(Part, frozen=True, kw_only=True):
 
 
 class Raise(Part, frozen=True, kw_only=True):
-    """An exception in an evaluation: whose, its traceback, and itself where it can be sent."""
+    """An exception in an evaluation: the worker's uid, the traceback, and the exception itself where it can be sent."""
 
     uid: str | None
     text: str

@@ -1,4 +1,4 @@
-"""The members that the actor knows, where each stands, and what the next generation may begin with."""
+"""The processes that the hub knows, where each stands, and what the next generation begins with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.place import Place
 from raytrain_het.membership.record import Member
-from raytrain_het.membership.whereabouts import Place
 
 
 class Phase(enum.Enum):
@@ -48,25 +48,27 @@ class Peer:
     """Cursor, healed and fresh are as in :class:`Standing`."""
     first_base: int = -1
     reports_after: int = -1
-    """It takes no part in reports of steps up to this one: it was not there yet."""
+    """It gives no part of reports of steps up to this one, since it was not there yet."""
     answered: bool = False
     """Whether it has answered to the generation being formed."""
     reached: int = 0
-    """Steps it has committed, as it told in passing: for people and for the count of deaths, never for a base."""
+    """The last step that it has said to have committed: for people and for the count of deaths, never for a base."""
     position: int = 0
-    """How far into the protocol it is, for telling who holds up the others."""
+    """How far it is in its collectives. It shows which member holds up the others."""
     place: Place = field(default_factory=Place)
-    """What its training function is at, as it answered last."""
+    """Where its training function is, as it answered last."""
     place_since: float = 0.0
     """When it was first heard to be there."""
     place_heard: float = -math.inf
     """When it last said so."""
     left_out: float | None = None
-    """The norm of what its codec has left out, as it told in passing: for people."""
+    """The norm of its residual, as it said last: for people."""
     confirmed: bool = False
+    """Whether it has finished, and knows that all have committed its last step."""
     returning: bool = False
-    """Its function has returned, and its reports wait for the others, which may wait for its next step."""
+    """Its function has returned, and its reports are still to be stored. The others may wait for its next step."""
     batch: list[int] | None = None
+    """``[epoch, first sample, samples]`` of the step that is open, as it answered."""
 
     @property
     def holds_state(self) -> bool:
@@ -78,7 +80,7 @@ class Peer:
         self.cursor, self.healed, self.fresh = standing.cursor, standing.healed, standing.fresh
 
     def is_at(self, place: Place, position: int, now: float) -> None:
-        """It has answered from there."""
+        """It has answered a ping, and said where it is."""
         if (place, position) != (self.place, self.position) or self.place_heard == -math.inf:
             self.place_since = now
         self.place, self.position, self.place_heard = place, position, now
@@ -86,28 +88,33 @@ class Peer:
 
 @dataclass(frozen=True)
 class Succession:
-    """What a generation begins with, and who goes before it."""
+    """What a generation begins with, and which members go before it."""
 
     base: Cursor | None = None
-    """None where nobody holds a state: all start from the last checkpoint, or anew."""
+    """Where all go on from; None if no member holds a state, so that all load the last checkpoint or begin anew."""
     source: Peer | None = None
-    """From whom the others take over what they missed."""
+    """The member from which the others take over what they missed."""
     going: Sequence[Peer] = ()
 
 
 def succession(answered: Sequence[Peer], *, joining: bool) -> Succession:
-    """Who and what goes on after these answers; ``joining``: somebody is on its way in."""
-    # Who has only just healed by replay has not been checked against anybody yet, so it can't be a base.
+    """What follows from these answers.
+
+    Args:
+        answered: all members.
+        joining: whether a process waits to be let in.
+    """
+    # A member that has just healed by replay was not compared with any other yet, so it can't be a base.
     healed = [p for p in answered if p.healed and not p.fresh]
     if not healed:
         return Succession(None, None, [p for p in answered if p.phase is not Phase.IN])
     base = max(healed, key=lambda p: p.cursor.step).cursor
     holders = [p for p in healed if p.cursor.step == base.step]
     lasting = [p for p in holders if p.phase is Phase.IN]
-    # Who alone holds the base step stays one generation longer, so that the others can take it over.
+    # If one member alone holds the base step, it stays for one more generation, and the others take the step over.
     source = min(lasting or holders, key=lambda p: p.member.slot)
     heirs = any(p.phase is Phase.IN for p in answered)
-    if source.phase is Phase.LEAVING:  # It also waits until those on their way in hold what it holds.
+    if source.phase is Phase.LEAVING:  # It also waits until joining processes hold what it holds.
         heirs = heirs or joining
     if not lasting and not heirs:
         return Succession(base, source, list(answered))
@@ -115,7 +122,7 @@ def succession(answered: Sequence[Peer], *, joining: bool) -> Succession:
 
 
 class Lag(NamedTuple):
-    """Ids of the members that are not yet as the others."""
+    """Uids of the members that do not hold the base yet."""
 
     behind: tuple[str, ...]
     """They take over the sums of the one step they miss."""
@@ -128,7 +135,7 @@ class Lag(NamedTuple):
 def lag(peers: Sequence[Peer], base: Cursor) -> Lag:
     """What each misses of the base.
 
-    Sets ``healed`` to False for whoever misses more than kept sums can give.
+    Sets ``healed`` to False for members that miss more than kept sums can give.
     """
     behind, unhealed, fresh = [], [], []
     for peer in peers:

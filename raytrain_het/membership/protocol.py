@@ -14,9 +14,9 @@ import msgspec
 
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.events import OfWorker
-from raytrain_het.membership.message_parts import Address, Known, Paths, Poison, Raise, ReplicaAudit, Told
+from raytrain_het.membership.message_parts import Address, Known, LoopProgress, Paths, Poison, Raise, ReplicaAudit
+from raytrain_het.membership.place import Place
 from raytrain_het.membership.record import Member, Record
-from raytrain_het.membership.whereabouts import Place
 
 
 def _snake(name: str) -> str:
@@ -48,7 +48,7 @@ class Hello(ToHub, frozen=True, kw_only=True):
     healed: bool
     fresh: bool
     record: Record | None
-    """The newest that it has: a hub that was restarted goes on from the newest of all."""
+    """The newest that it has. A restarted hub goes on from the newest of all members."""
     answered: int
     fingerprint: str
     checkpoint: str | None
@@ -57,7 +57,7 @@ class Hello(ToHub, frozen=True, kw_only=True):
 
 
 class Answer(ToHub, frozen=True, kw_only=True):
-    """To :class:`Void`, or to what all have agreed on: nothing of an older generation is committed any more."""
+    """Answers a :class:`Void`, or a :class:`Want` that all know of: from now on it commits nothing of an older one."""
 
     number: int
     cursor: Cursor
@@ -68,11 +68,11 @@ class Answer(ToHub, frozen=True, kw_only=True):
 
 
 class Pong(ToHub, frozen=True, kw_only=True):
-    """To :class:`Ping`, whatever the training thread does."""
+    """Answers a :class:`Ping`, whatever the training thread does."""
 
     position: int
     place: Place | None = None
-    told: Told | None = None
+    told: LoopProgress | None = None
 
 
 class Failed(ToHub, frozen=True, kw_only=True):
@@ -90,19 +90,19 @@ class Suspect(ToHub, frozen=True, kw_only=True):
 
 
 class Waiting(ToHub, frozen=True, kw_only=True):
-    """It waits outside of a collective: does everybody still answer?"""
+    """It waits outside of a collective, and asks whether all members still answer."""
 
 
 class Healed(ToHub, frozen=True, kw_only=True):
-    """It has the snapshot, and wants to be let in."""
+    """It has caught up, and wants a share."""
 
 
 class Verified(ToHub, frozen=True, kw_only=True):
-    """What it has healed by replay is what its source has."""
+    """It has compared what it healed by replay with its source: both are the same."""
 
 
 class Stats(ToHub, frozen=True, kw_only=True):
-    """How far it is and what it has done, for people; since it started: samples, bytes, seconds."""
+    """How far it is, and what it has done since it started (samples, bytes, seconds), for people."""
 
     step: int
     epoch: int = 0
@@ -119,21 +119,21 @@ class Stats(ToHub, frozen=True, kw_only=True):
     batch_share: int = 0
     step_s: float = 0.0
     left_out: float | None = None
-    """Norm of what its codec has left out."""
-    told: Told | None = None
+    """Norm of its codec's residual."""
+    told: LoopProgress | None = None
     device: str = ""
     node_ip: str = ""
     pid: int = 0
 
 
 class Timing(ToHub, frozen=True, kw_only=True):
-    """What it took for its last steps: ``[samples, own seconds, seconds of the cycle]`` each, and for messages."""
+    """What its last steps took, ``[samples, own seconds, seconds of the cycle]`` each, and its messages."""
 
     global_batch_size: int
     steps: list[tuple[int, float, float]]
     paths: Paths | None = None
     errors: list[tuple[str, float]] = []
-    """By codec: what was lost, relative."""
+    """By codec, the part of a message that it has lost."""
 
 
 class Event(ToHub, frozen=True, kw_only=True):
@@ -143,7 +143,7 @@ class Event(ToHub, frozen=True, kw_only=True):
 
 
 class Leave(ToHub, frozen=True, kw_only=True):
-    """It is asked to go, and wants to, in good order."""
+    """It was asked to go, and wants to leave in good order."""
 
 
 class Finish(ToHub, frozen=True, kw_only=True):
@@ -151,7 +151,7 @@ class Finish(ToHub, frozen=True, kw_only=True):
 
     cursor: Cursor
     confirmed: bool
-    told: Told | None = None
+    told: LoopProgress | None = None
 
 
 class Returning(ToHub, frozen=True, kw_only=True):
@@ -178,7 +178,7 @@ class Report(ToHub, frozen=True, kw_only=True):
     checkpoint: bool = True
     holds_snapshot: bool = False
     at: str = ""
-    told: Told | None = None
+    told: LoopProgress | None = None
     since_last: dict[str, int | float] | None = None
     lr: Any = None
     audit: ReplicaAudit | None = None
@@ -194,7 +194,7 @@ class Stored(ToHub, frozen=True, kw_only=True):
 
 
 class Audit(ToHub, frozen=True, kw_only=True):
-    """What it has looked at in a step in which digests differ."""
+    """The part of its replica that it looked at in a step in which digests differ."""
 
     step: int
     part: int
@@ -203,7 +203,7 @@ class Audit(ToHub, frozen=True, kw_only=True):
 
 
 class Claim(ToHub, frozen=True, kw_only=True):
-    """What its loss is over, in a step in which workers' losses differ."""
+    """What its loss is a mean over, in a step in which workers' losses differ."""
 
     step: int
     name: str
@@ -229,7 +229,7 @@ class ToMember(Message, frozen=True, kw_only=True):
 
 
 class Ping(ToMember, frozen=True, kw_only=True):
-    """Are you there, and where are you?"""
+    """Asks a member whether it is there, and where."""
 
 
 class Want(ToMember, frozen=True, kw_only=True):
@@ -258,11 +258,11 @@ class Checkpoint(ToMember, frozen=True, kw_only=True):
 
 
 class Patience(ToMember, frozen=True, kw_only=True):
-    """Whoever was suspected answers: wait on."""
+    """All members that were suspected answer, so the waiting goes on."""
 
 
 class Reply(ToMember, frozen=True, kw_only=True):
-    """To :class:`Evaluate`: a chunk to compute, the sums, an error for all, or nothing yet."""
+    """Answers :class:`Evaluate`: a chunk to compute, the sums, an error for all, or nothing yet."""
 
     id: int
     chunk: int | None = None
@@ -271,13 +271,13 @@ class Reply(ToMember, frozen=True, kw_only=True):
 
 
 class Evicted(ToMember, frozen=True, kw_only=True):
-    """It is no member any more."""
+    """The receiver is no member any more."""
 
     reason: str
 
 
 class Mismatch(ToMember, frozen=True, kw_only=True):
-    """Replicas, or programs, differ: the run ends."""
+    """Replicas or programs differ, so the run ends."""
 
     message: str
 
@@ -290,11 +290,11 @@ class Fail(ToMember, frozen=True, kw_only=True):
 
 
 class Bye(ToMember, frozen=True, kw_only=True):
-    """It may go."""
+    """The receiver may go."""
 
     how: str
     heir: Address | None = None
-    """Of who takes over what it has left to send."""
+    """The state server of the member that takes over its residual."""
 
 
 class End(ToMember, frozen=True, kw_only=True):

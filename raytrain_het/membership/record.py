@@ -29,7 +29,7 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a generation is. Immutable; two members never act on different ones in one step."""
+    """What a generation is. Two members never act on different records in one step."""
 
     number: int
     """Grows by one with every generation of the run and is never reused, restarts of the actor included."""
@@ -38,8 +38,8 @@ class Record:
     group: str
     """Names the process group. An unchanged member list keeps its predecessor's."""
     life: int = 0
-    """Grows whenever all begin anew, from a checkpoint or from nothing: the steps that are done a second time then are
-    reported and evaluated a second time too."""
+    """Grows whenever all begin anew, from a checkpoint or from nothing. Steps that are done a second time then are also
+    reported and evaluated a second time."""
     members: tuple[Member, ...]
     """In rank order (the rank inside the group, not the world rank)."""
     shares: tuple[float, ...]
@@ -49,12 +49,12 @@ class Record:
     normalised: bool
     """Whether weighted sums of gradients are divided by the sum of weights."""
     table: int
-    """Version of the table that shares and scales are from; 0 before there was one."""
+    """Version of the table that shares and gradient weights are from; 0 before there was one."""
     speeds: tuple[float, ...] = ()
     """The table's relative speeds by rank: a new actor goes on with the table."""
     owners: tuple[float, ...]
-    """Relative sizes of the owner shards by rank: whoever is faster adds up more of the gradient, so that a slow
-    worker's part of it does not eat its gain. 0 for those that are not healed."""
+    """Relative sizes of the owner shards by rank: a faster member adds up more of the gradient. 0 for those that are
+    not healed."""
     codecs: tuple[str, ...]
     """Codec by which each rank encodes what it sends."""
     hierarchy: bool = False
@@ -94,8 +94,10 @@ class Record:
 
     @property
     def leaders(self) -> list[int]:
-        """By rank, the rank of who adds up and sends on for its host: of its healed members who owns most, then who has
-        the largest share, and of these the first."""
+        """By rank, the rank of the member that adds up gradients on its host and sends the sum on.
+
+        It is the healed member that owns most; among equals the one with the largest share, then the first.
+        """
 
         def standing(rank: int) -> tuple[bool, float, float]:
             return self.members[rank].uid not in self.unhealed, self.owners[rank], self.shares[rank]
@@ -109,7 +111,7 @@ class Record:
 
     @property
     def is_hierarchical(self) -> bool:
-        """Whether it is to be, and there are several hosts, one of them with several members."""
+        """Whether gradients are added up on hosts first: it is wanted, and one host of several has several members."""
         return self.hierarchy and 1 < len({m.host for m in self.members}) < len(self.members)
 
     def rank_of(self, uid: str) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from raytrain_het.membership import audit, events, protocol
 from raytrain_het.membership.logic import Membership
-from raytrain_het.membership.reports import Difference, ReportBook
+from raytrain_het.membership.reports import Difference, ReportCollector
 from raytrain_het.membership.status import fraction_of_aggregate
 from raytrain_het.membership.table_keeper import TableKeeper
 
@@ -22,7 +22,7 @@ class Reporting:
     """
 
     def __init__(self, core: Membership, tables: TableKeeper, send: Callable[[str, protocol.Message], None]) -> None:
-        self.book = ReportBook(first_seq=core.run.incarnation // 1_000_000)
+        self.collector = ReportCollector(first_seq=core.run.incarnation // 1_000_000)
         self.leaving: dict[str, set[str]] = {}
         """By uid, members that want to leave: the reports whose snapshots they hold."""
         self._core, self._tables, self._send = core, tables, send
@@ -37,39 +37,39 @@ class Reporting:
 
     def add_part(self, uid: str, slot: int, report: protocol.Report) -> None:
         """A member has given its part of a report."""
-        known = self.book.add_part(slot, uid, report)
+        known = self.collector.add_part(slot, uid, report)
         if known is not None:
             self._send(uid, protocol.Acknowledged(keys=[known]))
 
     def acknowledge(self, keys: list[str]) -> None:
         """These reports are registered, and the workers may forget them."""
-        self.book.acknowledge(keys)
+        self.collector.acknowledge(keys)
         for uid in self._core.run.peers if keys else ():
             self._send(uid, protocol.Acknowledged(keys=keys))
 
     def is_under_way(self) -> bool:
         """Whether something is being done about a report that needs no worker's training function."""
-        return self.book.are_under_way(self._slots())
+        return self.collector.are_under_way(self._slots())
 
     def let_leave_when_stored(self, uid: str, slot: int) -> None:
         """A member wants to leave. It stays until the snapshots that it holds are stored.
 
         The other worker that holds one may be killed meanwhile.
         """
-        self.leaving.setdefault(uid, self.book.waiting_for_storage(slot))
+        self.leaving.setdefault(uid, self.collector.waiting_for_storage(slot))
 
     def free_to_leave(self) -> list[str]:
         """Uids of the members that wanted to leave, and now may: each is returned once."""
         if self._misused:
             return []
-        free = [uid for uid, keys in self.leaving.items() if not self.book.are_open(keys)]
+        free = [uid for uid, keys in self.leaving.items() if not self.collector.are_open(keys)]
         for uid in free:
             del self.leaving[uid]
         return free
 
     def forget(self, slot: int) -> None:
         """A slot's process is gone, with the snapshots it held."""
-        self.book.forget(slot)
+        self.collector.forget(slot)
         self._writers = {key: writer for key, writer in self._writers.items() if writer != slot}
 
     def settle(self) -> None:
@@ -79,7 +79,7 @@ class Reporting:
         if self._misused:
             return
         self._ask_for_checkpoints()
-        for report in self.book.settle(self._slots(), ended=self._core.run.over):
+        for report in self.collector.settle(self._slots(), ended=self._core.run.over):
             if isinstance(report, Difference):
                 self._core.replicas_differ(audit.message(report.step, report.what))
                 continue
@@ -96,15 +96,15 @@ class Reporting:
         for peer in run.holders():
             if peer.member.uid not in self._expected:
                 self._expected.add(peer.member.uid)
-                self.book.joined(peer.member.slot, run.life, peer.reports_after)
+                self.collector.joined(peer.member.slot, run.life, peer.reports_after)
 
     def _ask_for_checkpoints(self) -> None:
         slots = self._slots()
         uids = {p.member.slot: p.member.uid for p in self._core.run.peers.values()}
-        for key, slot in self.book.writer_wanted(slots).items():
+        for key, slot in self.collector.writer_wanted(slots).items():
             if self._writers.get(key) not in slots:
                 self._writers[key] = slot
-                self._send(uids[slot], protocol.Write(key=key, uids=self.book.uids(key)))
+                self._send(uids[slot], protocol.Write(key=key, uids=self.collector.uids(key)))
 
     def _look_at_calls(self) -> None:
         """Fail the run if only some workers make a report, or if its parts cannot be merged.
@@ -112,8 +112,8 @@ class Reporting:
         Once a worker has come late, or a step was done again, workers that count their steps themselves may call
         report() at different ones. Then the report is of the workers that called it, and one warning says so.
         """
-        core, text = self._core, self.book.mixed_up()
-        if text is None and (text := self.book.left_out()) is not None and core.run.disturbed:
+        core, text = self._core, self.collector.mixed_up()
+        if text is None and (text := self.collector.left_out()) is not None and core.run.disturbed:
             if not self._warned:
                 self._warned = True
                 core.run.log.note(events.Warned(text=f"{text} This report is of those that called it."))

@@ -1,4 +1,4 @@
-"""Reports on the hub's side: pure bookkeeping, keyed so that nothing counts twice."""
+"""Reports on the hub's side: pure bookkeeping. Each report has a key, so that nothing counts twice."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from raytrain_het.membership.audit import difference
 from raytrain_het.membership.merging import add_up, mixed_up, reduce_metrics
-from raytrain_het.membership.message_parts import Told
-from raytrain_het.membership.passing import Order, Passing, order
+from raytrain_het.membership.message_parts import LoopProgress
 from raytrain_het.membership.protocol import Report
+from raytrain_het.membership.skipped_reports import Order, SkippedReports, order
 
 MAX_REPORTS = 1000
-"""So many of the last whole reports are remembered; whoever wants them asks every second or so."""
+"""So many of the last whole reports are kept; their readers ask for them every second or so."""
 
 
 @dataclass
@@ -85,10 +85,10 @@ class Difference:
     what: str
 
 
-class ReportBook:
+class ReportCollector:
     """Collects every worker's part of each report until it is whole.
 
-    A report is whole when each current member has given its part, or has gone past it, or is no longer there; and when
+    A report is whole when two things hold. Each member has given its part, has gone past it, or is no longer there. And
     its checkpoint is stored, or has failed. A member that has gone past it without a part is an error of the program,
     which :meth:`left_out` words.
     """
@@ -100,12 +100,12 @@ class ReportBook:
         self._unacknowledged: dict[str, WholeReport] = {}
         self._acknowledged: dict[str, None] = {}
         self._last_order: dict[int, Order] = {}
-        self._passing = Passing()
+        self._skipped = SkippedReports()
 
     def add_part(self, slot: int, uid: str, said: Report) -> str | None:
         """A worker's part. Returns the key if it was acknowledged long ago (so that the worker is told again)."""
         key = said.key
-        self._passing.called(slot, key, said.told)
+        self._skipped.called(slot, key, said.told)
         if key in self._acknowledged:
             return key
         if key in self._unacknowledged:
@@ -116,14 +116,14 @@ class ReportBook:
         self._last_order[slot] = order(key)
         return None
 
-    def told(self, slot: int, told: Told | None) -> None:
-        """How far a worker's loop is, and which report it has made last: by this it is seen that it left one out."""
-        self._passing.told(slot, told)
+    def note_progress(self, slot: int, progress: LoopProgress | None) -> None:
+        """A worker has said how far its loop is, and what it reported last: so it shows whether it left one out."""
+        self._skipped.note_progress(slot, progress)
 
     def left_out(self) -> str | None:
-        """Who called ``report()`` where, who went on without, and the fix; None as long as all do the same."""
+        """Says who called ``report()`` where, who went on without, and the fix; None as long as all do the same."""
         for key in sorted(self._open, key=order):
-            passed = self._passing.without(key, self._open[key].parts)
+            passed = self._skipped.without(key, self._open[key].parts)
             if passed:
                 others = ", and ".join(f"worker {slot} {how}" for slot, how in sorted(passed.items()))
                 return (
@@ -225,19 +225,19 @@ class ReportBook:
     def _missing(self, key: str, slots: Collection[int]) -> list[int]:
         """Current members that have neither given their part nor gone past it."""
         parts = self._open[key].parts
-        passed = self._passing.without(key, parts)
+        passed = self._skipped.without(key, parts)
         return [s for s in slots if s not in parts and s not in passed and self._last_order.get(s, ()) < order(key)]
 
     def forget(self, slot: int) -> None:
         """A slot's process is gone, with the snapshots it held; a new one in its place starts from nothing."""
         self._last_order.pop(slot, None)
-        self._passing.forget(slot)
+        self._skipped.forget(slot)
         for report in self._open.values():
             if slot in report.parts:
                 report.parts[slot].holds_snapshot = False
 
     def joined(self, slot: int, life: int, step: int) -> None:
-        """A slot's process takes part from after this step: nothing is to be expected of it for reports up to there."""
+        """A slot's process takes part after this step: no part of a report up to this step is expected of it."""
         self._last_order[slot] = max(self._last_order.get(slot, ()), (life, step, sys.maxsize))
 
     def untaken(self) -> list[WholeReport]:
@@ -245,7 +245,7 @@ class ReportBook:
         return list(self._unacknowledged.values())
 
     def acknowledge(self, keys: list[str]) -> None:
-        """The reports are in the hands of whoever asked for them."""
+        """The asker has stored these reports."""
         for key in keys:
             if self._unacknowledged.pop(key, None) is not None:
                 self._acknowledged[key] = None

@@ -89,7 +89,7 @@ class Hub:
 
     def take_reports(self) -> list[dict[str, Any]]:
         """Whole reports that were not acknowledged yet, oldest first."""
-        return [r.to_json() for r in self._call(self._switchboard.reporting.book.untaken)]
+        return [r.to_json() for r in self._call(self._switchboard.reporting.collector.untaken)]
 
     def acknowledge(self, keys: list[str]) -> None:
         """Those reports are registered; the workers may forget them."""
@@ -97,7 +97,7 @@ class Hub:
 
     def reports(self, since: int) -> list[dict[str, Any]]:
         """All whole reports with a sequence number of ``since`` or more."""
-        return [r.to_json() for r in self._call(lambda: self._switchboard.reporting.book.since(since))]
+        return [r.to_json() for r in self._call(lambda: self._switchboard.reporting.collector.since(since))]
 
     def events(self, since: int) -> list[dict[str, Any]]:
         """Membership events with a sequence number of ``since`` or more."""

@@ -1,7 +1,7 @@
-"""Who waits for whom, and when that will never end: pure functions over what members have said of their places.
+"""Which members wait, and whether that can ever end: pure functions of where members say they are.
 
-A member that waits is never to blame for it. Where all wait, and not just for each other's gradients, the program
-itself has led them to different places: it is told at once, and nobody is dropped.
+A member that waits is not to blame. If all wait, and not only for each other's gradients, the program itself has led
+them to different places: the run fails with these places, and no member is dropped.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raytrain_het.membership.peers import Peer
-from raytrain_het.membership.whereabouts import STEP
+from raytrain_het.membership.place import STEP
 
 LOG_AFTER_S = 5.0
-"""Somebody who waits for so long, and for several typical steps, is told about."""
+"""A wait that lasts so long, and for several typical steps, is logged."""
 TYPICAL_STEPS = 4
 ASK_AGAIN_S = 1.0
-"""As long as somebody waits, members are asked so often where they are."""
+"""As long as a member waits, all are asked so often where they are."""
 DEADLOCK_S = 3.0
-"""All have waited at the same places for so long, with nothing under way that could end it."""
+"""All members must have waited at the same places for so long, with nothing under way that could end it."""
 
 
 def where_all_are(peers: Sequence[Peer]) -> str:
@@ -30,14 +30,14 @@ def where_all_are(peers: Sequence[Peer]) -> str:
 
 
 def somebody_waits(peers: Sequence[Peer]) -> bool:
-    """As far as is known."""
+    """Whether a member waits, as far as is known."""
     return any(p.place.waits for p in peers)
 
 
 def deadlocked(peers: Sequence[Peer], now: float) -> bool:
     """Whether all wait for each other, and have done so at these very places for a while.
 
-    Where all wait in a step, it is the network that holds them up, and not the program.
+    If all wait in a step, the network holds them up, and not the program.
     """
     return all(
         p.place.waits and now - p.place_since >= DEADLOCK_S and now - p.place_heard <= 2 * ASK_AGAIN_S for p in peers
@@ -45,12 +45,12 @@ def deadlocked(peers: Sequence[Peer], now: float) -> bool:
 
 
 def longest_wait(peers: Sequence[Peer], now: float) -> float:
-    """Seconds that somebody has waited at one place; 0 if nobody waits."""
+    """The longest time that a member has waited at one place, seconds; 0 if none waits."""
     return max((now - p.place_since for p in peers if p.place.waits), default=0.0)
 
 
 def to_blame(peers: Sequence[Peer], since: float, limit_s: float, now: float) -> list[Peer]:
-    """Who holds the others up: does not wait, and has been at one place since then, and for ``limit_s``."""
+    """The members that hold the others up: they do not wait, and were at one place since then, and for ``limit_s``."""
     return [p for p in peers if not is_innocent(p) and now - max(p.place_since, since) >= limit_s]
 
 

@@ -1,9 +1,9 @@
-"""Telling a dead member from a slow one.
+"""Telling a dead member from a slow one, in rounds of pings.
 
-A *round*: all members are pinged, because one has waited for its peers in a step for too long and suspects them, or
-because somebody waits outside of a step, where nobody would notice. Whoever has not been heard of ``silence_s`` after
-the round began is taken for dead. Once all have been heard of it is over, and those that suspected are told to have
-patience; only whoever is behind the others for ``hang_limit_s`` is dropped although it answers.
+A round begins when a member has waited for its peers in a step for too long and suspects them, or when a member waits
+outside of a step, where nobody else would notice a silent peer. All members are pinged. A member that was not heard for
+``silence_s`` after that is taken for dead. Once all were heard the round is over, and the members that suspected others
+are told to go on waiting. A member that answers is dropped only after it was behind the others for ``hang_limit_s``.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ class Round:
 
     began: float
     suspecting: set[str] = field(default_factory=set)
-    """Ids of the members that wait to hear how it ends."""
+    """Uids of the members that wait to hear how it ends."""
 
     def silent(self, peers: Sequence[Peer]) -> list[Peer]:
-        """Who has not been heard of since it began."""
+        """The members that were not heard since it began."""
         return [p for p in peers if p.heard <= self.began]
 
 
 class Suspicion:
-    """The rounds of one run, and since when the step under way is waited for."""
+    """The rounds of one run, and since when members wait in the step under way."""
 
     def __init__(self, config: HetConfig) -> None:
         self.config = config
         self.round: Round | None = None
         self.since: tuple[int, int, float] | None = None
-        """Generation and step in which somebody is waited for, and since when."""
+        """Generation and step in which a member waits for others, and since when."""
 
     def forget(self) -> None:
         """A new generation has begun: nobody waits yet."""
@@ -52,13 +52,13 @@ class Suspicion:
         """A member has waited too long in a step; whether members are to be pinged."""
         if self.since is None or self.since[:2] != (generation, step):
             self.since = (generation, step, now)
-        began = self.begin(now)
-        assert self.round is not None
+        begins = self.round is None
+        self.round = self.round or Round(began=now)
         self.round.suspecting.add(uid)
-        return began
+        return begins
 
     def dead(self, peers: Sequence[Peer], now: float) -> list[Peer]:
-        """Whom to drop as dead. Ends the round if it has lasted long enough."""
+        """The members to drop as dead. Ends the round if it has lasted long enough."""
         if self.round is None or now - self.round.began < self.config.silence_s:
             return []
         silent = self.round.silent(peers)
@@ -66,14 +66,14 @@ class Suspicion:
         return silent
 
     def settled(self, peers: Sequence[Peer]) -> set[str] | None:
-        """Who is to be told to have patience. Ends the round if all have been heard of; None if it goes on."""
+        """Uids of the members to tell that the others answer. Ends the round if all were heard; None if it goes on."""
         if self.round is None or self.round.silent(peers):
             return None
         suspecting, self.round = self.round.suspecting, None
         return suspecting
 
     def late(self, peers: Sequence[Peer], now: float) -> list[Peer]:
-        """Who answers, but has been behind the others in a step for longer than anybody has to wait."""
+        """The members that answer, but hold the others up in a step for longer than the hang limit."""
         if self.since is None or now - self.since[2] < self.config.hang_limit_s:
             return []
         furthest = max(p.position for p in peers)

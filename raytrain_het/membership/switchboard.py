@@ -12,16 +12,16 @@ from collections.abc import Callable
 from raytrain_het.config import HetConfig
 from raytrain_het.membership import audit, events, protocol
 from raytrain_het.membership.cursor import Cursor
-from raytrain_het.membership.evaluation_book import EvaluationBook
+from raytrain_het.membership.evaluations import ChunkDealer
 from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.logic import Membership
 from raytrain_het.membership.peers import Standing
+from raytrain_het.membership.place import Place
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.reporting import Reporting
 from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.status import RunStatus, status
 from raytrain_het.membership.table_keeper import TableKeeper
-from raytrain_het.membership.whereabouts import Place
 
 Send = Callable[[str, protocol.Message], None]
 """Send a message to the member with this uid, if it is connected."""
@@ -53,8 +53,8 @@ class Switchboard:
         self.reporting = Reporting(self.core, self.tables, send)
         self.core.run.under_way = self.reporting.is_under_way
         self._now, self._send, self._connected = now, send, connected
-        self._evaluations = EvaluationBook()
-        self._audits = audit.AuditBook()
+        self._evaluations = ChunkDealer()
+        self._audits = audit.AuditCollector()
         self._meetings: LastGroups[protocol.Meet] = LastGroups()
         """What members have said to each other while they make a process group."""
         self._stats: dict[int, tuple[str, protocol.Stats]] = {}
@@ -136,10 +136,10 @@ class Switchboard:
         match message:
             case protocol.Pong() as m:
                 self.core.pong(uid, m.position, self._now(), m.place or Place())
-                self.reporting.book.told(slot, m.told)
+                self.reporting.collector.note_progress(slot, m.told)
             case protocol.Stats() as m:
                 self.core.progress(uid, m.step, self._now(), m.left_out, m.step_s)
-                self.reporting.book.told(slot, m.told)
+                self.reporting.collector.note_progress(slot, m.told)
                 self._stats[slot] = uid, m
             case protocol.Timing() as m:
                 self._hear_times(slot, m)
@@ -156,7 +156,7 @@ class Switchboard:
                 self.core.returning(uid, self._now())
             case protocol.Finish() as m:
                 self.core.finish(uid, cursor=m.cursor, confirmed=m.confirmed, now=self._now())
-                self.reporting.book.told(slot, m.told)
+                self.reporting.collector.note_progress(slot, m.told)
             case protocol.Raised() as m:
                 self.core.raised(uid, m.error, self._now())
             case _:
@@ -167,7 +167,7 @@ class Switchboard:
             case protocol.Report() as m:
                 self.reporting.add_part(uid, slot, m)
             case protocol.Stored() as m:
-                self.reporting.book.checkpoint_stored(m.key, m.path, m.error)
+                self.reporting.collector.checkpoint_stored(m.key, m.path, m.error)
                 if m.path is not None:
                     self._note_checkpoint(m.path, m.cursor)
             case protocol.Evaluate() as m:

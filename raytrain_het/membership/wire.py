@@ -19,11 +19,11 @@ from raytrain_het.membership.protocol import FromHub, Message
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 SEND_TIMEOUT_S = 10.0
-"""Who does not take a message for so long is as good as gone: a sender may be the training thread."""
+"""A peer that does not take a message for so long is taken for gone, since the sender may be the training thread."""
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """Seconds of silence, seconds between probes, and probes: a machine that has vanished is noticed within 20 s."""
 USER_TIMEOUT_MS = 20_000
-"""The same where data is under way, when no probes are sent."""
+"""The same while data is under way: no probes are sent then."""
 
 
 def encode(message: Message) -> bytes:
@@ -32,7 +32,7 @@ def encode(message: Message) -> bytes:
 
 
 def _as_json_takes_it(value: Any) -> Any:
-    """Numbers and texts of classes of their own, as numpy's."""
+    """Numbers and texts of other classes, such as numpy's, as JSON takes them."""
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
@@ -68,7 +68,7 @@ class Connection:
         self._sock = socket.create_connection((host, port), timeout=timeout_s)
         self._sock.settimeout(None)
         tune(self._sock)
-        # Of sending alone: whoever reads waits for as long as nothing is said.
+        # Only sending has a limit: a reader waits for as long as nothing is said.
         limit = struct.pack("@ll", *divmod(int(send_timeout_s * 1e6), 1_000_000))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._lock = threading.Lock()

@@ -32,7 +32,7 @@ class Session:
         self.extras = Extras()
         """What checkpoints hold besides: add to it before ``loader.epochs()``."""
         self.listeners: list[StepListener] = []
-        """Told of each committed step."""
+        """LoopProgress of each committed step."""
         self.draft = Draft(context.config, self.extras)
         self.worker: Worker | None = None
         """None before ``loader.epochs()``."""

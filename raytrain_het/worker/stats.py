@@ -64,7 +64,7 @@ class Stats:
             batch_share=self.batch_share(),
             step_s=engine.committing.step_s,
             left_out=self._norm_left_out(),
-            told=self._agent.told(),
+            told=self._agent.loop_progress(),
             **self._where,
         )
         self._agent.tell(stats)

@@ -68,7 +68,7 @@ class Worker:
         self.epoch = 0
         """The epoch under way in the training function."""
         self.listeners: list[StepListener] = []
-        """Told of each committed step."""
+        """LoopProgress of each committed step."""
         self._speed, self._num_epochs = tellers.speed, num_epochs
         self._evaluations = Evaluations()
         self._leaving = False
@@ -78,7 +78,7 @@ class Worker:
         engine.committing.on_commit.append(self._committed)
         engine.generations.on_confirm.append(reporter.send_up_to)
         self.agent.on_reconnect.append(self._tell_a_new_hub)
-        self.agent.doing.otherwise, self.agent.told = engine.doing, reporter.told
+        self.agent.doing.otherwise, self.agent.loop_progress = engine.doing, reporter.told
 
     @property
     def agent(self) -> MemberAgent:

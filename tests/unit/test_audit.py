@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from raytrain_het.membership.audit import AuditBook, difference
+from raytrain_het.membership.audit import AuditCollector, difference
 from raytrain_het.membership.message_parts import ReplicaAudit
 from raytrain_het.membership.protocol import Audit
 
@@ -69,7 +69,7 @@ def test_unlike_machines_differ_within_a_part_of_the_updates(off, moved, found):
 
 
 def test_an_audit_waits_for_all_members_and_older_ones_are_dropped():
-    book = AuditBook()
+    book = AuditCollector()
     first, second = (Audit(generation=1, step=step, part=0, audit=audit()) for step in (3, 4))
     other = Audit(generation=1, step=4, part=0, audit=audit(tensors=[("fc.weight", "cd")]))
     assert book.add(0, first, [0, 1]) is None
@@ -79,6 +79,6 @@ def test_an_audit_waits_for_all_members_and_older_ones_are_dropped():
 
 
 def test_what_each_says_once_must_be_the_same():
-    book = AuditBook()
+    book = AuditCollector()
     assert book.claim(0, "the loss", [[12.0, 1.0]]) is None and book.claim(1, "the loss", [[4.0, 1.00001]]) is None
     assert book.claim(2, "the loss", [[2.0, 1.5]]) == "the loss is [[12.0, 1.0]] on worker 0, [[2.0, 1.5]] on worker 2"

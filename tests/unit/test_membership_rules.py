@@ -14,10 +14,10 @@ from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.logic import Membership
 from raytrain_het.membership.message_parts import Address, Poison
 from raytrain_het.membership.peers import Standing
+from raytrain_het.membership.place import Place
 from raytrain_het.membership.protocol import ToMember
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.recovery import RECOVERY_GRACE_S
-from raytrain_het.membership.whereabouts import Place
 
 SILENCE_S, HANG_LIMIT_S, START_TIMEOUT_S = 0.5, 20.0, 60.0
 

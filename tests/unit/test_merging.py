@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.membership.merging import exact_sum, mixed_up, reduce_metrics
-from raytrain_het.membership.message_parts import Told
+from raytrain_het.membership.message_parts import LoopProgress
 from raytrain_het.membership.protocol import Report
-from raytrain_het.membership.reports import ReportBook
+from raytrain_het.membership.reports import ReportCollector
 
 INF, NAN = math.inf, math.nan
 
@@ -89,16 +89,16 @@ class Hub:
     """A book, and workers that tell it how far they are."""
 
     def __init__(self) -> None:
-        self.book = ReportBook()
+        self.book = ReportCollector()
 
     def told(self, slot: int, step: int, reported: str | None = None, **values: Any) -> str | None:
-        told = Told(**{"life": 1, "began": 0, "step": step, "reported": reported, "complete": False, **values})
-        self.book.told(slot, told)
+        told = LoopProgress(**{"life": 1, "began": 0, "step": step, "reported": reported, "complete": False, **values})
+        self.book.note_progress(slot, told)
         return self.book.left_out()
 
     def part(self, slot: int, key: str, before: str | None = None, **values: Any) -> str | None:
         step = int(key.split(".")[1])
-        told = Told(**{"life": 1, "began": 0, "step": step, "reported": before, "complete": False, **values})
+        told = LoopProgress(**{"life": 1, "began": 0, "step": step, "reported": before, "complete": False, **values})
         said = part({}, key=key, step=step, samples=1, checkpoint=False, told=told, at="train.py:3")
         self.book.add_part(slot, "u", said)
         return self.book.left_out()

@@ -10,8 +10,8 @@ import pytest
 from collectives_fakes import record_of
 
 from raytrain_het.membership import protocol
+from raytrain_het.membership.place import Doing
 from raytrain_het.membership.protocol import Message
-from raytrain_het.membership.whereabouts import Doing
 from raytrain_het.worker.state.reporter import Report, Reporter
 
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.membership import reports
-from raytrain_het.membership.evaluation_book import EvaluationBook
+from raytrain_het.membership.evaluations import ChunkDealer
 from raytrain_het.membership.merging import reduce_metrics
 from raytrain_het.membership.protocol import Evaluate, Report
-from raytrain_het.membership.reports import ReportBook
+from raytrain_het.membership.reports import ReportCollector
 
 
 def part(key: str = "1.5.0", **values: Any) -> Report:
@@ -23,12 +23,12 @@ def part(key: str = "1.5.0", **values: Any) -> Report:
     return Report(**(given | values))
 
 
-def add(book: ReportBook, slot: int, said: Report, *, uid: str = "u") -> str | None:
+def add(book: ReportCollector, slot: int, said: Report, *, uid: str = "u") -> str | None:
     return book.add_part(slot, uid, said)
 
 
 def ask(
-    book: EvaluationBook, key: str, num_chunks: int, uid: str, result: tuple[int, dict[str, float]] | None = None
+    book: ChunkDealer, key: str, num_chunks: int, uid: str, result: tuple[int, dict[str, float]] | None = None
 ) -> dict[str, Any]:
     """What is replied: a chunk, the sums, or nothing yet."""
     reply = book.next(key, uid, Evaluate(key=key, num_chunks=num_chunks, result=result))
@@ -81,7 +81,7 @@ def test_a_metric_that_only_some_report_is_taken_from_them() -> None:
 
 
 def test_a_report_is_whole_when_every_member_has_given_its_part() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     add(book, 0, part(checkpoint=False))
     assert book.settle([0, 1]) == []
     add(book, 1, part(checkpoint=False, metrics={"loss": 3.0}))
@@ -90,7 +90,7 @@ def test_a_report_is_whole_when_every_member_has_given_its_part() -> None:
 
 
 def test_reports_are_whole_in_the_order_of_steps_and_then_of_calls() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     for key in ("1.10.0", "1.9.1", "1.9.0"):
         for slot in (0, 1):
             add(book, slot, part(key, checkpoint=False))
@@ -98,7 +98,7 @@ def test_reports_are_whole_in_the_order_of_steps_and_then_of_calls() -> None:
 
 
 def test_a_report_waits_for_the_one_before_it() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     add(book, 0, part("1.4.0", checkpoint=True, holds_snapshot=True))
     add(book, 0, part("1.5.0", checkpoint=False))
     assert book.settle([0]) == []
@@ -107,7 +107,7 @@ def test_a_report_waits_for_the_one_before_it() -> None:
 
 
 def test_a_part_that_comes_again_counts_once() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     assert add(book, 0, part(checkpoint=False)) is None
     assert add(book, 0, part(checkpoint=False)) is None
     assert book.settle([0])[0].num_workers == 1
@@ -116,7 +116,7 @@ def test_a_part_that_comes_again_counts_once() -> None:
 
 
 def test_a_part_of_an_acknowledged_report_is_acknowledged_again_and_opens_nothing() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     add(book, 0, part(checkpoint=False))
     book.settle([0])
     assert [r.key for r in book.untaken()] == ["1.5.0"]
@@ -129,7 +129,7 @@ def test_a_part_of_an_acknowledged_report_is_acknowledged_again_and_opens_nothin
 
 
 def test_a_worker_that_is_lost_before_its_part_is_not_waited_for() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     add(book, 0, part(checkpoint=False))
     assert book.settle([0, 1]) == []
     book.forget(1)
@@ -137,7 +137,7 @@ def test_a_worker_that_is_lost_before_its_part_is_not_waited_for() -> None:
 
 
 def test_a_process_that_came_after_a_report_is_not_waited_for() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     book.joined(0, 1, -1)
     book.joined(1, 1, 5)
     add(book, 0, part("1.5.0", checkpoint=False))
@@ -149,7 +149,7 @@ def test_a_process_that_came_after_a_report_is_not_waited_for() -> None:
 
 
 def test_the_part_of_a_worker_that_is_lost_afterwards_counts() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     add(book, 0, part(checkpoint=False, metrics={"loss": 1.0}))
     add(book, 1, part(checkpoint=False, metrics={"loss": 3.0}))
     book.forget(1)
@@ -158,7 +158,7 @@ def test_the_part_of_a_worker_that_is_lost_afterwards_counts() -> None:
 
 
 def test_a_late_joiner_that_is_past_the_report_is_not_waited_for() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     add(book, 0, part("1.5.0", checkpoint=True, holds_snapshot=True))
     add(book, 1, part("1.8.0", checkpoint=False))
     assert book.writer_wanted([0, 1]) == {"1.5.0": 0}
@@ -167,7 +167,7 @@ def test_a_late_joiner_that_is_past_the_report_is_not_waited_for() -> None:
 
 
 def test_a_refilled_slot_is_not_taken_for_its_predecessor() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     add(book, 1, part("1.8.0", checkpoint=False))
     book.forget(1)
     add(book, 0, part("1.8.0", checkpoint=False))
@@ -176,14 +176,14 @@ def test_a_refilled_slot_is_not_taken_for_its_predecessor() -> None:
 
 
 def test_the_end_of_the_run_settles_what_is_open() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     add(book, 0, part(checkpoint=False))
     assert book.settle([0, 1], ended=False) == []
     assert [r.key for r in book.settle([], ended=True)] == ["1.5.0"]
 
 
 def test_a_step_that_is_done_again_after_a_reset_is_reported_again() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     for key in ("1.5.0", "1.9.0"):
         for slot in (0, 1):
             add(book, slot, part(key, checkpoint=False))
@@ -204,7 +204,7 @@ def test_a_step_that_is_done_again_after_a_reset_is_reported_again() -> None:
 
 
 def test_a_report_that_a_life_left_open_holds_up_none_of_the_next() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     add(book, 0, part("1.9.0", holds_snapshot=True))
     for slot in (0, 1):
         book.forget(slot)
@@ -215,7 +215,7 @@ def test_a_report_that_a_life_left_open_holds_up_none_of_the_next() -> None:
 
 def test_the_books_do_not_grow_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports, "MAX_REPORTS", 3)
-    book = ReportBook(first_seq=10)
+    book = ReportCollector(first_seq=10)
     for step in range(8):
         add(book, 0, part(f"1.{step}.0", checkpoint=False))
         book.settle([0])
@@ -227,15 +227,15 @@ def test_the_books_do_not_grow_with_the_run(monkeypatch: pytest.MonkeyPatch) -> 
 # ---------------------------------------------------------------- checkpoints
 
 
-def held_by(*slots: int) -> ReportBook:
-    book = ReportBook()
+def held_by(*slots: int) -> ReportCollector:
+    book = ReportCollector()
     for slot in range(3):
         add(book, slot, part(holds_snapshot=slot in slots), uid=f"{slot}-a")
     return book
 
 
 def test_the_first_holder_writes_once_all_parts_are_there() -> None:
-    book = ReportBook()
+    book = ReportCollector()
     add(book, 1, part(holds_snapshot=True))
     assert book.writer_wanted([0, 1]) == {}
     add(book, 0, part(holds_snapshot=True))
@@ -293,7 +293,7 @@ def test_the_states_of_those_that_reported_are_gathered() -> None:
 
 
 def test_each_chunk_is_given_to_one_worker_and_the_sums_are_the_same_for_all() -> None:
-    book = EvaluationBook()
+    book = ChunkDealer()
     assert ask(book, "e", 2, "a") == {"chunk": 0}
     assert ask(book, "e", 2, "b") == {"chunk": 1}
     assert ask(book, "e", 2, "b", (1, {"hits": 2.0})) == {}
@@ -302,7 +302,7 @@ def test_each_chunk_is_given_to_one_worker_and_the_sums_are_the_same_for_all() -
 
 
 def test_a_chunk_of_a_lost_worker_is_given_out_again() -> None:
-    book = EvaluationBook()
+    book = ChunkDealer()
     ask(book, "e", 1, "a")
     assert ask(book, "e", 1, "b") == {}
     book.forget("a")
@@ -310,7 +310,7 @@ def test_a_chunk_of_a_lost_worker_is_given_out_again() -> None:
 
 
 def test_a_chunk_whose_answer_was_lost_is_given_out_again() -> None:
-    book = EvaluationBook()
+    book = ChunkDealer()
     assert ask(book, "e", 2, "a") == {"chunk": 0}
     assert ask(book, "e", 2, "a") == {"chunk": 0}, "it asks again, so it is at none"
     assert ask(book, "e", 2, "b") == {"chunk": 1}
@@ -319,14 +319,14 @@ def test_a_chunk_whose_answer_was_lost_is_given_out_again() -> None:
 
 
 def test_a_result_that_comes_twice_counts_once() -> None:
-    book = EvaluationBook()
+    book = ChunkDealer()
     ask(book, "e", 1, "a")
     ask(book, "e", 1, "a", (0, {"n": 1.0}))
     assert ask(book, "e", 1, "b", (0, {"n": 5.0})) == {"sums": {"n": 1.0}}
 
 
 def test_two_evaluations_of_one_step_are_kept_apart() -> None:
-    book = EvaluationBook()
+    book = ChunkDealer()
     assert ask(book, "5/eval/0", 1, "a") == ask(book, "5/eval/1", 1, "a") == {"chunk": 0}
 
 
@@ -335,7 +335,7 @@ def test_two_evaluations_of_one_step_are_kept_apart() -> None:
     st.integers(0, 2**16),
 )
 def test_the_sums_depend_neither_on_who_computed_what_nor_on_when(values: list[float], seed: int) -> None:
-    chance, book = random.Random(seed), EvaluationBook()
+    chance, book = random.Random(seed), ChunkDealer()
     doing: dict[str, int] = {}
     for worker in ["a", "b", "c"] * (len(values) + 1):
         chunk = doing.pop(worker, None)
@@ -356,7 +356,7 @@ def test_the_sums_depend_neither_on_who_computed_what_nor_on_when(values: list[f
 
 def test_what_was_done_since_the_last_report_is_added_up_once() -> None:
     """Samples and bytes of all; seconds, steps and clipped steps of who has been there for longest."""
-    book = ReportBook()
+    book = ReportCollector()
     done = {"seconds": 2.0, "steps": 10, "clipped_steps": 4, "samples": 30, "bytes_sent": 500}
     late = {"seconds": 9.0, "steps": 3, "clipped_steps": 7, "samples": 5, "bytes_sent": 20}
     add(book, 0, part(checkpoint=False, since_last=done, lr=0.05))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raytrain_het.membership.message_parts import Told
+from raytrain_het.membership.message_parts import LoopProgress
 
 
 class Keys:
@@ -49,9 +49,9 @@ class Keys:
             self._began = (life, step)
         self._step = step
 
-    def told(self, *, complete: bool = False) -> Told | None:
-        """See :mod:`raytrain_het.membership.passing`. None before the loop begins."""
+    def told(self, *, complete: bool = False) -> LoopProgress | None:
+        """See :mod:`raytrain_het.membership.skipped_reports`. None before the loop begins."""
         began, step = self._began, self._step  # Before the last report, which another thread may be making now.
         if began is None:
             return None
-        return Told(life=began[0], began=began[1], step=step, reported=self._reported, complete=complete)
+        return LoopProgress(life=began[0], began=began[1], step=step, reported=self._reported, complete=complete)

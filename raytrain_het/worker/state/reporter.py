@@ -14,7 +14,7 @@ from raytrain_het.membership import protocol
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.events import CheckpointFailed
-from raytrain_het.membership.message_parts import Told
+from raytrain_het.membership.message_parts import LoopProgress
 from raytrain_het.membership.record import Record
 from raytrain_het.worker.state import checkpoint as files
 from raytrain_het.worker.state.report_keys import Keys
@@ -65,7 +65,7 @@ class Reporter:
         """Its loop has committed a step."""
         self._keys.went_on(life, step)
 
-    def told(self, *, complete: bool = False) -> Told | None:
+    def told(self, *, complete: bool = False) -> LoopProgress | None:
         """What the hub sees from that this worker has left a report out; ``complete``: its loop is at its end."""
         return self._keys.told(complete=complete)
 

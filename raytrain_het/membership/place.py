@@ -1,4 +1,4 @@
-"""Where a worker's training function is, in words: for the hub, which says who waits for whom."""
+"""Where a worker's training function is, in words. The hub tells people from it who waits for whom."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STEP = "step"
 
 @dataclass(frozen=True)
 class Place:
-    """What one worker is at, as it told last."""
+    """Where one worker is, as it said last."""
 
     text: str = ""
     """Such as "computing step 13". Empty where it has not said."""
@@ -22,11 +22,11 @@ class Place:
 
 
 class Doing:
-    """One worker's own: the training thread writes, the thread that answers pings reads."""
+    """A worker's own place. The training thread writes it, and the thread that answers pings reads it."""
 
     def __init__(self) -> None:
         self.otherwise: Callable[[bool], str] = lambda waits: ""
-        """In words what is done between the calls below, given whether the training thread waits."""
+        """Says what is done between the calls below, given whether the training thread waits."""
         self._calls: list[tuple[str, str]] = []
 
     @contextlib.contextmanager
@@ -40,7 +40,7 @@ class Doing:
 
     def place(self, waits: bool) -> Place:
         """Where the training thread is now."""
-        calls = self._calls[-1:]  # In one go: it may be leaving.
+        calls = self._calls[-1:]  # One read: the call may end meanwhile.
         if calls:
             kind, text = calls[0]
             return Place(text, waits, kind)

@@ -22,7 +22,7 @@ class _Evaluation:
     error: Raise | None = None
 
 
-class EvaluationBook:
+class ChunkDealer:
     """Hands the chunks of an evaluation out to whoever is free, and adds up the results exactly.
 
     A chunk given to a worker that dies is given out again. Sums are taken over chunks in their order and exactly, so
