@@ -85,7 +85,7 @@ class HetConfig:
     still receives every update, and is there when another one dies."""
 
     alpha: float = 0.0
-    """Exponent of the learning-rate scale ``r_i = p_i^-alpha``, with ``p_i`` the worker's measured
+    """Exponent of the gradient weight ``r_i = p_i^-alpha``, with ``p_i`` the worker's measured
     speed over the mean. Synchronous training has one learning rate: ``r_i`` weighs worker ``i``'s
     gradient, ``g = sum b_i r_i g_i / sum b_i r_i``. 0 is the plain mean over all samples."""
 

@@ -127,12 +127,12 @@ class Collectives:
             want = max(want, theirs.want)
         return want
 
-    def resync(self, job: ResyncJob, num_bytes: int) -> None:
+    def resync(self, job: ResyncJob) -> None:
         """The parameters of the first member that is healed go to all others that are."""
         reducer, record = self.reducer, self.reducer.record
         healed = [rank for rank, m in enumerate(record.members) if m.uid not in record.unhealed]
         source, receivers = healed[0], healed[1:]
-        data = job.data if job.data is not None else torch.zeros(num_bytes, dtype=torch.uint8)
+        data = job.data if job.data is not None else torch.zeros(0, dtype=torch.uint8)
         one_to_all(reducer.group, source, receivers, data, lambda op: self._waiter.finish(op, job.generation, job.step))
         if reducer.rank == source:
             reducer.traffic.sent += data.numel() * len(receivers)

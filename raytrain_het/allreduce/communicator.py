@@ -1,6 +1,6 @@
 """The communication thread: one launch order on all members, overlapped with the backward pass.
 
-It enters generations (makes the group, sends the kept sums to whoever is one step behind), runs the jobs that the
+It enters generations (makes the group, sends the kept step to whoever is one step behind), runs the jobs that the
 training thread submits, and follows along by itself while this member is not healed. The training thread never touches
 the group. What the two hand each other is in ``jobs.py``; ``followed`` and ``codec_states`` are shared as their
 docstrings say.
@@ -61,7 +61,6 @@ class Communicator:
         agent: the member's side of membership: which record is in force, what is void.
         layout: the buckets.
         advance: the cursor after one more step, and whether an epoch has ended with it.
-        resync_bytes: of all parameters.
         resync_due: whether unlike members' parameters are sent anew after a step, if they turn out to differ.
         hang_limit_s: after so long the hub gives up a member.
     """
@@ -72,7 +71,6 @@ class Communicator:
         layout: Layout,
         *,
         advance: Callable[[Cursor], tuple[Cursor, bool]],
-        resync_bytes: int,
         hang_limit_s: float,
         resync_due: Callable[[Record, int], bool] = lambda record, step: False,
     ) -> None:
@@ -83,8 +81,9 @@ class Communicator:
         """Replaced by the communication thread."""
         self.followed = FollowedSteps(layout, agent.condition)
         self.codec_states = ErrorFeedback(layout)
-        """The communication thread's while a step's job is under way, the training thread's between steps."""
-        self._resync_due, self._advance, self._resync_bytes = resync_due, advance, resync_bytes
+        """The communication thread reads and writes it while a step's job is under way. The training thread commits
+        between steps, and may copy it at any time."""
+        self._resync_due, self._advance = resync_due, advance
         self._scratch = [torch.zeros(b.numel, dtype=b.dtype) for b in layout.buckets]
         """Means of steps that this member only follows."""
         self._poller = Poller()
@@ -221,6 +220,7 @@ class Communicator:
     # ---------------------------------------------------------------- generations
 
     def _leave_group(self) -> None:
+        self._count_traffic()
         group, self._group, self._collectives = self._group, None, None
         self._waiter.poll_s = None
         if group is not None:
@@ -272,7 +272,7 @@ class Communicator:
         return builder.group
 
     def _replay(self, record: Record, rank: int, group: Group) -> tuple[Sums, Sequence[torch.Tensor]] | None:
-        """Whoever holds the base step sends its decoded sums to those that are one step behind."""
+        """Whoever holds the base step sends its means to those that are one step behind."""
         source = record.source_rank
         receivers = [r for r in (record.rank_of(uid) for uid in record.behind) if r is not None]
         data = torch.zeros(kept_step.packed_bytes(self.layout) if rank in receivers else 0, dtype=torch.uint8)
@@ -281,6 +281,9 @@ class Communicator:
             assert step == record.base, f"the source keeps step {step}, and not the base {record.base}"
             data = packed()
         one_to_all(group, source, receivers, data, lambda op: self._waiter.finish(op, record.number, record.base))
+        if rank == source or rank in receivers:
+            sent = data.numel() * len(receivers) if rank == source else 0
+            self.moved = BytesMoved(self.moved.sent + sent, self.moved.received + (0 if sent else data.numel()))
         if rank not in receivers:
             return None
         # It may be the source of the next generation, when others have yet to take the step over.
@@ -323,7 +326,7 @@ class Communicator:
         return ConfirmResult(want=self._joined().confirm(job))
 
     def _resync(self, job: ResyncJob) -> Result:
-        self._joined().resync(job, self._resync_bytes)
+        self._joined().resync(job)
         self._count_traffic()
         return Result()
 
@@ -336,7 +339,7 @@ class Communicator:
     # ---------------------------------------------------------------- while not healed
 
     def _follow(self, record: Record) -> None:
-        """Take part in the next step with a header only, and keep its sums for the replay."""
+        """Take part in the next step with a header only, and keep its means for the replay."""
         cursor, number = self.followed.cursor or record.cursor, record.number
         job = StepJob(number, cursor.step + 1, cursor=cursor)
         job.hand_over(Contribution(means=self._scratch), [LocalBucket()] * len(self.layout.buckets), last=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import collections
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -47,6 +48,8 @@ class ErrorFeedback:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self._lock = threading.RLock()
+        """A step may begin while the training thread reports in the loop's body."""
         self._codec: Codec | None = None
         self._wanted: tuple[Codec, torch.device] | None = None
         self._device = torch.device("cpu")
@@ -63,7 +66,7 @@ class ErrorFeedback:
         self._inherited: collections.deque[Mapping[str, State]] = collections.deque()
         """State of other workers, which is added to this worker's when the next step begins."""
         self.weight_per_sample: float | None = None
-        """About the least of the last steps; None before the first one."""
+        """That of the last steps, rather too small than too large; None before the first one."""
         self._expected: list[float | None] = [None] * len(layout.buckets)
         """By bucket: the sum of weights for which it was encoded; None where sums are not divided."""
         self._owned: list[tuple[int, int]] = [(0, 0)] * len(layout.buckets)
@@ -94,10 +97,11 @@ class ErrorFeedback:
 
     def begin_step(self) -> None:
         """A step is tried, perhaps again: nothing of it is written yet."""
-        self._change()
-        self._written, self._sent_earlier = None, set()
-        while self._inherited:
-            self.adopt(self._inherited.popleft())
+        with self._lock:
+            self._change()
+            self._written, self._sent_earlier = None, set()
+            while self._inherited:
+                self.adopt(self._inherited.popleft())
 
     def inherit(self, by_parameter: Mapping[str, State]) -> float:
         """:meth:`adopt` this state when the next step begins. From any thread.
@@ -110,8 +114,9 @@ class ErrorFeedback:
 
     def norm(self) -> float | None:
         """The norm of the whole residual, about, while steps go on; None for a codec that keeps none."""
-        held = [state[RESIDUAL] for state in self._kept if RESIDUAL in state]
-        return _norm([*held, *self._earlier.values()]) if held or self._earlier else None
+        with self._lock:
+            held = [state[RESIDUAL] for state in self._kept if RESIDUAL in state]
+            return _norm([*held, *self._earlier.values()]) if held or self._earlier else None
 
     @property
     def has_earlier_residual(self) -> bool:
@@ -206,12 +211,13 @@ class ErrorFeedback:
 
     def by_parameter(self) -> dict[str, State]:
         """Copies on the CPU, for a checkpoint: a parameter's elements (numel, ...) flat, by name."""
-        found = self._by_parameter()
-        for inherited in list(self._inherited):
-            for name, state in inherited.items():
-                known = found.setdefault(name, {})
-                known[RESIDUAL] = known[RESIDUAL] + state[RESIDUAL] if RESIDUAL in known else state[RESIDUAL]
-        return found
+        with self._lock:
+            found = self._by_parameter()
+            for inherited in list(self._inherited):
+                for name, state in inherited.items():
+                    known = found.setdefault(name, {})
+                    known[RESIDUAL] = known[RESIDUAL] + state[RESIDUAL] if RESIDUAL in known else state[RESIDUAL]
+            return found
 
     def _by_parameter(self) -> dict[str, State]:
         found: dict[str, State] = {}

@@ -1,4 +1,4 @@
-"""The steps that pass while a worker heals: their sums are kept for the replay on its snapshot."""
+"""The steps that pass while a worker heals: their means are kept for the replay on its snapshot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raytrain_het.membership.cursor import Cursor
 KEPT_BYTES = 2**30
 """So much of the steps is kept, the oldest dropped first; two steps in any case."""
 _BYTES_BESIDES = 4096
-"""About what keeping a step costs besides its sums."""
+"""About what keeping a step costs besides its means."""
 
 
 class FollowedStep(NamedTuple):
@@ -33,7 +33,7 @@ class FollowedSteps:
     """A bounded queue. The communication thread appends, the training thread takes, both under one condition.
 
     Args:
-        layout: says how large a step's sums are.
+        layout: says how large a step's means are.
         condition: notified when a step has come.
     """
 

@@ -1,8 +1,9 @@
 """What the training thread and the communication thread hand each other.
 
-A *job* is a ticket: it says what all members do together next. Everything that goes through it is immutable and is put
-there once. The training thread puts in its contribution and its buckets as they become full; the communication thread
-puts in the result, which ends the job. Every member does the same jobs in the same order.
+A *job* is a ticket: it says what all members do together next. The training thread puts in its contribution, once, and
+its buckets as they become full. The communication thread puts in the result, which ends the job. Nobody replaces what
+is there. Tensors change hands with it: a bucket's values belong to the communication thread until the job is over, and
+the means to the training thread after it. Every member does the same jobs in the same order.
 """
 
 from __future__ import annotations

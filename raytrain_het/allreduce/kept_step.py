@@ -1,4 +1,4 @@
-"""The decoded sums of a step as bytes: what a member that is one step behind gets from one that holds the step."""
+"""The means of a step as bytes: what a member that is one step behind gets from one that holds the step."""
 
 from __future__ import annotations
 

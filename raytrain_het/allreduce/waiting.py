@@ -24,7 +24,7 @@ class Waiter:
     Args:
         agent: says when a generation is void, and passes a suspicion on to the hub.
         poller: where the thread waits.
-        hang_limit_s: after so long the hub gives up a member; no deadline is longer than a quarter of it.
+        hang_limit_s: after so long the hub gives up a member; deadlines grow to a quarter of it at most.
     """
 
     def __init__(self, agent: MemberAgent, poller: Poller, *, hang_limit_s: float) -> None:
@@ -52,7 +52,7 @@ class Waiter:
             now = time.monotonic()
             if peers and now >= suspect_at:
                 self._agent.suspect(generation, step)
-                deadline = min(2 * deadline, self._hang_limit_s / 4)
+                deadline = max(deadline, min(2 * deadline, self._hang_limit_s / 4))
                 suspect_at = now + deadline
             self._poller.wait(self.poll_s or (min(max(suspect_at - now, 0.001), 1.0) if peers else 1.0))
 

@@ -45,7 +45,7 @@ def _branch(value: object) -> str:
 
 
 WorkerList = Annotated[
-    # LoopProgress apart beforehand, so that a mistake in the list is not also reported as "not 'auto'".
+    # Told apart beforehand, so that a mistake in the list is not also reported as "not 'auto'".
     Annotated[tuple[Workers, ...], pydantic.Tag("list"), pydantic.Field(min_length=1)]
     | Annotated[Literal["auto"], pydantic.Tag("auto")],
     pydantic.Discriminator(_branch),

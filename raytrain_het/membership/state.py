@@ -37,7 +37,7 @@ class NextGeneration:
     """The generation that is being formed, or else the one in force."""
 
     number: int = 0
-    """Its number. None is being formed while the record in force has this number."""
+    """Its number. While the record in force has this number, no generation is being formed."""
     voided: bool = False
     """Whether the one before it is void: nothing of that one's open step is committed."""
     reason: str = ""

@@ -13,7 +13,7 @@ from raytrain_het.worker.checks.unsupported import refuse
 from raytrain_het.worker.context import WorkerContext
 from raytrain_het.worker.data.data_plan import slice_of
 from raytrain_het.worker.draft import Draft
-from raytrain_het.worker.joining import join
+from raytrain_het.worker.making import make_worker
 from raytrain_het.worker.state.extras import Extras
 from raytrain_het.worker.worker import StepListener, Worker
 
@@ -32,7 +32,7 @@ class Session:
         self.extras = Extras()
         """What checkpoints hold besides: add to it before ``loader.epochs()``."""
         self.listeners: list[StepListener] = []
-        """LoopProgress of each committed step."""
+        """Told of each committed step."""
         self.draft = Draft(context.config, self.extras)
         self.worker: Worker | None = None
         """None before ``loader.epochs()``."""
@@ -41,9 +41,9 @@ class Session:
         """Join the run: called by ``loader.epochs`` when everything has been prepared."""
         if self.worker is not None:
             raise LoopOrderError("loader.epochs() was called twice: one loop over epochs per run.")
-        worker = self.worker = join(self.context, self.draft, num_epochs)
+        worker = self.worker = make_worker(self.context, self.draft, num_epochs)
         worker.listeners = self.listeners
-        worker.start(self.draft.warnings)
+        worker.join(self.draft.warnings)
         return worker
 
     def joined(self, what: str = "this", fix: str = "join the run first.") -> Worker:

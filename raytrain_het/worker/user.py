@@ -45,7 +45,7 @@ def prepare_optimizer(optimizer: O) -> O:
         The same object, of a subclass of its class; learning-rate schedulers made from it afterwards work.
 
     Raises:
-        LoopOrderError: a scheduler was attached before, or called twice, or outside of a training function.
+        LoopOrderError: a scheduler is attached to it already, or this is the second call, or no training function runs.
     """
     session = current()
     session.draft.set_optimizer(optimizer, make_het(optimizer, session))

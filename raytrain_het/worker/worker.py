@@ -68,7 +68,7 @@ class Worker:
         self.epoch = 0
         """The epoch under way in the training function."""
         self.listeners: list[StepListener] = []
-        """LoopProgress of each committed step."""
+        """Told of each committed step."""
         self._speed, self._num_epochs = tellers.speed, num_epochs
         self._evaluations = Evaluations()
         self._leaving = False
@@ -95,7 +95,7 @@ class Worker:
         """Its copy of what all workers share."""
         return self.engine.replica
 
-    def start(self, warnings: list[str]) -> None:
+    def join(self, warnings: list[str]) -> None:
         """Say hello to the hub, and wait for the first generation."""
         self.agent.join()
         self.engine.start()
@@ -149,7 +149,8 @@ class Worker:
         """Called before each step of any optimizer in this process.
 
         Raises:
-            NotSupportedError: it is another one than the prepared, and trains the same parameters or steps in a step.
+            NotSupportedError: it is not the prepared one, and it trains the same parameters, or steps while a step is
+                open.
         """
         if optimizer is self.prepared.optimizer or self.prepared.update.under_way:
             return

@@ -32,7 +32,7 @@ def new_agent() -> Any:
 
 def new_communicator() -> Communicator:
     layout = Layout([("a", torch.zeros(4))], [], 16)
-    return Communicator(new_agent(), layout, advance=None, resync_bytes=0, hang_limit_s=1e9)  # type: ignore[arg-type]
+    return Communicator(new_agent(), layout, advance=None, hang_limit_s=1e9)  # type: ignore[arg-type]
 
 
 @pytest.fixture

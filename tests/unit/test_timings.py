@@ -78,7 +78,7 @@ def comm(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
         on_reconnect=[],
         suspect=lambda *_: None,
     )
-    comm = Communicator(agent, TWO_BUCKETS, advance=None, resync_bytes=0, hang_limit_s=1e9)  # type: ignore[arg-type]
+    comm = Communicator(agent, TWO_BUCKETS, advance=None, hang_limit_s=1e9)  # type: ignore[arg-type]
     yield comm
     comm.close()
 

@@ -1,6 +1,6 @@
 """How a worker comes to hold what the others hold: from a checkpoint, a snapshot, or a snapshot and a replay.
 
-An unhealed member takes a snapshot of a peer while the others train, replays the decoded sums of the steps gone by
+An unhealed member takes a snapshot of a peer while the others train, replays the means of the steps gone by
 since, and asks for a share. With the record that gives it one it compares itself to the peer, bit by bit: what a
 training function does to gradients between ``backward()`` and ``step()`` is not in the sums. If it differs it takes the
 peer's state as it stands; the peer cannot move on meanwhile, for the step needs them both. So it does if a snapshot

@@ -61,7 +61,7 @@ class Engine:
         self.agent, self.counters, self.timings = generations.agent, reducing.counters, reducing.timings
         self.opened: OpenStep | None = None
         """The step under way, or the last one."""
-        self._start, self._reducing = restore_point, reducing
+        self._restore_point, self._reducing = restore_point, reducing
         gradients.inspect, gradients.inspect_fired = checks.inspect, checks.loss.fired
         reducing.on_failed.append(restore_point.step_failed)
         generations.on_enter.append(self._entered)
@@ -75,7 +75,7 @@ class Engine:
     @property
     def replica(self) -> Replica:
         """What the steps update."""
-        return self._start.replica
+        return self._restore_point.replica
 
     # ---------------------------------------------------------------- 1. open
 
@@ -95,16 +95,18 @@ class Engine:
             if before is not None:
                 before.left_at = asked
                 before.cpu.pauses()
-            self._start.randomness.steps_end()
+            self._restore_point.randomness.steps_end()
             return None
         cursor = self.cursor
         self.checks.look_at_model(cursor)
-        self._start.take_over(self.generations.healing.take_arrived())
-        if self._start.begin(cursor):
+        self._restore_point.take_over(self.generations.healing.take_arrived())
+        if self._restore_point.begin(cursor):
             self.counters.redone += 1
             self.counters.uncounted += 1
-        self.generations.healing.source.offer(record, cursor, self._start.light, self._start.randomness.state())
-        self._start.randomness.step_begins(cursor.step)
+        self.generations.healing.source.offer(
+            record, cursor, self._restore_point.light, self._restore_point.randomness.state()
+        )
+        self._restore_point.randomness.step_begins(cursor.step)
         self.passes.memory.step_begins()
         self.opened = step = self._new_step(record, cursor)
         if before is not None:
@@ -141,11 +143,11 @@ class Engine:
             micro=micro,
             job=StepJob(record.number, cursor.step + 1, cursor=cursor, num_samples=len(batch), step_s=step_s),
             started=time.monotonic(),
-            loss_scale=self._start.replica.loss_scale,
+            loss_scale=self._restore_point.replica.loss_scale,
             contributes=len(own) > 0,
         )
-        self.checks.begin(step, self._start.light, first=self.counters.steps == 0)
-        self._start.begin_passes(len(step.micro))
+        self.checks.begin(step, self._restore_point.light, first=self.counters.steps == 0)
+        self._restore_point.begin_passes(len(step.micro))
         self._reducing.begin(step)
         return step
 
@@ -153,9 +155,9 @@ class Engine:
         """A generation begins, and this worker holds its base."""
         self.checks.replica.restart()
         if record.reset or self.agent.uid in record.fresh:
-            self._start.forget()
+            self._restore_point.forget()
         if record.reset and record.checkpoint is not None and self.cursor.offset > 0:
-            self.generations.healing.arrived = self._start.settings()
+            self.generations.healing.arrived = self._restore_point.settings()
 
     def _open_batch(self) -> list[int] | None:
         step = self.open_body
@@ -174,7 +176,7 @@ class Engine:
         """
         step = self._current()
         if index > 0:
-            self._start.between_passes()
+            self._restore_point.between_passes()
         step.inputs = inputs
         of_gradient, of_buffers = self.passes.weigh(step, index, weight)
         if step.rehearses and index == 0:
@@ -238,14 +240,14 @@ class Engine:
                 self.committing.after_commit(step, sums, self.counters)
                 return result
             self._reducing.resolve(step)
-        self._start.step_failed()
+        self._restore_point.step_failed()
         self._give_up(step)
         return None
 
     def _give_up(self, step: OpenStep) -> None:
         """It came to nothing, and is done again."""
         step.closed = True
-        self._start.do_again()
+        self._restore_point.do_again()
 
     def _settle_last(self) -> None:
         """The loop has asked for another batch: was the last one dealt with?"""
@@ -285,7 +287,7 @@ class Engine:
         """In the middle of a step: its buffers when it was opened, and not what this worker's pass has made of
         them; nothing between steps."""
         step = self.open_body
-        return self._start.buffers() if step is not None and not step.settled else {}
+        return self._restore_point.buffers() if step is not None and not step.settled else {}
 
     def close_down(self) -> None:
         """Take everything off torch that was put there."""
@@ -301,7 +303,7 @@ class Engine:
             return f"after step {number}, " + ("waiting for the others" if waits else "in the function's own code")
         if step.settled:
             return f"in step {step.number}, after backward()"
-        if step.submitted:
+        if step.handed_over_at:
             return f"in step {step.number}, waiting for the others' gradients"
         num = len(step.micro)
         part = f", pass {max(1, len(step.weights))} of {num}" if num > 1 else ""

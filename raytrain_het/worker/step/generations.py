@@ -36,8 +36,8 @@ class Generations:
     def enter(self) -> Record:
         """The record in force, once its group stands and this worker holds its base."""
         while True:
-            # A member that still heals takes part in no collective: the one that it heals from may have stopped, and
-            # no deadline of a collective would tell the hub.
+            # While a member heals its training thread waits for no collective: the member that it heals from may have
+            # stopped, and no deadline of a collective would tell the hub.
             entered = self._entered(after=-1, for_peers=True)
             record = entered.record
             if record is self.record:

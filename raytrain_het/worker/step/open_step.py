@@ -56,7 +56,7 @@ class OpenStep:
     closed: bool = False
     """Whether it was committed or given up."""
 
-    submitted: float = 0.0
+    handed_over_at: float = 0.0
     """When the last bucket was handed over."""
     waited_s: float = 0.0
     """How long only peers were waited for."""

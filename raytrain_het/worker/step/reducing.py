@@ -63,7 +63,7 @@ class Reducing:
         step.job.hand_over(contribution, buckets, last=last)
         self._comm.wake()
         if last:
-            step.submitted = time.monotonic()
+            step.handed_over_at = time.monotonic()
 
     def _contribution(self, step: OpenStep) -> Contribution:
         looked = step.looked
@@ -78,7 +78,7 @@ class Reducing:
 
     def _backward_done(self, step: OpenStep) -> None:
         """The step's last pass is over. Comes out of the user's ``backward()``, and so does what is raised here."""
-        step.submitted = step.submitted or time.monotonic()
+        step.handed_over_at = step.handed_over_at or time.monotonic()
         self._generations.agent.points.reach("arrived", step.number)
         step.cpu.waiting_begins()
         self._await_sums(step)
@@ -93,8 +93,8 @@ class Reducing:
             self._checks.means_came(step, step.sums, self._gradients)
         self._gradients.publish(step.sums, scale=step.loss_scale)
         now = time.monotonic()
-        self.counters.compute_s += step.submitted - step.started
-        self.counters.wait_s += now - step.submitted
+        self.counters.compute_s += step.handed_over_at - step.started
+        self.counters.wait_s += now - step.handed_over_at
 
     def _await_sums(self, step: OpenStep) -> None:
         """Wait until the step has its sums (perhaps from a peer that had them), or is to be done again."""

@@ -70,9 +70,9 @@ class Timings:
     def __init__(
         self,
         agent: MemberAgent,
-        global_batch_size: int,
+        full_batch: int,
     ) -> None:
-        self._agent, self._global_batch_size = agent, global_batch_size
+        self._agent, self._full_batch = agent, full_batch
         self._paths: Paths | None = None
         self._errors: list[tuple[str, float]] = []
         self._latest: deque[tuple[int, float]] = deque(maxlen=NUM_LATEST)
@@ -97,7 +97,7 @@ class Timings:
         if now - self._last_sent >= INTERVAL_S:
             self._agent.tell(
                 Timing(
-                    global_batch_size=self._global_batch_size,
+                    global_batch_size=self._full_batch,
                     steps=self._steps,
                     paths=self._paths,
                     errors=self._errors,

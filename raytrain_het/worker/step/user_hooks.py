@@ -48,7 +48,8 @@ class UserHooks:
                     hooks.update(dict.fromkeys(theirs, _nothing))
 
     def put_back(self) -> None:
-        """The pass is over, or has failed: they are where the program has put them, but those that it has removed."""
+        """The pass is over, or has failed: hooks go back to where the program has put them, unless it has removed
+        them."""
         for hooks, theirs in self._aside:
             hooks.update({key: hook for key, hook in theirs.items() if key in hooks})
         self._aside = []

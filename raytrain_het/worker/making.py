@@ -1,4 +1,4 @@
-"""From what was prepared to a worker that has joined its run: its parts, in the order in which they need each other."""
+"""From what was prepared to a worker that can join its run: its parts, in the order in which they need each other."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ from raytrain_het.worker.step.timings import KnownSpeed, Timings
 from raytrain_het.worker.worker import Tellers, Worker
 
 
-def join(context: WorkerContext, draft: Draft, num_epochs: int) -> Worker:
-    """Make a worker's parts. It has not said hello to the hub yet: see :meth:`Worker.start`.
+def make_worker(context: WorkerContext, draft: Draft, num_epochs: int) -> Worker:
+    """Make a worker of what was prepared. It says hello to the hub in :meth:`Worker.join`.
 
     Args:
         context: where it runs.
@@ -75,7 +75,7 @@ def join(context: WorkerContext, draft: Draft, num_epochs: int) -> Worker:
         speed = _known_speed(context, prepared)
         connections = _connect(context, prepared, gradients.layout, replica, speed)
         undo.callback(connections.close)
-        worker = _make_worker(context, prepared, connections, gradients, replica, num_epochs, speed)
+        worker = _put_together(context, prepared, connections, gradients, replica, num_epochs, speed)
         undo.pop_all()
     return worker
 
@@ -124,14 +124,13 @@ def _connect(
         agent,
         layout,
         advance=lambda cursor: advance(plan, cursor),
-        resync_bytes=replica.parameter_bytes(),
         hang_limit_s=config.hang_limit_s,
         resync_due=functools.partial(resync_due, config.replica_check_steps),
     )
     return Connections(hub, agent, server, communicator)
 
 
-def _make_worker(
+def _put_together(
     context: WorkerContext,
     prepared: Prepared,
     connections: Connections,
