@@ -45,7 +45,7 @@ from raytrain_het.allreduce.transport.tcp import TcpGroup
 from raytrain_het.allreduce.waiting import Waiter
 from raytrain_het.testing.lab_worker import WorkerFiles
 from raytrain_het.testing.processes import LabSlots, ProcessLab
-from raytrain_het.worker.step import gradients as gradients_module
+from raytrain_het.worker.step import buckets as buckets_module
 
 WORKERS = 4
 
@@ -115,7 +115,7 @@ def thread_cpu_s() -> dict[str, float]:
 
 def train(directory: str, *, size: str, batch: int, blocks: int, steps: int) -> dict[str, float]:
     """Runs in every worker; milliseconds per step by part."""
-    on_gradients = Stopwatch((gradients_module.Gradients, "_gather"), (gradients_module, "is_finite"))
+    on_gradients = Stopwatch((buckets_module.Buckets, "add"), (buckets_module, "is_finite"))
     on_messages = Stopwatch(
         (ShardsToOwners, "_encode"),
         *((OwnerShardsReducer, name) for name in ("_encode_own_mean", "decode")),
