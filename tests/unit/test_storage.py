@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,23 @@ def test_the_list_of_checkpoints_survives_a_write_that_fails(
         write_atomically(context, path, b"new")
     assert Path(path).read_bytes() == b"old"
     assert not list(Path(path).parent.glob("*.partial"))
+
+
+def test_a_part_that_is_written_while_a_staged_folder_is_removed_is_removed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStorage(tmp_path)
+    staged = Path(store.stage("checkpoint_000000010_0"))
+    remove, written = shutil.rmtree, []
+
+    def another_worker_writes(path: Any, *args: Any, **kwargs: Any) -> None:
+        remove(path, *args, **kwargs)
+        if not written:
+            written.append(staged / "worker_1.pt")
+            staged.mkdir()
+            written[0].write_bytes(b"half")
+
+    monkeypatch.setattr(shutil, "rmtree", another_worker_writes)
+    store.discard(str(staged))
+    assert written
+    assert not list(tmp_path.iterdir())

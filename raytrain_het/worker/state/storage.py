@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 from raytrain_het.errors import CheckpointError
 
 META = "het.json"
+_TRIES, _PAUSE_S = 5, 0.02
 
 Wanted = Callable[[str], bool]
 """Which files of a checkpoint are needed, by name."""
@@ -240,10 +242,14 @@ class LocalStorage(StagedStorage):
         os.rename(path, to)
 
     def _remove(self, path: str) -> None:
-        if Path(path).is_dir():
+        for _ in range(_TRIES):
+            if not Path(path).is_dir():
+                Path(path).unlink(missing_ok=True)
+                return
             shutil.rmtree(path, ignore_errors=True)
-        else:
-            Path(path).unlink(missing_ok=True)
+            if not Path(path).exists():
+                return
+            time.sleep(_PAUSE_S)  # Another worker has written its part of a failed checkpoint there meanwhile.
 
     def _names(self, path: str) -> list[str]:
         return os.listdir(path) if Path(path).is_dir() else []
