@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from raytrain_het.allreduce import waiting
+from raytrain_het.allreduce.collectives import Collectives
 from raytrain_het.allreduce.communicator import Communicator
-from raytrain_het.allreduce.jobs import StepJob
+from raytrain_het.allreduce.jobs import Contribution, LocalBucket, StepJob
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.waiting import Waiter
+from raytrain_het.membership.points import StepPoints
 
 
 def new_agent() -> Any:
@@ -98,3 +100,48 @@ def test_the_thread_leaves_its_group_and_its_sockets_however_it_ends(
     comm._thread.join(10)
     assert comm._poller._inner.fileno() == -1
     assert (comm.agent.gone is not None) == fails
+
+
+class Done:
+    done = True
+
+    def result(self) -> None:
+        """Nothing has failed."""
+
+
+class Places:
+    """Stands for the waiter: notes each position that a member says it has come to."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "position":
+            self.seen.append(value)
+        object.__setattr__(self, name, value)
+
+    def until(self, condition: Any, *_: Any, **__: Any) -> None:
+        assert condition()
+
+    def finish_of_step(self, *_: Any) -> float:
+        return 0.0
+
+
+def test_who_is_behind_is_seen_with_more_than_a_thousand_buckets_too() -> None:
+    """A member in a step's last bucket is behind one that has begun the next step."""
+    layout = Layout([(f"p{k}", torch.zeros(1)) for k in range(1500)], [], 4)
+    assert len(layout.buckets) == 1500
+    reducer = SimpleNamespace(
+        expect_step=lambda: None,
+        feedback=SimpleNamespace(expected_weight=lambda _: 1.0, observe_weight=lambda *_: None),
+        all_reduce=lambda *_, **__: iter([Done()]),
+    )
+    agent = SimpleNamespace(want=0, points=StepPoints())
+    waiter = Places()
+    reducers = SimpleNamespace(open=lambda epoch: reducer)
+    collectives = Collectives(reducers, layout, agent, waiter)  # type: ignore[arg-type]
+    for step in (7, 8):
+        job = StepJob(1, step)
+        job.hand_over(Contribution(means=[torch.zeros(1)] * 1500), [LocalBucket()] * 1500, last=True)
+        collectives.all_reduce(job)
+    assert waiter.seen == sorted(set(waiter.seen)), "each position is behind all that come later"
