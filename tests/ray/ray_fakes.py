@@ -123,7 +123,7 @@ class FakeSession:
 
     def wait_for_all(self) -> None:
         """Until every slot's worker has joined."""
-        while len(ray.get(self.hub.peek.remote("members"))) < ray.get(self.hub.peek.remote("settings")).num_slots:
+        while len(ray.get(self.hub.peek.remote("members"))) < ray.get(self.hub.peek.remote("context")).num_slots:
             time.sleep(0.05)
 
     def report(self, step: int, metrics: dict[str, float], directory: str | None = None) -> None:
