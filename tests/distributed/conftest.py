@@ -12,11 +12,13 @@ CODECS = [module.name for module in pkgutil.iter_modules(codecs.__path__, f"{cod
 # Where their inner loops have to be compiled first, it is done here: no time limit counts yet.
 for name in CODECS:
     importlib.import_module(name)
-# Each worker imports the program that has started it once more, which is pytest here, and many use a codec.
-multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, *CODECS, "pytest"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Each worker imports the program that has started it once more, which is pytest here, and many use a codec. It is
+    # said here, when all test modules are there: those that start workers of another kind have said what these need.
+    modules = [*PRELOADED, *CODECS, "raytrain_het.testing.programs.worker", "pytest"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
