@@ -145,3 +145,26 @@ def test_who_is_behind_is_seen_with_more_than_a_thousand_buckets_too() -> None:
         job.hand_over(Contribution(means=[torch.zeros(1)] * 1500), [LocalBucket()] * 1500, last=True)
         collectives.all_reduce(job)
     assert waiter.seen == sorted(set(waiter.seen)), "each position is behind all that come later"
+
+
+def test_bytes_of_a_group_that_is_left_are_counted(comm: Communicator) -> None:
+    traffic = SimpleNamespace(sent=5, received=7)
+    comm._collectives = SimpleNamespace(reducer=SimpleNamespace(traffic=traffic))  # type: ignore[assignment]
+    comm._leave_group()
+    assert comm.moved == (5, 7)
+
+
+def test_no_deadline_is_shorter_than_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, told = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def wait(timeout_s: float) -> None:
+        clock.now += timeout_s
+
+    agent = new_agent()
+    agent.suspect = lambda *_: told.append(clock.now)
+    waiter = Waiter(agent, SimpleNamespace(wait=wait), hang_limit_s=600.0)  # type: ignore[arg-type]
+    waiter.step_s = 200.0
+    waiter.until(lambda: len(told) == 3, 0, 1, peers=True)
+    first, *others = (after - before for before, after in zip([0.0, *told], told, strict=False))
+    assert all(other >= first for other in others)
