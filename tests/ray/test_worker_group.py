@@ -79,20 +79,22 @@ def test_a_killed_worker_is_refilled_on_its_node_with_its_rank_and_the_others_st
 def test_a_stopped_worker_that_its_peers_dropped_is_replaced(three: ThreeWorkers) -> None:
     os.kill(three.before[1]["pid"], signal.SIGSTOP)
     three.run.call("leave", 1)
-    three.refilled(1)
+    assert three.refilled(1)[1]["pid"] != three.before[1]["pid"]
 
 
 def test_a_worker_that_left_is_refilled_while_the_run_goes_on(three: ThreeWorkers) -> None:
     three.run.call("tell", "leave", 1)
     eventually(lambda: len(three.run.call("peek", "members")) == 2, "the worker left")
     three.run.call("tell", "", 1)
-    three.refilled(1)
+    assert three.refilled(1)[1]["pid"] != three.before[1]["pid"]
+    assert three.run.is_under_way()
 
 
 def test_all_workers_lost_at_once_are_refilled(three: ThreeWorkers) -> None:
     for member in three.before.values():
         os.kill(member["pid"], signal.SIGKILL)
-    three.refilled(0, 1, 2)
+    after = three.refilled(0, 1, 2)
+    assert not {member["pid"] for member in after.values()} & {member["pid"] for member in three.before.values()}
 
 
 def test_all_placement_groups_go_when_the_controller_is_killed(cluster: Any, three: ThreeWorkers) -> None:

@@ -70,7 +70,9 @@ def test_scripts_of_the_docs_are_python(page: str) -> None:
 @pytest.mark.parametrize("page", ["start.md", *GUIDES.values()])
 def test_the_first_example_of_a_guide_runs_as_it_stands(page: str) -> None:
     """All of it but what a script does when it is started: training functions are run by tests/distributed."""
-    exec(compile(python_blocks(page)[0], page, "exec"), {"__name__": "first_example"})
+    space: dict[str, object] = {"__name__": "first_example"}
+    exec(compile(python_blocks(page)[0], page, "exec"), space)
+    assert space.keys() - {"__name__", "__builtins__"}, "it defines or imports something"
 
 
 def test_the_first_sweep_of_the_guide_is_one() -> None:
