@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from experiments.benchmarks import common
 from raytrain_het.allreduce.jobs import StepJob
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.worker.step.gradients import Gradients
 
 
@@ -75,7 +75,7 @@ def ours() -> Callable[[torch.Tensor, torch.Tensor], None]:
         gradients.begin(
             StepJob(1, step),
             on_full=lambda buckets: used.extend(bucket.used for bucket in buckets),
-            on_backward_done=lambda last: gradients.publish(Sums(step=step, total_weight=1.0, used=used)),
+            on_backward_done=lambda last: gradients.publish(StepSummary(step=step, total_weight=1.0, used=used)),
         )
         clear(model)
         gradients.arm(float(len(x)), of_buffers=float(len(x)), contributes=True, last=True)

@@ -11,7 +11,7 @@ from raytrain_het.allreduce.header import Header, header_bytes, read_header, wri
 from raytrain_het.allreduce.jobs import ConfirmJob, Contribution, LocalBucket, ResyncJob, StepJob
 from raytrain_het.allreduce.layout import Bucket, Layout
 from raytrain_het.allreduce.reducers import Reducer, ReducerByEpoch
-from raytrain_het.allreduce.sums import Sums, SumsSoFar
+from raytrain_het.allreduce.step_summary import StepSummary, SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation, PeerBuffers
 from raytrain_het.allreduce.transport.one_to_all import one_to_all
 from raytrain_het.allreduce.waiting import Waiter
@@ -34,7 +34,7 @@ class Collectives:
     """One generation's, on the communication thread. A fault ends any of them.
 
     Raises:
-        Interrupted: (each of its methods) the generation is void.
+        GenerationIsVoid: (each of its methods) the generation is void.
         GroupError: (each of its methods) the connection to a peer has failed.
         ProtocolError: (each of its methods) a peer is at another step.
     """
@@ -50,7 +50,7 @@ class Collectives:
         """That of the last step."""
         return self.reducers.current
 
-    def all_reduce(self, job: StepJob) -> tuple[Sums, float]:
+    def all_reduce(self, job: StepJob) -> tuple[StepSummary, float]:
         """The step's buckets, one after the other: each one's next operation is launched after the one of the bucket
         behind it, in one order on all members.
 
@@ -58,7 +58,7 @@ class Collectives:
             What the headers say, and the seconds in which only peers were waited for.
         """
         reducer, buckets = self.reducers.open(job.cursor.epoch), self._layout.buckets
-        sums, waited_s = SumsSoFar(job.step), 0.0
+        summary, waited_s = SummarySoFar(job.step), 0.0
         under_way: list[_UnderWay] = []
         reducer.expect_step()
         expected_weight = reducer.feedback.expected_weight(job.num_samples)
@@ -66,7 +66,7 @@ class Collectives:
         while k < len(buckets) or under_way:
             before, under_way = under_way, []
             if k < len(buckets):
-                operations = self._begin(job, buckets[k], reducer, sums, expected_weight)
+                operations = self._begin(job, buckets[k], reducer, summary, expected_weight)
                 under_way.append(_UnderWay(operations, next(operations)))
             if k == 1:
                 self._agent.points.reach("between_buckets", job.step)
@@ -76,11 +76,11 @@ class Collectives:
                 if following is not None:
                     under_way.append(_UnderWay(bucket.rest, following))
             k += 1
-        reducer.feedback.observe_weight(sums.total_weight, job.num_samples)
-        return sums.all(), waited_s
+        reducer.feedback.observe_weight(summary.total_weight, job.num_samples)
+        return summary.all(), waited_s
 
     def _begin(
-        self, job: StepJob, bucket: Bucket, reducer: Reducer, sums: SumsSoFar, expected_weight: float
+        self, job: StepJob, bucket: Bucket, reducer: Reducer, summary: SummarySoFar, expected_weight: float
     ) -> Iterator[Operation]:
         """Wait until the training thread has filled the bucket, and begin its all-reduce."""
         k = bucket.index
@@ -88,7 +88,7 @@ class Collectives:
         self._waiter.position = job.step * self._num_positions + k
         mine, local = job.contribution or Contribution(), job.buckets[k]
         header = self._header(job.generation, job.step, k, mine, local)
-        return reducer.all_reduce(bucket, header, local.values, mine.means[k], sums, expected_weight=expected_weight)
+        return reducer.all_reduce(bucket, header, local.values, mine.means[k], summary, expected_weight=expected_weight)
 
     def _header(self, generation: int, step: int, bucket: int, mine: Contribution, local: LocalBucket) -> Header:
         return Header(

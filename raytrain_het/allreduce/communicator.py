@@ -39,12 +39,12 @@ from raytrain_het.allreduce.jobs import (
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.path_watch import PathWatch
 from raytrain_het.allreduce.reducers import ReducerByEpoch, reducer_for
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.allreduce.transport.building import GroupBuilder
 from raytrain_het.allreduce.transport.group import Group, GroupError
 from raytrain_het.allreduce.transport.one_to_all import one_to_all
 from raytrain_het.allreduce.transport.poller import Poller
-from raytrain_het.allreduce.waiting import Interrupted, Waiter
+from raytrain_het.allreduce.waiting import GenerationIsVoid, Waiter
 from raytrain_het.errors import ProtocolError, RunFailedError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.cursor import Cursor
@@ -192,7 +192,7 @@ class Communicator:
         result = None
         try:
             return action()
-        except Interrupted:
+        except GenerationIsVoid:
             pass
         except ProtocolError as error:
             if job is None:
@@ -263,7 +263,7 @@ class Communicator:
         )
         try:
             self._waiter.until(lambda: builder.done, record.number, record.base, peers=True)
-        except Interrupted:
+        except GenerationIsVoid:
             builder.abandon()
             raise
         if builder.error is not None or builder.group is None:
@@ -271,7 +271,7 @@ class Communicator:
         builder.group.join(self._poller)
         return builder.group
 
-    def _replay(self, record: Record, rank: int, group: Group) -> tuple[Sums, Sequence[torch.Tensor]] | None:
+    def _replay(self, record: Record, rank: int, group: Group) -> tuple[StepSummary, Sequence[torch.Tensor]] | None:
         """Whoever holds the base step sends its means to those that are one step behind."""
         source = record.source_rank
         receivers = [r for r in (record.rank_of(uid) for uid in record.behind) if r is not None]
@@ -296,20 +296,20 @@ class Communicator:
     def _joined(self) -> Collectives:
         """Those of the generation that was entered: jobs are done in no other."""
         if self._collectives is None:
-            raise Interrupted
+            raise GenerationIsVoid
         return self._collectives
 
     def _step(self, job: StepJob) -> StepResult:
         collectives = self._joined()
         self._waiter.step_s = job.step_s or self._waiter.step_s
-        sums, waited_s = collectives.all_reduce(job)
+        summary, waited_s = collectives.all_reduce(job)
         reducer = collectives.reducer
-        self._kept = (job.step, lambda: kept_step.pack(sums, reducer, self.layout))
+        self._kept = (job.step, lambda: kept_step.pack(summary, reducer, self.layout))
         self._count_traffic()
         self._paths.look(reducer)
         self.agent.points.reach("decoded", job.step)
         return StepResult(
-            sums=sums,
+            summary=summary,
             means=(job.contribution or Contribution()).means,
             send_buffers=self._next_send_buffers(job.cursor, collectives),
             waited_s=waited_s,
@@ -346,16 +346,16 @@ class Communicator:
         result = self._guard(lambda: self._step(job), number)
         if not isinstance(result, StepResult):
             return
-        sums = result.sums
+        summary = result.summary
         after, at_epoch_end = self._advance(cursor)
         with self.agent.committing(number) as allowed:
             if not allowed:
                 return
             with self.agent.condition:
                 self.agent.advance(after)
-                self.followed.append(FollowedStep(sums, [mean.clone() for mean in self._scratch], after))
-        want = sums.want
-        if want <= number and self._resync_due(record, job.step) and sums.replicas_differ:
+                self.followed.append(FollowedStep(summary, [mean.clone() for mean in self._scratch], after))
+        want = summary.want
+        if want <= number and self._resync_due(record, job.step) and summary.replicas_differ:
             resync = ResyncJob(number, job.step)
             if self._guard(lambda: self._resync(resync), number) is None:
                 return

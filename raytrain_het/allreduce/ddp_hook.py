@@ -24,7 +24,7 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout, is_finite
 from raytrain_het.allreduce.reducers import ReducerByEpoch, reducer_for
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import PeerBuffers
 from raytrain_het.codec_options import one_word
 from raytrain_het.membership.cursor import Cursor
@@ -244,7 +244,7 @@ class _Bucket:
 
     def all_reduce(self, work: _Work, total_weight: float) -> int:
         """Write the mean into the gradients. Returns the bytes sent."""
-        reducer, gradients, so_far = self._reducers.open(work.epoch), work.gradients, SumsSoFar(self._step)
+        reducer, gradients, so_far = self._reducers.open(work.epoch), work.gradients, SummarySoFar(self._step)
         before = reducer.traffic.sent
         reducer.expect_step()
         finite = all(is_finite(g) for g in gradients)
@@ -267,19 +267,19 @@ class _Bucket:
             local.mul_(work.weight / work.loss_scale)
             for operation in reducer.all_reduce(bucket, header, local, outs[-1], so_far, expected_weight=total_weight):
                 operation.result()
-        sums = so_far.all()
+        summary = so_far.all()
         for bucket, out in zip(self.layout.buckets, outs, strict=True):
             for k, segment in enumerate(bucket.segments):
                 gradient = gradients[self._place[segment.name]]
-                if not sums.finite:
+                if not summary.finite:
                     gradient.fill_(torch.nan)
-                elif sums.applies and sums.used[bucket.index] >> k & 1:
+                elif summary.applies and summary.used[bucket.index] >> k & 1:
                     values = out[segment.offset : segment.stop].view(segment.shape)
                     gradient.copy_(values.mul_(work.loss_scale))
                 else:
                     gradient.zero_()  # No process used it, or all weights are 0.
-        if sums.applies:
-            self.feedback.commit(self._step, sums.total_weight, sums.used)
+        if summary.applies:
+            self.feedback.commit(self._step, summary.total_weight, summary.used)
         self._step += 1
         return reducer.traffic.sent - before
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from raytrain_het.allreduce.layout import Layout
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.membership.cursor import Cursor
 
 KEPT_BYTES = 2**30
@@ -22,7 +22,7 @@ _BYTES_BESIDES = 4096
 class FollowedStep(NamedTuple):
     """One step that this member has followed without a share."""
 
-    sums: Sums
+    summary: StepSummary
     means: Sequence[torch.Tensor]
     """By bucket (n,)."""
     after: Cursor

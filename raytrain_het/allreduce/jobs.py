@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from raytrain_het.allreduce.reducers import SendBuffer
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.message_parts import Paths
 from raytrain_het.membership.record import Record
@@ -78,7 +78,7 @@ ABORTED = Result(done=False)
 class StepResult(Result):
     """What the all-reduce of a step has brought."""
 
-    sums: Sums
+    summary: StepSummary
     means: Sequence[torch.Tensor]
     """By bucket: the weighted mean over all members (n,)."""
     send_buffers: SendBuffers | None
@@ -104,8 +104,8 @@ class Entered:
     """A generation whose group stands, and what the communication thread has done to enter it."""
 
     record: Record
-    replayed: tuple[Sums, Sequence[torch.Tensor]] | None
-    """Sums of the base step, and its means by bucket, where this member had missed them."""
+    replayed: tuple[StepSummary, Sequence[torch.Tensor]] | None
+    """The summary of the base step, and its means by bucket, where this member had missed them."""
     send_buffers: SendBuffers | None
     """Those of the generation's first step."""
 
@@ -164,9 +164,9 @@ class StepJob(Job):
         self.buckets.extend(buckets)
 
     @property
-    def sums(self) -> Sums | None:
+    def summary(self) -> StepSummary | None:
         """Those that the step has brought, if it is done."""
-        return self.result.sums if isinstance(self.result, StepResult) else None
+        return self.result.summary if isinstance(self.result, StepResult) else None
 
 
 @dataclass(eq=False)

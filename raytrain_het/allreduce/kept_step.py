@@ -7,7 +7,7 @@ import torch
 from raytrain_het.allreduce.header import Header, header_bytes, read_header, write_header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers import Reducer
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 
 _ALIGNMENT = 16
 
@@ -17,21 +17,21 @@ def packed_bytes(layout: Layout) -> int:
     return sum(header_bytes(len(b.segments)) + _padded(b.numel * b.dtype.itemsize) for b in layout.buckets)
 
 
-def pack(sums: Sums, reducer: Reducer, layout: Layout) -> torch.Tensor:
+def pack(summary: StepSummary, reducer: Reducer, layout: Layout) -> torch.Tensor:
     """A kept step as (packed_bytes,) uint8. ``reducer`` still holds what the owners sent."""
     data, place = torch.zeros(packed_bytes(layout), dtype=torch.uint8), 0
     for bucket in layout.buckets:
         size = header_bytes(len(bucket.segments))
         header = Header(
-            step=sums.step,
+            step=summary.step,
             generation=reducer.record.number,
             bucket=bucket.index,
             want=0,
-            weight=sums.total_weight,
-            finite=sums.finite,
+            weight=summary.total_weight,
+            finite=summary.finite,
             contributes=True,
             digest=0,
-            used=sums.used[bucket.index],
+            used=summary.used[bucket.index],
         )
         write_header(header, len(bucket.segments), data[place : place + size])
         place += size
@@ -43,7 +43,7 @@ def pack(sums: Sums, reducer: Reducer, layout: Layout) -> torch.Tensor:
     return data
 
 
-def unpack(data: torch.Tensor, layout: Layout, step: int, outs: list[torch.Tensor]) -> Sums:
+def unpack(data: torch.Tensor, layout: Layout, step: int, outs: list[torch.Tensor]) -> StepSummary:
     """The inverse of :func:`pack`: values go to ``outs`` by bucket, the rest is returned."""
     place, used, weight, finite = 0, [], 0.0, True
     for bucket in layout.buckets:
@@ -54,7 +54,7 @@ def unpack(data: torch.Tensor, layout: Layout, step: int, outs: list[torch.Tenso
         size = bucket.numel * bucket.dtype.itemsize
         outs[bucket.index].copy_(data[place : place + size].view(bucket.dtype))
         place += _padded(size)
-    return Sums(step=step, total_weight=weight, finite=finite, used=tuple(used))
+    return StepSummary(step=step, total_weight=weight, finite=finite, used=tuple(used))
 
 
 def _padded(size: int) -> int:

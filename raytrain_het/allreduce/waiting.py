@@ -14,7 +14,7 @@ FIRST_DEADLINE_S = 2.0
 DEADLINE_MARGIN_S = 0.15
 
 
-class Interrupted(Exception):
+class GenerationIsVoid(Exception):
     """The generation is void: what is under way is abandoned."""
 
 
@@ -42,13 +42,13 @@ class Waiter:
         twice as long.
 
         Raises:
-            Interrupted: the generation is void.
+            GenerationIsVoid: the generation is void.
         """
         deadline = FIRST_DEADLINE_S if self.step_s == 0 else DEADLINE_MARGIN_S + self.step_s
         suspect_at = time.monotonic() + deadline
         while not condition():
             if self.interrupted(generation):
-                raise Interrupted
+                raise GenerationIsVoid
             now = time.monotonic()
             if peers and now >= suspect_at:
                 self._agent.suspect(generation, step)

@@ -17,7 +17,7 @@ LEAST_SENT = 0.1
 the link."""
 
 
-class Paths:
+class PathRates:
     """Pure bookkeeping, by slot."""
 
     def __init__(self) -> None:

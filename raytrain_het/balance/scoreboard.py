@@ -12,7 +12,7 @@ from raytrain_het.balance.auto_compression import Choice, Compression
 from raytrain_het.balance.batch_shares import StepCost, apportion, balanced_shares, proportional_shares
 from raytrain_het.balance.gradient_weights import gradient_weights, normalised_scores
 from raytrain_het.balance.owner_shards import busiest_link_s, owner_parts
-from raytrain_het.balance.paths import Paths
+from raytrain_het.balance.paths import PathRates
 from raytrain_het.balance.profile import Profile
 from raytrain_het.balance.scores import Policy
 from raytrain_het.balance.scores import scores as scores_by
@@ -82,7 +82,7 @@ class Scoreboard:
         self._by_steps = config.score_policy == "train_step"
         self.table: Table | None = None
         self.global_batch_size = 0
-        self._speeds, self._paths = Speeds(), Paths()
+        self._speeds, self._paths = Speeds(), PathRates()
         self._leaders: Mapping[int, int] = {}
         self._link_rounds, self._link_rounds_needed = 0, LINK_ROUNDS
         self._besides_s = 0.0
@@ -102,7 +102,7 @@ class Scoreboard:
         return self._speeds.round_is_over(slots)
 
     def observe_paths(self, slot: int, sent: Mapping[int, tuple[float, float]], gradient_bytes: int = 1) -> None:
-        """See :meth:`Paths.observe`."""
+        """See :meth:`PathRates.observe`."""
         self._paths.observe(slot, sent, gradient_bytes)
 
     def place(self, hosts: Mapping[int, str], leaders: Mapping[int, int]) -> None:

@@ -18,7 +18,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.errors import CheckpointError
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.ray_train.cleaner_callback import PlacementCleanerCallback
-from raytrain_het.ray_train.hub import Hub, Parts
+from raytrain_het.ray_train.hub import HubActor, Parts
 from raytrain_het.ray_train.storage import snapshot_writer
 from raytrain_het.ray_train.worker_group import HetWorkerGroup
 
@@ -62,7 +62,7 @@ class HetController(TrainController):
     def _start_worker_group(self, num_workers: int, resources_per_worker: dict[str, float]) -> None:
         self._attempt += 1
         checkpoint, cursor = self._latest_checkpoint()
-        hub = Hub(
+        hub = HubActor(
             self._plan.parts,
             self._plan.config,
             run_id=self._train_run_context.run_id,

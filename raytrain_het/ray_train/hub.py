@@ -55,7 +55,7 @@ def hub_name(run_id: str, attempt: int) -> str:
     return f"raytrain_het-membership-{run_id}-{attempt}"
 
 
-class Hub:
+class HubActor:
     """One attempt's membership actor.
 
     It is owned by the process that makes it, the controller, and so dies with it.

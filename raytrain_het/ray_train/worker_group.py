@@ -27,7 +27,7 @@ from ray.util.placement_group import PlacementGroup
 from raytrain_het.errors import RunFailedError
 from raytrain_het.ray_train.cluster_view import describe_free
 from raytrain_het.ray_train.failures import ErrorMeaning, foremost, meaning_of
-from raytrain_het.ray_train.hub import Hub
+from raytrain_het.ray_train.hub import HubActor
 from raytrain_het.ray_train.placement import SlotPlacement
 from raytrain_het.ray_train.slots import MAX_START_FAILURES, LocalRanks, Slot, SlotState, StartCancelled, StartContext
 from raytrain_het.ray_train.worker_entry import set_hub
@@ -59,7 +59,7 @@ class HetWorkerGroup(WorkerGroup):
         worker_group_context: Any,
         callbacks: list[Any],
         *,
-        hub: Hub,
+        hub: HubActor,
         on_group: Callable[[PlacementGroup], None],
         on_end: Callable[[dict[str, Any]], None],
     ) -> None:

@@ -33,7 +33,7 @@ from raytrain_het.worker.state.reporter import Reporter
 from raytrain_het.worker.state.resuming import Resuming
 from raytrain_het.worker.state.state_server import StateServer
 from raytrain_het.worker.state.structure import Structure
-from raytrain_het.worker.stats import Stats
+from raytrain_het.worker.stats import StatsReporter
 from raytrain_het.worker.step.committing import Committing, advance, resync_due
 from raytrain_het.worker.step.engine import Engine
 from raytrain_het.worker.step.generations import Generations
@@ -153,7 +153,7 @@ def _put_together(
     rates = Rates(decay, plan, num_epochs) if decay is not None else None
     resuming = Resuming(context, contents, scheduled=rates is not None, tell=connections.warn)
     engine = _make_engine(context, prepared, connections, gradients, replica, rates, resuming)
-    stats = Stats(context, prepared, connections, engine)
+    stats = StatsReporter(context, prepared, connections, engine)
     reporter = Reporter(connections.agent, connections.server, context.storage)
     reports = Reports(connections, engine, contents, reporter, stats)
     return Worker(prepared, connections, engine, Tellers(stats, reports, speed), num_epochs)

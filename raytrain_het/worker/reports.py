@@ -12,9 +12,9 @@ from raytrain_het.worker.checks.call_site import call_site
 from raytrain_het.worker.connections import Connections
 from raytrain_het.worker.state.contents import Contents
 from raytrain_het.worker.state.metrics import check_metrics, check_reduce
-from raytrain_het.worker.state.reporter import NUM_HOLDERS, Report, Reporter
+from raytrain_het.worker.state.reporter import NUM_HOLDERS, OpenReport, Reporter
 from raytrain_het.worker.state.storage import Identity
-from raytrain_het.worker.stats import Stats
+from raytrain_het.worker.stats import StatsReporter
 from raytrain_het.worker.step.engine import Engine
 
 logger = logging.getLogger("raytrain_het")
@@ -32,7 +32,7 @@ class Reports:
     """
 
     def __init__(
-        self, connections: Connections, engine: Engine, contents: Contents, reporter: Reporter, stats: Stats
+        self, connections: Connections, engine: Engine, contents: Contents, reporter: Reporter, stats: StatsReporter
     ) -> None:
         self.reporter = reporter
         self._connections, self._engine, self._contents, self._stats = connections, engine, contents, stats
@@ -71,7 +71,7 @@ class Reports:
             audit=self._audit(buffers) if checkpoint else None,
         )
         about = contents.about(cursor, record, self._identity(record, key))
-        report = Report(key, cursor.step, message, about, contents.shared(buffers) if holds else None, record)
+        report = OpenReport(key, cursor.step, message, about, contents.shared(buffers) if holds else None, record)
         reporter.add(report, contents.own(checkpoint=checkpoint))
         self._stats.send()
 

@@ -19,7 +19,7 @@ LEFT_OUT_INTERVAL_S = 5.0
 """What a codec has left out takes a pass over as many numbers as there are parameters."""
 
 
-class Stats:
+class StatsReporter:
     """Of one worker.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from raytrain_het.allreduce.communicator import Communicator
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.protocol import Finish, Leave, Raised
 from raytrain_het.worker.checks.unsupported import refuse
@@ -23,7 +23,7 @@ from raytrain_het.worker.state.evaluations import Evaluations
 from raytrain_het.worker.state.handing_on import HandingOn
 from raytrain_het.worker.state.last_words import text_of, traceback_of
 from raytrain_het.worker.state.replica import Replica
-from raytrain_het.worker.stats import Stats
+from raytrain_het.worker.stats import StatsReporter
 from raytrain_het.worker.step.engine import Engine
 from raytrain_het.worker.step.open_step import OpenStep
 from raytrain_het.worker.step.step_record import StepRecord
@@ -38,7 +38,7 @@ StepListener = Callable[[StepRecord], None]
 class Tellers:
     """What tells the hub of this worker."""
 
-    stats: Stats
+    stats: StatsReporter
     reports: Reports
     speed: KnownSpeed | None
     """None where speeds do not matter."""
@@ -128,10 +128,10 @@ class Worker:
 
     # ---------------------------------------------------------------- what it listens to
 
-    def _committed(self, step: OpenStep, sums: Sums) -> None:
+    def _committed(self, step: OpenStep, summary: StepSummary) -> None:
         self.reports.reporter.went_on(step.record.life, step.number)
         if self.listeners:
-            note = StepRecord.of(step, sums, self.engine.passes.plan, self.agent.uid, self._digest)
+            note = StepRecord.of(step, summary, self.engine.passes.plan, self.agent.uid, self._digest)
             for listener in self.listeners:
                 listener(note)
         self.stats.committed(step.started)

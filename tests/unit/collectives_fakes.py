@@ -12,7 +12,7 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers import Reducer, ReducerByEpoch, reducer_for
-from raytrain_het.allreduce.sums import Sums, SumsSoFar
+from raytrain_het.allreduce.step_summary import StepSummary, SummarySoFar
 from raytrain_het.allreduce.transport.group import PeerBuffers
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Member, Record
@@ -124,10 +124,10 @@ class Reduction:
         num_samples: int | None = None,
         used_bits: list[int] | None = None,
         **headers: list[Any],
-    ) -> tuple[list[list[torch.Tensor]], list[Sums]]:
+    ) -> tuple[list[list[torch.Tensor]], list[StepSummary]]:
         """Reduce ``gradients`` (by rank, all buckets flat, already weighted); returns outs and sums by rank."""
         size = len(weights)
-        sums = [SumsSoFar(step=at) for _ in range(size)]
+        summary = [SummarySoFar(step=at) for _ in range(size)]
         outs: list[list[torch.Tensor]] = [[] for _ in range(size)]
         place = 0
         for reducer in self.reducers:
@@ -153,7 +153,7 @@ class Reduction:
                 outs[rank].append(torch.full((bucket.numel,), torch.nan, dtype=bucket.dtype))
                 expected = reducer.feedback.expected_weight(samples)
                 under_way.append(
-                    reducer.all_reduce(bucket, header, part, outs[rank][-1], sums[rank], expected_weight=expected)
+                    reducer.all_reduce(bucket, header, part, outs[rank][-1], summary[rank], expected_weight=expected)
                 )
             while True:
                 launched = [_advance(operations) for operations in under_way]
@@ -162,15 +162,15 @@ class Reduction:
                     break
                 self.wire.carry()
             place += bucket.numel
-        for reducer, seen in zip(self.reducers, sums, strict=True):
+        for reducer, seen in zip(self.reducers, summary, strict=True):
             reducer.feedback.observe_weight(seen.total_weight, num_samples or max(1, round(sum(weights))))
-        self.sums = [so_far.all() for so_far in sums]
-        return outs, self.sums
+        self.summary = [so_far.all() for so_far in summary]
+        return outs, self.summary
 
     def commit(self) -> None:
         """What was run last is committed by all."""
-        for reducer, sums in zip(self.reducers, self.sums, strict=True):
-            reducer.feedback.commit(sums.step, sums.total_weight, sums.used)
+        for reducer, summary in zip(self.reducers, self.summary, strict=True):
+            reducer.feedback.commit(summary.step, summary.total_weight, summary.used)
 
 
 def _advance(operations: Iterator[Any]) -> bool:

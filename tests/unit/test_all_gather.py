@@ -13,7 +13,7 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers import reducer_for
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.poller import Poller
 from raytrain_het.allreduce.transport.tcp import TcpGroup
 
@@ -38,7 +38,7 @@ class End:
         header = Header(step, 3, 0, 3, share, True, share > 0, 0, 1)
         self.out = torch.empty(BUCKET.numel)
         self.reducer.expect_step()
-        self.operations = self.reducer.all_reduce(BUCKET, header, local, self.out, SumsSoFar(step=step))
+        self.operations = self.reducer.all_reduce(BUCKET, header, local, self.out, SummarySoFar(step=step))
         self.operation = next(self.operations)
 
     def advance(self) -> bool:

@@ -110,9 +110,9 @@ def test_a_scoreboard_issues_the_choice_with_shares_and_scores_as_they_are():
 
 
 def test_paths_tell_seconds_of_a_byte_whatever_a_gradient_takes():
-    from raytrain_het.balance.paths import Paths
+    from raytrain_het.balance.paths import PathRates
 
-    paths = Paths()
+    paths = PathRates()
     for _ in range(NUM_LOOKS):
         paths.observe(0, {1: (1.0, 2.0)}, 1000)
         paths.observe(1, {0: (1.0, 0.5)}, 250)

@@ -199,9 +199,9 @@ def test_the_mean_is_exact_and_the_same_on_every_rank(weights: list[int], owners
     raw = [torch.randint(-50, 50, (numel(layout),)).float() for _ in weights]
     reduction = Reduction(record_of([float(w) for w in weights], owners[: len(weights)]), layout)
     gradients = [w * g if w else None for w, g in zip(weights, raw, strict=True)]
-    outs, sums = reduction.run(gradients, [float(w) for w in weights])
+    outs, summary = reduction.run(gradients, [float(w) for w in weights])
     expected = sum(w * g for w, g in zip(weights, raw, strict=True)) / sum(weights)
-    for out, total in zip(outs, sums, strict=True):
+    for out, total in zip(outs, summary, strict=True):
         assert torch.equal(torch.cat(out), expected)
         assert total.total_weight == sum(weights)
         assert total.applies
@@ -211,43 +211,43 @@ def test_a_sender_of_weight_zero_is_dropped_even_if_its_payload_is_nan() -> None
     layout = layout_of()
     good, bad = torch.randn(numel(layout)), torch.full((numel(layout),), torch.nan)
     reduction = Reduction(record_of([1.0, 1.0]), layout)
-    outs, sums = reduction.run([4 * good, bad], [4.0, 0.0], finite=[True, False])
+    outs, summary = reduction.run([4 * good, bad], [4.0, 0.0], finite=[True, False])
     assert torch.equal(torch.cat(outs[1]), good)
-    assert all(s.finite and s.applies for s in sums)
+    assert all(s.finite and s.applies for s in summary)
 
 
 def test_a_gradient_that_is_not_finite_is_known_to_all_with_its_slot() -> None:
     layout = layout_of()
     one = torch.ones(numel(layout))
-    _, sums = Reduction(record_of([1.0, 1.0, 1.0]), layout).run(
+    _, summary = Reduction(record_of([1.0, 1.0, 1.0]), layout).run(
         [one, one * torch.inf, one], [1.0, 1.0, 1.0], finite=[True, False, True]
     )
-    assert [(s.finite, s.applies, s.nonfinite_slots) for s in sums] == [(False, False, (11,))] * 3
+    assert [(s.finite, s.applies, s.nonfinite_slots) for s in summary] == [(False, False, (11,))] * 3
 
 
 def test_a_step_in_which_nobody_contributes_applies_nothing() -> None:
     layout = layout_of()
-    outs, sums = Reduction(record_of([1.0, 0.0]), layout).run([torch.zeros(numel(layout)), None], [0.0, 0.0])
-    assert not any(s.applies for s in sums)
+    outs, summary = Reduction(record_of([1.0, 0.0]), layout).run([torch.zeros(numel(layout)), None], [0.0, 0.0])
+    assert not any(s.applies for s in summary)
     assert all(torch.equal(torch.cat(out), torch.zeros(numel(layout))) for out in outs)
 
 
 def test_a_parameter_counts_as_used_if_any_contributor_used_it() -> None:
     layout = layout_of(bucket_bytes=1 << 20)
     one = torch.ones(numel(layout))
-    _, sums = Reduction(record_of([1.0, 1.0, 1.0]), layout).run(
+    _, summary = Reduction(record_of([1.0, 1.0, 1.0]), layout).run(
         [one, one, one], [1.0, 1.0, 0.0], used=[0b0001, 0b0100, 0b1000]
     )
-    assert [s.used for s in sums] == [(0b0101,)] * 3
+    assert [s.used for s in summary] == [(0b0101,)] * 3
 
 
 def test_the_highest_want_and_all_digests_reach_every_rank_also_from_those_without_a_share() -> None:
     layout = layout_of()
     one = torch.ones(numel(layout))
-    _, sums = Reduction(record_of([1.0, 1.0, 0.0]), layout).run(
+    _, summary = Reduction(record_of([1.0, 1.0, 0.0]), layout).run(
         [one, one, None], [1.0, 1.0, 0.0], want=[3, 4, 9], digest=[77, 77, 0]
     )
-    assert [(s.want, s.digests) for s in sums] == [(9, {0: (77, 0), 1: (77, 0)})] * 3
+    assert [(s.want, s.digests) for s in summary] == [(9, {0: (77, 0), 1: (77, 0)})] * 3
 
 
 def test_bf16_decodes_to_the_same_bits_everywhere_and_rounds_what_is_sent_and_the_mean() -> None:

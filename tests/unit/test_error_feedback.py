@@ -62,13 +62,13 @@ class Fleet:
         bits = [self._bits(used, bucket) for bucket in range(len(LAYOUT.buckets))]
         gradients = [torch.randn(NUMEL, generator=self.torch_rng) * w * used if w else None for w in weights]
         sent = [g.clone() if g is not None else None for g in gradients]
-        outs, sums = generation.run(sent, weights, at=self.step, num_samples=sum(samples), used_bits=bits)
+        outs, summary = generation.run(sent, weights, at=self.step, num_samples=sum(samples), used_bits=bits)
         flat = [torch.cat(out) for out in outs]
         assert all(torch.equal(flat[0], other) for other in flat[1:]), "the same bits on all"
         if commits:
             generation.commit()
             total = sum(g.double() for g in gradients if g is not None)
-            self.wanted += total / sums[0].total_weight if self.normalised else total
+            self.wanted += total / summary[0].total_weight if self.normalised else total
             self.applied += flat[0].double() * used
         else:
             self.step -= 1

@@ -16,7 +16,7 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers.by_machine import ByMachineReducer
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 
 LAYOUT = Layout(
     [("a", torch.zeros(30, 50)), ("b", torch.zeros(700)), ("c", torch.zeros(9))], [("m", torch.zeros(3))], 4000
@@ -35,9 +35,9 @@ def test_the_mean_is_exact_and_the_same_on_every_rank(hosts: str, weights: list[
     raw = [torch.randint(-50, 50, (NUMEL,)).float() for _ in hosts]
     reduction = Reduction(record, LAYOUT)
     gradients = [w * g if w else None for w, g in zip(weights, raw, strict=False)]
-    outs, sums = reduction.run(gradients, [float(w) for w in weights[:size]])
+    outs, summary = reduction.run(gradients, [float(w) for w in weights[:size]])
     expected = sum(w * g for w, g in zip(weights, raw, strict=False)) / sum(weights[:size])
-    for out, total in zip(outs, sums, strict=True):
+    for out, total in zip(outs, summary, strict=True):
         assert torch.equal(torch.cat(out), expected)
         assert total.total_weight == sum(weights[:size])
         assert len(total.used) == len(LAYOUT.buckets)
@@ -108,8 +108,8 @@ def test_only_one_worker_of_a_machine_sends_to_others_but_for_headers() -> None:
 
 def test_the_kept_step_can_be_packed_by_any_member() -> None:
     reduction = Reduction(record_of([1] * 3, hosts="xxy", codec="int8"), LAYOUT)
-    outs, sums = reduction.run([torch.randn(NUMEL)] * 3, [1.0] * 3)
-    for reducer, seen in zip(reduction.reducers, sums, strict=True):
+    outs, summary = reduction.run([torch.randn(NUMEL)] * 3, [1.0] * 3)
+    for reducer, seen in zip(reduction.reducers, summary, strict=True):
         again = [torch.empty(b.numel, dtype=b.dtype) for b in LAYOUT.buckets]
         kept_step.unpack(kept_step.pack(seen, reducer, LAYOUT), LAYOUT, 5, again)
         assert torch.equal(torch.cat(again), torch.cat(outs[0]))
@@ -142,14 +142,14 @@ def test_a_leader_whose_machine_sends_nothing_keeps_what_it_held_though_others_c
     record = record_of([1, 1, 0, 0], [1, 1, 0, 0], codec="topk(density=0.05)", hosts="xxyy")
     idle = Reduction(record, LAYOUT, states).reducers[2]
     idle.expect_step()
-    sums = SumsSoFar(step=2)
+    summary = SummarySoFar(step=2)
     for bucket in LAYOUT.buckets:
         header = Header(2, 3, bucket.index, 3, 0.0, True, False, 0, 0)
-        next(idle.all_reduce(bucket, header, None, torch.empty(bucket.numel), sums, expected_weight=2.0))
+        next(idle.all_reduce(bucket, header, None, torch.empty(bucket.numel), summary, expected_weight=2.0))
     first_bucket = LAYOUT.buckets[0]  # The sum of nothing goes to the other leaders.
     header = Header(2, 3, 0, 3, 0.0, True, False, 0, 0)
     among_leaders = idle.by_bucket[0]._among_leaders  # type: ignore[attr-defined]
-    next(among_leaders.all_reduce(header, torch.zeros(first_bucket.numel), 2.0, sums, noted=True))
+    next(among_leaders.all_reduce(header, torch.zeros(first_bucket.numel), 2.0, summary, noted=True))
     states[2].commit(2, 2.0, [2 ** len(b.segments) - 1 for b in LAYOUT.buckets])
     after = states[2].by_parameter()
     assert any(state[RESIDUAL].any() for state in before.values())

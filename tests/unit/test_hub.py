@@ -310,7 +310,7 @@ def test_the_effective_batch_size_is_that_of_the_sum_that_is_taken(
 
 def test_the_controller_remembers_the_last_acknowledged_reports_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "MAX_ACKNOWLEDGED", 3)
-    hub = object.__new__(controller.Hub)
+    hub = object.__new__(controller.HubActor)
     hub.handle, hub._acknowledged = Mock(), {}
     for step in range(8):
         hub.acknowledge([f"1.{step}.0"])

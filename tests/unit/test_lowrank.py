@@ -16,7 +16,7 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers.low_rank import LowRankReducer
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.codec_options import AUTO_CODECS, LowRankOptions, used_together
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import ConfigError
@@ -107,12 +107,12 @@ def test_a_mean_of_low_rank_comes_whole_on_all_whatever_shares_and_owners(shares
     common = of_rank(3, 7)
     gradients = [common * w * (k + 1) if w else None for k, w in enumerate(weights)]
     reduction = Reduction(record_of(shares, owners, codec="lowrank"), LAYOUT)
-    outs, sums = reduction.run(copy.deepcopy(gradients), weights)
+    outs, summary = reduction.run(copy.deepcopy(gradients), weights)
     mean = common * sum(w * (k + 1) for k, w in enumerate(weights)) / sum(weights)
     for out in outs:
         torch.testing.assert_close(torch.cat(out), mean, atol=2e-4, rtol=1e-3)
         assert all(torch.equal(x, y) for x, y in zip(out, outs[0], strict=True))
-    assert all(s.total_weight == sum(weights) and len(s.used) == len(LAYOUT.buckets) for s in sums)
+    assert all(s.total_weight == sum(weights) and len(s.used) == len(LAYOUT.buckets) for s in summary)
 
 
 def test_it_is_the_power_iteration_with_error_feedback(path: str) -> None:
@@ -171,10 +171,10 @@ def test_bytes_are_those_of_the_factors() -> None:
 
 def test_kept_sums_reach_whoever_is_one_step_behind() -> None:
     reduction = Reduction(record_of([1.0, 1.0], codec="lowrank"), LAYOUT)
-    outs, sums = reduction.run([of_rank(9, 0), of_rank(9, 1)], [1.0, 1.0])
+    outs, summary = reduction.run([of_rank(9, 0), of_rank(9, 1)], [1.0, 1.0])
     got = [torch.empty(b.numel) for b in LAYOUT.buckets]
-    there = kept_step.unpack(kept_step.pack(sums[1], reduction.reducers[1], LAYOUT), LAYOUT, 5, got)
-    assert all(torch.equal(x, y) for x, y in zip(got, outs[0], strict=True)) and there.used == sums[0].used
+    there = kept_step.unpack(kept_step.pack(summary[1], reduction.reducers[1], LAYOUT), LAYOUT, 5, got)
+    assert all(torch.equal(x, y) for x, y in zip(got, outs[0], strict=True)) and there.used == summary[0].used
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace() -> None:
@@ -185,8 +185,8 @@ def test_a_step_that_is_not_finite_leaves_no_trace() -> None:
     reduction.commit()
     before = {name: state["residual"].clone() for name, state in states[0].by_parameter().items()}
     bad = [good[0].clone().fill_(torch.nan), good[1].clone()]
-    _, sums = reduction.run(bad, [1.0, 1.0], at=2, finite=[False, True])
-    assert not sums[0].finite
+    _, summary = reduction.run(bad, [1.0, 1.0], at=2, finite=[False, True])
+    assert not summary[0].finite
     assert all(torch.equal(before[name], s["residual"]) for name, s in states[0].by_parameter().items())
     outs, _ = reduction.run(copy.deepcopy(good), [1.0, 1.0], at=3)
     assert all(out.isfinite().all() for out in outs[0])
@@ -216,9 +216,9 @@ def test_who_takes_a_step_over_when_all_it_sends_has_gone_holds_what_it_has_not_
     states = [ErrorFeedback(LAYOUT) for _ in range(2)]
     reduction = Reduction(record_of([1.0, 1.0], codec="lowrank"), LAYOUT, states)
     (bucket,) = [b for b in LAYOUT.buckets if {s.name for s in b.segments} == {"small", "b"}]
-    sums = [SumsSoFar(step=5) for _ in range(2)]
+    summary = [SummarySoFar(step=5) for _ in range(2)]
     ways = []
-    for reducer, seen in zip(reduction.reducers, sums, strict=True):
+    for reducer, seen in zip(reduction.reducers, summary, strict=True):
         reducer.expect_step()
         header = Header(5, 3, bucket.index, 3, 1.0, True, True, 0, 3)
         out = torch.empty(bucket.numel)
@@ -242,7 +242,7 @@ def test_kept_sums_stay_as_they_are_while_the_next_step_is_begun() -> None:
         for bucket in LAYOUT.buckets:
             header = Header(6, 3, bucket.index, 3, 1.0, True, True, 0, 3)
             local, ignored = torch.ones(bucket.numel), torch.empty(bucket.numel)
-            next(reducer.all_reduce(bucket, header, local, ignored, SumsSoFar(step=6)))
+            next(reducer.all_reduce(bucket, header, local, ignored, SummarySoFar(step=6)))
             again = torch.empty(bucket.numel)
             of_bucket = reducer.by_bucket[bucket.index]
             if isinstance(of_bucket, LowRankReducer) and of_bucket.factors.second is not None:

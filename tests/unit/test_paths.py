@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from raytrain_het.balance.paths import LEAST_S, NUM_LOOKS, WINDOW, Paths
+from raytrain_het.balance.paths import LEAST_S, NUM_LOOKS, WINDOW, PathRates
 from raytrain_het.balance.scoreboard import LINK_ROUNDS, Scoreboard, Table
 from raytrain_het.config import HetConfig
 
@@ -20,15 +20,15 @@ def looks(links_s: list[float], slot: int) -> dict[int, tuple[float, float]]:
     return {peer: (part, max(links_s[slot], s)) for peer, s in enumerate(links_s) if peer != slot}
 
 
-def told(paths: Paths | Scoreboard, links_s: list[float], *, times: int = NUM_LOOKS) -> None:
-    observe = paths.observe if isinstance(paths, Paths) else paths.observe_paths
+def told(paths: PathRates | Scoreboard, links_s: list[float], *, times: int = NUM_LOOKS) -> None:
+    observe = paths.observe if isinstance(paths, PathRates) else paths.observe_paths
     for _ in range(times):
         for slot in range(len(links_s)):
             observe(slot, looks(links_s, slot))
 
 
 def test_what_a_links_paths_carry_at_the_same_time_adds_up() -> None:
-    paths = Paths()
+    paths = PathRates()
     told(paths, [2.0, 2.0, 2.0, 9.0])
     fast_s = 3 / (1 / 2 + 1 / 2 + 1 / 9)
     assert paths.links_s(SLOTS) == pytest.approx({0: fast_s, 1: fast_s, 2: fast_s, 3: 9.0})
@@ -36,7 +36,7 @@ def test_what_a_links_paths_carry_at_the_same_time_adds_up() -> None:
 
 
 def test_the_slower_direction_counts() -> None:
-    paths = Paths()
+    paths = PathRates()
     for _ in range(NUM_LOOKS):
         paths.observe(0, {1: (1.0, 1.0)})
         paths.observe(1, {0: (0.5, 2.5)})
@@ -44,7 +44,7 @@ def test_the_slower_direction_counts() -> None:
 
 
 def test_nothing_is_known_before_all_paths_ends_are() -> None:
-    paths = Paths()
+    paths = PathRates()
     for _ in range(NUM_LOOKS):
         paths.observe(0, {1: (1.0, 1.0)})
     assert paths.links_s([0, 1]) == {} and paths.links_s([0]) == {}
@@ -53,7 +53,7 @@ def test_nothing_is_known_before_all_paths_ends_are() -> None:
 
 
 def test_a_burst_that_seems_to_take_no_time_counts_with_the_other_looks() -> None:
-    paths = Paths()
+    paths = PathRates()
     told(paths, [0.5, 0.5], times=WINDOW)
     for slot in range(2):
         paths.observe(slot, {1 - slot: (1.0, 0.0)})
@@ -63,7 +63,7 @@ def test_a_burst_that_seems_to_take_no_time_counts_with_the_other_looks() -> Non
 
 
 def test_who_has_no_share_sends_headers_only_and_its_link_is_judged_by_what_it_receives() -> None:
-    paths = Paths()
+    paths = PathRates()
     for _ in range(NUM_LOOKS):
         for slot in range(3):
             paths.observe(slot, looks([0.1, 0.1, 0.1], slot) if slot < 2 else dict.fromkeys(range(2), (1e-4, 0.004)))
@@ -71,7 +71,7 @@ def test_who_has_no_share_sends_headers_only_and_its_link_is_judged_by_what_it_r
 
 
 def test_where_nothing_was_sent_nothing_is_known() -> None:
-    paths = Paths()
+    paths = PathRates()
     for _ in range(NUM_LOOKS):
         paths.observe(0, {1: (0.0, 0.0)})
         paths.observe(1, {0: (0.0, 0.0)})
@@ -79,7 +79,7 @@ def test_where_nothing_was_sent_nothing_is_known() -> None:
 
 
 def test_who_comes_to_a_slot_has_a_link_of_its_own() -> None:
-    paths = Paths()
+    paths = PathRates()
     told(paths, [1.0, 1.0, 9.0])
     paths.forget(2)
     assert paths.links_s(range(3)) == {} and paths.links_s([0, 1]).keys() == {0, 1}
@@ -156,7 +156,7 @@ def test_a_later_table_has_the_links_as_they_are_by_then() -> None:
 
 
 def test_what_stays_on_a_machine_says_nothing_of_its_link():
-    paths = Paths()
+    paths = PathRates()
     paths.hosts = {0: "x", 1: "x", 2: "y"}
     for _ in range(NUM_LOOKS):
         paths.observe(0, {1: (0.5, 0.001), 2: (0.5, 1.0)}, 1000)

@@ -12,7 +12,7 @@ from collectives_fakes import record_of
 from raytrain_het.membership import protocol
 from raytrain_het.membership.place import Doing
 from raytrain_het.membership.protocol import Message
-from raytrain_het.worker.state.reporter import Report, Reporter
+from raytrain_het.worker.state.reporter import OpenReport, Reporter
 
 
 class WouldWait(Exception):
@@ -60,7 +60,7 @@ class Worker:
     def report(self, step: int, *, snapshot: bool = True) -> str:
         key = self.key(step)
         message, state = protocol.Report(key=key, step=step, epoch=0, metrics={}), {} if snapshot else None
-        self.reporter.add(Report(key, step, message, {}, state, self.agent.record), {})
+        self.reporter.add(OpenReport(key, step, message, {}, state, self.agent.record), {})
         return key
 
     def key(self, step: int, body: object = None) -> str:

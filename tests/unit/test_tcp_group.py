@@ -19,7 +19,7 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers import Reducer, reducer_for
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport import tcp
 from raytrain_het.allreduce.transport.building import GroupBuilder, connect
 from raytrain_het.allreduce.transport.group import GroupError, PeerBuffers
@@ -483,7 +483,7 @@ class Steps:
         if step % 3 == self.rank:
             time.sleep(0.005)  # The others are to have something left that they could not send yet.
         reducer.expect_step()
-        sums, contributes = SumsSoFar(step=step), record.shares[self.rank] > 0
+        summary, contributes = SummarySoFar(step=step), record.shares[self.rank] > 0
         for bucket in self.LAYOUT.buckets:
             local = self.gradient(step, self.rank, bucket.index, bucket.numel)
             wires = reducer.send_buffers[bucket.index]
@@ -491,7 +491,7 @@ class Steps:
                 values.copy_(local[start:stop])
             header = Header(step, record.number, bucket.index, 0, 1.0, True, contributes, 0, 0)
             out = torch.full((bucket.numel,), torch.nan)
-            for operation in reducer.all_reduce(bucket, header, None if wires else local, out, sums):
+            for operation in reducer.all_reduce(bucket, header, None if wires else local, out, summary):
                 self.finish(operation)
             senders = [rank for rank, share in enumerate(record.shares) if share > 0]
             parts = [self.gradient(step, rank, bucket.index, bucket.numel) for rank in senders]

@@ -40,7 +40,7 @@ class Stamp:
 
 
 @dataclass(frozen=True)
-class Trial:
+class CodecTrial:
     """A codec's work on sample values, to be timed."""
 
     num_elements: int
@@ -139,7 +139,7 @@ class Codec(abc.ABC):
         """What to tell a user whose model has tensors of these shapes, by name; None if there is nothing to tell."""
         return None
 
-    def trial(self, shapes: Sequence[Sequence[int]]) -> Trial:
+    def trial(self, shapes: Sequence[Sequence[int]]) -> CodecTrial:
         """Its work on normally distributed values, or on what it makes of tensors of these shapes."""
         self.prepare()
         x = torch.randn(TRIAL_ELEMENTS, generator=torch.Generator().manual_seed(0))
@@ -155,7 +155,7 @@ class Codec(abc.ABC):
             return relative_error(x, out)
 
         encode()
-        return Trial(
+        return CodecTrial(
             num_elements=x.numel(),
             num_bytes=payload.numel() / x.numel(),
             error=error,

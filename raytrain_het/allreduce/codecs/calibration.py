@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from raytrain_het.allreduce.codecs.base import Codec, Trial
+from raytrain_het.allreduce.codecs.base import Codec, CodecTrial
 from raytrain_het.balance.codec_choice import CodecCost
 
 REPEATS = 3
@@ -33,7 +33,7 @@ def codec_costs(
     return {name: _cost(codec.trial(shapes), slower) for name, codec in codecs}
 
 
-def _cost(trial: Trial, slower: float) -> CodecCost:
+def _cost(trial: CodecTrial, slower: float) -> CodecCost:
     encode_s, decode_s = float("inf"), float("inf")
     for _ in range(REPEATS):
         encode_s = min(encode_s, _cpu_s(trial.encode))

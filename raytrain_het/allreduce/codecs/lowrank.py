@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytrain_het.allreduce.codecs.base import RESIDUAL, TRIAL_ELEMENTS, State, Trial
+from raytrain_het.allreduce.codecs.base import RESIDUAL, TRIAL_ELEMENTS, CodecTrial, State
 from raytrain_het.allreduce.codecs.compiled import array, kernels, loops_for
 from raytrain_het.allreduce.codecs.dense import NoCodec
 from raytrain_het.codec_options import LowRankOptions
@@ -74,12 +74,12 @@ class LowRank(NoCodec):
             f"smaller ({some}). Write a lower rank if they are to be compressed."
         )
 
-    def trial(self, shapes: Sequence[Sequence[int]]) -> Trial:
+    def trial(self, shapes: Sequence[Sequence[int]]) -> CodecTrial:
         """The work on the largest matrix, or on as many of its rows as are enough to measure."""
         num_bytes = self.gradient_bytes(shapes, torch.float32) / max(1, sum(map(math.prod, shapes)))
         matrices = [matrix for shape in shapes if (matrix := self.matrix(shape)) is not None]
         if not matrices:
-            return Trial(num_elements=1, num_bytes=num_bytes, error=lambda: 0.0)
+            return CodecTrial(num_elements=1, num_bytes=num_bytes, error=lambda: 0.0)
         self.prepare()
         rows, cols = max(matrices, key=math.prod)
         rows = min(rows, max(self.rank, TRIAL_ELEMENTS // cols))
@@ -96,7 +96,7 @@ class LowRank(NoCodec):
             multiply(p, q, out)
             first.copy_(q)
 
-        return Trial(
+        return CodecTrial(
             num_elements=x.numel(), num_bytes=num_bytes, error=lambda: expected_error(self, shapes), encode=reduce
         )
 

@@ -17,7 +17,7 @@ from raytrain_het.allreduce.reducers.base import SendBuffer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder, Payload
 from raytrain_het.allreduce.reducers.messages import BucketMessages
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 
@@ -63,7 +63,7 @@ class AllGatherReducer:
         self._messages.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, sums: SumsSoFar, *, noted: bool = False
+        self, header: Header, local: torch.Tensor | None, weight: float, summary: SummarySoFar, *, noted: bool = False
     ) -> Iterator[Operation]:
         if local is None:
             self._own = None
@@ -73,7 +73,7 @@ class AllGatherReducer:
             self._coder.feedback.carry_over(self._bucket, 0, self._bucket.numel, header.step)
         # Flush: a peer may begin the next step before this member's payload has reached the others.
         yield self._messages.send(header, flush=True)
-        self._coder.mean(self._received(sums, noted=noted), self._bucket, sums, self._mean)
+        self._coder.mean(self._received(summary, noted=noted), self._bucket, summary, self._mean)
 
     def _encode(self, header: Header, local: torch.Tensor, weight: float) -> None:
         self._own = self._own_room
@@ -81,9 +81,9 @@ class AllGatherReducer:
         for receiver in self._members.others:
             self._messages.outgoing[receiver].copy_(self._own)
 
-    def _received(self, sums: SumsSoFar, *, noted: bool) -> list[Payload]:
+    def _received(self, summary: SummarySoFar, *, noted: bool) -> list[Payload]:
         payloads, rank = [], self._members.rank
-        for sender, header in enumerate(self._messages.read_headers(sums, noted=noted)):
+        for sender, header in enumerate(self._messages.read_headers(summary, noted=noted)):
             own = self._own if sender == rank else None
             data = own if own is not None else self._messages.incoming[sender]
             if header.contributes and data.numel() > 0:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from raytrain_het.allreduce.header import Header
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 SendBuffer = tuple[int, int, torch.Tensor]
@@ -45,7 +45,7 @@ class BucketReducer(Protocol):
         """A step is opened. What peers send for it is received from now on, whenever this member is ready itself."""
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, sums: SumsSoFar, *, noted: bool = False
+        self, header: Header, local: torch.Tensor | None, weight: float, summary: SummarySoFar, *, noted: bool = False
     ) -> Iterator[Operation]:
         """Reduce the bucket, by operations with the peers.
 
@@ -57,7 +57,7 @@ class BucketReducer(Protocol):
             local: the weighted gradient (n,), which may be changed; None where it was gathered in
                 :meth:`send_buffers`, or this member sends nothing.
             weight: the sum of weights that the sum will be divided by, as far as it is known; 1 where it is not.
-            sums: where is noted what the headers say.
+            summary: where is noted what the headers say.
             noted: whether the headers of this gradient have been noted already, with another message.
 
         Raises:

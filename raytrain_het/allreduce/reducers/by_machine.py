@@ -26,7 +26,7 @@ from raytrain_het.allreduce.reducers.flat import flat_kind, flat_reducer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder
 from raytrain_het.allreduce.reducers.to_owners import ShardsToOwners
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Group, Operation, PeerBuffers
 from raytrain_het.membership.record import Record
 
@@ -130,18 +130,18 @@ class ByMachineReducer:
         self._inside.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, sums: SumsSoFar, *, noted: bool = False
+        self, header: Header, local: torch.Tensor | None, weight: float, summary: SummarySoFar, *, noted: bool = False
     ) -> Iterator[Operation]:
         machines, bucket = self._machines, self._bucket
         if machines.is_idle and not bucket.is_dense:
             # Before others know that this gradient is not needed, and commit the step.
             machines.feedback.carry_over(bucket, 0, bucket.numel, header.step)
         yield self._inside.send(header, local, 1.0)
-        payloads = self._inside.received(sums, noted=noted)
+        payloads = self._inside.received(summary, noted=noted)
         if self._among_leaders is not None:
             machines.coder.add_up(payloads, bucket, self._sum)
             of_machine = header._replace(contributes=bool(payloads), used=0)
-            yield from self._among_leaders.all_reduce(of_machine, self._sum, weight, sums, noted=True)
+            yield from self._among_leaders.all_reduce(of_machine, self._sum, weight, summary, noted=True)
             self._among_leaders.decode(self._mean)
         else:
             for _ in range(machines.num_operations_among_leaders(bucket)):

@@ -18,7 +18,7 @@ from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Bucket, Segment
 from raytrain_het.allreduce.reducers.base import BucketReducer, SendBuffer
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 
@@ -60,11 +60,11 @@ class LowRankReducer:
             self._second.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, sums: SumsSoFar, *, noted: bool = False
+        self, header: Header, local: torch.Tensor | None, weight: float, summary: SummarySoFar, *, noted: bool = False
     ) -> Iterator[Operation]:
         factors, second = self.factors, self._second
         y = self._corrected(header, local, weight)
-        operations = self._first.all_reduce(header, factors.project(y) if y is not None else None, weight, sums)
+        operations = self._first.all_reduce(header, factors.project(y) if y is not None else None, weight, summary)
         sent = next(operations)
         if second is None:  # All has been sent: others may commit the step, and this member may take it over.
             self._keep_residual(y, header.step, weight)
@@ -76,7 +76,7 @@ class LowRankReducer:
         factors.orthonormalise()
         again = header._replace(bucket=factors.second_index, used=0)
         operations = second.all_reduce(
-            again, factors.project_back(y) if y is not None else None, weight, sums, noted=True
+            again, factors.project_back(y) if y is not None else None, weight, summary, noted=True
         )
         sent = next(operations)
         self._keep_residual(y, header.step, weight)  # While that is on its way.

@@ -13,7 +13,7 @@ import torch
 from raytrain_het.allreduce.header import Header, HeaderPlace, header_bytes, header_place, read_header, write_header
 from raytrain_het.allreduce.layout import Bucket
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation, PeerBuffers
 
 
@@ -50,8 +50,8 @@ class BucketMessages:
         expected, self._expected = self._expected, None
         return self._members.launch(self._received, self._sent, expected, flush=flush)
 
-    def read_headers(self, sums: SumsSoFar, *, noted: bool) -> list[Header]:
-        """All members' headers by rank, checked, and noted in ``sums`` unless they are already.
+    def read_headers(self, summary: SummarySoFar, *, noted: bool) -> list[Header]:
+        """All members' headers by rank, checked, and noted in ``summary`` unless they are already.
 
         Raises:
             ProtocolError: a peer is at another step or bucket.
@@ -59,10 +59,10 @@ class BucketMessages:
         headers = []
         for sender, place in enumerate(self._received_headers):
             header = read_header(place, len(self._bucket.segments))
-            self._members.check_header(header, self._bucket.index, sums.step, sender)
+            self._members.check_header(header, self._bucket.index, summary.step, sender)
             headers.append(header)
         if not noted:
-            sums.note(self._bucket, headers, self._members.record.members)
+            summary.note(self._bucket, headers, self._members.record.members)
         return headers
 
 

@@ -22,7 +22,7 @@ from raytrain_het.allreduce.reducers.base import SendBuffer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder, Payload
 from raytrain_het.allreduce.reducers.to_owners import ShardsToOwners
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation, PeerBuffers
 
 
@@ -67,13 +67,13 @@ class OwnerShardsReducer:
         self._to_owners.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, sums: SumsSoFar, *, noted: bool = False
+        self, header: Header, local: torch.Tensor | None, weight: float, summary: SummarySoFar, *, noted: bool = False
     ) -> Iterator[Operation]:
         yield self._to_owners.send(header, local, weight)
-        self._encode_own_mean(self._to_owners.received(sums, noted=noted), sums)
+        self._encode_own_mean(self._to_owners.received(summary, noted=noted), summary)
         yield self._members.launch(self._from_owners, self._to_all)
 
-    def _encode_own_mean(self, payloads: list[Payload], sums: SumsSoFar) -> None:
+    def _encode_own_mean(self, payloads: list[Payload], summary: SummarySoFar) -> None:
         (start, stop), bucket = self.owned, self._bucket
         if stop == start:
             return
@@ -81,11 +81,11 @@ class OwnerShardsReducer:
         encoded = self._own_mean[: codec.capacity_bytes(stop - start, bucket.dtype)]
         in_place = codec.in_place(encoded, bucket.dtype)
         if in_place is not None:
-            self._coder.mean(payloads, bucket, sums, in_place)
+            self._coder.mean(payloads, bucket, summary, in_place)
             return
         mean = self._coder.room_for_sum(bucket.dtype, stop - start)
-        self._coder.mean(payloads, bucket, sums, mean)
-        self._coder.encode_mean(bucket, start, mean, encoded, sums.step)
+        self._coder.mean(payloads, bucket, summary, mean)
+        self._coder.encode_mean(bucket, start, mean, encoded, summary.step)
 
     def decode(self, out: torch.Tensor) -> None:
         for start, stop, payload in self._means:

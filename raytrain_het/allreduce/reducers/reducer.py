@@ -19,7 +19,7 @@ from raytrain_het.allreduce.reducers.flat import flat_reducer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup, Traffic
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder
 from raytrain_het.allreduce.reducers.low_rank import LowRankReducer, MatrixFactors
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Group, Operation
 from raytrain_het.membership.record import Record
 
@@ -76,7 +76,7 @@ class Reducer:
         header: Header,
         local: torch.Tensor | None,
         out: torch.Tensor,
-        sums: SumsSoFar,
+        summary: SummarySoFar,
         *,
         expected_weight: float = 1.0,
     ) -> Iterator[Operation]:
@@ -91,7 +91,7 @@ class Reducer:
             local: the weighted gradient (n,), which may be changed; None where it was gathered in
                 :attr:`send_buffers`, or this member sends nothing.
             out: where the mean goes (n,).
-            sums: where is noted what the headers say.
+            summary: where is noted what the headers say.
             expected_weight: the sum of all members' weights, as far as it is known.
 
         Raises:
@@ -102,7 +102,7 @@ class Reducer:
         self.feedback.begin_bucket(bucket, reducer.owned, weight if normalised else None)
         if local is not None and header.contributes:
             self.feedback.add_earlier_residual(bucket, local, weight)
-        yield from reducer.all_reduce(header, local, weight, sums)
+        yield from reducer.all_reduce(header, local, weight, summary)
         reducer.decode(out)
 
     def decode(self, bucket: Bucket, out: torch.Tensor) -> None:

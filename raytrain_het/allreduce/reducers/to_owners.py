@@ -12,7 +12,7 @@ from raytrain_het.allreduce.reducers.base import SendBuffer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder, Payload
 from raytrain_het.allreduce.reducers.messages import BucketMessages
-from raytrain_het.allreduce.sums import SumsSoFar
+from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 Bounds = tuple[int, int]
@@ -114,10 +114,10 @@ class ShardsToOwners:
                 body = self._messages.outgoing[receiver]
                 self._coder.encode_gradient(self._bucket, start, shard, body, header, weight)
 
-    def received(self, sums: SumsSoFar, *, noted: bool) -> list[Payload]:
+    def received(self, summary: SummarySoFar, *, noted: bool) -> list[Payload]:
         """What all members contribute to this one's part, in rank order, its own contribution included."""
         payloads, rank = [], self._members.rank
-        for sender, header in enumerate(self._messages.read_headers(sums, noted=noted)):
+        for sender, header in enumerate(self._messages.read_headers(summary, noted=noted)):
             data = self._messages.incoming[sender]
             codec = self._coder.codec(sender, self._bucket)
             if sender == rank:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.errors import ReplicaMismatchError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.cursor import Cursor
@@ -126,17 +126,17 @@ class StepChecks:
 
     # ---------------------------------------------------------------- the result
 
-    def headers_came(self, step: OpenStep, sums: Sums) -> None:
+    def headers_came(self, step: OpenStep, summary: StepSummary) -> None:
         """What members say of themselves in a step's headers: where they differ the hub hears of it.
 
         Raises:
             ReplicaMismatchError: workers' losses are means over other things.
         """
-        if sums.losses_differ:
+        if summary.losses_differ:
             self._end_for_unlike_losses(step.cursor.step)
         # Unlike members' digests always differ: they tell samples now and then.
         due = not step.record.is_unlike or step.cursor.step < 3 or step.cursor.step % 10 == 0
-        if sums.replicas_differ and step.looked is not None and due:
+        if summary.replicas_differ and step.looked is not None and due:
             self._agent.tell(
                 Audit(
                     step=step.cursor.step,
@@ -146,12 +146,12 @@ class StepChecks:
                 )
             )
 
-    def means_came(self, step: OpenStep, sums: Sums, gradients: Gradients) -> None:
+    def means_came(self, step: OpenStep, summary: StepSummary, gradients: Gradients) -> None:
         """
         Raises:
             ReplicaMismatchError: they are others than those of the whole batch, and nothing explains it.
         """
-        if not (step.rehearses and sums.applies):
+        if not (step.rehearses and summary.applies):
             return
         at, record = step.cursor.step, step.record
         means = gradients.mean_gradients(scale=step.loss_scale)

@@ -166,10 +166,10 @@ class Healing:
             taken, chosen = followed.take(step), settings[step]
             if taken is None:
                 continue
-            if taken.sums.applies and chosen is not None:
+            if taken.summary.applies and chosen is not None:
                 self._gradients.adopt(taken.means)
                 self._gradients.buffers.settle(self._gradients.means, True, own=False)
-                self._gradients.publish(taken.sums)
+                self._gradients.publish(taken.summary)
                 self._replica.set_hyperparameters(chosen)
                 self._replica.update()
                 self._gradients.clear()

@@ -29,7 +29,7 @@ MAX_UNACKNOWLEDGED = 2
 
 
 @dataclass
-class Report:
+class OpenReport:
     """A report on its way."""
 
     key: str
@@ -50,7 +50,7 @@ class Reporter:
     def __init__(self, agent: MemberAgent, server: StateServer, storage: files.Storage) -> None:
         self._agent = agent
         self._writer = Writer(agent, server, storage)
-        self._open: dict[str, Report] = {}
+        self._open: dict[str, OpenReport] = {}
         self._confirmed = 0
         self._keys = Keys()
         self._returning = False
@@ -81,7 +81,7 @@ class Reporter:
         """Whether this report is on its way already: it was made when its step was done before."""
         return key in self._open
 
-    def add(self, report: Report, own_state: dict[str, Any]) -> None:
+    def add(self, report: OpenReport, own_state: dict[str, Any]) -> None:
         """Take a report; it is sent once its step is confirmed.
 
         Waits while too many snapshots are being stored. Those that are not sent yet do not count: they go with the next
@@ -145,7 +145,7 @@ class Reporter:
                 target=self._write, args=(report, report.snapshot, message.uids), name="het-checkpoint", daemon=True
             ).start()
 
-    def _write(self, report: Report, snapshot: dict[str, Any], uids: list[str]) -> None:
+    def _write(self, report: OpenReport, snapshot: dict[str, Any], uids: list[str]) -> None:
         """Write and store the checkpoint. A failure costs this checkpoint, never an older one, and never the run."""
         name = "checkpoint_{:09d}_{}".format(*map(int, report.key.split(".")[1:]))
         path, error = None, None

@@ -10,7 +10,7 @@ import torch
 
 from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.allreduce.jobs import ResyncJob
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.events import Drift
@@ -47,7 +47,7 @@ class Committing:
         skips: Skips,
         config: HetConfig,
     ) -> None:
-        self.on_commit: list[Callable[[OpenStep, Sums], None]] = []
+        self.on_commit: list[Callable[[OpenStep, StepSummary], None]] = []
         self.step_s = 0.0
         """How long a step usually takes; 0 before the first one."""
         self._comm, self._generations, self._replica = communicator, generations, replica
@@ -59,7 +59,7 @@ class Committing:
         if record.reset:
             self.step_s = 0.0
 
-    def commit(self, step: OpenStep, sums: Sums, update: Callable[[], Any]) -> tuple[bool, Any]:
+    def commit(self, step: OpenStep, summary: StepSummary, update: Callable[[], Any]) -> tuple[bool, Any]:
         """Update and move the cursor, if the step's generation is still in force.
 
         Returns:
@@ -70,10 +70,10 @@ class Committing:
             if not allowed:
                 return False, None
             result, log = None, self._generations.healing.source.log
-            if sums.applies:
+            if summary.applies:
                 log(step.number, self._replica.hyperparameters)
                 result = update()
-                self._comm.codec_states.commit(step.number, sums.total_weight, sums.used)
+                self._comm.codec_states.commit(step.number, summary.total_weight, summary.used)
             else:
                 log(step.number, lambda: None)
             agent.points.reach("updated", step.number)
@@ -82,7 +82,7 @@ class Committing:
             step.closed = True
         return True, result
 
-    def after_commit(self, step: OpenStep, sums: Sums, counters: Counters) -> None:
+    def after_commit(self, step: OpenStep, summary: StepSummary, counters: Counters) -> None:
         """Count the step, tell whoever listens, and do what all members do together after it: re-form, send parameters
         anew, confirm an epoch's last step."""
         generations, number = self._generations, step.job.generation
@@ -93,12 +93,12 @@ class Committing:
         step_s = time.monotonic() - step.started
         self.step_s = step_s if self.step_s == 0 else 0.8 * self.step_s + 0.2 * step_s
         for listener in self.on_commit:
-            listener(step, sums)
-        self._skips.note(step, sums, counters)
-        if sums.want > number:
-            generations.agent.answer_want(sums.want)
+            listener(step, summary)
+        self._skips.note(step, summary, counters)
+        if summary.want > number:
+            generations.agent.answer_want(summary.want)
         elif step.record.number == number:
-            if resync_due(self._resync_steps, step.record, step.number) and sums.replicas_differ:
+            if resync_due(self._resync_steps, step.record, step.number) and summary.replicas_differ:
                 self._resync(step.record, step.number)
             if generations.agent.cursor.epoch != step.cursor.epoch:
                 generations.begin_confirmation(number, step.number)

@@ -86,7 +86,7 @@ class Engine:
     def open(self, epoch: int) -> OpenStep | None:
         """Open the next step; None at the end of the epoch, confirmed by all."""
         self._settle_last()
-        before = self.opened if self.opened is not None and self.opened.sums is not None else None
+        before = self.opened if self.opened is not None and self.opened.summary is not None else None
         asked = time.monotonic()
         if before is not None:
             self._loop_goes_on(before, asked)
@@ -233,11 +233,11 @@ class Engine:
                     "set by hand, are not averaged over workers: use loss.backward()."
                 )
             return None  # A pass that is not the last.
-        while step.sums is not None:
-            sums = step.sums
-            committed, result = self.committing.commit(step, sums, update)
+        while step.summary is not None:
+            summary = step.summary
+            committed, result = self.committing.commit(step, summary, update)
             if committed:
-                self.committing.after_commit(step, sums, self.counters)
+                self.committing.after_commit(step, summary, self.counters)
                 return result
             self._reducing.resolve(step)
         self._restore_point.step_failed()
@@ -258,9 +258,9 @@ class Engine:
             raise refuse("skipped batch", f"at step {step.number}")
         if step.job.aborted and not step.settled:
             self._give_up(step)  # In the middle of its passes.
-        elif step.settled and step.sums is not None and not step.sums.applies:
+        elif step.settled and step.summary is not None and not step.summary.applies:
             self.close(lambda: None)  # A loss scaler skips step() itself when gradients overflow.
-        elif step.settled and step.sums is None:
+        elif step.settled and step.summary is None:
             self._give_up(step)
         else:
             raise LoopOrderError(
@@ -277,7 +277,7 @@ class Engine:
         if self.gradients.refused is not None:
             raise self.gradients.refused
         step = self.opened
-        if step is not None and step.settled and step.sums is not None and not step.sums.applies:
+        if step is not None and step.settled and step.summary is not None and not step.summary.applies:
             self._settle_last()
         elif step is not None:
             step.closed = True

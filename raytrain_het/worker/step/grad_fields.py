@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from raytrain_het.allreduce.layout import Layout
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 
 
 class GradFields:
@@ -82,7 +82,7 @@ class GradFields:
         ]
 
     def publish(
-        self, sums: Sums, *, scale: float, has_hooks: Callable[[int], bool]
+        self, summary: StepSummary, *, scale: float, has_hooks: Callable[[int], bool]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Make every ``p.grad`` its mean, times the loss's scale, which a scaler will take off again.
 
@@ -90,7 +90,7 @@ class GradFields:
         as something finite, and every loss scaler has to see it.
 
         Args:
-            sums: what members say of the step.
+            summary: what members say of the step.
             scale: by which the loss was multiplied here.
             has_hooks: whether the user has hooks on a parameter.
 
@@ -101,11 +101,11 @@ class GradFields:
         means = [m.split([s.numel for s in b.segments]) for b, m in zip(self._layout.buckets, self.means, strict=False)]
         for index, (bucket, place) in enumerate(self._places):
             p, left = self._params[index], self._left[index]
-            if not sums.used[bucket] >> place & 1:
+            if not summary.used[bucket] >> place & 1:
                 p.grad = left
                 continue
             mean = means[bucket][place].view(p.shape).data  # No view: it may be detached in place.
-            if not sums.finite:
+            if not summary.finite:
                 mean.fill_(torch.nan)
             elif scale != 1:
                 mean.mul_(scale)

@@ -17,7 +17,7 @@ from torch import nn
 
 from raytrain_het.allreduce.jobs import ABORTED, LocalBucket, SendBuffers, StepJob
 from raytrain_het.allreduce.layout import Layout
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.errors import LoopOrderError
 from raytrain_het.worker.checks.losses import Root
 from raytrain_het.worker.checks.unsupported import refuse
@@ -296,12 +296,12 @@ class Gradients:
 
     # ---------------------------------------------------------------- its result
 
-    def publish(self, sums: Sums | None, *, scale: float = 1.0) -> None:
+    def publish(self, summary: StepSummary | None, *, scale: float = 1.0) -> None:
         """Make every ``p.grad`` its mean (:meth:`GradFields.publish`); zeros where the step came to nothing."""
-        if sums is None:
+        if summary is None:
             self._fields.stand_in()
             return
-        hooked = self._fields.publish(sums, scale=scale, has_hooks=self._hooks.on)
+        hooked = self._fields.publish(summary, scale=scale, has_hooks=self._hooks.on)
         if hooked:
             self._publishes = True
             try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raytrain_het.allreduce.jobs import StepJob
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Record
 from raytrain_het.worker.state.replica_check import Look
@@ -49,7 +49,7 @@ class OpenStep:
     looked: Look | None = None
     """What was looked at of the replica when it was opened."""
 
-    sums: Sums | None = None
+    summary: StepSummary | None = None
     """What all members' headers say, once the means are here."""
     settled: bool = False
     """Whether the last backward pass is over and it is known what became of the step."""

@@ -84,14 +84,14 @@ class Reducing:
         self._await_sums(step)
         step.cpu.waiting_ends()
         step.settled = True
-        if step.sums is None:
+        if step.summary is None:
             for listener in self.on_failed:
                 listener()
         else:
-            self._checks.headers_came(step, step.sums)
-            self._gradients.buffers.settle(self._gradients.means, step.sums.applies, own=step.contributes)
-            self._checks.means_came(step, step.sums, self._gradients)
-        self._gradients.publish(step.sums, scale=step.loss_scale)
+            self._checks.headers_came(step, step.summary)
+            self._gradients.buffers.settle(self._gradients.means, step.summary.applies, own=step.contributes)
+            self._checks.means_came(step, step.summary, self._gradients)
+        self._gradients.publish(step.summary, scale=step.loss_scale)
         now = time.monotonic()
         self.counters.compute_s += step.handed_over_at - step.started
         self.counters.wait_s += now - step.handed_over_at
@@ -103,7 +103,7 @@ class Reducing:
         if result is not None and result.error is not None:
             raise result.error
         if isinstance(result, StepResult):
-            step.sums, step.waited_s = result.sums, result.waited_s
+            step.summary, step.waited_s = result.summary, result.waited_s
             self._generations.send_buffers = result.send_buffers
             self.timings.saw(result.paths, result.errors)
         else:
@@ -113,9 +113,9 @@ class Reducing:
         """The generation is void: see from the next one what became of the step. Where it is that one's base, its sums
         are here or come from a peer; else it is done again, and has none."""
         entered = self._generations.entered_after(step.job.generation)
-        had, step.sums = step.sums, None
+        had, step.summary = step.summary, None
         if entered.replayed is not None and entered.record.base == entered.replayed[0].step == step.number:
-            step.sums, means = entered.replayed
+            step.summary, means = entered.replayed
             step.job = StepJob(entered.record.number, step.number, Result(), cursor=step.cursor)
             if had is None:
                 self._gradients.adopt(means)

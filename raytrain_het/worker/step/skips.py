@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.errors import NonFiniteGradientError
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.events import Skipped
@@ -32,23 +32,23 @@ class Skips:
         self._agent, self._gradients, self._plan = agent, gradients, plan
         self._most_in_a_row, self._in_a_row = most_in_a_row, 0
 
-    def note(self, step: OpenStep, sums: Sums, counters: Counters) -> None:
+    def note(self, step: OpenStep, summary: StepSummary, counters: Counters) -> None:
         """A step was committed, with or without an update.
 
         Raises:
             NonFiniteGradientError: too many in a row came without one.
         """
-        if sums.applies:
+        if summary.applies:
             self._in_a_row = 0
             return
         counters.skipped += 1
         self._in_a_row += 1
         slot = self._agent.member.slot
-        text = f"workers {list(sums.nonfinite_slots)}" if sums.nonfinite_slots else "a peer"
-        if sums.finite:
+        text = f"workers {list(summary.nonfinite_slots)}" if summary.nonfinite_slots else "a peer"
+        if summary.finite:
             text = "the weights of the whole batch are 0, see prepare_data_loader(weight=)"
             logger.warning("step %d: %s; the update is skipped", step.number, text)
-        if slot in sums.nonfinite_slots:
+        if slot in summary.nonfinite_slots:
             names = self._gradients.nonfinite_parameters()
             text = f"worker {slot}, parameters {names[:3]}{self._bad_samples(step)}"
             logger.warning("step %d: gradient not finite on %s; the update is skipped", step.number, text)

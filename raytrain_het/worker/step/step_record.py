@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from raytrain_het.allreduce.sums import Sums
+from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.worker.data.data_plan import DataPlan, slice_of
 from raytrain_het.worker.step.open_step import OpenStep
 
@@ -28,7 +28,9 @@ class StepRecord:
     digest: Callable[[], int]
 
     @classmethod
-    def of(cls, step: OpenStep, sums: Sums, plan: DataPlan, uid: str, digest: Callable[[], int]) -> StepRecord:
+    def of(
+        cls, step: OpenStep, summary: StepSummary, plan: DataPlan, uid: str, digest: Callable[[], int]
+    ) -> StepRecord:
         """The record of a step that this worker has just committed."""
         record, order = step.record, plan.permutation(step.cursor.epoch)
         slices = {
@@ -45,6 +47,6 @@ class StepRecord:
             slices=slices,
             uid=uid,
             own_samples=[int(order[k]) for k in step.own],
-            applied=sums.applies,
+            applied=summary.applies,
             digest=digest,
         )

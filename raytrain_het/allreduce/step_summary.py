@@ -11,7 +11,7 @@ from raytrain_het.membership.record import Member
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sums:
+class StepSummary:
     """What a step's all-reduce has brought besides the means, the same on every member."""
 
     step: int
@@ -41,7 +41,7 @@ class Sums:
         return len(set(self.digests.values())) > 1
 
 
-class SumsSoFar:
+class SummarySoFar:
     """Collects them while a step's buckets travel. Used by the communication thread.
 
     Args:
@@ -75,9 +75,9 @@ class SumsSoFar:
                     self._nonfinite_slots.append(slot)
         self._used.append(used)
 
-    def all(self) -> Sums:
+    def all(self) -> StepSummary:
         """All headers are here."""
-        return Sums(
+        return StepSummary(
             step=self.step,
             total_weight=self.total_weight,
             finite=self._finite,
