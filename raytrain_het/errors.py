@@ -39,6 +39,10 @@ class DataProcessError(HetError, RuntimeError):
     """A process that fetches samples for a worker died."""
 
 
+class HubError(HetError, RuntimeError):
+    """The membership actor cannot start."""
+
+
 class EvictedError(HetError, RuntimeError):
     """This worker was dropped from the run, and its peers go on without it."""
 

@@ -91,6 +91,11 @@ class ErrorFeedback:
         self._inherited.clear()
         self._reset()
 
+    def forget_all_but_residual(self) -> None:
+        """Begin anew with every other state, which all that encode have in common."""
+        with self._lock:
+            self._load({name: {RESIDUAL: s[RESIDUAL]} for name, s in self._by_parameter().items() if RESIDUAL in s})
+
     def _reset(self) -> None:
         self._kept, self._next = self._initial(), self._initial()
         self._written, self._earlier, self._sent_earlier, self._largest_earlier = None, {}, set(), {}

@@ -30,7 +30,6 @@ from raytrain_het.membership.protocol import (
     Meet,
     Message,
     Mismatch,
-    Patience,
     Ping,
     Pong,
     Reply,
@@ -41,7 +40,7 @@ from raytrain_het.membership.protocol import (
     Want,
 )
 from raytrain_het.membership.record import Member, Record
-from raytrain_het.membership.wire import Connection
+from raytrain_het.membership.wire import Connection, connect
 
 logger = logging.getLogger("raytrain_het")
 
@@ -110,6 +109,8 @@ class MemberAgent:
         self.checkpoint_cursor: Cursor | None = None
         self.known: Known | None = None
         """This worker's profile, and the global batch size it is meant for; None where speeds do not matter."""
+        self.on_token: Callable[[str], None] = lambda token: None
+        """Told the run's token, each time that the hub was found."""
         self.on_reconnect: list[Callable[[], None]] = []
         self.on_change: Callable[[], None] = lambda: None
         """Called after anything here has changed, for a thread that waits elsewhere."""
@@ -243,8 +244,9 @@ class MemberAgent:
             try:
                 # The hub listens on every address; each try asks anew where it is, since it may have been restarted.
                 where = self._locate()
-                connection = Connection(where["host"], where["port"])
-                self._greet(connection, where["token"])
+                connection = connect(where["host"], where["port"], where["token"])
+                self.on_token(where["token"])
+                self._greet(connection)
             except Exception as error:
                 logger.debug("the hub is not reached", exc_info=True)
                 if time.monotonic() - since > RECONNECT_LIMIT_S:
@@ -266,14 +268,14 @@ class MemberAgent:
             if self.gone is not None:
                 return
 
-    def _greet(self, connection: Connection, token: str) -> None:
+    def _greet(self, connection: Connection) -> None:
         """Say hello, and speak through this connection from now on.
 
         One lock is held meanwhile: so every change is either in the hello or is told after it.
         """
         with self.commit_lock:
             try:
-                connection.send(self._hello(token))
+                connection.send(self._hello())
             except OSError:
                 connection.close()
                 raise
@@ -281,15 +283,15 @@ class MemberAgent:
                 self._connection = connection
                 self.condition.notify_all()
 
-    def _hello(self, token: str) -> Hello:
+    def _hello(self) -> Hello:
         return Hello(
-            token=token,
             member=self.member,
             cursor=self.cursor,
             healed=self.healed,
             fresh=self.fresh,
             record=self.record,
-            answered=max(self.answered, self.want),
+            answered=self.answered,
+            want=self.want,
             fingerprint=self._fingerprint,
             checkpoint=self.checkpoint,
             checkpoint_cursor=self.checkpoint_cursor,
@@ -322,8 +324,6 @@ class MemberAgent:
                     self.want = max(self.want, record.number)
             case Checkpoint(path=path, cursor=cursor):
                 self.checkpoint, self.checkpoint_cursor = path, cursor
-            case Patience():
-                pass  # All others answer: waiting goes on.
             case Reply(id=number):
                 if number in self._replies:
                     self._replies[number] = message

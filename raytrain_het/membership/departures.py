@@ -7,10 +7,11 @@ from msgspec import UNSET
 from raytrain_het.membership import events
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.deaths import MAX_FRUITLESS_DEATHS
-from raytrain_het.membership.ending import end_if_nobody_trains, fail, forget, release
+from raytrain_het.membership.ending import fail, let_go, release
 from raytrain_het.membership.forming import (
     begin_if_all_are_there,
     form_if_all_have_answered,
+    go_on_without,
     let_finished_go,
     start,
     want,
@@ -30,10 +31,10 @@ def lose(run: RunState, uid: str, reason: str, now: float, *, died: bool) -> Non
         now: the time, seconds.
         died: whether the process is dead; else it is told that it is dropped.
     """
-    peer = run.peers.pop(uid, None)
+    suspended = run.suspended.pop(uid, None)
+    peer = suspended.peer if suspended is not None else run.peers.pop(uid, None)
     if peer is None:
         return
-    forget(run, uid, reason)
     slot = peer.member.slot
     event = (events.Lost if died else events.Evicted)(
         slot=slot,
@@ -43,8 +44,7 @@ def lose(run: RunState, uid: str, reason: str, now: float, *, died: bool) -> Non
         left_out=peer.left_out or UNSET,
     )
     run.note(event)
-    if not died:
-        run.send(uid, Evicted(reason=reason))
+    let_go(run, uid, Evicted(reason=reason))
     if run.failure is not None:
         return
     if run.deaths.lose_slot(slot):
@@ -54,24 +54,12 @@ def lose(run: RunState, uid: str, reason: str, now: float, *, died: bool) -> Non
         return  # Whoever has called looks whether the others that are awaited are there.
     if run.record is None:
         begin_if_all_are_there(run)
-    elif peer.phase is Phase.JOINING:
+    elif peer.phase is Phase.JOINING or suspended is not None:
         form_if_all_have_answered(run, now)
     else:
-        _go_on_without(run, peer, reason, now, died=died)
-
-
-def _go_on_without(run: RunState, peer: Peer, reason: str, now: float, *, died: bool) -> None:
-    """The others go on without a member that was lost or dropped."""
-    if died and peer.healed and peer.phase is Phase.IN:
-        run.deaths.lose_member(peer)
-    run.deaths.links_hold()
-    if end_if_nobody_trains(run):
-        return
-    why = f"slot {peer.member.slot} was lost: {reason}"
-    run.next.reason = why
-    let_finished_go(run, now)
-    if run.record is not None and run.record.rank_of(peer.member.uid) is not None:
-        start(run, void=True, reason=why, now=now)
+        if died and peer.healed and peer.phase is Phase.IN:
+            run.deaths.lose_member(peer)
+        go_on_without(run, uid, f"slot {slot} was lost: {reason}", now)
 
 
 def leave(run: RunState, peer: Peer, now: float) -> None:
@@ -120,5 +108,5 @@ def raise_in(run: RunState, peer: Peer, error: str) -> None:
     uid, slot = peer.member.uid, peer.member.slot
     run.note(events.Raised(slot=slot, uid=uid, error=(error.strip().splitlines() or [""])[-1]))
     run.peers.pop(uid)
-    forget(run, uid, "its training function raised")
+    let_go(run, uid, Evicted(reason="its training function raised"))
     fail(run, f"the training function of worker {slot} raised:\n{error}")

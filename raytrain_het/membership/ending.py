@@ -5,7 +5,7 @@ from __future__ import annotations
 from raytrain_het.membership import events
 from raytrain_het.membership.message_parts import Address, Poison
 from raytrain_het.membership.peers import Phase
-from raytrain_het.membership.protocol import Bye, End, Fail, Mismatch
+from raytrain_het.membership.protocol import Bye, End, Fail, Mismatch, ToMember
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.state import RunState
 
@@ -29,9 +29,10 @@ def fail_as_replicas_differ(run: RunState, message: str) -> None:
         run.send(uid, Mismatch(message=message))
 
 
-def forget(run: RunState, uid: str, reason: str) -> None:
-    """A process was let go: should it come back, it is told why."""
-    run.gone[uid] = reason
+def let_go(run: RunState, uid: str, farewell: ToMember) -> None:
+    """A process is no member any more. It is told so, and told again should it come back without having heard it."""
+    run.send(uid, farewell)
+    run.gone[uid] = farewell
     if len(run.gone) > MAX_GONE:
         del run.gone[next(iter(run.gone))]
 
@@ -46,13 +47,12 @@ def release(run: RunState, uid: str, how: str, heir: Member | None = None) -> No
         heir: the member that takes over its residual, if there is one.
     """
     peer = run.peers.pop(uid)
-    forget(run, uid, f"it had {how}")
     if how == "finished":
         run.finished_slots.add(peer.member.slot)
     event = events.Finished if how == "finished" else events.Left
     run.note(event(slot=peer.member.slot, uid=uid, step=peer.cursor.step))
     address = Address(host=heir.host, port=heir.state_port) if heir is not None else None
-    run.send(uid, Bye(how=how, heir=address))
+    let_go(run, uid, Bye(how=how, heir=address))
     end_if_nobody_trains(run)
 
 
@@ -61,7 +61,7 @@ def end_if_nobody_trains(run: RunState) -> bool:
     if not run.finished_slots or run.holders():
         return False
     for uid in list(run.peers):
-        run.send(uid, End())
+        let_go(run, uid, End())
         run.peers.pop(uid)
     return True
 

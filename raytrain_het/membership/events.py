@@ -69,6 +69,24 @@ class Evicted(Lost, frozen=True, kw_only=True):
     """It was dropped, since the others waited for it."""
 
 
+class Suspended(Event, frozen=True, kw_only=True):
+    """A member does not answer, and the others go on without it. Its process and its slot stay."""
+
+    slot: int
+    uid: str
+    reason: str
+
+
+class CameBack(Event, frozen=True, kw_only=True):
+    """A suspended member was heard again."""
+
+    slot: int
+    uid: str
+    away_s: float
+    missed: bool
+    """Whether generations were formed without it, so that it heals from the others."""
+
+
 class Left(Gone, frozen=True, kw_only=True):
     """It has left in good order."""
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from raytrain_het.membership import events
 from raytrain_het.membership.deaths import MAX_FRUITLESS_GENERATIONS
-from raytrain_het.membership.ending import fail, release_finished
+from raytrain_het.membership.ending import end_if_nobody_trains, fail, release_finished
 from raytrain_het.membership.issuing import issue_first, issue_next
-from raytrain_het.membership.peers import Phase
+from raytrain_het.membership.peers import Peer, Phase
 from raytrain_het.membership.protocol import Void, Want
 from raytrain_het.membership.state import RunState
 
@@ -72,13 +72,37 @@ def form_if_all_have_answered(run: RunState, now: float) -> None:
     """Issue the generation that is being formed, if every member of the last one has answered or is gone."""
     if run.record is None or not run.forming or run.failure is not None:
         return
-    if not all(p.answered for p in run.members()):
+    if not all(p.answered for p in run.members()) or _must_wait_for_a_holder(run):
         return
     issue_next(run, run.record)
     # A member that leaves, and alone held the base, stays for one more generation: the others take its state over.
     source = run.peers.get(run.record.source or "") if run.record is not None else None
     if source is not None and source.phase is not Phase.IN:
         start(run, void=False, reason=f"slot {source.member.slot} leaves", now=now)
+
+
+def _must_wait_for_a_holder(run: RunState) -> bool:
+    """Whether nobody who is here holds the run's state, and somebody who is suspended does: it may come back, and
+    beginning again from a checkpoint would cost more than any wait."""
+    return not run.holders() and any(s.peer.holds_state for s in run.suspended.values())
+
+
+def go_on_without(run: RunState, uid: str, why: str, now: float) -> None:
+    """The others go on without a member that was lost, dropped or suspended; it is no peer any more."""
+    run.deaths.links_hold()
+    if end_if_nobody_trains(run):
+        return
+    run.next.reason = why
+    let_finished_go(run, now)
+    if run.record is not None and run.record.rank_of(uid) is not None:
+        start(run, void=True, reason=why, now=now)
+
+
+def ask_to_answer(run: RunState, peer: Peer) -> None:
+    """Ask one member for its answer to the generation that is being formed: it may not have heard of it."""
+    if run.forming and not peer.answered and peer.phase is not Phase.JOINING:
+        number = run.next.number
+        run.send(peer.member.uid, Void(number=number) if run.next.voided else Want(number=number))
 
 
 def let_finished_go(run: RunState, now: float) -> None:

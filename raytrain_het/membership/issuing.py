@@ -35,7 +35,7 @@ def issue_first(run: RunState, reason: str) -> None:
 def issue_next(run: RunState, record: Record) -> None:
     """Issue the record that follows this one; every member has answered."""
     answered = run.members()
-    after = succession(answered, joining=bool(run.joining()))
+    after = succession(answered, joining=bool(run.joining() or run.suspended))
     staying = [p for p in answered if p not in after.going]
     for peer in after.going:
         if peer.member.uid not in run.peers:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from raytrain_het.balance.scoreboard import Table
 from raytrain_het.config import HetConfig
-from raytrain_het.membership import departures, events, forming, recovery, watching
+from raytrain_het.membership import departures, events, forming, reconnecting, recovery, suspending, watching
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.ending import fail, fail_as_replicas_differ
 from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.issuing import issue_first, keep_table
 from raytrain_het.membership.peers import Peer, Phase, Standing
 from raytrain_het.membership.place import Place
-from raytrain_het.membership.protocol import End, Evicted, Fail, Mismatch, ToMember
+from raytrain_het.membership.protocol import End, Fail, Mismatch, ToMember
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.state import RunState
@@ -58,9 +58,10 @@ class Membership:
         now: float,
         record: Record | None = None,
         answered: int = 0,
+        want: int = 0,
         fingerprint: str = "",
     ) -> None:
-        """A worker has connected, for the first time, or again after the hub was restarted.
+        """A worker has connected, for the first time, or again after its connection was cut or the hub restarted.
 
         Args:
             member: who it is.
@@ -68,17 +69,23 @@ class Membership:
             now: the time, seconds.
             record: the newest record that it has; None for the first time.
             answered: the highest generation number that it has answered to.
+            want: the highest generation number that it was told of.
             fingerprint: of its model and data; empty where it has not said.
         """
         run, uid = self.run, member.uid
         if uid in run.gone:
-            run.send(uid, Evicted(reason=run.gone[uid]))
+            run.send(uid, run.gone[uid])
             return
         if run.failure is not None:
             run.send(uid, Fail(message=run.failure))
             return
-        for other in [p for p in run.peers.values() if p.member.slot == member.slot and p.member.uid != uid]:
-            self._lose(other.member.uid, "its slot was taken by a new process", now)
+        for other in run.uids_in(member.slot) - {uid}:
+            self.dead(other, "its slot was taken by a new process", now)
+        if uid in run.suspended:
+            suspending.come_back(run, uid, now)
+        if uid in run.peers:
+            reconnecting.reconnect(run, run.peers[uid], standing, record=record, answered=answered, now=now)
+            return
         if run.over and record is None:
             run.send(uid, End())
             return
@@ -88,11 +95,11 @@ class Membership:
         if run.first_hello is None:
             run.first_hello = now
         peer = Peer(member=member, phase=Phase.JOINING, heard=now)
-        peer.stands(standing)
+        peer.stands(standing.under(record, uid))
         run.peers[uid] = peer
         run.num_joined[member.slot] += 1
         if record is not None:
-            recovery.rejoin(run, peer, record, answered, now)
+            recovery.rejoin(run, peer, record, max(answered, want), now)
             return
         run.note(events.Joined(slot=member.slot, uid=uid, device=member.device, host=member.host))
         if run.recovering:
@@ -104,14 +111,45 @@ class Membership:
         else:
             forming.form_if_all_have_answered(run, now)
 
-    def closed(self, uid: str, now: float, reason: str = "its connection closed") -> None:
-        """A connection has closed: the process is dead, unless it was let go before."""
-        self._lose(uid, reason, now)
+    def disconnected(self, uid: str) -> None:
+        """A member's connection has closed, which says nothing of its process: that connects again if it can."""
+        if (peer := self.run.peers.get(uid)) is not None:
+            peer.away = True
+
+    def dead(self, uid: str, reason: str, now: float) -> None:
+        """A process is proved dead: by the kernel of its machine, by Ray, or by its successor."""
+        departures.lose(self.run, uid, reason, now, died=True)
+        recovery.resume_if_all_are_there(self.run, now)
+
+    def runs(self, uid: str, now: float) -> None:
+        """A process is known to run, though it may be too busy to say so itself.
+
+        That is as good as its word, unless it is not connected: then it hears nothing either.
+        """
+        peer = self.run.peers.get(uid)
+        if peer is not None:
+            peer.known_to_run = now
+            if not peer.away:
+                peer.heard = now
+                watching.look_around(self.run, now)
+
+    def stopped(self, uid: str, now: float) -> None:
+        """A process is known to be stopped: the others go on without it, if they wait."""
+        watching.suspend_stopped(self.run, uid, now)
+
+    def in_doubt(self, now: float) -> list[Member]:
+        """Members that should be asked after on their machines now."""
+        return watching.in_doubt(self.run, now)
+
+    def heard_again(self, uid: str, now: float) -> None:
+        """A member has said something; if it was suspended it comes back."""
+        if uid in self.run.suspended:
+            suspending.come_back(self.run, uid, now)
 
     def slot_lost(self, slot: int, reason: str, now: float) -> None:
         """Ray says that the worker in a slot is dead."""
-        for peer in [p for p in self.run.peers.values() if p.member.slot == slot]:
-            self._lose(peer.member.uid, reason, now)
+        for uid in self.run.uids_in(slot):
+            self.dead(uid, reason, now)
 
     def slot_vacant(self, slot: int, reason: str, now: float) -> None:
         """No worker can be placed in this slot at the moment."""
@@ -121,11 +159,6 @@ class Membership:
             run.note(events.Vacant(slot=slot, reason=reason))
             if run.record is None and not run.recovering:
                 forming.begin_if_all_are_there(run)
-
-    def _lose(self, uid: str, reason: str, now: float) -> None:
-        """A process is dead."""
-        departures.lose(self.run, uid, reason, now, died=True)
-        recovery.resume_if_all_are_there(self.run, now)
 
     # ---------------------------------------------------------------- what members say of a generation
 
@@ -140,12 +173,12 @@ class Membership:
             batch: ``[epoch, first sample, samples]`` of the step that is open.
         """
         run, peer = self.run, self.run.heard(uid, now)
-        if peer is None or run.record is None or number <= run.record.number:
+        if peer is None or run.record is None or number <= run.record.number or peer.phase is Phase.JOINING:
             return
         if number > run.next.number:
             # An earlier hub may have told members of a number that this one does not know.
             forming.start(run, void=False, reason="a member asks for it", now=now, number=number)
-        peer.stands(standing)
+        peer.stands(standing.under(run.record, uid))
         peer.batch, peer.answered = batch, True
         forming.form_if_all_have_answered(run, now)
 
@@ -162,7 +195,7 @@ class Membership:
     def healed(self, uid: str, now: float) -> None:
         """A member that was catching up has done so, and wants a share."""
         peer = self.run.heard(uid, now)
-        if peer is not None:
+        if peer is not None and peer.phase is not Phase.JOINING:
             peer.healed = peer.fresh = True
             forming.want(self.run, f"slot {peer.member.slot} is healed", now)
 
@@ -296,7 +329,8 @@ class Membership:
         if run.failure is not None:
             return
         self._wait_no_longer_for_the_start(now)
-        watching.drop_silent(run, now)
+        watching.suspend_silent(run, now)
+        watching.lose_unheard(run, now)
         watching.look_for_missing_answers(run, now)
         watching.ask_again(run, now)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.place import Place
-from raytrain_het.membership.record import Member
+from raytrain_het.membership.record import Member, Record
 
 
 class Phase(enum.Enum):
@@ -33,6 +34,12 @@ class Standing:
     fresh: bool = False
     """Healed by replay, and not yet compared with the others."""
 
+    def under(self, record: Record | None, uid: str) -> Standing:
+        """The same under a record. A member that has come back and is to heal holds a state of the past, and may not
+        have come to see it."""
+        stale = record is not None and uid in record.unhealed and self.healed and not self.fresh
+        return dataclasses.replace(self, healed=False) if stale else self
+
 
 @dataclass
 class Peer:
@@ -41,7 +48,11 @@ class Peer:
     member: Member
     phase: Phase
     heard: float
-    """When it last said something."""
+    """When it last said something, or was last known to run."""
+    known_to_run: float = -math.inf
+    """When its watchman last said that it runs."""
+    away: bool = False
+    """Whether its connection has closed. That says nothing of the process: it connects again if it can."""
     cursor: Cursor = Cursor()
     healed: bool = False
     fresh: bool = False
@@ -86,6 +97,19 @@ class Peer:
         self.place, self.position, self.place_heard = place, position, now
 
 
+@dataclass(frozen=True, kw_only=True)
+class Suspended:
+    """A member that does not answer, and without which the others go on."""
+
+    peer: Peer
+    """As it stood."""
+    since: float
+    generation: int
+    """Number of the record that was in force."""
+    asked_for: int
+    """Number of the generation that was asked for, or else of the record in force."""
+
+
 @dataclass(frozen=True)
 class Succession:
     """What a generation begins with, and which members go before it."""
@@ -102,7 +126,7 @@ def succession(answered: Sequence[Peer], *, joining: bool) -> Succession:
 
     Args:
         answered: all members.
-        joining: whether a process waits to be let in.
+        joining: whether a process waits to be let in, or may come back.
     """
     # A member that has just healed by replay was not compared with any other yet, so it can't be a base.
     healed = [p for p in answered if p.healed and not p.fresh]

@@ -42,7 +42,6 @@ class ToHub(Message, frozen=True, kw_only=True):
 class Hello(ToHub, frozen=True, kw_only=True):
     """The first message of a connection, also of one that was lost and made again."""
 
-    token: str
     member: Member
     cursor: Cursor
     healed: bool
@@ -50,6 +49,9 @@ class Hello(ToHub, frozen=True, kw_only=True):
     record: Record | None
     """The newest that it has. A restarted hub goes on from the newest of all members."""
     answered: int
+    """The highest generation number that it has answered to."""
+    want: int
+    """The highest that it was told of."""
     fingerprint: str
     checkpoint: str | None
     checkpoint_cursor: Cursor | None
@@ -257,10 +259,6 @@ class Checkpoint(ToMember, frozen=True, kw_only=True):
     cursor: Cursor
 
 
-class Patience(ToMember, frozen=True, kw_only=True):
-    """All members that were suspected answer, so the waiting goes on."""
-
-
 class Reply(ToMember, frozen=True, kw_only=True):
     """Answers :class:`Evaluate`: a chunk to compute, the sums, an error for all, or nothing yet."""
 
@@ -355,7 +353,6 @@ FromHub = (
     | Void
     | Formed
     | Checkpoint
-    | Patience
     | Reply
     | Evicted
     | Mismatch

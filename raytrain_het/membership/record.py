@@ -23,6 +23,8 @@ class Member:
     """Port of its state server, from which an unhealed member takes snapshots."""
     device: str
     """Its device, as torch writes it."""
+    watch_port: int = 0
+    """Port of its watchman, which knows how its process is; 0 if it has none."""
     kind: str = ""
     """What its arithmetic depends on, in words: members of one kind round alike."""
 

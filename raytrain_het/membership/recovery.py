@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from raytrain_het.membership import events
-from raytrain_het.membership.departures import lose
-from raytrain_het.membership.forming import form_if_all_have_verified, let_finished_go, start
+from raytrain_het.membership.forming import (
+    form_if_all_have_answered,
+    form_if_all_have_verified,
+    let_finished_go,
+    start,
+    want,
+)
 from raytrain_het.membership.next_record import table_of
-from raytrain_het.membership.peers import Peer, Phase
+from raytrain_het.membership.peers import Peer, Phase, Suspended
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.state import Restart, RunState
 
@@ -24,8 +29,10 @@ def rejoin(run: RunState, peer: Peer, record: Record, answered: int, now: float)
         answered: the highest generation number that it has answered to.
         now: the time, seconds.
     """
-    if run.record is not None:
-        lose(run, peer.member.uid, "it was away when the others went on", now, died=False)
+    if run.record is not None:  # It was away when the others went on.
+        peer.healed = peer.fresh = False
+        want(run, f"slot {peer.member.slot} comes back", now)
+        form_if_all_have_answered(run, now)
         return
     peer.phase = Phase.IN
     run.next.number = max(run.next.number, record.number, answered)
@@ -50,6 +57,20 @@ def resume_if_all_are_there(run: RunState, now: float) -> None:
         resume(run, record, now)
 
 
+def _suspend_the_missing(run: RunState, record: Record, now: float) -> None:
+    """Members that have not come back yet may still do so."""
+    taken = {p.member.slot for p in run.peers.values()}
+    for member in record.members:
+        uid = member.uid
+        if uid in run.peers or uid in run.gone or member.slot in taken:
+            continue
+        peer = Peer(member=member, phase=Phase.IN, heard=now, cursor=record.cursor, away=True)
+        peer.healed, peer.fresh = uid not in record.unhealed, uid in record.fresh
+        number = record.number
+        run.suspended[uid] = Suspended(peer=peer, since=now, generation=number, asked_for=number)
+        run.note(events.Suspended(slot=member.slot, uid=uid, reason="it has not come back to the restarted hub"))
+
+
 def resume(run: RunState, record: Record, now: float) -> None:
     """Put the newest record in force again, and ask for another one if anything happened to it meanwhile."""
     needs_void, run.restart = run.restart.needs_void, Restart()
@@ -59,9 +80,10 @@ def resume(run: RunState, record: Record, now: float) -> None:
     run.disturbed = True
     run.note(events.Recovered(number=record.number))
     members = {m.uid for m in record.members}
+    _suspend_the_missing(run, record, now)
     for peer in run.members():
-        if peer.member.uid not in members:
-            lose(run, peer.member.uid, "it was not in the last record", now, died=False)
+        if peer.member.uid not in members:  # The others have gone on without it.
+            peer.phase, peer.healed, peer.fresh = Phase.JOINING, False, False
     if record.reset:  # As when it was issued: members that were loading then have not said that they have done so.
         loading = members.difference(record.unhealed)
         for peer in run.members():

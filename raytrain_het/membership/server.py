@@ -1,18 +1,19 @@
 """The hub: sockets and clock around the pure membership logic. Runs in a thread of whatever process hosts it.
 
-Each member keeps one connection open to it. The kernel closes that connection when the process dies, so a death is
-known within a millisecond, the same way with Ray and without; what Ray knows besides (a vanished machine) comes by
-:meth:`Hub.slot_lost`. :mod:`~raytrain_het.membership.switchboard` has what is done with messages.
+Each member keeps one connection open to it. The kernel closes that connection when the process dies, and then its
+machine is asked whether it has (:mod:`~raytrain_het.membership.watchman`): so a death is known within milliseconds, and
+is not taken for a cable that was pulled. What Ray knows besides (a vanished machine) comes by :meth:`Hub.slot_lost`.
+:mod:`~raytrain_het.membership.listener` reads, and :mod:`~raytrain_het.membership.switchboard` has what is done with
+messages.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import hmac
 import json
 import logging
+import queue
 import secrets
 import threading
 import time
@@ -20,18 +21,25 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain_het.config import HetConfig
+from raytrain_het.errors import HubError
 from raytrain_het.membership import protocol
+from raytrain_het.membership.listener import Inbox, Link
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.status import RunStatus
 from raytrain_het.membership.switchboard import Switchboard
-from raytrain_het.membership.wire import MAX_LINE_BYTES, decoded, encode, tune
+from raytrain_het.membership.watchman import life_of
+from raytrain_het.membership.wire import decoded, encode
 
 logger = logging.getLogger("raytrain_het")
 
 TICK_S = 0.025
 STANDSTILL_S = 0.1
 """More than this between two ticks is a standstill of this process, and no member's silence."""
+ASK_LIMIT_S = 1.0
+"""A machine that does not answer for so long is asked again."""
+BACKLOG = 1024
+START_LIMIT_S = 30.0
 
 
 class FairClock:
@@ -56,17 +64,28 @@ class Hub:
         self.context = context
         self.token = token or secrets.token_hex(16)
         self._clock = FairClock()
-        self._connections: dict[str, asyncio.StreamWriter] = {}
+        self._links: dict[str, Link] = {}
         """By uid."""
+        self._inbox = Inbox(self._hear, self._arrived)
+        self._asking: dict[str, asyncio.Future[None]] = {}
+        """By uid, processes whose machine is being asked for them."""
+        self._encoded: tuple[protocol.Message | None, bytes] = (None, b"")
+        """The message that was sent last, and its bytes."""
         self._switchboard = Switchboard(
-            config, context, now=self._clock.now, send=self._send, connected=lambda: list(self._connections)
+            config, context, now=self._clock.now, send=self._send, connected=lambda: list(self._links)
         )
         self._loop = asyncio.new_event_loop()
         self._port = port
-        ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(ready,), name="het-hub", daemon=True)
+        started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="het-hub", daemon=True)
         self._thread.start()
-        ready.wait()
+        error = started.get(timeout=START_LIMIT_S)
+        if error is not None:
+            raise HubError(
+                f"the membership actor cannot listen on host={context.host!r}, port={port} "
+                f"({type(error).__name__}: {error}). Every worker connects to it there: see that this machine has the "
+                "address, and that the process may open more files (ulimit -n)."
+            ) from error
 
     # ---------------------------------------------------------------- for whoever hosts it
 
@@ -111,8 +130,8 @@ class Hub:
         """Close everything."""
 
         def stop() -> None:
-            for writer in self._connections.values():
-                writer.close()
+            for link in list(self._links.values()):
+                link.transport.close()
             self._loop.stop()
 
         with contextlib.suppress(RuntimeError):
@@ -143,71 +162,98 @@ class Hub:
 
     # ---------------------------------------------------------------- its thread
 
-    def _run(self, ready: threading.Event) -> None:
+    def _run(self, started: queue.SimpleQueue[BaseException | None]) -> None:
         asyncio.set_event_loop(self._loop)
-
-        async def start() -> None:
-            # Every interface of one family: with both, a free port would be another one for each.
-            every = "::" if ":" in self.context.host else "0.0.0.0"
-            server = await asyncio.start_server(self._serve, host=every, port=self._port, limit=MAX_LINE_BYTES)
-            self._port = server.sockets[0].getsockname()[1]
-            self._server = server
-            self._ticker = asyncio.ensure_future(self._tick())
-
-        self._loop.run_until_complete(start())
-        self._loop.call_soon(ready.set)  # Not before it runs for good: a stop that came earlier would be lost.
+        try:
+            self._loop.run_until_complete(self._start())
+        except BaseException as error:
+            started.put(error)
+            return
+        self._loop.call_soon(started.put, None)  # Not before it runs for good: a stop that came earlier would be lost.
         self._loop.run_forever()
-        self._ticker.cancel()
         self._server.close()
-        with contextlib.suppress(Exception):
-            self._loop.run_until_complete(asyncio.sleep(0))
+        under_way = asyncio.all_tasks(self._loop)
+        for task in under_way:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*under_way, return_exceptions=True))
+
+    async def _start(self) -> None:
+        # Every interface of one family: with both, a free port would be another one for each.
+        every = "::" if ":" in self.context.host else "0.0.0.0"
+        self._server = await self._loop.create_server(
+            lambda: Link(self._inbox, self.token), host=every, port=self._port, backlog=BACKLOG
+        )
+        self._port = self._server.sockets[0].getsockname()[1]
+        self._ticker = asyncio.ensure_future(self._tick())
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             with contextlib.suppress(Exception):  # The run has failed by it, and everybody was told.
                 self._decide(self._switchboard.tick)
+            for member in self._switchboard.in_doubt():
+                self._ask_after(member)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        uid: str | None = None
-        try:
-            greeting = await asyncio.wait_for(_read(reader), timeout=10)
-            if greeting is None or not hmac.compare_digest(str(greeting.get("token", "")), self.token):
-                return
-            # One that does not fit would come again and again: the run fails, and says by what.
-            hello: protocol.Hello = self._decide(lambda: decoded(greeting, protocol.Hello), " when a worker said hello")
-            member = hello.member
-            uid = member.uid
-            self._connections[uid] = writer
-            tune(writer.get_extra_info("socket"))
-            self._decide(lambda: self._switchboard.hello(hello), f" when worker {member.slot} said hello")
-            while (said := await _read(reader)) is not None:
-                with contextlib.suppress(Exception):  # As in _tick.
-                    about = f" when worker {member.slot} told it {said.get('type')!r}"
-                    self._decide(functools.partial(self._hear, member, said), about)
-        except Exception:
-            logger.debug("a connection has ended", exc_info=True)
-        finally:
-            writer.close()
-            if uid is not None and self._connections.get(uid) is writer:
-                del self._connections[uid]
+    def _arrived(self, link: Link) -> None:
+        self._switchboard.heard(link.member.uid)
+
+    def _hear(self, link: Link, line: bytes | None) -> None:
+        """Decide what one line is about; None is the end of a connection."""
+        member: Member | None = link.member
+        if line is None:
+            if member is not None and self._links.get(member.uid) is link:
+                del self._links[member.uid]
                 with contextlib.suppress(Exception):
-                    self._decide(lambda: self._switchboard.closed(member.uid))
+                    self._decide(lambda: self._switchboard.disconnected(member.uid))
+                self._ask_after(member)
+            return
+        if link.transport.is_closing() and member is None:
+            return
+        said = _values(line)
+        if said is None:  # A torn line.
+            link.transport.abort()
+            return
+        with contextlib.suppress(Exception):  # As in _tick.
+            if member is None:
+                self._greeted(link, said)
+            else:
+                about = f" when worker {member.slot} told it {said.get('type')!r}"
+                self._decide(lambda: self._switchboard.hear(member, decoded(said, protocol.FromMember)), about)
 
-    def _hear(self, member: Member, said: dict[str, Any]) -> None:
-        self._switchboard.hear(member, decoded(said, protocol.FromMember))
+    def _greeted(self, link: Link, said: Any) -> None:
+        # One that does not fit would come again and again: the run fails, and says by what.
+        hello: protocol.Hello = self._decide(lambda: decoded(said, protocol.Hello), " when a worker said hello")
+        member = link.member = hello.member
+        self._links[member.uid] = link
+        self._decide(lambda: self._switchboard.hello(hello), f" when worker {member.slot} said hello")
+        self._ask_after(member)
+
+    def _ask_after(self, member: Member) -> None:
+        """Ask a member's machine how its process is, unless it was asked already."""
+        if member.uid not in self._asking:
+            self._asking[member.uid] = asyncio.ensure_future(self._look_after(member))
+
+    async def _look_after(self, member: Member) -> None:
+        try:
+            life = await life_of(member, self.token, ASK_LIMIT_S)
+            with contextlib.suppress(Exception):  # As in _tick.
+                self._decide(lambda: self._switchboard.learn(member, life))
+        finally:
+            del self._asking[member.uid]
 
     def _send(self, uid: str, message: protocol.Message) -> None:
-        writer = self._connections.get(uid)
-        if writer is not None and not writer.is_closing():
-            writer.write(encode(message))
+        link = self._links.get(uid)
+        if link is None or link.transport.is_closing():
+            return
+        if message is not self._encoded[0]:  # One message often goes to many.
+            self._encoded = message, encode(message)
+        link.transport.write(self._encoded[1])
 
 
-async def _read(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """What comes next; None at the end of a connection, which a torn line is too."""
+def _values(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None where it is no message."""
     try:
-        line = await reader.readline()
-        said = json.loads(line) if line else None
-    except (OSError, ValueError):
+        said = json.loads(line)
+    except ValueError:
         return None
     return said if isinstance(said, dict) else None

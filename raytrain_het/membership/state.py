@@ -5,6 +5,7 @@ Nothing here decides anything. The parts, in the order in which they build on ea
 - :mod:`~raytrain_het.membership.ending`: a member is let go, the run ends or fails;
 - :mod:`~raytrain_het.membership.issuing`: from the members' answers to the next record;
 - :mod:`~raytrain_het.membership.forming`: a generation is asked for, and issued once all have answered;
+- :mod:`~raytrain_het.membership.suspending`: the others go on without a member that may come back;
 - :mod:`~raytrain_het.membership.departures`: a member is lost, leaves, finishes or raises;
 - :mod:`~raytrain_het.membership.recovery`: a restarted hub puts the newest record in force again;
 - :mod:`~raytrain_het.membership.watching`: members wait for each other, and somebody is silent, slow or stuck;
@@ -25,7 +26,7 @@ from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.deaths import Deaths
 from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.events import Event
-from raytrain_het.membership.peers import Peer, Phase
+from raytrain_het.membership.peers import Peer, Phase, Suspended
 from raytrain_het.membership.protocol import ToMember
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.run_context import RunContext
@@ -63,6 +64,8 @@ class Waits:
     """When members were last asked where they are, and what people were last told of it. Times in seconds."""
 
     asked_at: float = 0.0
+    asked_after_at: float = 0.0
+    """When machines were last asked after members that are not connected."""
     logged_at: float = 0.0
     logged: tuple[tuple[int, str], ...] = ()
     """By slot, where each was."""
@@ -86,8 +89,10 @@ class RunState:
 
     peers: dict[str, Peer] = field(default_factory=dict)
     """By uid: the processes that are connected, those that are joining included."""
-    gone: dict[str, str] = field(default_factory=dict)
-    """By uid: why a process was let go, for when it comes back."""
+    suspended: dict[str, Suspended] = field(default_factory=dict)
+    """By uid: members without which the others go on, and that may come back."""
+    gone: dict[str, ToMember] = field(default_factory=dict)
+    """By uid: what a process was told when it was let go."""
     record: Record | None = None
     """The record in force."""
     next: NextGeneration = field(default_factory=NextGeneration)
@@ -168,6 +173,11 @@ class RunState:
     def finished(self) -> list[Peer]:
         """Members whose training function has come to its end, and that were not let go yet."""
         return [p for p in self.peers.values() if p.phase is Phase.FINISHED]
+
+    def uids_in(self, slot: int) -> set[str]:
+        """The processes in a slot, a suspended one included."""
+        there = [*self.peers.values(), *(s.peer for s in self.suspended.values())]
+        return {p.member.uid for p in there if p.member.slot == slot}
 
     def holders(self) -> list[Peer]:
         """Members that hold the run's state: they take part in steps and reports, or have done so to the end."""

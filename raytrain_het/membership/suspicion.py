@@ -2,8 +2,9 @@
 
 A round begins when a member has waited for its peers in a step for too long and suspects them, or when a member waits
 outside of a step, where nobody else would notice a silent peer. All members are pinged. A member that was not heard for
-``silence_s`` after that is taken for dead. Once all were heard the round is over, and the members that suspected others
-are told to go on waiting. A member that answers is dropped only after it was behind the others for ``hang_limit_s``.
+``silence_s`` after that is silent; on a busy machine, where answers take longer, for several times as long as they
+usually take. Once all were heard the round is over. A member that answers is dropped only after it was behind the
+others for ``hang_limit_s``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from dataclasses import dataclass, field
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.peers import Peer
 
+USUAL_ANSWERS = 3.0
+"""A member is silent when it takes so many times as long as answers usually take."""
+FORGET = 0.05
+"""By this part the usual time shrinks with every round."""
+
 
 @dataclass
 class Round:
@@ -23,7 +29,7 @@ class Round:
     suspecting: set[str] = field(default_factory=set)
     """Uids of the members that wait to hear how it ends."""
 
-    def silent(self, peers: Sequence[Peer]) -> list[Peer]:
+    def unheard(self, peers: Sequence[Peer]) -> list[Peer]:
         """The members that were not heard since it began."""
         return [p for p in peers if p.heard <= self.began]
 
@@ -34,6 +40,8 @@ class Suspicion:
     def __init__(self, config: HetConfig) -> None:
         self.config = config
         self.round: Round | None = None
+        self._answers_take_s = 0.0
+        """How long the last member took to answer, in the worst of the last rounds."""
         self.since: tuple[int, int, float] | None = None
         """Generation and step in which a member waits for others, and since when."""
 
@@ -57,19 +65,32 @@ class Suspicion:
         self.round.suspecting.add(uid)
         return begins
 
-    def dead(self, peers: Sequence[Peer], now: float) -> list[Peer]:
-        """The members to drop as dead. Ends the round if it has lasted long enough."""
-        if self.round is None or now - self.round.began < self.config.silence_s:
+    @property
+    def patience_s(self) -> float:
+        """How long a member may leave a ping unanswered."""
+        return min(max(self.config.silence_s, USUAL_ANSWERS * self._answers_take_s), self.config.hang_limit_s)
+
+    def unheard(self, peers: Sequence[Peer], now: float) -> list[Peer]:
+        """The members that have not answered yet, when half of the patience with them is over."""
+        if self.round is None or now - self.round.began < self.patience_s / 2:
             return []
-        silent = self.round.silent(peers)
+        return self.round.unheard(peers)
+
+    def silent(self, peers: Sequence[Peer], now: float) -> list[Peer]:
+        """The members that the patience is over with. Ends the round if it has lasted long enough."""
+        if self.round is None or now - self.round.began < self.patience_s:
+            return []
+        silent = self.round.unheard(peers)
         self.round = None
         return silent
 
-    def settled(self, peers: Sequence[Peer]) -> set[str] | None:
-        """Uids of the members to tell that the others answer. Ends the round if all were heard; None if it goes on."""
-        if self.round is None or self.round.silent(peers):
+    def settled(self, peers: Sequence[Peer], now: float) -> bool | None:
+        """Ends the round if all were heard, and says whether a member had suspected others; None if it goes on."""
+        if self.round is None or self.round.unheard(peers):
             return None
-        suspecting, self.round = self.round.suspecting, None
+        took_s, suspecting = now - self.round.began, bool(self.round.suspecting)
+        self.round = None
+        self._answers_take_s = max(took_s, (1 - FORGET) * self._answers_take_s)
         return suspecting
 
     def late(self, peers: Sequence[Peer], now: float) -> list[Peer]:

@@ -22,6 +22,7 @@ from raytrain_het.membership.reporting import Reporting
 from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.status import RunStatus, status
 from raytrain_het.membership.table_keeper import TableKeeper
+from raytrain_het.membership.watchman import Life
 
 Send = Callable[[str, protocol.Message], None]
 """Send a message to the member with this uid, if it is connected."""
@@ -53,6 +54,8 @@ class Switchboard:
         self.reporting = Reporting(self.core, self.tables, send)
         self.core.run.under_way = self.reporting.is_under_way
         self._now, self._send, self._connected = now, send, connected
+        self._reached = {context.host}
+        """Machines on which somebody has answered when asked after a member."""
         self._evaluations = ChunkDealer()
         self._audits = audit.AuditCollector()
         self._meetings: LastGroups[protocol.Meet] = LastGroups()
@@ -74,6 +77,7 @@ class Switchboard:
             now=self._now(),
             record=hello.record,
             answered=hello.answered,
+            want=hello.want,
             fingerprint=hello.fingerprint,
         )
         if hello.checkpoint and hello.checkpoint_cursor is not None:
@@ -85,17 +89,41 @@ class Switchboard:
 
     def hear(self, member: Member, message: protocol.Message) -> None:
         """A member has said something."""
+        self.core.heard_again(member.uid, self._now())
         if member.uid not in self.core.run.peers:
             return  # It was let go: what it still says belongs to a run that the others have left behind.
         self._hear_of_generations(member.uid, member.slot, message)
+
+    def heard(self, uid: str) -> None:
+        """Something has arrived from a member; what it is comes to :meth:`hear` in its turn."""
+        self.core.run.heard(uid, self._now())
+
+    def learn(self, member: Member, life: Life) -> None:
+        """A member's machine has said how its process is."""
+        if life is Life.REFUSED:  # From a machine that was never reached it may be a firewall's word.
+            life = Life.ENDED if member.host in self._reached else Life.UNKNOWN
+        elif life is not Life.UNKNOWN:
+            self._reached.add(member.host)
+        match life:
+            case Life.ENDED:
+                self.core.dead(member.uid, "its process has ended", self._now())
+            case Life.STOPPED:
+                self.core.stopped(member.uid, self._now())
+            case Life.RUNS:
+                self.core.runs(member.uid, self._now())
+
+    def in_doubt(self) -> list[Member]:
+        """Members to be asked after on their machines: those that leave a ping unanswered, and now and again those that
+        are not connected, or suspended."""
+        return self.core.in_doubt(self._now())
 
     def tick(self) -> None:
         """Time has passed."""
         self.core.tick(self._now())
 
-    def closed(self, uid: str) -> None:
+    def disconnected(self, uid: str) -> None:
         """A member's connection has closed."""
-        self.core.closed(uid, self._now())
+        self.core.disconnected(uid)
 
     def slot_lost(self, slot: int, reason: str) -> None:
         """Ray says that the worker in a slot is dead."""
@@ -224,10 +252,10 @@ class Switchboard:
         for entry in self.core.run.log.since(self._next_event):
             entry.time = time.time()
             event = entry.event
-            if isinstance(event, events.Gone):
+            if isinstance(event, events.Gone | events.Suspended):
                 self._evaluations.forget(event.uid)
-                if not isinstance(event, events.Finished | events.Raised):
-                    self.reporting.forget(event.slot)
+            if isinstance(event, events.Gone) and not isinstance(event, events.Finished | events.Raised):
+                self.reporting.forget(event.slot)
         self._next_event = self.core.run.log.next_seq
         self.send_all()
         if self.core.run.recovering:

@@ -13,7 +13,8 @@ from raytrain_het.membership.departures import go_on_without_finished, lose
 from raytrain_het.membership.ending import fail
 from raytrain_het.membership.forming import members_wait_for_answers
 from raytrain_het.membership.peers import Peer
-from raytrain_het.membership.protocol import Patience, Ping
+from raytrain_het.membership.protocol import Ping
+from raytrain_het.membership.record import Member
 from raytrain_het.membership.standstill import (
     ASK_AGAIN_S,
     LOG_AFTER_S,
@@ -26,6 +27,7 @@ from raytrain_het.membership.standstill import (
     where_all_are,
 )
 from raytrain_het.membership.state import RunState
+from raytrain_het.membership.suspending import suspend
 
 
 def ping(run: RunState, now: float) -> None:
@@ -50,11 +52,49 @@ def look_around(run: RunState, now: float) -> None:
     _look_for_a_standstill(run, now)
 
 
-def drop_silent(run: RunState, now: float) -> None:
-    """Drop the members that have left a ping unanswered for too long."""
-    for peer in run.suspicion.dead(run.members(), now):
-        silence = f"silent for {run.config.silence_s:g} s while its peers waited"
-        lose(run, peer.member.uid, silence, now, died=False)
+def suspend_silent(run: RunState, now: float) -> None:
+    """Go on without the members that have left a ping unanswered for too long.
+
+    If nobody were left who holds the run's state, the others wait: beginning again would cost more.
+    """
+    silent, limit_s = run.suspicion.silent(run.members(), now), run.config.hang_limit_s
+    somebody_holds = any(p not in silent for p in run.holders())
+    for peer in silent:
+        if somebody_holds:
+            suspend(run, peer, f"silent for {run.suspicion.patience_s:.2g} s while its peers waited", now)
+        elif now - peer.heard >= limit_s:
+            lose(run, peer.member.uid, f"silent for {limit_s:g} s while its peers waited", now, died=False)
+
+
+def in_doubt(run: RunState, now: float) -> list[Member]:
+    """Members to be asked after on their machines: those that have left a ping unanswered for a while, and now and
+    again those that are not connected, or suspended."""
+    found = [p.member for p in run.suspicion.unheard(run.members(), now)]
+    if now - run.waits.asked_after_at >= ASK_AGAIN_S:
+        run.waits.asked_after_at = now
+        found += [p.member for p in run.peers.values() if p.away and p.member not in found]
+        found += [s.peer.member for s in run.suspended.values()]
+    return found
+
+
+def suspend_stopped(run: RunState, uid: str, now: float) -> None:
+    """A process is stopped, by a signal or a debugger: go on without it, if members wait."""
+    peer = run.peers.get(uid)
+    if peer is None or run.suspicion.round is None or peer.heard > run.suspicion.round.began:
+        return
+    if any(p is not peer for p in run.holders()):
+        suspend(run, peer, "its process is stopped", now)
+        look_around(run, now)
+
+
+def lose_unheard(run: RunState, now: float) -> None:
+    """Lose the members that nothing was heard of for the hang limit."""
+    limit_s = run.config.hang_limit_s
+    heard = {p.member.uid: max(p.heard, p.known_to_run) for p in run.peers.values() if p.away}
+    heard |= {uid: s.peer.heard for uid, s in run.suspended.items()}
+    for uid, at in heard.items():
+        if now - at >= limit_s:
+            lose(run, uid, f"nothing was heard of it for {limit_s:g} s", now, died=False)
 
 
 def look_for_missing_answers(run: RunState, now: float) -> None:
@@ -76,24 +116,22 @@ def ask_again(run: RunState, now: float) -> None:
 
 
 def _settle_suspicion(run: RunState, now: float) -> None:
-    suspecting = run.suspicion.settled(run.members())
-    if suspecting is None or _drop_what_holds_up(run, bool(suspecting), now):
-        return
-    for uid in sorted(suspecting):
-        run.send(uid, Patience())
+    suspecting = run.suspicion.settled(run.members(), now)
+    if suspecting is not None:
+        _drop_what_holds_up(run, suspecting, now)
 
 
-def _drop_what_holds_up(run: RunState, in_a_step: bool, now: float) -> bool:
+def _drop_what_holds_up(run: RunState, in_a_step: bool, now: float) -> None:
     """Drop the members for which others have waited for the hang limit, but none that waits for others itself.
 
-    Where no member is to blame, the run fails. Returns whether anything of this was done.
+    Where no member is to blame, the run fails.
     """
     limit_s, since = run.config.hang_limit_s, run.suspicion.since
     late = run.suspicion.late(run.members(), now) if in_a_step else []
     busy = [p for p in run.holders() if not p.place.waits]
     if not late:
         if longest_wait(run.holders(), now) < limit_s or run.under_way():
-            return False
+            return
         late, since = busy, None
     elif all(map(is_innocent, late)):
         late = busy or late
@@ -109,7 +147,6 @@ def _drop_what_holds_up(run: RunState, in_a_step: bool, now: float) -> bool:
             f"the workers have waited for {limit_s:g} s, and none of them is to blame: "
             f"{where_all_are(run.holders())}. If it may, raise HetConfig(hang_limit_s={limit_s:g}).",
         )
-    return bool(guilty) or run.failure is not None
 
 
 def _look_for_a_standstill(run: RunState, now: float) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from raytrain_het.membership import handshake
 from raytrain_het.membership.protocol import FromHub, Message
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -61,11 +62,31 @@ def tune(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-class Connection:
-    """A member's end: sends from any thread, reads from one."""
+def connect(host: str, port: int, token: str, timeout_s: float = 10.0) -> Connection:
+    """Connect to the hub; both ends prove that they know the run's token.
 
-    def __init__(self, host: str, port: int, timeout_s: float = 10.0, send_timeout_s: float = SEND_TIMEOUT_S) -> None:
-        self._sock = socket.create_connection((host, port), timeout=timeout_s)
+    Raises:
+        OSError: there is no hub, or it is another run's.
+    """
+    sock = socket.create_connection((host, port), timeout=timeout_s)
+    try:
+        handshake.call(sock, token)
+    except OSError:
+        sock.close()
+        raise
+    return Connection(sock)
+
+
+class Connection:
+    """A member's end: sends from any thread, reads from one.
+
+    Args:
+        sock: connected.
+        send_timeout_s: a hub that takes nothing for so long is taken for gone.
+    """
+
+    def __init__(self, sock: socket.socket, send_timeout_s: float = SEND_TIMEOUT_S) -> None:
+        self._sock = sock
         self._sock.settimeout(None)
         tune(self._sock)
         # Only sending has a limit: a reader waits for as long as nothing is said.

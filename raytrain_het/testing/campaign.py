@@ -167,8 +167,11 @@ def _round(
                 account.slow.append(f"round {account.rounds - 1}: {fault}: {meanwhile}")
 
 
+SILENT = ("suspended", "evicted")
+
+
 class Waker:
-    """Wakes stopped workers once they were evicted. They must find out by themselves that they are out, and end."""
+    """Wakes stopped workers once they were suspended. They find out by themselves what they have missed."""
 
     def __init__(self, lab: ProcessLab) -> None:
         self._lab = lab
@@ -179,7 +182,7 @@ class Waker:
         events = self._lab.hub.events(self._seen)
         for event in events:
             self._seen = event["seq"] + 1
-            process = self._lab.processes.get(event["slot"]) if event["kind"] == "evicted" else None
+            process = self._lab.processes.get(event.get("slot", -1)) if event["kind"] in SILENT else None
             if process is not None and process.pid is not None:
                 os.kill(process.pid, signal.SIGCONT)
 

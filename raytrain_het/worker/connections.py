@@ -10,6 +10,7 @@ from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.events import Warned
 from raytrain_het.membership.protocol import Event
 from raytrain_het.membership.record import Record
+from raytrain_het.membership.watchman import Watchman
 from raytrain_het.worker.context import HubAddress
 from raytrain_het.worker.state.state_server import StateServer
 
@@ -25,6 +26,8 @@ class Connections:
     server: StateServer
     """Serves this worker's state to peers."""
     communicator: Communicator
+    watchman: Watchman
+    """Tells the hub whether this process lives, while it is too busy to."""
 
     def record(self) -> Record:
         """The record that the hub has sent last.
@@ -52,3 +55,4 @@ class Connections:
         self.communicator.close()
         self.server.close()
         self.agent.close()
+        self.watchman.close()

@@ -14,6 +14,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.message_parts import Codecs
 from raytrain_het.membership.record import Member
+from raytrain_het.membership.watchman import Watchman
 from raytrain_het.probing.cores import cpu_limit
 from raytrain_het.worker.checks.codec_warnings import warnings_of_epochs, warnings_of_model
 from raytrain_het.worker.checks.rehearsal import Rehearsal
@@ -105,12 +106,13 @@ def _connect(
 ) -> Connections:
     """The threads and sockets: nothing is sent yet."""
     config, plan, hub = context.config, prepared.data.plan, HubAddress(context.locate)
-    server = StateServer(context.node_ip, hub.token)
+    server, watchman = StateServer(context.node_ip, hub.token), Watchman(context.node_ip)
     member = Member(
         uid=f"{context.slot}-{secrets.token_hex(4)}",
         slot=context.slot,
         host=context.node_ip,
         state_port=server.port,
+        watch_port=watchman.port,
         device=str(context.device),
         kind=kind_of_machine(context.device),
     )
@@ -127,7 +129,8 @@ def _connect(
         hang_limit_s=config.hang_limit_s,
         resync_due=functools.partial(resync_due, config.replica_check_steps),
     )
-    return Connections(hub, agent, server, communicator)
+    agent.on_token = watchman.learn
+    return Connections(hub, agent, server, communicator, watchman)
 
 
 def _put_together(

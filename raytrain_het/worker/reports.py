@@ -44,6 +44,8 @@ class Reports:
         reduce = check_reduce(reduce)
         plain = check_metrics(metrics, reduce)
         agent.check()
+        if engine.has_missed_an_epochs_end:
+            return  # The others have made this report.
         cursor, record = engine.cursor, self._connections.record()
         agent.points.reach("report", cursor.step)
         # Not those that healed at the very end of an epoch: they begin with the next one, and do not come here.

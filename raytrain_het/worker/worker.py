@@ -15,6 +15,7 @@ from raytrain_het.allreduce.communicator import Communicator
 from raytrain_het.allreduce.step_summary import StepSummary
 from raytrain_het.membership.agent import MemberAgent, RunOver
 from raytrain_het.membership.protocol import Finish, Leave, Raised
+from raytrain_het.membership.record import Record
 from raytrain_het.worker.checks.unsupported import refuse
 from raytrain_het.worker.connections import Connections
 from raytrain_het.worker.draft import Prepared
@@ -77,6 +78,7 @@ class Worker:
         self._watched_steps = register_optimizer_step_pre_hook(self._check_optimizer)
         engine.committing.on_commit.append(self._committed)
         engine.generations.on_confirm.append(reporter.send_up_to)
+        engine.generations.on_enter.append(self._entered)
         self.agent.on_reconnect.append(self._tell_a_new_hub)
         self.agent.doing.otherwise, self.agent.loop_progress = engine.doing, reporter.told
 
@@ -127,6 +129,11 @@ class Worker:
         self.agent.tell(Leave())
 
     # ---------------------------------------------------------------- what it listens to
+
+    def _entered(self, record: Record) -> None:
+        """Reports of the time in which it was away are not its business."""
+        if self.agent.uid in record.fresh:
+            self.reports.reporter.begins(record.life, record.base + 1)
 
     def _committed(self, step: OpenStep, summary: StepSummary) -> None:
         self.reports.reporter.went_on(step.record.life, step.number)

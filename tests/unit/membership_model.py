@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import operator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runs import run_of
 
 from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.departures import lose
 from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.logic import Membership
 from raytrain_het.membership.peers import Peer, Phase, Standing
@@ -62,7 +63,9 @@ class Scenario:
     impatient: int = 0
     """Times that somebody suspects its peers although they are only slow."""
     hasty: int = 0
-    """Times that silence is believed although the process is only slow."""
+    """Times that silence is believed although the process is only slow: it is suspended, and comes back."""
+    cuts: int = 0
+    """Connections to the hub that are cut while the process lives on: it connects again."""
 
 
 class Violation(AssertionError):
@@ -98,6 +101,7 @@ class Worker:
         "slot",
         "snap",
         "snap_source",
+        "stale",
         "state",
         "uid",
         "void",
@@ -113,6 +117,7 @@ class Worker:
         self.outbox: tuple[Any, ...] = ()
         self.record: Record | None = None
         self.cursor = self.want = self.void = self.answered = self.broken = self.launched = self.failed_said = 0
+        self.stale = False  # It has missed a generation: what it holds is of the past.
         self.healed = self.fresh = self.finish_said = self.leave_said = self.confirm_due = False
         self.confirmed = 0
         self.hist: tuple[int, ...] = ()
@@ -158,7 +163,7 @@ class Worker:
     @property
     def holds(self) -> bool:
         """Whether it says that its replica is one of those that count."""
-        return self.healed and not self.fresh
+        return self.healed and not self.fresh and not self.stale
 
 
 _fields = operator.attrgetter(*Worker.__slots__)
@@ -220,6 +225,7 @@ class World:
                 "returns",
                 "impatient",
                 "hasty",
+                "cuts",
             )
         }
         self.highest = 0
@@ -258,6 +264,7 @@ class World:
         new.core = copy(self.core)
         new.core.run = run = copy(self.run)
         run.peers = {uid: _copy_peer(p) for uid, p in run.peers.items()}
+        run.suspended = {uid: replace(s, peer=_copy_peer(s.peer)) for uid, s in run.suspended.items()}
         run.log, run.outbox = EventLog(first_seq=0), []
         for part in ("deaths", "suspicion", "next", "restart", "waits"):
             setattr(run, part, copy(getattr(run, part)))
@@ -279,6 +286,7 @@ class World:
     def key(self) -> tuple[Any, ...]:
         """All that decides what can happen from here."""
         run = self.run
+        everybody = run.peers | {uid: s.peer for uid, s in run.suspended.items()}
         peers = tuple(
             (
                 u,
@@ -292,8 +300,9 @@ class World:
                 p.first_base,
                 p.position,
             )
-            for u, p in run.peers.items()
+            for u, p in everybody.items()
         )
+        suspended = tuple((uid, s.generation, s.asked_for) for uid, s in run.suspended.items())
         deaths, suspected = run.deaths, run.suspicion.round
         return (
             run.incarnation,
@@ -302,6 +311,7 @@ class World:
             run.next.voided,
             run.failure,
             peers,
+            suspended,
             tuple(sorted(run.vacant)),
             tuple(sorted(run.finished_slots)),
             tuple(sorted(run.gone)),
@@ -329,6 +339,8 @@ class World:
         for uid, w in self.workers.items():
             if w.outbox and not self._waits_behind_its_predecessor(w):
                 own.append(("to_hub", uid))
+            if w.state in ("dead", "out") and not w.outbox and (uid in self.run.suspended or uid in self.run.peers):
+                own.append(("prove", uid))
             if w.state != "up":
                 continue
             if w.inbox:
@@ -346,6 +358,8 @@ class World:
                 added.append(("die", uid))
             if self.budget["stops"] and w.number:
                 added.append(("stop", uid))
+            if self.budget["cuts"] and w.connected and w.number:
+                added += [("cut", uid, True), ("cut", uid, False)]
         lost = ("dead", "out")
         taken = {w.slot for w in self.workers.values() if w.state not in lost and w.uid not in self.run.gone}
         for slot in range(self.scenario.slots):
@@ -360,7 +374,7 @@ class World:
         if self.budget["broken_links"] and self.run.record is not None and len(self.run.record.members) > 1:
             added.append(("break_link",))
         recovering, suspected = self.run.recovering, self.run.suspicion.round
-        silent = suspected is not None and suspected.silent(self.run.members())
+        silent = suspected is not None and suspected.unheard(self.run.members())
         if self.budget["hasty"] and (recovering or silent):
             added.append(("tick", True))
         if not own:
@@ -380,6 +394,8 @@ class World:
             later.happen(("tick",))
             if later.key() != self.key():
                 found.append(("tick",))
+        # The hang limit, after which nobody is waited for any longer.
+        found += [("give_up", u) for u in [*peers, *self.run.suspended] if self.workers[u].state == "stopped"]
         return found
 
     def _waits_behind_its_predecessor(self, w: Worker) -> bool:
@@ -473,11 +489,20 @@ class World:
         getattr(self, "_on_" + name)(*event[1:])
         if self.run.record is not None and self.run.record is not issued:
             self.run.record = Sent.of(self.run.record).record
+        self._mark_those_left_out(issued)
         self._deliver()
         self._normalise()
         if self.run.record is not issued and self.run.record is not None and name != "restart":
             self._check_record(self.run.record, issued)
         self._check()
+
+    def _mark_those_left_out(self, before: Record | None) -> None:
+        """Whoever was suspended while a generation was formed, or while the run ended, holds a state of the past."""
+        record = self.run.record
+        formed = record is not None and record is not before
+        for uid in self.run.suspended:
+            if self.run.over or formed and record is not None and record.rank_of(uid) is None:
+                self._own(uid).stale = True
 
     def _now(self) -> float:
         return 1.0 if self.run.suspicion.round is not None else 0.0
@@ -489,6 +514,10 @@ class World:
         began = suspicion.round.began if suspicion.round is not None else NEVER
         for peer in run.peers.values():
             peer.heard = 1.0 if peer.heard > began else 0.0
+            peer.away = False
+        for suspended in run.suspended.values():
+            suspended.peer.heard, suspended.peer.away = 0.0, False
+        suspicion._answers_take_s = 0.0
         if suspicion.round is not None:
             suspicion.round.began = 0.0
         run.next.since = 0.0
@@ -500,7 +529,7 @@ class World:
     def _deliver(self) -> None:
         for uid, message in self.core.drain():
             w = self.workers[uid]
-            if w.state in ("dead", "out") or not w.connected:
+            if w.state in ("dead", "out", "stopped") or not w.connected:
                 continue
             w = self._own(uid)
             kind = message.kind
@@ -513,7 +542,7 @@ class World:
                 and (w.record is None or uid not in w.record.fresh or w.cursor > w.record.base)
             ):
                 raise Violation(f"{uid} is sent away though it trains")
-            elif kind != "patience":
+            else:
                 w.inbox += ((kind, getattr(message, "number", 0)),)
 
     def _say(self, w: Worker, *message: Any) -> None:
@@ -526,14 +555,21 @@ class World:
         w, core, now = self._own(uid), self.core, self._now()
         (kind, *values), w.outbox = w.outbox[0], w.outbox[1:]
         if kind == "hello":
-            step, healed, fresh, record, answered = values
+            step, healed, fresh, record, answered, want = values
             core.hello(
                 _member(w),
                 Standing(cursor=_cursor(step), healed=healed, fresh=fresh),
                 now=now,
                 record=record.record if record else None,
                 answered=answered,
+                want=want,
             )
+            return
+        core.heard_again(uid, now)
+        if uid not in self.run.peers:
+            return
+        if kind == "dead":
+            core.dead(uid, "its process has ended", now)
         elif kind == "answer":
             number, step, healed, fresh = values
             core.answer(uid, number, Standing(cursor=_cursor(step), healed=healed, fresh=fresh), now=now)
@@ -575,7 +611,7 @@ class World:
 
     def _hello(self, w: Worker) -> None:
         record = Sent.of(w.record) if w.record is not None else None
-        self._say(w, "hello", w.cursor, w.healed, w.fresh, record, max(w.answered, w.want))
+        self._say(w, "hello", w.cursor, w.healed, w.fresh, record, w.answered, w.want)
 
     def _on_to_worker(self, uid: str) -> None:
         w = self._own(uid)
@@ -633,6 +669,7 @@ class World:
         w = self._own(uid)
         assert w.record is not None
         w.hist, w.cursor, w.healed, w.fresh, w.need = (), w.record.base, True, False, None
+        w.stale &= w.number < self.highest
 
     def _on_replay(self, uid: str) -> None:
         w = self._own(uid)
@@ -647,6 +684,7 @@ class World:
     def _on_take_over(self, uid: str) -> None:
         w = self._own(uid)
         w.need, w.healed, w.fresh, w.snap = "following", False, False, None
+        w.stale &= w.number < self.highest
 
     def _on_heal(self, uid: str) -> None:
         w = self._own(uid)
@@ -714,7 +752,22 @@ class World:
         self.budget["deaths"] -= 1
         w = self._own(uid)
         w.state, w.inbox = "dead", ()
-        self._say(w, "closed")
+        self._say(w, "dead")
+
+    def _on_cut(self, uid: str, received: bool) -> None:
+        """What was said to the hub is lost, and what the hub has said unless it was ``received``."""
+        self.budget["cuts"] -= 1
+        w = self._own(uid)
+        w.outbox, w.connected = (), False
+        w.inbox = (*(w.inbox if received else ()), ("eof", 0))
+        self.core.disconnected(uid)
+
+    def _on_prove(self, uid: str) -> None:
+        """The hub asks the machine of a process, which knows that it has ended."""
+        self.core.dead(uid, "its process has ended", self._now())
+
+    def _on_give_up(self, uid: str) -> None:
+        lose(self.run, uid, "the hang limit has passed", self._now(), died=False)
 
     def _on_stop(self, uid: str) -> None:
         self.budget["stops"] -= 1
@@ -789,7 +842,7 @@ class World:
         acting: dict[int, Record] = {}
         longest: tuple[int, ...] = ()
         for uid, w in self.workers.items():
-            finished = w.gone == "bye" and w.finish_said and not self.scenario.restarts
+            finished = w.gone == "bye" and w.finish_said and not w.stale and not self.scenario.restarts
             if w.state != "up" and not finished:
                 continue
             if w.state == "up" and w.record is not None and acting.setdefault(w.number, w.record) is not w.record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from runs import run_of
 
 from raytrain_het.balance.profile import Measurement, Profile
 from raytrain_het.membership.server import Hub
-from raytrain_het.membership.wire import Connection, encode
+from raytrain_het.membership.wire import connect, encode
 from raytrain_het.ray_train import hub as controller
 
 ZERO = {"epoch": 0, "offset": 0, "step": 0}
@@ -24,24 +25,31 @@ class Client:
 
     def __init__(self, hub: Hub, slot: int, life: str = "a", **values: Any) -> None:
         self.uid, self.slot = f"{slot}-{life}", slot
-        self.connection = Connection("127.0.0.1", hub.address()["port"])
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.connection = connect("127.0.0.1", hub.address()["port"], hub.token)
         self.messages = (json.loads(encode(message)) for message in self.connection.messages())
-        member = {"uid": self.uid, "slot": slot, "host": "127.0.0.1", "state_port": 1, "device": "cpu"}
+        member = {"uid": self.uid, "slot": slot, "host": "127.0.0.1", "device": "cpu"}
+        member["state_port"] = self.listener.getsockname()[1]
         hello = {
             "type": "hello",
-            "token": hub.token,
             "member": member,
             "cursor": ZERO,
             "healed": False,
             "fresh": False,
             "record": None,
             "answered": 0,
+            "want": 0,
             "fingerprint": "",
             "checkpoint": None,
             "checkpoint_cursor": None,
             "known": None,
         }
         self.send(hello | values)
+
+    def die(self) -> None:
+        """As if its process had ended."""
+        self.listener.close()
+        self.connection.close()
 
     def send(self, message: dict[str, Any]) -> None:
         """As it stands on the wire, be it right or wrong."""
@@ -132,8 +140,8 @@ def test_what_a_member_says_that_was_let_go_counts_for_nothing(make_hub: Any) ->
     hub.slot_lost(1, "its machine is gone")
     second.report(key)
     second.tell("stored", key=key, path="path", error=None, cursor=ZERO | {"step": 5})
-    second.connection.close()
-    while second.uid in hub._connections:
+    second.die()
+    while second.uid in hub._links:
         hub.status()
     first.answer(first.until("void")["number"], step=5)
     first.until("record")
@@ -199,7 +207,7 @@ def test_a_torn_message_costs_its_connection_and_nothing_else(make_hub: Any, lin
     hub = make_hub()
     (first, second), _ = started(hub)
     second.connection._sock.sendall(line)
-    second.connection.close()
+    second.die()
     assert first.until("void")
     assert hub.status()["failure"] is None
 
@@ -240,7 +248,7 @@ def test_other_hardware_in_a_slot_has_its_own_share_once_it_is_healed(make_hub: 
     hub = make_hub(shares="auto", score_policy="flops")
     first, second = [Client(hub, slot, known=hardware("x", 1)) for slot in range(2)]
     first.until("record")
-    second.connection.close()
+    second.die()
     first.answer(first.until("void")["number"], step=5)
     record = healed(first, Client(hub, 1, "b", known=hardware("y", 3)))
     assert (record["table"], record["speeds"], record["shares"]) == (2, [0.5, 1.5], [25.0, 75.0])
@@ -260,7 +268,7 @@ def test_a_policy_that_fails_on_a_newcomer_leaves_the_run_and_its_table_as_they_
     hub = make_hub(shares="auto", score_policy=lambda p: p.memory_bandwidth.median)
     first, second = [Client(hub, slot, known=hardware("x", 1)) for slot in range(2)]
     assert first.until("record")["record"]["table"] == 1
-    second.connection.close()
+    second.die()
     first.answer(first.until("void")["number"], step=5)
     record = healed(first, Client(hub, 1, "b", known=hardware("y", 9, bandwidth=None)))
     assert (record["table"], record["shares"]) == (1, [50.0, 50.0])

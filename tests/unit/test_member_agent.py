@@ -12,7 +12,7 @@ import pytest
 from collectives_fakes import record_of
 
 from raytrain_het.errors import RunFailedError
-from raytrain_het.membership import agent as agents
+from raytrain_het.membership import handshake, wire
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.protocol import Acknowledged, Evaluate, Hello, Message, Reply
@@ -36,6 +36,7 @@ class ScriptedHub:
         """The hello of the next connection."""
         self.peer, _ = self.server.accept()
         self.peer.settimeout(PATIENCE_S)
+        handshake.serve(self.peer, "t")
         self.lines = self.peer.makefile("rb")
         return self.read()
 
@@ -97,7 +98,7 @@ def test_what_is_told_while_the_connection_is_made_is_not_lost(
                 answering.append(in_thread(lambda: agent.answer_want(7)))
                 answering[0].join(0.1)
 
-    monkeypatch.setattr(agents, "Connection", Slow)
+    monkeypatch.setattr(wire, "Connection", Slow)
     agent.join()
     assert hub.accept()["answered"] == 0
     answer = hub.read()

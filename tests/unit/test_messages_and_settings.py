@@ -39,7 +39,7 @@ def test_messages_arrive_whole_and_in_order_whatever_the_pieces() -> None:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        connection = Connection("127.0.0.1", server.getsockname()[1])
+        connection = Connection(socket.create_connection(server.getsockname()))
         assert list(connection.messages()) == sent
         thread.join()
         connection.close()
@@ -62,7 +62,7 @@ def test_numbers_that_are_not_finite_arrive_and_what_is_no_message_is_an_error()
 
 def test_a_hub_that_takes_nothing_costs_its_connection_and_not_the_senders_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        connection = Connection("127.0.0.1", server.getsockname()[1], send_timeout_s=0.05)
+        connection = Connection(socket.create_connection(server.getsockname()), send_timeout_s=0.05)
         peer, _ = server.accept()
         with pytest.raises(OSError, match=".*"):
             connection.send(Claim(step=0, name="x", value="x" * 2**26))
@@ -74,7 +74,7 @@ def test_a_hub_that_takes_nothing_costs_its_connection_and_not_the_senders_time(
 
 def test_a_message_that_breaks_off_is_the_end_of_the_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        connection = Connection("127.0.0.1", server.getsockname()[1])
+        connection = Connection(socket.create_connection(server.getsockname()))
         peer, _ = server.accept()
         peer.sendall(encode(Ping()) + b'{"type": "wa')
         peer.close()
@@ -95,7 +95,7 @@ def test_the_kernel_looks_whether_a_silent_machine_is_still_there() -> None:
 
 def test_messages_of_several_threads_are_not_mixed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        connection = Connection("127.0.0.1", server.getsockname()[1])
+        connection = Connection(socket.create_connection(server.getsockname()))
         peer, _ = server.accept()
         threads = [
             threading.Thread(target=lambda k=k: [connection.send({"from": k, "pad": "x" * 5000}) for _ in range(50)])

@@ -129,7 +129,8 @@ class Healing:
             if self._first is None and not self._held:
                 self._first = self._replica.snapshot()
             self._replica.load(snapshot)
-            self._comm.codec_states.reset()
+            # What it has left out of its gradients so far, if it was away, is still to be sent.
+            self._comm.codec_states.forget_all_but_residual()
             self._snapshot_step, self._snapshot_source = record.base, record.source or ""
             self._follow_start, self._gap = comm.followed.num_starts, False
         asked = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import io
 import json
 import pickle
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from raytrain_het.errors import CheckpointError, HetError
+from raytrain_het.membership import handshake
 from raytrain_het.membership.agent import RunOver
 from raytrain_het.membership.wire import tune
 from raytrain_het.worker.data import strides
@@ -24,6 +24,7 @@ from raytrain_het.worker.data import strides
 _LENGTH = struct.Struct("<Q")
 _CHUNK_BYTES = 4 * 2**20
 WAIT_S = 600.0
+MAX_REQUEST_BYTES = 64 * 1024
 
 Packed = tuple[bytes, list[torch.Tensor]]
 
@@ -41,7 +42,8 @@ class StateServer:
         self.port = int(self._sock.getsockname()[1])
         self._token = token
         self._offers: dict[str, Callable[[dict[str, Any]], Any]] = {}
-        self._refused = 0
+        self._strangers = threading.BoundedSemaphore(handshake.MAX_STRANGERS)
+        """Callers that have yet to prove themselves, each with a thread of its own."""
         self._changed = threading.Condition()
         self._closed = False
         threading.Thread(target=self._accept, name="het-state", daemon=True).start()
@@ -77,16 +79,23 @@ class StateServer:
                 connection, _ = self._sock.accept()
             except OSError:
                 return
+            if not self._strangers.acquire(blocking=False):
+                connection.close()
+                continue
             threading.Thread(target=self._serve, args=(connection,), name="het-state-serve", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         # What is asked for when the run is over, or goes on without this worker, is for nobody.
         with connection, contextlib.suppress(OSError, ValueError, KeyError, RunOver, HetError):
             tune(connection)
-            with connection.makefile("rb") as lines:
-                request = json.loads(lines.readline())
-            if not hmac.compare_digest(str(request["token"]), self._token()):
-                return
+            connection.settimeout(handshake.LIMIT_S)
+            try:
+                handshake.serve(connection, self._token())
+                with connection.makefile("rb") as lines:
+                    request = json.loads(lines.readline(MAX_REQUEST_BYTES))
+            finally:
+                self._strangers.release()
+            connection.settimeout(None)
             name = request["name"]
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or name in self._offers, timeout=WAIT_S)
@@ -123,7 +132,8 @@ def ask(host: str, port: int, token: str, name: str, *, give_up: Callable[[], bo
     try:
         with socket.create_connection((host, port), timeout=10) as sock:
             tune(sock)
-            sock.sendall(json.dumps({"token": token, "name": name, **values}).encode() + b"\n")
+            handshake.call(sock, token)
+            sock.sendall(json.dumps({"name": name, **values}).encode() + b"\n")
             sock.settimeout(0.05)
             value = receive(sock, give_up)
     except (OSError, EOFError):

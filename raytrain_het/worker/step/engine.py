@@ -61,6 +61,9 @@ class Engine:
         self.agent, self.counters, self.timings = generations.agent, reducing.counters, reducing.timings
         self.opened: OpenStep | None = None
         """The step under way, or the last one."""
+        self.has_missed_an_epochs_end = False
+        """Whether the loop has left its epoch because this worker, which was away, has healed into a later one. The
+        others have done what the program does at an epoch's end."""
         self._restore_point, self._reducing = restore_point, reducing
         gradients.inspect, gradients.inspect_fired = checks.inspect, checks.loss.fired
         reducing.on_failed.append(restore_point.step_failed)
@@ -96,8 +99,9 @@ class Engine:
                 before.left_at = asked
                 before.cpu.pauses()
             self._restore_point.randomness.steps_end()
+            self.has_missed_an_epochs_end = self.cursor.epoch > epoch + 1 or self.cursor.offset > 0
             return None
-        cursor = self.cursor
+        cursor, self.has_missed_an_epochs_end = self.cursor, False
         self.checks.look_at_model(cursor)
         self._restore_point.take_over(self.generations.healing.take_arrived())
         if self._restore_point.begin(cursor):

@@ -1,0 +1,83 @@
+"""Both ends of a connection prove that they know the run's token, before anything else is said on it.
+
+1. Who serves sends a nonce ``s`` of 16 bytes.
+2. Who calls sends a nonce ``c`` of 16 bytes, and HMAC-SHA256(token, "calls" + s + c).
+3. Who serves sends HMAC-SHA256(token, "serves" + s + c).
+
+The token itself is never sent. What follows is not encrypted.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import socket
+
+NONCE_BYTES = 16
+PROOF_BYTES = 32
+REPLY_BYTES = NONCE_BYTES + PROOF_BYTES
+LIMIT_S = 5.0
+"""A caller that has not proved itself by then is turned away."""
+MAX_STRANGERS = 256
+"""So many callers may be about to prove themselves at once; others are turned away."""
+
+
+class Challenge:
+    """The side of whoever serves, for one connection."""
+
+    def __init__(self) -> None:
+        self.nonce = os.urandom(NONCE_BYTES)
+        """What is sent first."""
+
+    def answer(self, reply: bytes, token: str) -> bytes | None:
+        """What is sent last, for a caller's reply; None if the caller does not know the token."""
+        theirs, proof = reply[:NONCE_BYTES], reply[NONCE_BYTES:]
+        if not hmac.compare_digest(proof, _proof(token, b"calls", self.nonce, theirs)):
+            return None
+        return _proof(token, b"serves", self.nonce, theirs)
+
+
+def call(sock: socket.socket, token: str) -> None:
+    """The side of whoever calls. The socket has a time-out.
+
+    Raises:
+        OSError: the connection is lost, or the other end does not know the token.
+    """
+    serves = receive_exactly(sock, NONCE_BYTES)
+    mine = os.urandom(NONCE_BYTES)
+    sock.sendall(mine + _proof(token, b"calls", serves, mine))
+    if not hmac.compare_digest(receive_exactly(sock, PROOF_BYTES), _proof(token, b"serves", serves, mine)):
+        raise ConnectionError("the other end of the connection does not know the run's token")
+
+
+def serve(sock: socket.socket, token: str) -> None:
+    """The side of whoever serves, on a socket with a time-out.
+
+    Raises:
+        OSError: the connection is lost, or the caller does not know the token.
+    """
+    challenge = Challenge()
+    sock.sendall(challenge.nonce)
+    answer = challenge.answer(receive_exactly(sock, REPLY_BYTES), token)
+    if answer is None:
+        raise ConnectionError("a caller does not know the run's token")
+    sock.sendall(answer)
+
+
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    """So many bytes.
+
+    Raises:
+        OSError: the connection ends before.
+    """
+    data = b""
+    while len(data) < size:
+        part = sock.recv(size - len(data))
+        if not part:
+            raise ConnectionError("the connection has ended in the middle of its greeting")
+        data += part
+    return data
+
+
+def _proof(token: str, role: bytes, serves: bytes, calls: bytes) -> bytes:
+    return hmac.digest(token.encode(), role + serves + calls, "sha256")
