@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from raytrain_het.allreduce.reducers import Reducer
+from raytrain_het.balance.paths import watched
 from raytrain_het.membership.message_parts import Paths
 
 LOOK_AGAIN_S = 0.5
@@ -35,7 +36,10 @@ class PathWatch:
         self._sent, self._gradient_bytes = reducer.group.sent(), reducer.gradient_bytes
         if size_before not in (0, self._gradient_bytes):
             return  # Some of what was sent was of another size.
+        told_of = watched(reducer.rank, len(members))
         for rank, (num_bytes, busy_s) in self._sent.items():
+            if rank not in told_of:
+                continue
             bytes_before, busy_before_s = before.get(rank, (0, 0.0))
             gradients = (num_bytes - bytes_before) / reducer.gradient_bytes
             self._seen.append((members[rank].slot, gradients, busy_s - busy_before_s))

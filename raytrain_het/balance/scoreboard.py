@@ -97,6 +97,10 @@ class Scoreboard:
         """See :meth:`Speeds.observe`."""
         self._speeds.observe(slot, samples, seconds, cycle_s)
 
+    def may_be_over(self, num_workers: int) -> bool:
+        """Whether so many have told of a step in this round; :meth:`round_is_over` knows it exactly."""
+        return self._speeds.num_heard >= num_workers
+
     def round_is_over(self, slots: Iterable[int]) -> bool:
         """See :meth:`Speeds.round_is_over`. For callers that look for no better table."""
         return self._speeds.round_is_over(slots)

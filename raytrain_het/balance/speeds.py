@@ -81,6 +81,11 @@ class Speeds:
             else:
                 self._waiting.setdefault(slot, deque(maxlen=MOST_WAITING)).append((samples, seconds))
 
+    @property
+    def num_heard(self) -> int:
+        """How many have told of a step in this round."""
+        return len(self._heard)
+
     def round_is_over(self, slots: Iterable[int]) -> bool:
         """Whether each of these has told of a step since this was last true; then it learns from what they told.
 

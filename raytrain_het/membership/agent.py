@@ -209,7 +209,7 @@ class MemberAgent:
             if not self._send(msgspec.structs.replace(question, id=number)):
                 self.wait_for(lambda: self._connection is not connection, 1.0)
                 return None
-            self.wait_for(lambda: self._replies[number] is not None or self._connection is not connection)
+            self.wait_for_peers(lambda: self._replies[number] is not None or self._connection is not connection)
         finally:
             reply = self._replies.pop(number)
         return reply

@@ -15,18 +15,19 @@ MAX_GONE = 1000
 
 def fail(run: RunState, message: str, poison: Poison | None = None) -> None:
     """The run fails: all are told why."""
-    run.failure = message
-    run.note(events.Failed(message=message))
-    for uid in run.peers:
-        run.send(uid, Fail(message=message, poison=poison))
+    _fail(run, Fail(message=message, poison=poison))
 
 
 def fail_as_replicas_differ(run: RunState, message: str) -> None:
     """The run fails since members do not hold the same: they raise another error for it."""
-    run.failure = message
-    run.note(events.Failed(message=message))
+    _fail(run, Mismatch(message=message))
+
+
+def _fail(run: RunState, why: Fail | Mismatch) -> None:
+    run.failure, run.failed_with = why.message, why
+    run.note(events.Failed(message=why.message))
     for uid in run.peers:
-        run.send(uid, Mismatch(message=message))
+        run.send(uid, why)
 
 
 def let_go(run: RunState, uid: str, farewell: ToMember) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, field
 
 from raytrain_het.membership.merging import exact_sum
@@ -15,26 +16,48 @@ MAX_EVALUATIONS = 16
 @dataclass
 class _Evaluation:
     num_chunks: int
+    free: list[int]
+    """Chunks that nobody computes, a heap."""
     results: dict[int, dict[str, float]] = field(default_factory=dict)
     """By chunk, sums over its samples."""
-    given: dict[int, str] = field(default_factory=dict)
-    """By chunk, the uid of the worker that computes it."""
+    given: dict[str, int] = field(default_factory=dict)
+    """By uid of the worker that computes it, a chunk."""
+    waiting: dict[str, int] = field(default_factory=dict)
+    """By uid of a worker that has asked in vain, the number of its request."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Once all chunks are done."""
     error: Raise | None = None
+
+    def answer(self, uid: str, number: int) -> Reply | None:
+        """What there is to say to a worker; None if that is nothing yet."""
+        if self.error is not None:
+            return Reply(id=number, error=self.error)
+        if len(self.results) >= self.num_chunks:
+            if not self.sums:
+                chunks = [self.results[c] for c in range(self.num_chunks)]
+                self.sums = {name: exact_sum(c[name] for c in chunks) for name in chunks[0]}
+            return Reply(id=number, sums=self.sums)
+        while self.free:
+            chunk = heapq.heappop(self.free)
+            if chunk not in self.results:
+                self.given[uid] = chunk
+                return Reply(id=number, chunk=chunk)
+        return None
 
 
 class ChunkDealer:
     """Hands the chunks of an evaluation out to whoever is free, and adds up the results exactly.
 
-    A chunk given to a worker that dies is given out again. Sums are taken over chunks in their order and exactly, so
-    the result depends neither on who computed what nor on when. The first chunk that raises ends the evaluation: all
-    that take part are told the same error.
+    Who asks when there is nothing to say is answered when there is. A chunk given to a worker that dies is given out
+    again. Sums are taken over chunks in their order and exactly, so the result depends neither on who computed what nor
+    on when. The first chunk that raises ends the evaluation: all that take part are told the same error.
     """
 
     def __init__(self) -> None:
         self._evaluations: dict[str, _Evaluation] = {}
 
-    def next(self, key: str, uid: str, question: Evaluate) -> Reply:
-        """Take what a worker has found in a chunk, or what it raised, and give it the next chunk to compute.
+    def hear(self, key: str, uid: str, question: Evaluate) -> list[tuple[str, Reply]]:
+        """Take what a worker has found in a chunk, or what it raised, and see what there is to say to whom.
 
         Args:
             key: names the evaluation, in all of the run's lives.
@@ -42,33 +65,45 @@ class ChunkDealer:
             question: its message.
 
         Returns:
-            A chunk, the sums once all chunks are done, the error that has ended the evaluation, or nothing yet.
+            By uid: a chunk, the sums once all chunks are done, or the error that has ended the evaluation.
         """
         if key not in self._evaluations:
             for old in list(self._evaluations)[: -MAX_EVALUATIONS + 1]:
                 del self._evaluations[old]
-        now = self._evaluations.setdefault(key, _Evaluation(question.num_chunks))
+            size = question.num_chunks
+            self._evaluations[key] = _Evaluation(size, list(range(size)))
+        now = self._evaluations[key]
         if question.result is not None:
             chunk, sums = question.result
             now.results.setdefault(chunk, sums)
             now.error = now.error or _other_names(now.results, chunk)
         now.error = now.error or question.error
-        self.forget(uid)  # A worker that asks is at no chunk any more, even if an answer to it was lost.
-        if now.error is not None:
-            return Reply(id=question.id, error=now.error)
-        if len(now.results) >= now.num_chunks:
-            chunks = [now.results[c] for c in range(now.num_chunks)]
-            return Reply(id=question.id, sums={n: exact_sum(c[n] for c in chunks) for n in chunks[0]})
-        for chunk in range(now.num_chunks):
-            if chunk not in now.results and chunk not in now.given:
-                now.given[chunk] = uid
-                return Reply(id=question.id, chunk=chunk)
-        return Reply(id=question.id)
+        replies = self.forget(uid)  # A worker that asks is at no chunk any more, even if an answer to it was lost.
+        now.waiting[uid] = question.id
+        return replies + _replies(now)
 
-    def forget(self, uid: str) -> None:
-        """A worker is at nothing, or gone: its chunks are free again."""
+    def forget(self, uid: str) -> list[tuple[str, Reply]]:
+        """A worker is at nothing, or gone: its chunks are free again, and given to those that wait for one."""
+        replies = []
         for evaluation in self._evaluations.values():
-            evaluation.given = {c: u for c, u in evaluation.given.items() if u != uid}
+            evaluation.waiting.pop(uid, None)
+            chunk = evaluation.given.pop(uid, None)
+            if chunk is not None and chunk not in evaluation.results:
+                heapq.heappush(evaluation.free, chunk)
+                replies += _replies(evaluation)
+        return replies
+
+
+def _replies(now: _Evaluation) -> list[tuple[str, Reply]]:
+    """Answers to all that wait, as far as there is something to say."""
+    replies = []
+    for uid, number in list(now.waiting.items()):
+        reply = now.answer(uid, number)
+        if reply is None:
+            break
+        del now.waiting[uid]
+        replies.append((uid, reply))
+    return replies
 
 
 def _other_names(results: dict[int, dict[str, float]], chunk: int) -> Raise | None:

@@ -16,7 +16,7 @@ from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.issuing import issue_first, keep_table
 from raytrain_het.membership.peers import Peer, Phase, Standing
 from raytrain_het.membership.place import Place
-from raytrain_het.membership.protocol import End, Fail, Mismatch, ToMember
+from raytrain_het.membership.protocol import End, Mismatch, ToMember
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.state import RunState
@@ -76,8 +76,8 @@ class Membership:
         if uid in run.gone:
             run.send(uid, run.gone[uid])
             return
-        if run.failure is not None:
-            run.send(uid, Fail(message=run.failure))
+        if run.failed_with is not None:
+            run.send(uid, run.failed_with)
             return
         for other in run.uids_in(member.slot) - {uid}:
             self.dead(other, "its slot was taken by a new process", now)

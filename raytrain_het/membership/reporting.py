@@ -67,10 +67,14 @@ class Reporting:
             del self.leaving[uid]
         return free
 
+    def connected(self, slot: int) -> None:
+        """A slot's process has connected, perhaps again: what it was asked may have been lost."""
+        self._writers = {key: writer for key, writer in self._writers.items() if writer != slot}
+
     def forget(self, slot: int) -> None:
         """A slot's process is gone, with the snapshots it held."""
         self.collector.forget(slot)
-        self._writers = {key: writer for key, writer in self._writers.items() if writer != slot}
+        self.connected(slot)
 
     def settle(self) -> None:
         """See which reports are whole under the present membership, and who is to write a checkpoint."""

@@ -102,6 +102,8 @@ class RunState:
     """Why no other table could be made, as it was last logged."""
     failure: str | None = None
     """Why the run has failed."""
+    failed_with: ToMember | None = None
+    """What its members were told then."""
     disturbed: bool = False
     """Whether anything has happened in this run after which workers' own counts of steps may differ."""
 

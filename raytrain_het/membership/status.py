@@ -38,8 +38,8 @@ class RunStatus(TypedDict):
     epoch: int
     samples: int
     members: list[dict[str, Any]]
-    """By slot: the fields of :class:`~raytrain_het.membership.protocol.Stats`, whether it is ``alive`` and has
-    ``finished``; and of those that are alive what :func:`_of_peer` adds."""
+    """By slot: the fields of :class:`~raytrain_het.membership.protocol.Stats`, whether it is ``alive`` (a suspended one
+    is, as far as is known) and has ``finished``; and of those that are alive what :func:`_of_peer` adds."""
 
 
 def status(run: RunState, tables: TableKeeper, stats: dict[int, tuple[str, Stats]]) -> RunStatus:
@@ -52,7 +52,7 @@ def status(run: RunState, tables: TableKeeper, stats: dict[int, tuple[str, Stats
     """
     record, board = run.record, tables.board
     samples = tables.samples(record)
-    peers = {p.member.slot: p for p in run.peers.values()}
+    peers = {p.member.slot: p for p in [*(s.peer for s in run.suspended.values()), *run.peers.values()]}
     scores = board.scores(samples)
     solo = {slot: board.solo_samples_per_s(slot, b) for slot, b in samples.items()}
     members = []
@@ -63,6 +63,8 @@ def status(run: RunState, tables: TableKeeper, stats: dict[int, tuple[str, Stats
             entry |= msgspec.structs.asdict(said) | {"uid": uid, "told": None}
         if slot in peers:
             entry |= _of_peer(peers[slot], record)
+            if peers[slot].member.uid in run.suspended:
+                entry["phase"] = "suspended"
             entry |= {"score": scores.get(slot), "solo_samples_per_s": solo.get(slot)}
         members.append(entry)
     return RunStatus(

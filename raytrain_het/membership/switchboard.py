@@ -80,6 +80,7 @@ class Switchboard:
             want=hello.want,
             fingerprint=hello.fingerprint,
         )
+        self.reporting.connected(member.slot)
         if hello.checkpoint and hello.checkpoint_cursor is not None:
             self._note_checkpoint(hello.checkpoint, hello.checkpoint_cursor)
         if run.checkpoint is not None:
@@ -200,7 +201,7 @@ class Switchboard:
                     self._note_checkpoint(m.path, m.cursor)
             case protocol.Evaluate() as m:
                 key = f"{self.core.run.life}/{m.key}"
-                self._send(uid, self._evaluations.next(key, uid, m))
+                self._reply(self._evaluations.hear(key, uid, m))
             case _:
                 self._hear_of_replicas(slot, message)
 
@@ -253,7 +254,7 @@ class Switchboard:
             entry.time = time.time()
             event = entry.event
             if isinstance(event, events.Gone | events.Suspended):
-                self._evaluations.forget(event.uid)
+                self._reply(self._evaluations.forget(event.uid))
             if isinstance(event, events.Gone) and not isinstance(event, events.Finished | events.Raised):
                 self.reporting.forget(event.slot)
         self._next_event = self.core.run.log.next_seq
@@ -266,6 +267,10 @@ class Switchboard:
             for uid in free:
                 self.core.leave(uid, self._now())
             self.settle()
+
+    def _reply(self, replies: list[tuple[str, protocol.Reply]]) -> None:
+        for uid, reply in replies:
+            self._send(uid, reply)
 
     def send_all(self) -> None:
         """Send what the logic has decided."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import msgspec
 
 from raytrain_het.balance.auto_compression import Compression
@@ -13,6 +16,9 @@ from raytrain_het.membership.protocol import Timing
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.state import RunState
 
+JUDGING_PART = 0.02
+"""At most this part of the hub's time goes into looking for better tables: with many members a look takes longer."""
+
 
 class TableKeeper:
     """Stands between a run's scoreboard, which knows speeds, and its membership, which knows who takes part.
@@ -20,9 +26,11 @@ class TableKeeper:
     Args:
         config: the run's settings.
         run: who takes part, and the table in force; it is only read here.
+        now: a clock, seconds.
     """
 
-    def __init__(self, config: HetConfig, run: RunState) -> None:
+    def __init__(self, config: HetConfig, run: RunState, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._judges_again_at = now, 0.0
         error = config.compression_error
         compression = Compression(error, hierarchy=config.given_hierarchy) if error is not None else None
         self.board = Scoreboard(config, compression)
@@ -49,8 +57,19 @@ class TableKeeper:
         """
         board, run, record = self.board, self._run, self._run.record
         self._observe(slot, timing)
-        if record is None:
+        if record is None or not board.may_be_over(len(record.members) - len(record.unhealed)):
             return None
+        began = self._now()
+        if began < self._judges_again_at:
+            return None
+        try:
+            return self._judge(record, run)
+        finally:
+            self._judges_again_at = began + (self._now() - began) / JUDGING_PART
+
+    def _judge(self, record: Record, run: RunState) -> Table | None:
+        """A round of steps is over."""
+        board = self.board
         if run.forming or record.unhealed or record.fresh or not self._follows_speeds:
             board.round_is_over(m.slot for m in record.members if m.uid not in record.unhealed)
             return None

@@ -108,6 +108,8 @@ class HubActor:
             return None
         except RayActorError as error:
             self._pending = None
+            if getattr(error, "actor_init_failed", False):
+                raise RunFailedError(f"The membership actor could not start: {error}") from None
             if time.monotonic() - self._last_answer > 30:
                 raise RunFailedError(f"The membership actor is gone and was not restarted: {error}") from None
             return None

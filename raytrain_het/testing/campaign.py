@@ -16,6 +16,7 @@ import random
 import signal
 import statistics
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,8 @@ def _round(
 
 
 SILENT = ("suspended", "evicted")
+LONGEST_STOP_S = 2.0
+"""A stopped worker is woken after so long in any case."""
 
 
 class Waker:
@@ -179,12 +182,18 @@ class Waker:
 
     def __call__(self) -> None:
         """To be called at every poll."""
-        events = self._lab.hub.events(self._seen)
-        for event in events:
+        for event in self._lab.hub.events(self._seen):
             self._seen = event["seq"] + 1
-            process = self._lab.processes.get(event.get("slot", -1)) if event["kind"] in SILENT else None
-            if process is not None and process.pid is not None:
-                os.kill(process.pid, signal.SIGCONT)
+            if event["kind"] in SILENT:
+                self._wake(event["slot"])
+        for fault in happened(self._lab.directory):  # The only holder of the state is waited for, and not suspended.
+            if fault.kind == "stop" and time.time() - fault.time > LONGEST_STOP_S:
+                self._wake(fault.slot)
+
+    def _wake(self, slot: int) -> None:
+        process = self._lab.processes.get(slot)
+        if process is not None and process.pid is not None:
+            os.kill(process.pid, signal.SIGCONT)
 
 
 def main() -> None:

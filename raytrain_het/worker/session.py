@@ -12,6 +12,7 @@ from raytrain_het.worker import stock
 from raytrain_het.worker.checks.unsupported import refuse
 from raytrain_het.worker.context import WorkerContext
 from raytrain_het.worker.data.data_plan import slice_of
+from raytrain_het.worker.device_failures import device_has_failed
 from raytrain_het.worker.draft import Draft
 from raytrain_het.worker.making import make_worker
 from raytrain_het.worker.state.extras import Extras
@@ -150,6 +151,8 @@ def run_worker(train_fn: Callable[[], Any], **kwargs: Any) -> Any:
     except RunFailedError as error:
         raise _with_samples(session, error) from None
     except BaseException as error:
+        if device_has_failed(error):
+            raise EvictedError(f"the device of worker {session.slot} has failed: {error}") from error
         if session.worker is not None:
             session.worker.raised(error)
         raise

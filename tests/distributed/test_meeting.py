@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 
 import pytest
@@ -19,13 +20,16 @@ class Place:
 
     def __init__(self):
         self.hub = self.new_hub()
-        self.agents = []
+        self.agents, self.listeners = [], []
 
     def new_hub(self):
         return Hub(*run_of(3))
 
     def join(self, slot):
-        member = Member(uid=f"{slot}-uid", slot=slot, host="127.0.0.1", state_port=1, device="cpu")
+        listener = socket.create_server(("127.0.0.1", 0))  # A member at whose ports nobody listens is taken for dead.
+        self.listeners.append(listener)
+        port = listener.getsockname()[1]
+        member = Member(uid=f"{slot}-uid", slot=slot, host="127.0.0.1", state_port=port, device="cpu")
         agent = MemberAgent(member, lambda: self.hub.address())
         place = MeetingPlace(agent)
         agent.join()
@@ -40,6 +44,8 @@ def place():
     yield place
     for agent in place.agents:
         agent.close()
+    for listener in place.listeners:
+        listener.close()
     place.hub.shutdown()
 
 

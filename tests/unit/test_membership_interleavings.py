@@ -47,7 +47,7 @@ EXHAUSTIVE = {
     "a process stops, a slow one is taken for stopped": (Scenario(stops=1, hasty=1), 2_000),
     "the only worker dies twice": (Scenario(slots=1, deaths=2, refills=2), 5_500),
     "a worker dies while another joins": (Scenario(steps=1, epoch=1, deaths=1, late=1), 4_500),
-    "a slow process is suspended and comes back": (Scenario(impatient=1, hasty=1), 90_000),
+    "a slow process is suspended and comes back": (Scenario(steps=1, epoch=1, impatient=1, hasty=1), 35_000),
     "a slow process is suspended while a worker joins": (
         Scenario(steps=1, epoch=1, late=1, impatient=1, hasty=1),
         35_000,

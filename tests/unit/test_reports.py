@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from raytrain_het.membership import reports
 from raytrain_het.membership.evaluations import ChunkDealer
 from raytrain_het.membership.merging import reduce_metrics
-from raytrain_het.membership.protocol import Evaluate, Report
+from raytrain_het.membership.protocol import Evaluate, Reply, Report
 from raytrain_het.membership.reports import ReportCollector
 
 
@@ -31,7 +31,8 @@ def ask(
     book: ChunkDealer, key: str, num_chunks: int, uid: str, result: tuple[int, dict[str, float]] | None = None
 ) -> dict[str, Any]:
     """What is replied: a chunk, the sums, or nothing yet."""
-    reply = book.next(key, uid, Evaluate(key=key, num_chunks=num_chunks, result=result))
+    replies = dict(book.hear(key, uid, Evaluate(key=key, num_chunks=num_chunks, result=result)))
+    reply = replies.get(uid, Reply(id=0))
     return {name: value for name, value in msgspec.structs.asdict(reply).items() if name != "id" and value is not None}
 
 
@@ -301,6 +302,16 @@ def test_each_chunk_is_given_to_one_worker_and_the_sums_are_the_same_for_all() -
     assert ask(book, "e", 2, "b") == {"sums": {"hits": 5.0}}
 
 
+def test_who_waits_is_answered_when_there_is_something_to_say() -> None:
+    book = ChunkDealer()
+    ask(book, "e", 1, "a")
+    for uid in ("b", "c"):
+        assert book.hear("e", uid, Evaluate(id=7, key="e", num_chunks=1)) == []
+    assert book.forget("a") == [("b", Reply(id=7, chunk=0))]
+    told = dict(book.hear("e", "b", Evaluate(id=8, key="e", num_chunks=1, result=(0, {"n": 2.0}))))
+    assert told == {"c": Reply(id=7, sums={"n": 2.0}), "b": Reply(id=8, sums={"n": 2.0})}
+
+
 def test_a_chunk_of_a_lost_worker_is_given_out_again() -> None:
     book = ChunkDealer()
     ask(book, "e", 1, "a")
@@ -347,7 +358,7 @@ def test_the_sums_depend_neither_on_who_computed_what_nor_on_when(values: list[f
         if "chunk" in answer:
             doing[worker] = answer["chunk"]
     while "sums" not in (answer := ask(book, "e", len(values), "d")):
-        for worker in doing:
+        for worker in ["a", "b", "c"]:
             book.forget(worker)
         if "chunk" in answer:
             ask(book, "e", len(values), "d", (answer["chunk"], {"loss": values[answer["chunk"]]}))

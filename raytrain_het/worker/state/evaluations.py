@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raytrain_het.errors import ConfigError, ForeignError
-from raytrain_het.membership.agent import Impatience, MemberAgent
+from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.message_parts import Raise
 from raytrain_het.membership.protocol import Evaluate
 from raytrain_het.worker.checks.call_site import call_site
@@ -51,7 +51,6 @@ class Evaluations:
         key, where = f"{base}/{ordinal}", f"evaluate({name.partition(' (')[0]!r}) at {site.where}, step {step}"
         result: tuple[int, dict[str, float]] | None = None
         raised: Exception | None = None
-        impatience = Impatience(agent)
         with agent.doing.call("evaluate", f"in {where}"):
             while True:
                 error = None if raised is None else _told(agent, raised)
@@ -70,10 +69,6 @@ class Evaluations:
                             result = (chunk, run_chunk(chunk))
                         except Exception as problem:
                             raised = problem
-                    impatience = Impatience(agent)
-                else:
-                    impatience.tell()
-                    agent.wait_for(lambda: False, timeout=0.005)
 
     @staticmethod
     def _error(told: Raise, agent: MemberAgent, own: Exception | None, where: str) -> BaseException:
