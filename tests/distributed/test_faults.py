@@ -54,15 +54,17 @@ class UntilRefilled:
             if point == "opened" and session.slot == self.slot and not first.exists():
                 first.write_text(session.worker.agent.uid)
             elif point == "opened" and happened(directory):  # What a healing worker needs has been offered here.
-                uid = first.read_text()
-                session.worker.agent.wait_for(lambda: self.is_needed(session.worker.agent, uid))
+                uid, number = first.read_text(), session.worker.engine.opened.record.number
+                session.worker.agent.wait_for(lambda: self.is_needed(session.worker.agent, uid, number))
 
         session.points.listeners.append(hold)
         return self.task(directory)
 
-    def is_needed(self, agent, first):
-        """Whether the slot is healed, or a change waits for this step."""
+    def is_needed(self, agent, first, number):
+        """Whether the slot is healed, or a change waits for this step, which was opened in generation ``number``."""
         record = agent.record
+        if record.number > number:
+            return True
         back = [m for m in record.members if m.slot == self.slot and m.uid not in (first, *record.unhealed)]
         return back or agent.want > record.number or not agent.is_current(record.number)
 
