@@ -109,6 +109,7 @@ def _tell_members(run: RunState, record: Record, peers: Sequence[Peer]) -> None:
         owners=[round(part, 4) for part in record.owners],
     )
     run.note(formed)
+    message = Formed(record=record)  # One for all: it is encoded once.
     for peer in peers:
         if peer.phase is Phase.JOINING:
             peer.phase = Phase.IN
@@ -117,7 +118,7 @@ def _tell_members(run: RunState, record: Record, peers: Sequence[Peer]) -> None:
             # A worker that begins anew may report before its first step; one that has healed comes after that.
             peer.reports_after = record.base - record.reset
         peer.answered = False
-        run.send(peer.member.uid, Formed(record=record))
+        run.send(peer.member.uid, message)
     run.next.voided = False
     run.suspicion.forget()
     release_finished(run)

@@ -16,7 +16,7 @@ from torch.distributed import Store
 
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.last_groups import LastGroups
-from raytrain_het.membership.protocol import Meet
+from raytrain_het.membership.protocol import Meet, Meets
 
 
 class Meeting(Store):
@@ -73,6 +73,7 @@ class MeetingPlace:
         self._values: LastGroups[bytes] = LastGroups()
         self._own: LastGroups[bytes] = LastGroups()
         agent.on_message[Meet] = self._received
+        agent.on_message[Meets] = lambda message: [self._received(said) for said in message.said]
         agent.on_reconnect.append(self._tell_again)
 
     def meeting(self, group: str) -> Meeting:

@@ -324,6 +324,12 @@ class Meet(Message, frozen=True, kw_only=True):
     """Base 64."""
 
 
+class Meets(ToMember, frozen=True, kw_only=True):
+    """What several members have said to each other, for all: in a large fleet each would be a message to each."""
+
+    said: list[Meet]
+
+
 FromMember = (
     Hello
     | Answer
@@ -362,4 +368,5 @@ FromHub = (
     | Acknowledged
     | Write
     | Meet
+    | Meets
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +119,11 @@ class Record:
 
     def rank_of(self, uid: str) -> int | None:
         """The group rank of a member, or None."""
-        return next((rank for rank, m in enumerate(self.members) if m.uid == uid), None)
+        return self._ranks.get(uid)
+
+    @functools.cached_property
+    def _ranks(self) -> dict[str, int]:
+        return {member.uid: rank for rank, member in enumerate(self.members)}
 
     @property
     def source_rank(self) -> int:
@@ -134,7 +139,7 @@ class Record:
 
     def member(self, uid: str) -> Member:
         """The member with this uid."""
-        return next(m for m in self.members if m.uid == uid)
+        return self.members[self._ranks[uid]]
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that survives JSON."""

@@ -102,6 +102,11 @@ class ReportCollector:
         self._last_order: dict[int, Order] = {}
         self._skipped = SkippedReports()
 
+    @property
+    def has_open_reports(self) -> bool:
+        """Whether a report waits for parts, or for its checkpoint."""
+        return bool(self._open)
+
     def add_part(self, slot: int, uid: str, said: Report) -> str | None:
         """A worker's part. Returns the key if it was acknowledged long ago (so that the worker is told again)."""
         key = said.key

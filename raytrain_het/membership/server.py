@@ -69,6 +69,7 @@ class Hub:
         self._inbox = Inbox(self._hear, self._arrived)
         self._asking: dict[str, asyncio.Future[None]] = {}
         """By uid, processes whose machine is being asked for them."""
+        self._ending = False
         self._encoded: tuple[protocol.Message | None, bytes] = (None, b"")
         """The message that was sent last, and its bytes."""
         self._switchboard = Switchboard(
@@ -112,7 +113,7 @@ class Hub:
 
     def acknowledge(self, keys: list[str]) -> None:
         """Those reports are registered; the workers may forget them."""
-        self._call(lambda: self._switchboard.reporting.acknowledge(keys))
+        self._call(lambda: self._switchboard.acknowledge(keys))
 
     def reports(self, since: int) -> list[dict[str, Any]]:
         """All whole reports with a sequence number of ``since`` or more."""
@@ -130,6 +131,7 @@ class Hub:
         """Close everything."""
 
         def stop() -> None:
+            self._ending = True
             for link in list(self._links.values()):
                 link.transport.close()
             self._loop.stop()
@@ -145,15 +147,13 @@ class Hub:
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout=30)
 
     def _decide(self, fn: Callable[[], Any], about: str = "") -> Any:
-        """Let the logic decide something, and send it.
+        """Let the switchboard decide something, and send it.
 
         An error in it fails the run: what it says afterwards is not to be trusted, and members would wait for it.
         ``about`` names what it was about.
         """
         try:
-            result = fn()
-            self._switchboard.settle()
-            return result
+            return fn()
         except Exception as error:
             logger.exception("an error in the membership actor; the run fails")
             self._switchboard.core.broken(f"{type(error).__name__}: {error}", about)
@@ -230,7 +230,7 @@ class Hub:
 
     def _ask_after(self, member: Member) -> None:
         """Ask a member's machine how its process is, unless it was asked already."""
-        if member.uid not in self._asking:
+        if member.uid not in self._asking and not self._ending:
             self._asking[member.uid] = asyncio.ensure_future(self._look_after(member))
 
     async def _look_after(self, member: Member) -> None:

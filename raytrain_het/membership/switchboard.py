@@ -28,6 +28,21 @@ Send = Callable[[str, protocol.Message], None]
 """Send a message to the member with this uid, if it is connected."""
 
 
+LARGE_FLEET = 32
+"""With more members than this, what they say while they make a group is passed on together, every tick."""
+_SELDOM_MATTERS = (
+    protocol.Timing,
+    protocol.Stats,
+    protocol.Pong,
+    protocol.Meet,
+    protocol.Waiting,
+    protocol.Suspect,
+    protocol.Answer,
+    protocol.Evaluate,
+)
+"""Messages of which many come."""
+
+
 class Switchboard:
     """The parts of one run's hub, and what each hears.
 
@@ -60,6 +75,8 @@ class Switchboard:
         self._audits = audit.AuditCollector()
         self._meetings: LastGroups[protocol.Meet] = LastGroups()
         """What members have said to each other while they make a process group."""
+        self._said: list[protocol.Meet] = []
+        """Of a large fleet: what is to be passed on with the next tick."""
         self._stats: dict[int, tuple[str, protocol.Stats]] = {}
         """By slot: the uid of its worker, and what that has said last of itself."""
         self._next_event = self.core.run.log.next_seq
@@ -85,11 +102,25 @@ class Switchboard:
             self._note_checkpoint(hello.checkpoint, hello.checkpoint_cursor)
         if run.checkpoint is not None:
             self._send(member.uid, self._newest_checkpoint())
-        for _, _, words in self._meetings:
-            self._send(member.uid, words)
+        if said := [words for _, _, words in self._meetings]:
+            self._send(member.uid, protocol.Meets(said=said))
+        self.settle()
 
     def hear(self, member: Member, message: protocol.Message) -> None:
-        """A member has said something."""
+        """A member has said something.
+
+        What most messages say changes nothing for reports, or can wait for the next tick: with many members it would
+        cost too much to look after each.
+        """
+        self._hear(member, message)
+        if not isinstance(message, _SELDOM_MATTERS) or self._has_decided():
+            self.settle()
+
+    def _has_decided(self) -> bool:
+        """Whether the logic has something to say, or has logged something."""
+        return bool(self.core.run.outbox) or self.core.run.log.next_seq != self._next_event
+
+    def _hear(self, member: Member, message: protocol.Message) -> None:
         self.core.heard_again(member.uid, self._now())
         if member.uid not in self.core.run.peers:
             return  # It was let go: what it still says belongs to a run that the others have left behind.
@@ -112,6 +143,8 @@ class Switchboard:
                 self.core.stopped(member.uid, self._now())
             case Life.RUNS:
                 self.core.runs(member.uid, self._now())
+        if self._has_decided():
+            self.settle()
 
     def in_doubt(self) -> list[Member]:
         """Members to be asked after on their machines: those that leave a ping unanswered, and now and again those that
@@ -121,6 +154,12 @@ class Switchboard:
     def tick(self) -> None:
         """Time has passed."""
         self.core.tick(self._now())
+        if self._said:
+            together, self._said = protocol.Meets(said=self._said), []
+            for uid in self._connected():
+                self._send(uid, together)
+        if self.reporting.collector.has_open_reports or self._has_decided():
+            self.settle()
 
     def disconnected(self, uid: str) -> None:
         """A member's connection has closed."""
@@ -129,10 +168,17 @@ class Switchboard:
     def slot_lost(self, slot: int, reason: str) -> None:
         """Ray says that the worker in a slot is dead."""
         self.core.slot_lost(slot, reason, self._now())
+        self.settle()
 
     def slot_vacant(self, slot: int, reason: str) -> None:
         """No worker can be placed in this slot at the moment."""
         self.core.slot_vacant(slot, reason, self._now())
+        self.settle()
+
+    def acknowledge(self, keys: list[str]) -> None:
+        """These reports are registered; the workers may forget them."""
+        self.reporting.acknowledge(keys)
+        self.settle()
 
     def status(self) -> RunStatus:
         """Who takes part, and how far they are."""
@@ -230,6 +276,9 @@ class Switchboard:
     def _pass_on(self, uid: str, message: protocol.Meet) -> None:
         """Pass on what a member says to all who meet in a group, and keep it for those that connect again."""
         if not self._meetings.keep(message.group, message.key, message):
+            return
+        if len(self._connected()) > LARGE_FLEET:
+            self._said.append(message)
             return
         for other in self._connected():
             if other != uid:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from raytrain_het.membership import protocol
+from raytrain_het.membership.pace import pace_s
 from raytrain_het.worker.connections import Connections
 from raytrain_het.worker.context import WorkerContext
 from raytrain_het.worker.data.data_plan import slice_of
@@ -41,7 +42,8 @@ class StatsReporter:
 
     def send_if_due(self) -> None:
         """Now and again."""
-        if time.monotonic() - self._sent_at >= INTERVAL_S:
+        record = self._agent.record
+        if time.monotonic() - self._sent_at >= pace_s(INTERVAL_S, len(record.members) if record is not None else 1):
             self.send()
 
     def send(self) -> None:

@@ -13,6 +13,7 @@ from raytrain_het.balance.batch_shares import StepCost
 from raytrain_het.balance.step_time import StepTimeModel
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.message_parts import Codecs, Known, Paths
+from raytrain_het.membership.pace import pace_s
 from raytrain_het.membership.protocol import Timing
 from raytrain_het.probing.probes import hardware_key, known_or_probed
 from raytrain_het.probing.profile_store import ProfileStore
@@ -94,7 +95,8 @@ class Timings:
             self._latest.append((samples, own_s))
         self._steps.append((samples, own_s, cycle_s))
         now = time.monotonic()
-        if now - self._last_sent >= INTERVAL_S:
+        record = self._agent.record
+        if now - self._last_sent >= pace_s(INTERVAL_S, len(record.members) if record is not None else 1):
             self._agent.tell(
                 Timing(
                     global_batch_size=self._full_batch,
