@@ -73,7 +73,7 @@ class MeetingPlace:
         self._values: LastGroups[bytes] = LastGroups()
         self._own: LastGroups[bytes] = LastGroups()
         agent.on_message[Meet] = self._received
-        agent.on_message[Meets] = lambda message: [self._received(said) for said in message.said]
+        agent.on_message[Meets] = self._received_several
         agent.on_reconnect.append(self._tell_again)
 
     def meeting(self, group: str) -> Meeting:
@@ -113,6 +113,10 @@ class MeetingPlace:
 
     def _send(self, group: str, key: str, value: bytes) -> None:
         self._agent.tell(Meet(group=group, key=key, value=base64.b64encode(value).decode()))
+
+    def _received_several(self, message: Meets) -> None:
+        for said in message.said:
+            self._received(said)
 
     def _received(self, message: Meet) -> None:
         with self._agent.condition:

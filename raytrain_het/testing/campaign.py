@@ -9,8 +9,10 @@ torch alone without faults.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -131,7 +133,7 @@ def _round(
 ) -> None:
     lab = ProcessLab(task, directory, LabSlots(num_slots=num_slots), faults=faults, config=config)
     try:
-        results = lab.run(30.0, on_poll=Waker(lab))
+        results = lab.run(30.0, on_poll=Waker(lab, LONGEST_STOP_S))
     except AssertionError as error:
         account.failures.append(f"round {account.rounds}, {faults}: {error}")
         results = {}
@@ -176,8 +178,8 @@ LONGEST_STOP_S = 2.0
 class Waker:
     """Wakes stopped workers once they were suspended. They find out by themselves what they have missed."""
 
-    def __init__(self, lab: ProcessLab) -> None:
-        self._lab = lab
+    def __init__(self, lab: ProcessLab, longest_stop_s: float = math.inf) -> None:
+        self._lab, self._longest_stop_s = lab, longest_stop_s
         self._seen = 0
 
     def __call__(self) -> None:
@@ -187,13 +189,14 @@ class Waker:
             if event["kind"] in SILENT:
                 self._wake(event["slot"])
         for fault in happened(self._lab.directory):  # The only holder of the state is waited for, and not suspended.
-            if fault.kind == "stop" and time.time() - fault.time > LONGEST_STOP_S:
+            if fault.kind == "stop" and time.time() - fault.time > self._longest_stop_s:
                 self._wake(fault.slot)
 
     def _wake(self, slot: int) -> None:
         process = self._lab.processes.get(slot)
         if process is not None and process.pid is not None:
-            os.kill(process.pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)
 
 
 def main() -> None:
