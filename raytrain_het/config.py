@@ -145,10 +145,12 @@ class HetConfig:
     """So many updates in a row may be skipped for non-finite gradients before the run fails."""
 
     silence_s: float = 0.5
-    """A worker that leaves a ping unanswered for so long, while its peers wait, is dropped."""
+    """A worker that leaves a ping unanswered for so long, while its peers wait, is suspended: the others go on without
+    it, and it catches up when it is heard again. Where answers usually take longer, so is the wait."""
 
     hang_limit_s: float = 600.0
-    """A worker that answers pings but makes its peers wait for so long is dropped too."""
+    """A worker that answers pings but makes its peers wait for so long is dropped, and so is a suspended one that
+    nothing was heard of for so long."""
 
     start_timeout_s: float = 120.0
     """How long the first step waits for all workers before it starts with those that are there."""

@@ -205,7 +205,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     results = [measure(size, args.seconds) for size in args.members]
     if args.json:
-        print(json.dumps(results))
+        print(json.dumps({"rows": results}))
         return
     print(f"{'members':>8} {'CPU %':>7} {'start s':>8} {'forming s':>10} {'its CPU s':>10} {'tables':>7} {'lost':>5}")
     for r in results:

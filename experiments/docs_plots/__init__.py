@@ -16,6 +16,7 @@ PLOTS: dict[str, Callable[[], Shown]] = {
     "codec_speed": costs.codec_speed,
     "faults": faults.faults,
     "hooks": costs.hooks,
+    "hub": costs.hub,
     "leaks": faults.leaks,
     "one_process": training.one_process,
     "predictions": fleets.predictions,

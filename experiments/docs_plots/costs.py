@@ -126,3 +126,30 @@ def codec_speed() -> Shown:
 
 def _gb(value: float) -> str:
     return "none" if math.isnan(value) else f"{value:.3g}"
+
+
+def hub() -> Shown:
+    """What the membership actor costs by the number of members."""
+    source = "2026-12-01_suspended/hub_cost.json"
+    rows = read(source)["rows"]
+    members = [row["members"] for row in rows]
+    figure, (cpu, forming) = panels(2)
+    cpu.plot(members, [100 * row["cpu_part"] for row in rows], "o-", color=OURS)
+    cpu.set_ylabel("CPU time, % of a core")
+    forming.plot(members, [row["forming_s"] for row in rows], "o-", color=OURS)
+    forming.set_ylabel("seconds to form a generation")
+    forming.set_yscale("log")
+    for panel in (cpu, forming):
+        panel.set_xscale("log")
+        panel.set_xlabel("members")
+    table = [
+        {
+            "members": str(row["members"]),
+            "CPU time (% of a core)": f"{100 * row['cpu_part']:.1f}",
+            "forming a generation (s)": f"{row['forming_s']:.3f}",
+            "members lost or suspended": str(row["lost"]),
+        }
+        for row in rows
+    ]
+    caption = "Left: CPU time of the hub while members train. Right: from a failed collective until all can meet again."
+    return Shown(figure=figure, rows=table, sources=[source], caption=caption)

@@ -41,6 +41,15 @@ class Reporting:
         if known is not None:
             self._send(uid, protocol.Acknowledged(keys=[known]))
 
+    def stored(self, slot: int, key: str, path: str | None, error: str | None) -> None:
+        """A member has stored the checkpoint of a report, or failed to.
+
+        Where another one has been asked meanwhile, what has failed here may be the other one's success: who has stored
+        a checkpoint clears away what others have staged for it.
+        """
+        if path is not None or self._writers.get(key, slot) == slot:
+            self.collector.checkpoint_stored(key, path, error)
+
     def acknowledge(self, keys: list[str]) -> None:
         """These reports are registered, and the workers may forget them."""
         self.collector.acknowledge(keys)

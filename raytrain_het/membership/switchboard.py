@@ -242,7 +242,7 @@ class Switchboard:
             case protocol.Report() as m:
                 self.reporting.add_part(uid, slot, m)
             case protocol.Stored() as m:
-                self.reporting.collector.checkpoint_stored(m.key, m.path, m.error)
+                self.reporting.stored(slot, m.key, m.path, m.error)
                 if m.path is not None:
                     self._note_checkpoint(m.path, m.cursor)
             case protocol.Evaluate() as m:

@@ -67,6 +67,10 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "joined": lambda e: f"worker {e['slot']} is there ({e['device']} on {e['host']})",
     "lost": lambda e: f"worker {e['slot']} is lost: {e['reason']}{_gone_with_it(e)}",
     "evicted": lambda e: f"worker {e['slot']} is dropped: {e['reason']}{_gone_with_it(e)}",
+    "suspended": lambda e: f"worker {e['slot']} does not answer, and the others go on without it: {e['reason']}",
+    "came_back": lambda e: (
+        f"worker {e['slot']} is heard again after {e['away_s']:.1f} s" + (", and catches up" if e["missed"] else "")
+    ),
     "handed_on": lambda e: (
         f"worker {e['slot']} sends what worker {e['by']} has left out of its gradients (norm {number(e['norm'])})"
     ),

@@ -53,6 +53,35 @@ class Network:
             self.close()
             raise
 
+    def unplug(self, index: int) -> None:
+        """Pull a namespace's cable: nothing goes in or out, and nobody is told."""
+        run(f"ip link set {self.namespaces[index]} down")
+
+    def plug_in(self, index: int) -> None:
+        """Plug it in again."""
+        run(f"ip link set {self.namespaces[index]} up")
+
+    def hide_host(self) -> None:
+        """This machine's own processes are not reached any more, as if their machine's cable were pulled."""
+        run(f"ip addr del {self.host}/24 dev {self.name}")
+
+    def show_host(self) -> None:
+        """They are reached again."""
+        run(f"ip addr add {self.host}/24 dev {self.name}")
+
+    def mute(self, index: int) -> None:
+        """What a namespace sends goes nowhere; it still receives."""
+        for ip in self._others(index):
+            run(f"ip -n {self.namespaces[index]} neigh replace {ip} lladdr 02:00:00:00:00:01 dev eth0 nud permanent")
+
+    def unmute(self, index: int) -> None:
+        """What it sends arrives again."""
+        for ip in self._others(index):
+            run(f"ip -n {self.namespaces[index]} neigh del {ip} dev eth0")
+
+    def _others(self, index: int) -> list[str]:
+        return [self.host, *(ip for k, ip in enumerate(self.ips) if k != index)]
+
     def close(self) -> None:
         """Remove the bridge and the namespaces."""
         remove(self.name)

@@ -143,6 +143,7 @@ class ProcessLab:
         events: Membership events of the whole run, of hubs that were restarted too; there once it is over.
         reports: All whole reports.
         failure: Why the run failed, as the hub knows it.
+        network: The links between its machines, to be cut; None without ``rates_mbit``.
     """
 
     def __init__(
@@ -159,9 +160,9 @@ class ProcessLab:
         self.directory, self.slots, self.config = str(directory), slots, config or HetConfig()
         Path(self.directory).mkdir(parents=True, exist_ok=True)
         self.context = RunContext(run_id="lab", num_slots=slots.num_slots, **(context or {}))
-        self._network = slots.make_network()
-        if self._network is not None:
-            self.context = dataclasses.replace(self.context, host=self._network.host)
+        self.network = slots.make_network()
+        if self.network is not None:
+            self.context = dataclasses.replace(self.context, host=self.network.host)
         self._pickled_task = cloudpickle.dumps(
             WorkerTask(
                 train_fn=train_fn,
@@ -169,7 +170,7 @@ class ProcessLab:
                 config=self.config,
                 faults=list(faults),
                 files=files,
-                places=slots.places(self._network),
+                places=slots.places(self.network),
                 lab_pid=os.getpid(),
             )
         )
@@ -256,9 +257,9 @@ class ProcessLab:
             quota.close()
         self.quotas.clear()
         self._shut_down_hub()
-        if self._network is not None:
-            self._network.close()
-            self._network = None
+        if self.network is not None:
+            self.network.close()
+            self.network = None
 
     def _stacks(self) -> str:
         """The stacks of all threads of every worker."""

@@ -283,3 +283,19 @@ def test_what_was_inherited_is_in_a_checkpoint_and_handed_on_before_the_next_ste
     fleet.check()
     fleet.run(fleet.generation(["sign"] * 4))
     fleet.check()
+
+
+@pytest.mark.parametrize("codec", FED_BACK)
+def test_a_worker_that_was_away_keeps_what_it_has_left_out_and_nothing_else(codec: str) -> None:
+    fleet = Fleet(10)
+    for _ in range(3):
+        fleet.run(fleet.generation([codec] * 4))
+    held = residual(fleet.states[2])
+    fleet.states[2].forget_all_but_residual()
+    torch.testing.assert_close(residual(fleet.states[2]), held)
+    fresh = ErrorFeedback(LAYOUT)
+    fresh.use_codec(codec_of(codec), torch.device("cpu"))
+    others = ({k: v for k, v in s.items() if k != RESIDUAL} for s in (fleet.states[2]._kept[0], fresh._kept[0]))
+    mine, new = others
+    assert mine.keys() == new.keys() and all(torch.equal(mine[name], new[name]) for name in mine if name != "q")
+    fleet.check()

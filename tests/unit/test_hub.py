@@ -117,6 +117,17 @@ def test_two_members_that_wait_for_the_same_checkpoint_leave_when_it_is_stored(m
     assert hub.status()["failure"] is None
 
 
+def test_a_checkpoint_that_a_member_was_asked_for_is_asked_for_again_if_its_connection_was_cut(make_hub: Any) -> None:
+    hub = make_hub()
+    (first, second), record = started(hub)
+    for member in (first, second):
+        member.report("1.5.0", checkpoint=True, holds_snapshot=True)
+    assert first.until("write")
+    first.connection.close()
+    again = Client(hub, 0, record=record, cursor=ZERO, healed=True)
+    assert again.until("write")["key"] == "1.5.0"
+
+
 def test_every_member_is_told_of_the_newest_checkpoint_and_a_new_hub_learns_of_it_from_any(make_hub: Any) -> None:
     hub = make_hub()
     (writer, other), record = started(hub)
