@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import queue
@@ -28,7 +29,7 @@ from raytrain_het.membership.record import Member
 from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.status import RunStatus
 from raytrain_het.membership.switchboard import Switchboard
-from raytrain_het.membership.watchman import life_of
+from raytrain_het.membership.watchman import Life, life_of
 from raytrain_het.membership.wire import decoded, encode
 
 logger = logging.getLogger("raytrain_het")
@@ -38,6 +39,8 @@ STANDSTILL_S = 0.1
 """More than this between two ticks is a standstill of this process, and no member's silence."""
 ASK_LIMIT_S = 1.0
 """A machine that does not answer for so long is asked again."""
+SETTLING_S = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08)
+"""A process whose connection has closed, and that seems to run, may be on its way out: it is asked after again soon."""
 BACKLOG = 1024
 START_LIMIT_S = 30.0
 
@@ -235,9 +238,13 @@ class Hub:
 
     async def _look_after(self, member: Member) -> None:
         try:
-            life = await life_of(member, self.token, ASK_LIMIT_S)
-            with contextlib.suppress(Exception):  # As in _tick.
-                self._decide(lambda: self._switchboard.learn(member, life))
+            for pause_s in SETTLING_S:
+                await asyncio.sleep(pause_s)
+                life = await life_of(member, self.token, ASK_LIMIT_S)
+                with contextlib.suppress(Exception):  # As in _tick.
+                    self._decide(functools.partial(self._switchboard.learn, member, life))
+                if life not in (Life.RUNS, Life.LISTENS) or member.uid in self._links:
+                    break
         finally:
             del self._asking[member.uid]
 

@@ -109,11 +109,12 @@ class Switchboard:
     def hear(self, member: Member, message: protocol.Message) -> None:
         """A member has said something.
 
-        What most messages say changes nothing for reports, or can wait for the next tick: with many members it would
-        cost too much to look after each.
+        What most messages say changes nothing for reports. With many members it would cost too much to look after each:
+        then what matters for open reports can wait for the next tick.
         """
         self._hear(member, message)
-        if not isinstance(message, _SELDOM_MATTERS) or self._has_decided():
+        open_reports = self.reporting.collector.has_open_reports and len(self.core.run.peers) <= LARGE_FLEET
+        if open_reports or not isinstance(message, _SELDOM_MATTERS) or self._has_decided():
             self.settle()
 
     def _has_decided(self) -> bool:

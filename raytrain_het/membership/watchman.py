@@ -98,6 +98,8 @@ async def life_of(member: Member, token: str, timeout_s: float) -> Life:
         return await asyncio.wait_for(_ask(member, token), timeout_s)
     except ConnectionRefusedError:
         return await _listens(member.host, member.state_port, timeout_s)
+    except ConnectionError:  # It may just be ending with its worker.
+        return Life.LISTENS
     except (OSError, TimeoutError, ValueError):
         return Life.UNKNOWN
 

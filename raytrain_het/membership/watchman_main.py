@@ -21,15 +21,18 @@ MAX_ASKING = 32
 PATIENCE_S = 2.0
 """Whoever has sent no whole line by then is turned away."""
 MAX_LINE_BYTES = 64
+EXITING = 0x4
+"""The kernel's flag (``PF_EXITING``) of a process that is being taken down: it has no connections any more."""
 LOOK_S = 1.0
 """Where the kernel does not tell of a process's end, it is looked for so often."""
 
 
 def state_of(pid: int) -> str:
-    """The letter of a process's state: R running, S or D waiting, T or t stopped, Z dead, - gone."""
+    """The letter of a process's state: R running, S or D waiting, T or t stopped, Z or X dead, - gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
-            return stat.read().rpartition(b")")[2].split()[0].decode()
+            fields = stat.read().rpartition(b")")[2].split()
+            return "X" if int(fields[6]) & EXITING else fields[0].decode()
     except FileNotFoundError:
         if os.path.exists("/proc/self/stat"):
             return "-"

@@ -166,6 +166,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.told: list[dict[str, Any]] = []
+        self.record = None
 
     def tell(self, message: Timing) -> None:
         self.told.append(msgspec.structs.asdict(message))

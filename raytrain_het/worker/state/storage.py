@@ -86,6 +86,10 @@ class Storage(Protocol):
         """Remove a staged directory, if it is there."""
         ...
 
+    def find(self, name: str, identity: Identity) -> str | None:
+        """The path of this very checkpoint, if another worker has stored it."""
+        ...
+
     def fetch(self, path: str, wanted: Wanted = lambda name: True) -> contextlib.AbstractContextManager[str]:
         """A local directory with a stored checkpoint's files, at least those that are wanted."""
         ...
@@ -146,6 +150,11 @@ class StagedStorage(ABC):
         with contextlib.suppress(OSError):
             self._remove(staged)
 
+    def find(self, name: str, identity: Identity) -> str | None:
+        """See :class:`Storage`."""
+        final = f"{self.root}/{name}"
+        return final if self.renames and Identity.of(self._read(f"{final}/{META}")) == identity else None
+
     def persist(self, local_dir: str, name: str, staged: str | None = None) -> str:
         """See :class:`Storage`."""
         files = sorted(Path(local_dir).iterdir(), key=lambda path: (path.name == META, path.name))
@@ -164,8 +173,8 @@ class StagedStorage(ABC):
             self._name(staged, final, mine)
         except Exception:
             self.discard(staged)
-            if mine is not None and self.renames and Identity.of(self._read(f"{final}/{META}")) == mine:
-                return final  # The other holder's: it was in the way.
+            if mine is not None and (other := self.find(name, mine)) is not None:
+                return other  # The other holder's: it was in the way.
             raise
         self._clean(name, life)
         return final

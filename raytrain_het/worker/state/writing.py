@@ -21,6 +21,7 @@ from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.worker.state import checkpoint as files
 from raytrain_het.worker.state.state_server import StateServer
+from raytrain_het.worker.state.storage import Identity
 
 ASKED_AGAIN = 5
 """So often a worker is asked that answers nothing, and is no less a member."""
@@ -67,6 +68,10 @@ class Writer:
                 return self._storage.persist(directory, name, staged)
         except Exception:
             self._storage.discard(staged)
+            # Another holder may have stored it first, and cleared away what was staged here.
+            other = self._storage.find(name, Identity(**meta["run"]))
+            if other is not None:
+                return other
             raise
 
     def _store(self, directory: str, file: str, staged: str) -> None:
