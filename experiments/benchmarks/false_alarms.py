@@ -187,7 +187,51 @@ def busy(num_runs: int) -> dict[str, float]:
             loop.kill()
 
 
-def rows(num_runs: int) -> dict[str, Callable[[], dict[str, float]]]:
+def train_small() -> None:
+    """A small run's training function, for Ray."""
+    with tempfile.TemporaryDirectory() as directory:
+        dataclasses.replace(TASK, epochs=4, pace_s=0.0, report=False)(directory)
+
+
+def busy_under_ray(num_runs: int) -> dict[str, float]:
+    """The same under Ray, on this machine."""
+    import ray
+
+    from raytrain_het.ray_train.scaling import HetScalingConfig, WorkerSpec
+    from raytrain_het.ray_train.trainer import HetTrainer
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    context = multiprocessing.get_context("spawn")
+    loops = [context.Process(target=spin, daemon=True) for _ in range(multiprocessing.cpu_count())]
+    for loop in loops:
+        loop.start()
+    results = []
+    try:
+        for k in range(num_runs):
+            with tempfile.TemporaryDirectory() as directory:
+                trainer = HetTrainer(
+                    train_small,
+                    scaling_config=HetScalingConfig((WorkerSpec(count=2),)),
+                    run_config=ray.train.RunConfig(name=f"small_{k}", storage_path=directory),
+                )
+                trainer.fit()
+                (lines,) = Path(directory).glob("*/events.jsonl")
+                events = [json.loads(line) for line in lines.read_text().splitlines()]
+            kinds = [e["kind"] for e in events]
+            away = max((e["away_s"] for e in events if e["kind"] == "came_back"), default=0.0)
+            resets = sum(e["kind"] == "formed" and e.get("reset", False) for e in events) - 1
+            lost = kinds.count("lost") + kinds.count("evicted")
+            zero = dict.fromkeys(("redone", "checkpoints_lost", "differing"), 0)
+            row = {"lost": lost, "suspended": kinds.count("suspended"), "longest_s": away, "resets": resets}
+            results.append({**row, **zero, "error": 0.0})
+    finally:
+        for loop in loops:
+            loop.kill()
+        ray.shutdown()
+    return together(results)
+
+
+def rows(num_runs: int, num_ray_runs: int) -> dict[str, Callable[[], dict[str, float]]]:
     """What is tried."""
     long = dataclasses.replace(TASK, epochs=16)
     reporting = dataclasses.replace(TASK, epochs=6, report=True)
@@ -217,6 +261,7 @@ def rows(num_runs: int) -> dict[str, Callable[[], dict[str, float]]]:
             reporting, reporting, config=slow, storage=slow_storage
         ),
         f"{num_runs} small runs of two workers, a busy loop on each core": lambda: busy(num_runs),
+        f"{num_ray_runs} of them under Ray": lambda: busy_under_ray(num_ray_runs),
     }
 
 
@@ -224,12 +269,13 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=80, help="small runs beside busy loops")
+    parser.add_argument("--ray-runs", type=int, default=20, help="the same under Ray")
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     print(f"{'':<62} lost suspended longest resets redone error")
-    for name, measure in rows(args.runs).items():
+    for name, measure in rows(args.runs, args.ray_runs).items():
         if args.only not in name:
             continue
         results[name] = r = measure()

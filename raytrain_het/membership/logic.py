@@ -330,9 +330,11 @@ class Membership:
             return
         self._wait_no_longer_for_the_start(now)
         watching.suspend_silent(run, now)
-        watching.lose_unheard(run, now)
         watching.look_for_missing_answers(run, now)
-        watching.ask_again(run, now)
+        if now - run.waits.looked_at >= watching.LOOK_S:  # What need not be known at once, and looks at every member.
+            run.waits.looked_at = now
+            watching.lose_unheard(run, now)
+            watching.ask_again(run, now)
 
     def _wait_no_longer_for_the_start(self, now: float) -> None:
         run = self.run

@@ -16,6 +16,7 @@ None of them has a socket, a thread or a clock: the time comes as ``now``, and m
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,6 +65,8 @@ class Waits:
     """When members were last asked where they are, and what people were last told of it. Times in seconds."""
 
     asked_at: float = 0.0
+    looked_at: float = -math.inf
+    """When all members were last looked at."""
     asked_after_at: float = 0.0
     """When machines were last asked after members that are not connected."""
     logged_at: float = 0.0

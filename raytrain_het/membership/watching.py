@@ -29,6 +29,8 @@ from raytrain_het.membership.standstill import (
 from raytrain_het.membership.state import RunState
 from raytrain_het.membership.suspending import suspend
 
+LOOK_S = 0.2
+
 
 def ping(run: RunState, now: float) -> None:
     """Ask all members where they are; they answer whatever their training functions do."""
