@@ -110,10 +110,10 @@ class HoldsUp:
 class SlowStorage(LocalStorage):
     """Takes long for each checkpoint."""
 
-    def persist(self, local_dir: str, name: str) -> str:
+    def persist(self, local_dir: str, name: str, staged: str | None = None) -> str:
         """Store it, later."""
         time.sleep(8.0)
-        return super().persist(local_dir, name)
+        return super().persist(local_dir, name, staged)
 
 
 def slow_storage() -> SlowStorage:

@@ -69,8 +69,6 @@ class Switchboard:
         self.reporting = Reporting(self.core, self.tables, send)
         self.core.run.under_way = self.reporting.is_under_way
         self._now, self._send, self._connected = now, send, connected
-        self._reached = {context.host}
-        """Machines on which somebody has answered when asked after a member."""
         self._evaluations = ChunkDealer()
         self._audits = audit.AuditCollector()
         self._meetings: LastGroups[protocol.Meet] = LastGroups()
@@ -133,11 +131,10 @@ class Switchboard:
 
     def learn(self, member: Member, life: Life) -> None:
         """A member's machine has said how its process is."""
-        if life is Life.REFUSED:  # From a machine that was never reached it may be a firewall's word.
-            life = Life.ENDED if member.host in self._reached else Life.UNKNOWN
-        elif life is not Life.UNKNOWN:
-            self._reached.add(member.host)
         match life:
+            # Of another machine a refusal may be the word of a firewall, or of a gateway that does not reach it.
+            case Life.REFUSED if member.host == self.core.run.context.host:
+                self.core.dead(member.uid, "its process has ended", self._now())
             case Life.ENDED:
                 self.core.dead(member.uid, "its process has ended", self._now())
             case Life.STOPPED:

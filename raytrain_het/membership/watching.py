@@ -136,6 +136,8 @@ def _drop_what_holds_up(run: RunState, in_a_step: bool, now: float) -> None:
             return
         late, since = busy, None
     elif all(map(is_innocent, late)):
+        if run.under_way():
+            return  # A slow storage is nobody's hang.
         late = busy or late
     began = since[2] if since is not None else -math.inf
     # A member is first heard to be at a place by a ping, up to this much later than it came there.

@@ -33,8 +33,8 @@ class Life(enum.Enum):
     STOPPED = "stopped"
     ENDED = "ended"
     REFUSED = "refused"
-    """Nobody listens any more where its watchman and its state server did. It has ended, if its machine can be reached
-    at all."""
+    """Nobody listens any more where its watchman and its state server did: it has ended, if the refusal is its own
+    machine's."""
     LISTENS = "listens"
     """Somebody listens at its ports, and no more is known."""
     UNKNOWN = "unknown"

@@ -1,7 +1,8 @@
 """A worker's watchman: a small process beside it that says how it is, whatever holds up its threads.
 
-Run as a script, with the interpreter's own modules alone, so that it starts in some 10 ms and takes little memory. It
-ends when its worker does. See :mod:`raytrain_het.membership.watchman`.
+Run as a script, with the interpreter's own modules alone, so that it starts in some 10 ms and takes little memory. When
+its worker has ended it says so to the first that asks, and ends half a second later at the latest. See
+:mod:`raytrain_het.membership.watchman`.
 
 It reads the run's token from its standard input, a line each time that it changes, and writes the port that it listens
 on to its standard output. Whoever connects sends a line of at most 64 characters, its nonce. The answer is a line: the
@@ -11,6 +12,7 @@ the token.
 
 import _hashlib
 import _socket
+import math
 import os
 import select
 import sys
@@ -23,6 +25,8 @@ PATIENCE_S = 2.0
 MAX_LINE_BYTES = 64
 EXITING = 0x4
 """The kernel's flag (``PF_EXITING``) of a process that is being taken down: it has no connections any more."""
+LAST_WORD_S = 0.5
+"""So long it waits, after its worker's end, for somebody to ask."""
 LOOK_S = 1.0
 """Where the kernel does not tell of a process's end, it is looked for so often."""
 
@@ -40,7 +44,7 @@ def state_of(pid: int) -> str:
 
 
 def watch(pid: int, host: str) -> None:
-    """Answer until the process ends."""
+    """Answer until the process has ended, and somebody knows it."""
     family = _socket.AF_INET6 if ":" in host else _socket.AF_INET
     listener = _socket.socket(family, _socket.SOCK_STREAM)
     listener.bind((host, 0))
@@ -61,11 +65,16 @@ def watch(pid: int, host: str) -> None:
         poll.unregister(fd)
         asking.pop(fd)[0].close()
 
-    while os.getppid() == pid:
-        waits_s = LOOK_S if its_end < 0 or asking else None
+    until = math.inf
+    while time.monotonic() < until:
+        if os.getppid() != pid and until == math.inf:
+            until = time.monotonic() + LAST_WORD_S
+            if its_end >= 0:
+                poll.unregister(its_end)
+        waits_s = LAST_WORD_S if until < math.inf else LOOK_S if its_end < 0 or asking else None
         for fd, _ in poll.poll(None if waits_s is None else waits_s * 1000):
             if fd == its_end:
-                return
+                continue
             if fd == 0:
                 said = os.read(0, 4096)
                 typed += said
@@ -83,7 +92,7 @@ def watch(pid: int, host: str) -> None:
                 asking[new] = connection, b"", time.monotonic() + PATIENCE_S
                 poll.register(new, select.POLLIN)
             elif fd in asking:
-                connection, line, until = asking[fd]
+                connection, line, its_limit = asking[fd]
                 try:
                     said = connection.recv(MAX_LINE_BYTES)
                     line += said
@@ -92,14 +101,17 @@ def watch(pid: int, host: str) -> None:
                         proof = _hashlib.hmac_digest(token, line.strip() + letter, "sha256")
                         connection.send(letter + b" " + proof.hex().encode() + b"\n")
                         said = b""
+                        if until < math.inf:
+                            connection.close()
+                            return
                 except OSError:
                     said = b""
                 if not said or len(line) > MAX_LINE_BYTES:
                     turn_away(fd)
                 else:
-                    asking[fd] = connection, line, until
+                    asking[fd] = connection, line, its_limit
         now = time.monotonic()
-        for fd in [fd for fd, (_, _, until) in asking.items() if now > until]:
+        for fd in [fd for fd, (_, _, its_limit) in asking.items() if now > its_limit]:
             turn_away(fd)
 
 

@@ -1,6 +1,7 @@
-"""Connections are cut and threads held up while all processes live: no worker is lost, and no step done again."""
+"""Connections, threads and storage are held up while all processes live: no worker is lost, and no step done again."""
 
 import ctypes
+import dataclasses
 import random
 import time
 
@@ -8,8 +9,9 @@ import pytest
 from labs import run
 
 from raytrain_het.testing.cuts import cut
-from raytrain_het.testing.regression import Regression, traces
+from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
 from raytrain_het.worker.session import current
+from raytrain_het.worker.state.checkpoint import LocalStorage
 
 TASK = Regression(patience_s=0.25, pace_s=0.005, epochs=6)
 NOTHING_LOST = ("lost", "evicted", "suspended", "void", "given_up")
@@ -65,3 +67,22 @@ def test_a_worker_whose_interpreter_is_held_by_a_call_is_waited_for(tmp_path):
     done.check(TASK)
     assert time.monotonic() - started > 3 * 1.5
     assert done.kinds(*NOTHING_LOST) == []
+
+
+class SlowStorage(LocalStorage):
+    """Takes ten times the hang limit for each checkpoint."""
+
+    def persist(self, local_dir, name, staged=None):
+        time.sleep(10 * HANG_LIMIT_S)
+        return super().persist(local_dir, name, staged)
+
+
+HANG_LIMIT_S = 0.3
+
+
+def test_a_storage_that_takes_longer_than_the_hang_limit_costs_no_worker_and_no_checkpoint(tmp_path):
+    config = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=HANG_LIMIT_S)
+    task = dataclasses.replace(TASK, epochs=4)
+    done = run(task, tmp_path, config=config, storage=lambda: SlowStorage(tmp_path / "storage"))
+    done.check(task)
+    assert done.kinds(*NOTHING_LOST, "failed") == []
