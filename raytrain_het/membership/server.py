@@ -208,7 +208,8 @@ class Hub:
                 del self._links[member.uid]
                 with contextlib.suppress(Exception):
                     self._decide(lambda: self._switchboard.disconnected(member.uid))
-                self._ask_after(member)
+                if self._switchboard.expects(member.uid):
+                    self._ask_after(member)
             return
         if link.transport.is_closing() and member is None:
             return
@@ -229,7 +230,6 @@ class Hub:
         member = link.member = hello.member
         self._links[member.uid] = link
         self._decide(lambda: self._switchboard.hello(hello), f" when worker {member.slot} said hello")
-        self._ask_after(member)
 
     def _ask_after(self, member: Member) -> None:
         """Ask a member's machine how its process is, unless it was asked already."""

@@ -129,6 +129,10 @@ class Switchboard:
         """Something has arrived from a member; what it is comes to :meth:`hear` in its turn."""
         self.core.run.heard(uid, self._now())
 
+    def expects(self, uid: str) -> bool:
+        """Whether this member was not let go: its connection should not have closed."""
+        return uid in self.core.run.peers or uid in self.core.run.suspended
+
     def learn(self, member: Member, life: Life) -> None:
         """A member's machine has said how its process is."""
         match life:

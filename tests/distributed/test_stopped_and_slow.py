@@ -1,5 +1,6 @@
 """The others soon go on without a stopped worker, never without a slow one; and one that wakes comes back in place."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -7,12 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from labs import run, wait_until
 
 from raytrain_het.membership.points import POINTS
 from raytrain_het.testing.campaign import Waker
 from raytrain_het.testing.faults import Fault, happened
-from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, traces
+from raytrain_het.testing.ledger import check_exactly_once, read_ledgers
+from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas, traces
 from raytrain_het.worker.session import current
 
 TASK = Regression(patience_s=0.05)
@@ -39,6 +42,37 @@ def waking(lab):
     if not hasattr(lab, "waker"):
         lab.waker = Waker(lab)
     lab.waker()
+
+
+class WakesAfterSteps:
+    """Wakes stopped workers once the others have gone on for so many steps without them."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self, lab):
+        for fault in happened(lab.directory):
+            gone_on = max((step for step, *_ in traces(lab.directory)), default=0)
+            if gone_on >= fault.step + self.steps and fault.slot in lab.processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(lab.processes[fault.slot].pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("point", ["slice", "backward", "updated"])
+def test_a_worker_that_was_away_at_the_end_of_epochs_comes_back_into_a_later_one(tmp_path, point):
+    """What its program does at an epoch's end was done by the others: nothing of it is done or reported twice."""
+    task = dataclasses.replace(TASK, epochs=8, scheduled=True, batch_norm=True, dtype=torch.float64)
+    faults = [Fault(slot=1, step=14, point=point, kind="stop")]
+    done = run(task, tmp_path, faults=faults, on_poll=WakesAfterSteps(2 * STEPS + 3))
+    check_exactly_once(read_ledgers(tmp_path), task.plan, epochs=task.epochs)
+    assert differing_replicas(tmp_path) == []
+    done.check_reports(task)
+    assert [e["missed"] for e in done.kinds("came_back")] == [True]
+    assert done.kinds("lost", "evicted", "failed") == [] and sorted(done.results) == [0, 1, 2]
+    assert done.parameters is not None, "they are the same to the bit"
+    rates = {slot: dict(result["rates"]) for slot, result in done.results.items()}
+    assert all(rates[1][step] == rate for step, rate in rates[0].items() if step in rates[1])
+    assert max(rates[1]) == task.num_steps - 1 and len(rates[1]) < len(rates[0])
 
 
 @pytest.mark.parametrize("point", ["decoded", "updated"])
