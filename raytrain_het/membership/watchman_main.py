@@ -43,77 +43,104 @@ def state_of(pid: int) -> str:
     return "S" if os.getppid() == pid else "-"
 
 
-def watch(pid: int, host: str) -> None:
-    """Answer until the process has ended, and somebody knows it."""
-    family = _socket.AF_INET6 if ":" in host else _socket.AF_INET
-    listener = _socket.socket(family, _socket.SOCK_STREAM)
-    listener.bind((host, 0))
-    listener.listen(MAX_ASKING)
-    listener.setblocking(False)
-    os.write(1, b"%d\n" % listener.getsockname()[1])
-    os.close(1)
-    token, typed = b"", b""
-    asking: dict[int, tuple[_socket.socket, bytes, float]] = {}
-    poll = select.poll()
-    poll.register(listener.fileno(), select.POLLIN)
-    poll.register(0, select.POLLIN)
-    its_end = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
-    if its_end >= 0:
-        poll.register(its_end, select.POLLIN)
+class Watch:
+    """Looks after one process.
 
-    def turn_away(fd: int) -> None:
-        poll.unregister(fd)
-        asking.pop(fd)[0].close()
+    Args:
+        pid: the process's; it is this one's parent.
+        host: where to listen.
+    """
 
-    until = math.inf
-    while time.monotonic() < until:
-        if os.getppid() != pid and until == math.inf:
-            until = time.monotonic() + LAST_WORD_S
-            if its_end >= 0:
-                poll.unregister(its_end)
-        waits_s = LAST_WORD_S if until < math.inf else LOOK_S if its_end < 0 or asking else None
-        for fd, _ in poll.poll(None if waits_s is None else waits_s * 1000):
-            if fd == its_end:
-                continue
-            if fd == 0:
-                said = os.read(0, 4096)
-                typed += said
-                *lines, typed = typed.split(b"\n")
-                token = lines[-1] if lines else token
-                if not said:
-                    poll.unregister(0)
-            elif fd == listener.fileno():
-                new, _ = listener._accept()  # type: ignore[attr-defined]  # What socket.accept() calls.
-                connection = _socket.socket(fileno=new)
-                connection.setblocking(False)
-                if len(asking) >= MAX_ASKING:
-                    connection.close()
-                    continue
-                asking[new] = connection, b"", time.monotonic() + PATIENCE_S
-                poll.register(new, select.POLLIN)
-            elif fd in asking:
-                connection, line, its_limit = asking[fd]
-                try:
-                    said = connection.recv(MAX_LINE_BYTES)
-                    line += said
-                    if line.endswith(b"\n"):
-                        letter = state_of(pid).encode()
-                        proof = _hashlib.hmac_digest(token, line.strip() + letter, "sha256")
-                        connection.send(letter + b" " + proof.hex().encode() + b"\n")
-                        said = b""
-                        if until < math.inf:
-                            connection.close()
-                            return
-                except OSError:
-                    said = b""
-                if not said or len(line) > MAX_LINE_BYTES:
-                    turn_away(fd)
-                else:
-                    asking[fd] = connection, line, its_limit
-        now = time.monotonic()
-        for fd in [fd for fd, (_, _, its_limit) in asking.items() if now > its_limit]:
-            turn_away(fd)
+    def __init__(self, pid: int, host: str) -> None:
+        self.pid = pid
+        self._token, self._typed = b"", b""
+        self._asking: dict[int, tuple[_socket.socket, bytes, float]] = {}
+        """By descriptor, who asks: the connection, what it has sent, and when it is turned away."""
+        self._until = math.inf
+        """When to end."""
+        self._listener = _socket.socket(_socket.AF_INET6 if ":" in host else _socket.AF_INET, _socket.SOCK_STREAM)
+        self._listener.bind((host, 0))
+        self._listener.listen(MAX_ASKING)
+        self._listener.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self._listener.fileno(), select.POLLIN)
+        self._poll.register(0, select.POLLIN)
+        self._its_end = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
+        if self._its_end >= 0:
+            self._poll.register(self._its_end, select.POLLIN)
+
+    def run(self) -> None:
+        """Say the port, and answer until the process has ended and somebody knows it."""
+        os.write(1, b"%d\n" % self._listener.getsockname()[1])
+        os.close(1)
+        while time.monotonic() < self._until:
+            if os.getppid() != self.pid and self._until == math.inf:
+                self._until = time.monotonic() + LAST_WORD_S
+                if self._its_end >= 0:
+                    self._poll.unregister(self._its_end)
+            for fd, _ in self._poll.poll(self._pause_ms()):
+                if fd == 0:
+                    self._learn()
+                elif fd == self._listener.fileno():
+                    self._accept()
+                elif fd in self._asking:
+                    self._hear(fd)
+            now = time.monotonic()
+            for fd in [fd for fd, (_, _, limit) in self._asking.items() if now > limit]:
+                self._turn_away(fd)
+
+    def _pause_ms(self) -> float | None:
+        if self._until < math.inf:
+            return LAST_WORD_S * 1000
+        return LOOK_S * 1000 if self._its_end < 0 or self._asking else None
+
+    def _learn(self) -> None:
+        """A token has come."""
+        said = os.read(0, 4096)
+        *lines, self._typed = (self._typed + said).split(b"\n")
+        self._token = lines[-1] if lines else self._token
+        if not said:
+            self._poll.unregister(0)
+
+    def _accept(self) -> None:
+        try:
+            fd, _ = self._listener._accept()  # type: ignore[attr-defined]  # What socket.accept() calls.
+        except OSError:
+            return
+        connection = _socket.socket(fileno=fd)
+        connection.setblocking(False)
+        if len(self._asking) >= MAX_ASKING:
+            connection.close()
+            return
+        self._asking[fd] = connection, b"", time.monotonic() + PATIENCE_S
+        self._poll.register(fd, select.POLLIN)
+
+    def _hear(self, fd: int) -> None:
+        """Somebody who asks has sent something."""
+        connection, line, limit = self._asking[fd]
+        try:
+            said = connection.recv(MAX_LINE_BYTES)
+            line += said
+            if line.endswith(b"\n"):
+                self._answer(connection, line.strip())
+        except OSError:
+            said = b""
+        if not said or line.endswith(b"\n") or len(line) > MAX_LINE_BYTES:
+            self._turn_away(fd)
+        else:
+            self._asking[fd] = connection, line, limit
+
+    def _answer(self, connection: _socket.socket, nonce: bytes) -> None:
+        letter = state_of(self.pid).encode()
+        proof = _hashlib.hmac_digest(self._token, nonce + letter, "sha256")
+        connection.send(letter + b" " + proof.hex().encode() + b"\n")
+        if self._until < math.inf:
+            self._until = 0.0  # Somebody knows it now.
+
+    def _turn_away(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        self._asking.pop(fd)[0].close()
 
 
 if __name__ == "__main__":
-    watch(int(sys.argv[1]), sys.argv[2])
+    Watch(int(sys.argv[1]), sys.argv[2]).run()

@@ -75,8 +75,8 @@ def test_it_tells_running_stopped_and_ended_processes_apart(worker: Any) -> None
     process.send_signal(signal.SIGCONT)
     until(lambda: life(port) is Life.RUNS)
     process.kill()
-    until(lambda: life(port) in (Life.ENDED, Life.REFUSED))
-    until(lambda: ended(pid))
+    assert until(lambda: life(port) in (Life.ENDED, Life.REFUSED))
+    assert until(lambda: ended(pid)), "it does not outlive its worker for long"
 
 
 def test_it_answers_while_the_interpreter_is_held() -> None:
@@ -130,7 +130,7 @@ def test_strangers_that_say_nothing_keep_nobody_from_asking(worker: Any) -> None
     _, port, _ = worker
     until(lambda: life(port) is Life.RUNS)
     strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(2 * MAX_ASKING)]
-    until(lambda: life(port) is Life.RUNS)
+    assert until(lambda: life(port) is Life.RUNS)
     for stranger in strangers:
         stranger.close()
 
