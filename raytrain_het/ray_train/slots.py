@@ -30,6 +30,8 @@ from raytrain_het.ray_train.resources import SlotSpec
 logger = logging.getLogger(__name__)
 
 MAX_START_FAILURES = 3
+MAX_PAUSE_S = 60.0
+"""A worker that cannot be started for a reason that may pass is tried again at least so often."""
 
 
 class SlotState(enum.Enum):
@@ -76,6 +78,14 @@ class Slot:
         self.state, self.waiting_since = SlotState.STARTING, time.monotonic()
         self.vacant_told = self.user_told = False
         self.start = Start(self, plan, delay_s=delay_s)
+
+    def begin_again(self, plan: StartContext) -> float:
+        """Begin to start a worker after a pause, which doubles each time; returns the pause, seconds."""
+        self.start_failures += 1
+        pause_s = min(2.0**self.start_failures, MAX_PAUSE_S)
+        self.begin(plan, delay_s=pause_s)
+        self.vacant_told = True
+        return pause_s
 
     def go_live(self, worker: Worker, callbacks: list[Any]) -> None:
         """Take over a worker that runs the training function."""

@@ -39,8 +39,6 @@ _STOPPED_S = 1.0
 _REASON_S = 3.0
 _TELL_VACANT_S = 5.0
 _TELL_USER_S = 15.0
-_MAX_RETRY_S = 60.0
-"""A worker that cannot be started for a reason that may pass is tried again at least so often."""
 
 
 class HetWorkerGroup(WorkerGroup):
@@ -199,18 +197,11 @@ class HetWorkerGroup(WorkerGroup):
 
     def _try_again_later(self, slot: Slot, error: BaseException | None) -> None:
         """A worker could not be started for a reason that may pass: others train, so it costs them nothing to wait."""
-        slot.start_failures += 1
-        delay_s = min(2.0**slot.start_failures, _MAX_RETRY_S)
+        pause_s = slot.begin_again(self._plan)
         reason = f"it could not be started ({type(error).__name__}: {_short(error or Exception())})"
-        logger.warning(
-            "Worker %d: %s. The next try is in %.0f s; the run goes on without it until then.",
-            slot.index,
-            reason,
-            delay_s,
-        )
+        until_then = f"The next try is in {pause_s:.0f} s; the run goes on without it until then."
+        logger.warning("Worker %d: %s. %s", slot.index, reason, until_then)
         self._hub.slot_vacant(slot.index, reason)
-        slot.begin(self._plan, delay_s=delay_s)
-        slot.vacant_told = True
 
     def _settle(self, *, fresh: bool) -> None:
         """Decide what the answers mean for each slot.
