@@ -117,7 +117,10 @@ def course(samples: list[dict[str, int]], refills: int) -> list[dict[str, float]
 
 
 def main() -> None:
-    args = common.arguments(__doc__, lambda parser: parser.add_argument("--refills", type=int, default=1000))
+    def add(parser: Any) -> None:
+        parser.add_argument("--refills", type=int, default=1000)
+
+    args = common.arguments(__doc__, add)
     with common.scratch() as directory:
         refills = directory / "refills"
         refills.touch()

@@ -25,6 +25,7 @@ from raytrain_het.config import HetConfig
 from raytrain_het.testing.cuts import cut
 from raytrain_het.testing.lab_worker import WorkerFiles
 from raytrain_het.testing.ledger import check_exactly_once, read_ledgers
+from raytrain_het.testing.networks import Network
 from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas, relative_error, traces
 from raytrain_het.worker.session import current
@@ -32,6 +33,7 @@ from raytrain_het.worker.state.checkpoint import LocalStorage
 
 TASK = Regression(pace_s=0.01, epochs=12, report=False)
 OnPoll = Callable[[ProcessLab], None]
+OnNetwork = Callable[[Network], None]
 
 
 def last_step(lab: ProcessLab) -> int:
@@ -62,21 +64,22 @@ class Partition:
     """Cuts machines off at step 10, for a while.
 
     Args:
-        begins: takes the lab.
+        begins: takes the links between machines.
         ends: too.
         seconds: how long.
     """
 
-    def __init__(self, begins: OnPoll, ends: OnPoll, seconds: float) -> None:
+    def __init__(self, begins: OnNetwork, ends: OnNetwork, seconds: float) -> None:
         self.begins, self.ends, self.seconds = begins, ends, seconds
         self.began = self.ended = 0.0
 
     def __call__(self, lab: ProcessLab) -> None:
+        assert lab.network is not None, "the lab has cables"
         if not self.began and last_step(lab) >= 10:
-            self.begins(lab)
+            self.begins(lab.network)
             self.began = time.monotonic()
         elif self.began and not self.ended and time.monotonic() - self.began > self.seconds:
-            self.ends(lab)
+            self.ends(lab.network)
             self.ended = time.monotonic()
 
 
@@ -163,10 +166,10 @@ def run(
 def together(results: list[dict[str, float]]) -> dict[str, float]:
     """Of several runs: the sum, of times and errors the largest."""
     largest = ("longest_s", "error")
-    return {k: (max if k in largest else sum)(r[k] for r in results) for k in results[0]}  # type: ignore[operator]
+    return {k: (max if k in largest else sum)(r[k] for r in results) for k in results[0]}
 
 
-def partition(begins: OnPoll, ends: OnPoll, seconds: float, *, pause_s: float, epochs: int) -> dict[str, float]:
+def partition(begins: OnNetwork, ends: OnNetwork, seconds: float, *, pause_s: float, epochs: int) -> dict[str, float]:
     """A run in which machines are cut off for a while; its steps pause while a worker is away."""
     task = dataclasses.replace(TASK, patience_s=pause_s, pace_s=0.02, epochs=epochs)
     config = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=120.0)
@@ -240,20 +243,20 @@ def rows(num_runs: int, num_ray_runs: int) -> dict[str, Callable[[], dict[str, f
         "all connections to the hub cut 50 times": lambda: run(long, long, on_poll=Cuts(50, None, 1)),
         "one worker's connection cut 50 times": lambda: run(long, long, on_poll=Cuts(50, [1], 2)),
         "hub not reached for 30 s": lambda: partition(
-            lambda lab: lab.network.hide_host(),
-            lambda lab: lab.network.show_host(),
+            lambda network: network.hide_host(),
+            lambda network: network.show_host(),
             30.0,
             pause_s=0.02,
             epochs=200,
         ),
         "one worker not reached for 5 s": lambda: partition(
-            lambda lab: lab.network.unplug(2), lambda lab: lab.network.plug_in(2), 5.0, pause_s=0.2, epochs=12
+            lambda network: network.unplug(2), lambda network: network.plug_in(2), 5.0, pause_s=0.2, epochs=12
         ),
         "one worker not reached for 60 s": lambda: partition(
-            lambda lab: lab.network.unplug(2), lambda lab: lab.network.plug_in(2), 60.0, pause_s=0.5, epochs=20
+            lambda network: network.unplug(2), lambda network: network.plug_in(2), 60.0, pause_s=0.5, epochs=20
         ),
         "one worker hears and is not heard for 5 s": lambda: partition(
-            lambda lab: lab.network.mute(1), lambda lab: lab.network.unmute(1), 5.0, pause_s=0.2, epochs=12
+            lambda network: network.mute(1), lambda network: network.unmute(1), 5.0, pause_s=0.2, epochs=12
         ),
         "a call holds the interpreter for 5 s": lambda: run(HoldsUp(TASK, "call"), TASK),
         "a collection of six million objects": lambda: run(HoldsUp(TASK, "garbage"), TASK),

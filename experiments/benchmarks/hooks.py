@@ -47,7 +47,7 @@ def ddp() -> Callable[[torch.Tensor, torch.Tensor], None]:
     """torch's route: DDP with a comm hook."""
     model = DistributedDataParallel(common.make_model())
 
-    def finished(state, bucket):  # Not annotated: torch compares annotations, and ours are texts.
+    def finished(state, bucket):  # type: ignore[no-untyped-def]  # Torch compares annotations, and ours are texts.
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future

@@ -13,6 +13,7 @@ Each fraction is relative to solo speeds which were measured in the same trainer
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -56,7 +57,7 @@ def train_stock(config: dict[str, Any]) -> None:
         ddp_s = timed(steps, lambda: ddp.step(equal))
         solo_static = learn()
         share = oracle.shares[rank]
-        static_s = timed(steps, lambda share=share: static.step(share, share * size / total))
+        static_s = timed(steps, functools.partial(static.step, share, share * size / total))
         rounds.append(
             {
                 "solo_equal": solo_equal,

@@ -106,7 +106,8 @@ def evaluate(directory: Path, point: str, kind: str) -> Iterator[dict[str, Any]]
     for mark in sorted(directory.glob(f"fault_*_{kind}")):
         slot, step = (int(text) for text in mark.stem.split("_")[1:3])
         at = float(mark.read_text())
-        slowest, step_s = {"recovery_s": -1.0}, []
+        step_s: list[float] = []
+        slowest: dict[str, Any] = {"recovery_s": -1.0}
         for name, events in processes.items():
             before = [e for e in events if e[3] < at]
             after = [e for e in events if e[3] >= at]

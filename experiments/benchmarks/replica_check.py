@@ -28,13 +28,12 @@ def replica(num_parameters: int) -> Replica:
     """A model of about so many parameters, after one step of Adam."""
     width = round((num_parameters / 8) ** 0.5)
     layers = [layer for _ in range(8) for layer in (nn.Linear(width, width), nn.ReLU())]
-    made = Replica()
-    made.model = nn.Sequential(*layers, nn.BatchNorm1d(width))
-    made.optimizer = torch.optim.Adam(made.model.parameters())
-    for p in made.model.parameters():
+    model = nn.Sequential(*layers, nn.BatchNorm1d(width))
+    optimizer = torch.optim.Adam(model.parameters())
+    for p in model.parameters():
         p.grad = torch.randn_like(p)
-    made.optimizer.step()
-    return made
+    optimizer.step()
+    return Replica(model, optimizer)
 
 
 def measure(num_parameters: int, every: int, steps: int) -> dict[str, Any]:

@@ -188,17 +188,19 @@ class Switch:
         if wanted == self._last:
             return
         self._last, hub = wanted, lab.hub
-        hub._tables.board.compression = None
+        switchboard = hub._switchboard
+        switchboard.tables.board.compression = None
+        run = switchboard.core.run
 
         links_s = self._links_s
         codecs, hierarchy = json.loads(wanted)
 
         def follow() -> None:
-            hub._core.settings = dataclasses.replace(hub._core.settings, hierarchy=hierarchy)
-            before = hub._core.table
+            run.config = dataclasses.replace(run.config, hierarchy=hierarchy)
+            before = run.table
             slots = range(lab.slots.num_slots)
             equal = dict.fromkeys(slots, 1.0)
-            hub._core.follow(
+            switchboard.core.follow(
                 Table(
                     version=before.version + 1 if before else 1,
                     scores=before.scores if before else equal,

@@ -22,7 +22,7 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
-from raytrain_het.sweeps.ledger import Entry, read_ledger
+from raytrain_het.sweeps.ledger import TrialEntry, read_ledger
 from raytrain_het.sweeps.runs import read_reports
 
 RATES = [
@@ -112,7 +112,7 @@ def measure(folder: Path, address: str, num_trials: int, kill_after: int) -> dic
     }
 
 
-def ended(ledger: Path) -> dict[str, Entry]:
+def ended(ledger: Path) -> dict[str, TrialEntry]:
     """Trials that have ended."""
     return {key: e for key, e in read_ledger(ledger).items() if e.status != "unfinished"}
 

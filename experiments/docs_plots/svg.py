@@ -39,7 +39,7 @@ def drawing() -> AbstractContextManager[None]:
     """Within it figures are made, filled and written."""
     from matplotlib import rc_context
 
-    style: AbstractContextManager[None] = rc_context(_STYLE)
+    style: AbstractContextManager[None] = rc_context(_STYLE)  # type: ignore[arg-type]  # Its keys are of one type.
     return style
 
 
