@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from raytrain_het.allreduce.header import Header, header_bytes, read_header, write_header
+from raytrain_het.allreduce.header import Header, HeaderFormat
 from raytrain_het.allreduce.jobs import ConfirmJob, Contribution, LocalBucket, ResyncJob, StepJob
 from raytrain_het.allreduce.layout import Bucket, Layout
 from raytrain_het.allreduce.reducers import Reducer, ReducerByEpoch
@@ -76,8 +76,9 @@ class Collectives:
                 if following is not None:
                     under_way.append(_UnderWay(bucket.rest, following))
             k += 1
-        reducer.feedback.observe_weight(summary.total_weight, job.num_samples)
-        return summary.all(), waited_s
+        of_all = summary.all()
+        reducer.feedback.observe_weight(of_all.total_weight, job.num_samples)
+        return of_all, waited_s
 
     def _begin(
         self, job: StepJob, bucket: Bucket, reducer: Reducer, summary: SummarySoFar, expected_weight: float
@@ -97,23 +98,24 @@ class Collectives:
             bucket=bucket,
             want=max(self._agent.want, generation),
             weight=mine.weight,
-            finite=local.finite,
             contributes=mine.contributes,
+            used=local.used,
+            nonfinite=0 if local.finite else 1 << self.reducer.rank,
             digest=mine.digest,
             numbers=mine.numbers,
             loss=mine.loss,
-            used=local.used,
         )
 
     def confirm(self, job: ConfirmJob) -> int:
         """A round of headers only. Returns the highest generation number that any member was told of."""
         reducer = self.reducer
-        size, length = reducer.group.size, header_bytes(0)
+        size, layout = reducer.group.size, HeaderFormat(0, 0)
+        length = layout.num_bytes
         message = torch.zeros(size * length, dtype=torch.uint8, device=reducer.group.device)
         out = torch.zeros_like(message)
         header = self._header(job.generation, job.step, _CONFIRM.index, Contribution(), LocalBucket())
         for rank in range(size):
-            write_header(header, 0, message[rank * length : (rank + 1) * length])
+            layout.write(header, message[rank * length : (rank + 1) * length])
         self._waiter.position = (job.step + 1) * self._num_positions - 1
         lengths = [length] * size
         operation = reducer.group.all_to_all(PeerBuffers(out, lengths), PeerBuffers(message, lengths))
@@ -122,7 +124,7 @@ class Collectives:
         reducer.traffic.received += (size - 1) * length
         want = 0
         for rank in range(size):
-            theirs = read_header(out[rank * length :], 0)
+            theirs = layout.read(out[rank * length :])
             reducer.check_header(theirs, _CONFIRM.index, job.step, rank)
             want = max(want, theirs.want)
         return want

@@ -258,10 +258,9 @@ class _Bucket:
                 bucket=bucket.index,
                 want=0,
                 weight=work.weight,
-                finite=finite,
                 contributes=work.weight > 0,
-                digest=0,
                 used=sum(bool(part.any()) << k for k, part in enumerate(parts)),
+                nonfinite=0 if finite else 1 << reducer.rank,
             )
             outs.append(torch.empty_like(local))
             local.mul_(work.weight / work.loss_scale)

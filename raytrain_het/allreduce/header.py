@@ -1,8 +1,14 @@
-"""The header in front of every message of a bucket. It is small, has a fixed size, and goes to every member."""
+"""The header of a bucket: what one member says of its gradient, or several say together.
+
+It travels in front of a payload, and nowhere else: from every member to the owners of the bucket, and, merged, from the
+owners to all members in front of the mean. So a step needs no message for it. A merged header is a header again, so
+headers are merged on their way as gradients are added up: at the owners, or on a machine and then among machines.
+"""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +18,7 @@ from raytrain_het.errors import ProtocolError
 
 _FIXED = struct.Struct("<HHHHqqqdqq")
 MAGIC = 0x4E57
-FINITE, CONTRIBUTES = 1, 2
+CONTRIBUTES, REPLICAS_DIFFER, LOSSES_DIFFER = 1, 2, 4
 
 
 HeaderPlace = torch.Tensor | memoryview
@@ -20,88 +26,130 @@ HeaderPlace = torch.Tensor | memoryview
 
 
 class Header(NamedTuple):
-    """What a sender says about one bucket of one step."""
+    """What is said about one bucket of one step, by one member or by several."""
 
     step: int
     generation: int
     bucket: int
     want: int
-    """The highest generation number that the sender was told of."""
+    """The highest generation number that any of them was told of."""
     weight: float
-    """The weight ``w_i`` of its gradient: the samples behind it (or the user's measure)."""
-    finite: bool
+    """The sum of the weights ``w_i`` of gradients that count: the samples behind them (or the user's measure)."""
     contributes: bool
-    """False with an empty share: the payload is dropped, and not multiplied by 0."""
-    digest: int
-    """Digest of a part of its replica when the step was opened; 0 where no comparison is due."""
+    """False if no gradient counts, as with an empty share: the payload is dropped, and not multiplied by 0."""
     used: int
-    """Bit ``k`` is set if parameter ``k`` of the bucket had a gradient."""
+    """Bit ``k`` is set if parameter ``k`` of the bucket had a gradient that counts."""
+    nonfinite: int = 0
+    """Bit ``i`` is set if the gradient of rank ``i`` counts and is not finite."""
+    digest: int = 0
+    """Digest of a part of a replica when the step was opened; 0 where no comparison is due."""
     numbers: int = 0
-    """Digest of the settings and numbers that it goes by in this step; 0 where no comparison is due."""
+    """Digest of the settings and numbers that a member goes by in this step; 0 where no comparison is due."""
     loss: int = 0
-    """What its loss is a mean over, as 16 bits; 0 where that is not known."""
+    """What a loss is a mean over, as 16 bits; 0 where that is not known."""
+    replicas_differ: bool = False
+    """Whether several speak, and ``digest`` or ``numbers`` are not the same for all."""
+    losses_differ: bool = False
+    """Whether several speak, and ``loss`` is not the same for all."""
 
 
-def header_bytes(num_segments: int) -> int:
-    """Bytes of the header of a bucket with so many tensors."""
-    return aligned(_FIXED.size + (num_segments + 7) // 8)
-
-
-def header_place(message: torch.Tensor, num_segments: int) -> HeaderPlace:
-    """The memory of a message's header (uint8), to be written and read again and again."""
-    place = message[: header_bytes(num_segments)]
-    return place.numpy().data if place.device.type == "cpu" else place
-
-
-def write_header(header: Header, num_segments: int, *places: HeaderPlace) -> None:
-    """Pack it into each of ``places`` (header_bytes,) uint8."""
-    flags = FINITE * header.finite + CONTRIBUTES * header.contributes
-    data = _FIXED.pack(
-        MAGIC,
-        header.bucket,
-        flags,
-        header.loss,
-        header.step,
-        header.generation,
-        header.want,
-        header.weight,
-        header.digest,
-        header.numbers,
+def merged(headers: Iterable[Header]) -> Header:
+    """What members say together; in rank order, for the sum of weights depends on the order in its last bit."""
+    first, *others = headers
+    said = [first, *others]
+    contributing = [h for h in said if h.contributes]
+    digests = [(h.digest, h.numbers) for h in said if h.digest]
+    losses = [h.loss for h in contributing if h.loss]
+    used = nonfinite = 0
+    for header in contributing:
+        used |= header.used
+        nonfinite |= header.nonfinite
+    digest, numbers = digests[0] if digests else (0, 0)
+    return first._replace(
+        want=max(h.want for h in said),
+        weight=float(sum(h.weight for h in contributing)),
+        contributes=bool(contributing),
+        used=used,
+        nonfinite=nonfinite,
+        digest=digest,
+        numbers=numbers,
+        loss=losses[0] if losses else 0,
+        replicas_differ=any(h.replicas_differ for h in said) or len(set(digests)) > 1,
+        losses_differ=any(h.losses_differ for h in said) or len(set(losses)) > 1,
     )
-    data += header.used.to_bytes((num_segments + 7) // 8, "little")
-    data = data.ljust(header_bytes(num_segments), b"\0")
-    on_device: torch.Tensor | None = None
-    for place in places:
-        if isinstance(place, memoryview):
-            place[:] = data
-        elif on_device is None:
-            on_device = place.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        else:
-            place.copy_(on_device)
 
 
-def read_header(message: HeaderPlace, num_segments: int) -> Header:
-    """Unpack the first bytes of a message.
+class HeaderFormat:
+    """How a bucket's headers lie in memory.
 
-    Raises:
-        ProtocolError: they are no header.
+    Args:
+        num_segments: tensors of the bucket.
+        num_members: of the generation.
     """
-    if isinstance(message, torch.Tensor):
-        message = message[: header_bytes(num_segments)].cpu().numpy().data
-    magic, bucket, flags, loss, step, generation, want, weight, digest, numbers = _FIXED.unpack_from(message)
-    if magic != MAGIC:
-        raise ProtocolError(f"a message starts with {magic:#06x} instead of {MAGIC:#06x}: it is not a step's message")
-    used = int.from_bytes(message[_FIXED.size : _FIXED.size + (num_segments + 7) // 8], "little")
-    return Header(
-        step,
-        generation,
-        bucket,
-        want,
-        weight,
-        bool(flags & FINITE),
-        bool(flags & CONTRIBUTES),
-        digest,
-        used,
-        numbers,
-        loss,
-    )
+
+    def __init__(self, num_segments: int, num_members: int) -> None:
+        self._used = slice(_FIXED.size, _FIXED.size + (num_segments + 7) // 8)
+        self._nonfinite = slice(self._used.stop, self._used.stop + (num_members + 7) // 8)
+        self.num_bytes = aligned(self._nonfinite.stop)
+
+    def place(self, message: torch.Tensor) -> HeaderPlace:
+        """The memory of a message's header (uint8), to be written and read again and again."""
+        place = message[: self.num_bytes]
+        return place.numpy().data if place.device.type == "cpu" else place
+
+    def write(self, header: Header, *places: HeaderPlace) -> None:
+        """Pack it into each of ``places`` (num_bytes,) uint8."""
+        flags = CONTRIBUTES * header.contributes
+        flags |= REPLICAS_DIFFER * header.replicas_differ | LOSSES_DIFFER * header.losses_differ
+        data = _FIXED.pack(
+            MAGIC,
+            header.bucket,
+            flags,
+            header.loss,
+            header.step,
+            header.generation,
+            header.want,
+            header.weight,
+            header.digest,
+            header.numbers,
+        )
+        data += header.used.to_bytes(self._used.stop - self._used.start, "little")
+        data += header.nonfinite.to_bytes(self._nonfinite.stop - self._nonfinite.start, "little")
+        data = data.ljust(self.num_bytes, b"\0")
+        on_device: torch.Tensor | None = None
+        for place in places:
+            if isinstance(place, memoryview):
+                place[:] = data
+            elif on_device is None:
+                on_device = place.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            else:
+                place.copy_(on_device)
+
+    def read(self, message: HeaderPlace) -> Header:
+        """Unpack the first bytes of a message.
+
+        Raises:
+            ProtocolError: they are no header.
+        """
+        if isinstance(message, torch.Tensor):
+            message = message[: self.num_bytes].cpu().numpy().data
+        magic, bucket, flags, loss, step, generation, want, weight, digest, numbers = _FIXED.unpack_from(message)
+        if magic != MAGIC:
+            raise ProtocolError(
+                f"a message starts with {magic:#06x} instead of {MAGIC:#06x}: it is not a step's message"
+            )
+        return Header(
+            step=step,
+            generation=generation,
+            bucket=bucket,
+            want=want,
+            weight=weight,
+            contributes=bool(flags & CONTRIBUTES),
+            used=int.from_bytes(message[self._used], "little"),
+            nonfinite=int.from_bytes(message[self._nonfinite], "little"),
+            digest=digest,
+            numbers=numbers,
+            loss=loss,
+            replicas_differ=bool(flags & REPLICAS_DIFFER),
+            losses_differ=bool(flags & LOSSES_DIFFER),
+        )

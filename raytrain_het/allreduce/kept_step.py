@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from raytrain_het.allreduce.header import Header, header_bytes, read_header, write_header
-from raytrain_het.allreduce.layout import Layout
+from raytrain_het.allreduce.header import Header, HeaderFormat
+from raytrain_het.allreduce.layout import Bucket, Layout
 from raytrain_het.allreduce.reducers import Reducer
 from raytrain_het.allreduce.step_summary import StepSummary
 
@@ -14,26 +14,25 @@ _ALIGNMENT = 16
 
 def packed_bytes(layout: Layout) -> int:
     """Bytes of a step's sums: by bucket a header, and its values padded to 16 bytes."""
-    return sum(header_bytes(len(b.segments)) + _padded(b.numel * b.dtype.itemsize) for b in layout.buckets)
+    return sum(_format(b).num_bytes + _padded(b.numel * b.dtype.itemsize) for b in layout.buckets)
 
 
 def pack(summary: StepSummary, reducer: Reducer, layout: Layout) -> torch.Tensor:
     """A kept step as (packed_bytes,) uint8. ``reducer`` still holds what the owners sent."""
     data, place = torch.zeros(packed_bytes(layout), dtype=torch.uint8), 0
     for bucket in layout.buckets:
-        size = header_bytes(len(bucket.segments))
+        size = _format(bucket).num_bytes
         header = Header(
             step=summary.step,
             generation=reducer.record.number,
             bucket=bucket.index,
             want=0,
             weight=summary.total_weight,
-            finite=summary.finite,
             contributes=True,
-            digest=0,
             used=summary.used[bucket.index],
+            nonfinite=int(not summary.finite),
         )
-        write_header(header, len(bucket.segments), data[place : place + size])
+        _format(bucket).write(header, data[place : place + size])
         place += size
         values = torch.empty(bucket.numel, dtype=bucket.dtype)
         reducer.decode(bucket, values)
@@ -47,14 +46,20 @@ def unpack(data: torch.Tensor, layout: Layout, step: int, outs: list[torch.Tenso
     """The inverse of :func:`pack`: values go to ``outs`` by bucket, the rest is returned."""
     place, used, weight, finite = 0, [], 0.0, True
     for bucket in layout.buckets:
-        header = read_header(data[place:], len(bucket.segments))
-        place += header_bytes(len(bucket.segments))
-        weight, finite = header.weight, header.finite
+        header = _format(bucket).read(data[place:])
+        place += _format(bucket).num_bytes
+        weight, finite = header.weight, not header.nonfinite
         used.append(header.used)
         size = bucket.numel * bucket.dtype.itemsize
         outs[bucket.index].copy_(data[place : place + size].view(bucket.dtype))
         place += _padded(size)
     return StepSummary(step=step, total_weight=weight, finite=finite, used=tuple(used))
+
+
+def _format(bucket: Bucket) -> HeaderFormat:
+    """Of a header that says only whether any gradient is not finite, for the sender's ranks may be of another
+    generation than the receiver's."""
+    return HeaderFormat(len(bucket.segments), 1)
 
 
 def _padded(size: int) -> int:

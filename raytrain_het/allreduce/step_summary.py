@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from raytrain_het.allreduce.header import Header
-from raytrain_het.allreduce.layout import Bucket
 from raytrain_het.membership.record import Member
 
 
@@ -25,8 +24,8 @@ class StepSummary:
     """By bucket: bit ``k`` is set if any contributing member had a gradient for tensor ``k``."""
     want: int = 0
     """The highest generation number that any member was told of."""
-    digests: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    """By rank: those of tensors and of numbers, if a comparison of replicas was due."""
+    replicas_differ: bool = False
+    """Whether a comparison of replicas was due, and has found a difference."""
     losses_differ: bool = False
     """Whether members' losses are means over different numbers."""
 
@@ -34,11 +33,6 @@ class StepSummary:
     def applies(self) -> bool:
         """Whether there is an update to apply."""
         return self.finite and self.total_weight > 0
-
-    @property
-    def replicas_differ(self) -> bool:
-        """Whether a comparison was due and has found a difference. The same on all members."""
-        return len(set(self.digests.values())) > 1
 
 
 class SummarySoFar:
@@ -50,40 +44,38 @@ class SummarySoFar:
 
     def __init__(self, step: int) -> None:
         self.step = step
-        self.total_weight = 0.0
-        """The sum of the contributing members' weights, from the first bucket's headers on."""
-        self._finite, self._want, self._losses_differ = True, 0, False
+        self._total_weight = 0.0
+        self._want, self._replicas_differ, self._losses_differ = 0, False, False
         self._nonfinite_slots: list[int] = []
-        self._used: list[int] = []
-        self._digests: dict[int, tuple[int, int]] = {}
+        self._used: dict[int, int] = {}
+        """By bucket. Those that take fewer operations may come before others."""
 
-    def note(self, bucket: Bucket, headers: Sequence[Header], members: Sequence[Member]) -> None:
-        """The headers of one bucket, by rank."""
-        contributing = [(rank, h) for rank, h in enumerate(headers) if h.contributes]
-        if bucket.index == 0:
-            self.total_weight = float(sum(h.weight for _, h in contributing))
-            self._losses_differ = len({h.loss for _, h in contributing if h.loss}) > 1
-            self._digests = {rank: (h.digest, h.numbers) for rank, h in enumerate(headers) if h.digest}
-        self._want = max(self._want, *(h.want for h in headers))
-        used = 0
-        for rank, header in contributing:
-            used |= header.used
-            if not header.finite:
-                self._finite = False
-                slot = members[rank].slot
-                if slot not in self._nonfinite_slots:
-                    self._nonfinite_slots.append(slot)
-        self._used.append(used)
+    def note(self, header: Header, members: Sequence[Member]) -> None:
+        """What all members say of a bucket, merged.
+
+        Args:
+            header: of the bucket.
+            members: of the generation, by rank.
+        """
+        if header.bucket == 0:
+            self._total_weight = header.weight
+        self._want = max(self._want, header.want)
+        self._replicas_differ |= header.replicas_differ
+        self._losses_differ |= header.losses_differ
+        self._used[header.bucket] = header.used
+        for rank, member in enumerate(members):
+            if header.nonfinite >> rank & 1 and member.slot not in self._nonfinite_slots:
+                self._nonfinite_slots.append(member.slot)
 
     def all(self) -> StepSummary:
-        """All headers are here."""
+        """All buckets are noted."""
         return StepSummary(
             step=self.step,
-            total_weight=self.total_weight,
-            finite=self._finite,
+            total_weight=self._total_weight,
+            finite=not self._nonfinite_slots,
             nonfinite_slots=tuple(self._nonfinite_slots),
-            used=tuple(self._used),
+            used=tuple(self._used[bucket] for bucket in sorted(self._used)),
             want=self._want,
-            digests=self._digests,
+            replicas_differ=self._replicas_differ,
             losses_differ=self._losses_differ,
         )

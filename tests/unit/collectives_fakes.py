@@ -135,10 +135,12 @@ class Reduction:
         for bucket in self.layout.buckets:
             under_way = []
             for rank, reducer in enumerate(self.reducers):
-                values = {"finite": True, "want": 3, "digest": 0, "used": 2 ** len(bucket.segments) - 1}
+                values = {"want": 3, "digest": 0, "used": 2 ** len(bucket.segments) - 1}
                 if used_bits is not None:
                     values["used"] = used_bits[bucket.index]
                 values |= {name: by_rank[rank] for name, by_rank in headers.items()}
+                if not values.pop("finite", True):
+                    values["nonfinite"] = 1 << rank
                 header = Header(
                     step=values.pop("step", at),
                     generation=3,
@@ -162,9 +164,9 @@ class Reduction:
                     break
                 self.wire.carry()
             place += bucket.numel
-        for reducer, seen in zip(self.reducers, summary, strict=True):
-            reducer.feedback.observe_weight(seen.total_weight, num_samples or max(1, round(sum(weights))))
         self.summary = [so_far.all() for so_far in summary]
+        for reducer, seen in zip(self.reducers, self.summary, strict=True):
+            reducer.feedback.observe_weight(seen.total_weight, num_samples or max(1, round(sum(weights))))
         return outs, self.summary
 
     def commit(self) -> None:

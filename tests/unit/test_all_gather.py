@@ -17,6 +17,8 @@ from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.poller import Poller
 from raytrain_het.allreduce.transport.tcp import TcpGroup
 
+pytestmark = pytest.mark.usefixtures("shards_of_any_size")
+
 LAYOUT = Layout([("a", torch.zeros(1500, 1000))], [], 1 << 30)
 (BUCKET,) = LAYOUT.buckets
 BUFFER_BYTES = 65536
@@ -35,7 +37,7 @@ class End:
     def start(self, step: int) -> None:
         share = self.record.shares[self.rank]
         local = torch.randn(BUCKET.numel, generator=torch.Generator().manual_seed(step)) if share else None
-        header = Header(step, 3, 0, 3, share, True, share > 0, 0, 1)
+        header = Header(step, 3, 0, 3, share, share > 0, used=1)
         self.out = torch.empty(BUCKET.numel)
         self.reducer.expect_step()
         self.operations = self.reducer.all_reduce(BUCKET, header, local, self.out, SummarySoFar(step=step))

@@ -14,6 +14,8 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.codec_options import CODECS
 
+pytestmark = pytest.mark.usefixtures("shards_of_any_size")
+
 LAYOUT = Layout([("a", torch.zeros(3, 5)), ("b", torch.zeros(40))], [("mean", torch.zeros(4))], 100)
 NUMEL = sum(bucket.numel for bucket in LAYOUT.buckets)
 

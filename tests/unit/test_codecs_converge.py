@@ -20,7 +20,7 @@ from raytrain_het.allreduce.codecs import RESIDUAL
 from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.layout import Layout
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "shards_of_any_size")
 
 SHARES = [10, 6, 3, 1]
 BATCH, STEPS = 80, 200

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytrain_het.allreduce.codecs import Stamp, codec_of
-from raytrain_het.allreduce.header import Header, header_bytes, read_header, write_header
+from raytrain_het.allreduce.header import Header, HeaderFormat, merged
 from raytrain_het.allreduce.layout import ALIGN_BYTES, Layout, aligned, shard_bounds
 from raytrain_het.allreduce.transport.one_to_all import one_to_all
 from raytrain_het.errors import ProtocolError
+
+pytestmark = pytest.mark.usefixtures("shards_of_any_size")
 
 SHAPES = [("a", (3, 5)), ("b", (7,)), ("c", (40, 4)), ("d", (1,))]
 
@@ -103,39 +105,73 @@ def test_the_fingerprint_knows_names_shapes_dtypes_order_buffers_and_bucket_size
 int64 = st.integers(-(2**63), 2**63 - 1)
 
 
-@given(
-    st.integers(0, 70).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 2**n - 1))),
-    int64,
-    int64,
-    st.integers(0, 2**16 - 1),
-    int64,
-    st.floats(allow_nan=False),
-    st.booleans(),
-    st.booleans(),
-    int64,
-)
+bits = st.integers(0, 70).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 2**n - 1)))
+flags = st.booleans()
+
+
+@given(bits, bits, int64, int64, st.integers(0, 2**16 - 1), int64, st.floats(allow_nan=False), flags, int64, flags)
 def test_a_header_comes_back_as_it_was(
     segments_used: tuple[int, int],
+    members_nonfinite: tuple[int, int],
     step: int,
     generation: int,
     bucket: int,
     want: int,
     weight: float,
-    finite: bool,
     contributes: bool,
     digest: int,
+    differ: bool,
 ) -> None:
-    segments, used = segments_used
-    header = Header(step, generation, bucket, want, weight, finite, contributes, digest, used)
-    message = torch.full((header_bytes(segments) + 16,), 255, dtype=torch.uint8)
-    write_header(header, segments, message[: header_bytes(segments)])
-    assert read_header(message, segments) == header
-    assert header_bytes(segments) % ALIGN_BYTES == 0
+    (segments, used), (members, nonfinite) = segments_used, members_nonfinite
+    header = Header(
+        step, generation, bucket, want, weight, contributes, used, nonfinite, digest, 5, 6, differ, not differ
+    )
+    layout = HeaderFormat(segments, members)
+    message = torch.full((layout.num_bytes + 16,), 255, dtype=torch.uint8)
+    layout.write(header, layout.place(message))
+    assert layout.read(message) == header
+    assert layout.num_bytes % ALIGN_BYTES == 0
+
+
+headers = st.builds(
+    Header,
+    step=st.just(5),
+    generation=st.just(3),
+    bucket=st.just(0),
+    want=st.integers(3, 6),
+    weight=st.integers(0, 9).map(float),
+    contributes=flags,
+    used=st.integers(0, 15),
+    nonfinite=st.integers(0, 15),
+    digest=st.integers(0, 2),
+    numbers=st.integers(0, 1),
+    loss=st.integers(0, 2),
+    replicas_differ=st.just(False),
+    losses_differ=st.just(False),
+)
+
+
+@given(st.lists(headers, min_size=2, max_size=6), st.data())
+def test_headers_that_are_merged_on_their_way_say_the_same_as_all_at_once(
+    of_members: list[Header], data: st.DataObject
+) -> None:
+    cut = data.draw(st.integers(1, len(of_members) - 1))
+    at_once = merged(of_members)
+    assert merged([merged(of_members[:cut]), merged(of_members[cut:])]) == at_once
+    counting = [h for h in of_members if h.contributes]
+    assert at_once.weight == sum(h.weight for h in counting)
+    assert at_once.want == max(h.want for h in of_members)
+    assert at_once.contributes == bool(counting)
+    assert at_once.losses_differ == (len({h.loss for h in counting} - {0}) > 1)
+    assert at_once.replicas_differ == (len({(h.digest, h.numbers) for h in of_members if h.digest}) > 1)
+    for k in range(4):
+        assert at_once.used >> k & 1 == any(h.used >> k & 1 for h in counting)
+        assert at_once.nonfinite >> k & 1 == any(h.nonfinite >> k & 1 for h in counting)
 
 
 def test_a_message_that_is_none_of_ours_is_refused() -> None:
     with pytest.raises(ProtocolError, match="0x0000 instead of 0x4e57"):
-        read_header(torch.zeros(header_bytes(3), dtype=torch.uint8), 3)
+        HeaderFormat(3, 2).read(torch.zeros(HeaderFormat(3, 2).num_bytes, dtype=torch.uint8))
 
 
 @given(st.integers(0, 10**6))
@@ -241,13 +277,16 @@ def test_a_parameter_counts_as_used_if_any_contributor_used_it() -> None:
     assert [s.used for s in summary] == [(0b0101,)] * 3
 
 
-def test_the_highest_want_and_all_digests_reach_every_rank_also_from_those_without_a_share() -> None:
+@pytest.mark.parametrize(("digest", "differ"), [([77, 77, 0], False), ([77, 77, 77], False), ([77, 77, 78], True)])
+def test_the_highest_want_and_unlike_digests_are_known_to_every_rank_also_from_those_without_a_share(
+    digest: list[int], differ: bool
+) -> None:
     layout = layout_of()
     one = torch.ones(numel(layout))
     _, summary = Reduction(record_of([1.0, 1.0, 0.0]), layout).run(
-        [one, one, None], [1.0, 1.0, 0.0], want=[3, 4, 9], digest=[77, 77, 0]
+        [one, one, None], [1.0, 1.0, 0.0], want=[3, 4, 9], digest=digest
     )
-    assert [(s.want, s.digests) for s in summary] == [(9, {0: (77, 0), 1: (77, 0)})] * 3
+    assert [(s.want, s.replicas_differ) for s in summary] == [(9, differ)] * 3
 
 
 def test_bf16_decodes_to_the_same_bits_everywhere_and_rounds_what_is_sent_and_the_mean() -> None:
@@ -277,13 +316,13 @@ def test_buffers_are_never_compressed() -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("codec", ["none", "bf16"])
 def test_bytes_are_those_of_the_formula_for_equal_owners(size: int, codec: str) -> None:
-    """``2 (N - 1) / N`` of the encoded gradient, and a header to every other member, each way."""
-    n = 16 * size * 8
+    """``2 (N - 1) / N`` of the encoded gradient, and a header in front of each message."""
+    n = 4096 * size
     layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
-    reduction = Reduction(record_of([1.0] * size, codec=codec), layout)
+    reduction = Reduction(record_of([1.0] * size, codec=codec, hosts="abcd"[:size], hierarchy=False), layout)
     reduction.run([torch.ones(n)] * size, [1.0] * size)
     encoded = codec_of(codec).capacity_bytes(n, torch.float32)
-    expected = 2 * (size - 1) * encoded // size + (size - 1) * header_bytes(1)
+    expected = 2 * (size - 1) * encoded // size + 2 * (size - 1) * HeaderFormat(1, size).num_bytes
     for reducer in reduction.reducers:
         assert (reducer.traffic.sent, reducer.traffic.received) == (expected, expected)
 
@@ -293,8 +332,8 @@ def test_who_owns_nothing_receives_each_sum_once_and_sends_its_gradient_once() -
     layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
     reduction = Reduction(record_of([1.0, 1.0], [1.0, 0.0]), layout)
     reduction.run([torch.ones(n)] * 2, [1.0, 1.0])
-    owner, other = (e.traffic for e in reduction.reducers)
-    assert (other.sent, other.received) == (4 * n + header_bytes(1), 4 * n + header_bytes(1))
+    (owner, other), head = (e.traffic for e in reduction.reducers), HeaderFormat(1, 2).num_bytes
+    assert (other.sent, other.received) == (4 * n + head, 4 * n + head)
     assert (owner.sent, owner.received) == (other.received, other.sent)
 
 
@@ -303,8 +342,20 @@ def test_a_member_without_a_share_sends_headers_only() -> None:
     layout = Layout([("w", torch.zeros(n))], [], 1 << 20)
     reduction = Reduction(record_of([1.0, 0.0], [1.0, 0.0]), layout)
     reduction.run([torch.ones(n), None], [1.0, 0.0])
-    assert reduction.reducers[1].traffic.sent == header_bytes(1)
-    assert reduction.reducers[1].traffic.received == header_bytes(1) + 4 * n
+    head = HeaderFormat(1, 2).num_bytes
+    assert reduction.reducers[1].traffic.sent == head
+    assert reduction.reducers[1].traffic.received == head + 4 * n
+
+
+def test_who_owns_nothing_of_a_bucket_gets_no_message_before_its_mean() -> None:
+    """Two of three own nothing, and send nothing to each other."""
+    n = 1024
+    reduction = Reduction(record_of([1.0] * 3, [1.0, 0.0, 0.0]), Layout([("w", torch.zeros(n))], [], 1 << 20))
+    outs, summary = reduction.run([torch.ones(n)] * 3, [1.0, 1.0, 1.0], want=[3, 3, 8])
+    one_message = HeaderFormat(1, 3).num_bytes + 4 * n
+    assert [r.traffic.sent for r in reduction.reducers] == [2 * one_message, one_message, one_message]
+    assert all(torch.equal(out[0], torch.ones(n)) for out in outs)
+    assert [s.want for s in summary] == [8] * 3
 
 
 def test_kept_sums_decode_again_until_the_next_step() -> None:
@@ -321,7 +372,7 @@ def test_kept_sums_decode_again_until_the_next_step() -> None:
 def test_members_at_different_steps_are_told_which_worker_is_where() -> None:
     layout = layout_of()
     one = torch.ones(numel(layout))
-    with pytest.raises(ProtocolError, match="worker 11 is at step 6, bucket 0, while this one is at step 5"):
+    with pytest.raises(ProtocolError, match="worker 1[01] is at step [56], bucket 0, while this one is at step [56]"):
         Reduction(record_of([1.0, 1.0]), layout).run([one, one], [1.0, 1.0], step=[5, 6])
 
 

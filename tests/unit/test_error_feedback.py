@@ -12,9 +12,11 @@ from collectives_fakes import Reduction, record_of
 from raytrain_het.allreduce.codecs import codec_of
 from raytrain_het.allreduce.codecs.base import RESIDUAL
 from raytrain_het.allreduce.error_feedback import ErrorFeedback
-from raytrain_het.allreduce.header import header_bytes
+from raytrain_het.allreduce.header import HeaderFormat
 from raytrain_het.allreduce.layout import Layout
 from raytrain_het.errors import ProtocolError
+
+pytestmark = pytest.mark.usefixtures("shards_of_any_size")
 
 LAYOUT = Layout([("a", torch.zeros(30, 50)), ("b", torch.zeros(700)), ("c", torch.zeros(9))], [], 4000)
 NUMEL = sum(bucket.numel for bucket in LAYOUT.buckets)
@@ -189,7 +191,7 @@ def test_all_gather_takes_as_many_messages_as_peers_and_encodes_no_mean() -> Non
     outs, _ = reduction.run([g.clone() for g in gradients], [1.0] * size)
     assert torch.equal(torch.cat(outs[0]), sum(gradients) / size)
     payloads = sum(codec_of(word).capacity_bytes(b.numel, b.dtype) for b in LAYOUT.buckets)
-    heads = sum(header_bytes(len(b.segments)) + 16 for b in LAYOUT.buckets)
+    heads = sum(HeaderFormat(len(b.segments), size).num_bytes + 16 for b in LAYOUT.buckets)
     assert 2 * payloads <= reduction.reducers[0].traffic.sent <= 2 * (payloads + heads)
     again = torch.empty(LAYOUT.buckets[0].numel)
     reduction.reducers[1].decode(LAYOUT.buckets[0], again)

@@ -18,6 +18,8 @@ from raytrain_het.allreduce.layout import Layout
 from raytrain_het.allreduce.reducers.by_machine import ByMachineReducer
 from raytrain_het.allreduce.step_summary import SummarySoFar
 
+pytestmark = pytest.mark.usefixtures("shards_of_any_size")
+
 LAYOUT = Layout(
     [("a", torch.zeros(30, 50)), ("b", torch.zeros(700)), ("c", torch.zeros(9))], [("m", torch.zeros(3))], 4000
 )
@@ -144,12 +146,12 @@ def test_a_leader_whose_machine_sends_nothing_keeps_what_it_held_though_others_c
     idle.expect_step()
     summary = SummarySoFar(step=2)
     for bucket in LAYOUT.buckets:
-        header = Header(2, 3, bucket.index, 3, 0.0, True, False, 0, 0)
+        header = Header(2, 3, bucket.index, 3, 0.0, False, used=0)
         next(idle.all_reduce(bucket, header, None, torch.empty(bucket.numel), summary, expected_weight=2.0))
     first_bucket = LAYOUT.buckets[0]  # The sum of nothing goes to the other leaders.
-    header = Header(2, 3, 0, 3, 0.0, True, False, 0, 0)
+    header = Header(2, 3, 0, 3, 0.0, False, used=0)
     among_leaders = idle.by_bucket[0]._among_leaders  # type: ignore[attr-defined]
-    next(among_leaders.all_reduce(header, torch.zeros(first_bucket.numel), 2.0, summary, noted=True))
+    next(among_leaders.all_reduce(header, torch.zeros(first_bucket.numel), 2.0))
     states[2].commit(2, 2.0, [2 ** len(b.segments) - 1 for b in LAYOUT.buckets])
     after = states[2].by_parameter()
     assert any(state[RESIDUAL].any() for state in before.values())

@@ -220,7 +220,7 @@ def test_who_takes_a_step_over_when_all_it_sends_has_gone_holds_what_it_has_not_
     ways = []
     for reducer, seen in zip(reduction.reducers, summary, strict=True):
         reducer.expect_step()
-        header = Header(5, 3, bucket.index, 3, 1.0, True, True, 0, 3)
+        header = Header(5, 3, bucket.index, 3, 1.0, True, used=3)
         out = torch.empty(bucket.numel)
         ways.append(reducer.all_reduce(bucket, header, torch.ones(bucket.numel), out, seen, expected_weight=2.0))
     for way in ways:
@@ -240,7 +240,7 @@ def test_kept_sums_stay_as_they_are_while_the_next_step_is_begun() -> None:
         outs, _ = reduction.run([of_rank(3, 0) * size], [1.0])
         (reducer,) = reduction.reducers
         for bucket in LAYOUT.buckets:
-            header = Header(6, 3, bucket.index, 3, 1.0, True, True, 0, 3)
+            header = Header(6, 3, bucket.index, 3, 1.0, True, used=3)
             local, ignored = torch.ones(bucket.numel), torch.empty(bucket.numel)
             next(reducer.all_reduce(bucket, header, local, ignored, SummarySoFar(step=6)))
             again = torch.empty(bucket.numel)

@@ -26,6 +26,8 @@ from raytrain_het.allreduce.transport.group import GroupError, PeerBuffers
 from raytrain_het.allreduce.transport.poller import Poller
 from raytrain_het.allreduce.transport.tcp import TcpGroup
 
+pytestmark = pytest.mark.usefixtures("shards_of_any_size")
+
 LONG = 6_000_000
 """More than two sockets hold."""
 
@@ -489,7 +491,7 @@ class Steps:
             wires = reducer.send_buffers[bucket.index]
             for start, stop, values in wires or ():
                 values.copy_(local[start:stop])
-            header = Header(step, record.number, bucket.index, 0, 1.0, True, contributes, 0, 0)
+            header = Header(step, record.number, bucket.index, 0, 1.0, contributes, used=0)
             out = torch.full((bucket.numel,), torch.nan)
             for operation in reducer.all_reduce(bucket, header, None if wires else local, out, summary):
                 self.finish(operation)

@@ -6,18 +6,17 @@ take ``2 (N - 1) / N``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from typing import ClassVar
 
 import torch
 
-from raytrain_het.allreduce.header import Header
+from raytrain_het.allreduce.header import Header, merged
 from raytrain_het.allreduce.layout import Bucket
 from raytrain_het.allreduce.reducers.base import SendBuffer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder, Payload
 from raytrain_het.allreduce.reducers.messages import BucketMessages
-from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 
@@ -39,8 +38,8 @@ class AllGatherReducer:
         self._messages = BucketMessages(
             members,
             bucket,
-            [lengths[rank] if receiver != rank else 0 for receiver in range(members.size)],
-            [length if sender != rank else 0 for sender, length in enumerate(lengths)],
+            [lengths[rank] if receiver != rank else None for receiver in range(members.size)],
+            [length if sender != rank else None for sender, length in enumerate(lengths)],
         )
         self._own_room = members.new_buffer(coder.payload_bytes(rank, bucket, whole))
         self._own: torch.Tensor | None = None
@@ -63,8 +62,8 @@ class AllGatherReducer:
         self._messages.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, summary: SummarySoFar, *, noted: bool = False
-    ) -> Iterator[Operation]:
+        self, header: Header, local: torch.Tensor | None, weight: float
+    ) -> Generator[Operation, None, Header]:
         if local is None:
             self._own = None
         elif self._members.sends[self._members.rank]:
@@ -73,7 +72,10 @@ class AllGatherReducer:
             self._coder.feedback.carry_over(self._bucket, 0, self._bucket.numel, header.step)
         # Flush: a peer may begin the next step before this member's payload has reached the others.
         yield self._messages.send(header, flush=True)
-        self._coder.mean(self._received(summary, noted=noted), self._bucket, summary, self._mean)
+        headers = self._messages.headers(header)
+        of_all = merged(headers.values())
+        self._coder.mean(self._payloads(headers), self._bucket, of_all.weight, self._mean)
+        return of_all
 
     def _encode(self, header: Header, local: torch.Tensor, weight: float) -> None:
         self._own = self._own_room
@@ -81,9 +83,9 @@ class AllGatherReducer:
         for receiver in self._members.others:
             self._messages.outgoing[receiver].copy_(self._own)
 
-    def _received(self, summary: SummarySoFar, *, noted: bool) -> list[Payload]:
+    def _payloads(self, headers: Mapping[int, Header]) -> list[Payload]:
         payloads, rank = [], self._members.rank
-        for sender, header in enumerate(self._messages.read_headers(summary, noted=noted)):
+        for sender, header in headers.items():
             own = self._own if sender == rank else None
             data = own if own is not None else self._messages.incoming[sender]
             if header.contributes and data.numel() > 0:

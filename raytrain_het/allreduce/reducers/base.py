@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 import torch
 
 from raytrain_het.allreduce.header import Header
-from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 SendBuffer = tuple[int, int, torch.Tensor]
@@ -45,20 +44,20 @@ class BucketReducer(Protocol):
         """A step is opened. What peers send for it is received from now on, whenever this member is ready itself."""
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, summary: SummarySoFar, *, noted: bool = False
-    ) -> Iterator[Operation]:
+        self, header: Header, local: torch.Tensor | None, weight: float
+    ) -> Generator[Operation, None, Header]:
         """Reduce the bucket, by operations with the peers.
 
-        The first operation sends ``header`` to every member. Each operation that is yielded has been launched, and must
-        be over before the next one is asked for.
+        Each operation that is yielded has been launched, and must be over before the next one is asked for.
 
         Args:
-            header: what every member is told.
+            header: what this member says of its gradient.
             local: the weighted gradient (n,), which may be changed; None where it was gathered in
                 :meth:`send_buffers`, or this member sends nothing.
             weight: the sum of weights that the sum will be divided by, as far as it is known; 1 where it is not.
-            summary: where is noted what the headers say.
-            noted: whether the headers of this gradient have been noted already, with another message.
+
+        Returns:
+            What all members say together, the same on all of them.
 
         Raises:
             ProtocolError: a peer is at another step or bucket, or a payload does not decode.

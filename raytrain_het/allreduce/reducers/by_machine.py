@@ -1,10 +1,9 @@
 """Gradients of workers that share a machine are added up there, and their sum crosses the machine's link once.
 
-1. Every member sends its header to all, and its weighted gradient as it is to its machine's *leader*, which adds up
-   what comes.
+1. Every member sends its weighted gradient as it is to its machine's *leader*, which adds up what comes.
 2. The leaders all-reduce these sums among themselves, encoded and with error feedback. The other members launch empty
    operations meanwhile, so that all members count the same operations.
-3. Each leader sends the means to the other members on its machine.
+3. Each leader sends the means to the other members on its machine, behind the merged header of all.
 
 So of ``m`` workers on a machine one sends over its link, at the price of two more ways through the machine's memory.
 """
@@ -12,7 +11,7 @@ So of ``m`` workers on a machine one sends over its link, at the price of two mo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
@@ -26,7 +25,6 @@ from raytrain_het.allreduce.reducers.flat import flat_kind, flat_reducer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder
 from raytrain_het.allreduce.reducers.to_owners import ShardsToOwners
-from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Group, Operation, PeerBuffers
 from raytrain_het.membership.record import Record
 
@@ -69,7 +67,7 @@ class Machines:
             record, place = _by_machine(members.record, self.leader_of, leaders), leaders.index(rank)
             self.is_idle = record.shares[place] == record.owners[place] == 0
             group: Group = _LeadersGroup(members.group, leaders)
-            among = GenerationGroup(record, place, group, members.traffic)
+            among = GenerationGroup(record, place, group, members.traffic, num_speakers=members.size)
             chosen = [codecs[k] for k in leaders]
             self._leaders = GradientCoder(among, chosen, feedback, error_meter, num_buckets)
 
@@ -103,14 +101,20 @@ class ByMachineReducer:
         self._among_leaders = machines.reducer_among_leaders(bucket)
         self._sum = torch.empty(n if machines.leads else 0, dtype=bucket.dtype, device=members.device)
         """Of a leader: its machine's sum."""
-        self._mean = torch.empty(n, dtype=bucket.dtype, device=members.device)
+        head = members.header_format(bucket).num_bytes
+        self._message = members.new_buffer(head + n * bucket.dtype.itemsize)
+        """From the leader to its machine."""
+        self._mean = self._message[head:].view(bucket.dtype)
         """As all members have it, until the next step's comes."""
-        raw, size = self._mean.view(torch.uint8), members.size
+        self._format, size = members.header_format(bucket), members.size
+        self._of_all = self._format.place(self._message)
+        """The merged header of all members."""
         if machines.leads:
-            self._to_machine, self._from_leader = PeerBuffers.copies(raw, machines.local_others, size), machines.nothing
+            copies = PeerBuffers.copies(self._message, machines.local_others, size)
+            self._to_machine, self._from_leader = copies, machines.nothing
         else:
-            lengths = [raw.numel() if k == machines.leader else 0 for k in range(size)]
-            self._to_machine, self._from_leader = machines.nothing, PeerBuffers(raw, lengths)
+            lengths = [self._message.numel() if k == machines.leader else 0 for k in range(size)]
+            self._to_machine, self._from_leader = machines.nothing, PeerBuffers(self._message, lengths)
 
     @property
     def owned(self) -> tuple[int, int]:
@@ -130,23 +134,26 @@ class ByMachineReducer:
         self._inside.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, summary: SummarySoFar, *, noted: bool = False
-    ) -> Iterator[Operation]:
+        self, header: Header, local: torch.Tensor | None, weight: float
+    ) -> Generator[Operation, None, Header]:
         machines, bucket = self._machines, self._bucket
         if machines.is_idle and not bucket.is_dense:
             # Before others know that this gradient is not needed, and commit the step.
             machines.feedback.carry_over(bucket, 0, bucket.numel, header.step)
         yield self._inside.send(header, local, 1.0)
-        payloads = self._inside.received(summary, noted=noted)
         if self._among_leaders is not None:
+            of_machine, payloads = self._inside.received(header)
             machines.coder.add_up(payloads, bucket, self._sum)
-            of_machine = header._replace(contributes=bool(payloads), used=0)
-            yield from self._among_leaders.all_reduce(of_machine, self._sum, weight, summary, noted=True)
+            of_all = yield from self._among_leaders.all_reduce(of_machine, self._sum, weight)
+            self._format.write(of_all, self._of_all)
             self._among_leaders.decode(self._mean)
         else:
             for _ in range(machines.num_operations_among_leaders(bucket)):
                 yield machines.members.launch(machines.nothing, machines.nothing)
         yield machines.members.launch(self._from_leader, self._to_machine)
+        of_all = self._format.read(self._of_all)
+        machines.members.check_header(of_all, bucket.index, header.step, machines.leader)
+        return of_all
 
     def decode(self, out: torch.Tensor) -> None:
         out.copy_(self._mean)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from raytrain_het.allreduce.header import Header
+from raytrain_het.allreduce.header import Header, HeaderFormat
+from raytrain_het.allreduce.layout import Bucket
+from raytrain_het.allreduce.reducers.sharding import Sharding
 from raytrain_het.allreduce.transport.group import Group, Operation, PeerBuffers
 from raytrain_het.errors import ProtocolError
 from raytrain_het.membership.record import Record
@@ -35,15 +37,26 @@ class GenerationGroup:
         rank: this member's rank.
         group: the process group of the record's members.
         traffic: where bytes are counted; left out, a count of its own.
+        num_speakers: how many members' headers are merged on their way; left out, those of the record.
     """
 
-    def __init__(self, record: Record, rank: int, group: Group, traffic: Traffic | None = None) -> None:
+    def __init__(
+        self,
+        record: Record,
+        rank: int,
+        group: Group,
+        traffic: Traffic | None = None,
+        *,
+        num_speakers: int | None = None,
+    ) -> None:
         self.record, self.rank, self.group = record, rank, group
         self.size = len(record.members)
         self.traffic = traffic if traffic is not None else Traffic()
         self.sends = [share > 0 for share in record.shares]
         """By rank: whether the member has gradients to send. One with an empty share sends headers only."""
         self.others = [other for other in range(self.size) if other != rank]
+        self.sharding = Sharding(record)
+        self._num_speakers = num_speakers or self.size
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +70,10 @@ class GenerationGroup:
     def new_buffers(self, lengths: Sequence[int]) -> PeerBuffers:
         """Messages to or from all members, not zeroed."""
         return PeerBuffers(self.new_buffer(sum(lengths)), lengths)
+
+    def header_format(self, bucket: Bucket) -> HeaderFormat:
+        """Of a bucket's headers in this generation."""
+        return HeaderFormat(len(bucket.segments), self._num_speakers)
 
     def launch(self, out: PeerBuffers, inp: PeerBuffers, expected: Any = None, *, flush: bool = False) -> Operation:
         """Count the bytes of an all-to-all, and launch it (``Group.all_to_all``)."""

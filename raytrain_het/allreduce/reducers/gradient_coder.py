@@ -13,7 +13,6 @@ from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Bucket, aligned
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
-from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.errors import ProtocolError
 
 _NO_STAMP = Stamp()
@@ -129,11 +128,11 @@ class GradientCoder:
         """(num_elements,) not zeroed, good until the next bucket's."""
         return self._sums[dtype][:num_elements]
 
-    def mean(self, payloads: Sequence[Payload], bucket: Bucket, summary: SummarySoFar, out: torch.Tensor) -> None:
+    def mean(self, payloads: Sequence[Payload], bucket: Bucket, total_weight: float, out: torch.Tensor) -> None:
         """Write the weighted mean of what all members contribute to some elements into ``out`` (n,)."""
         self.add_up(payloads, bucket, out)
-        if summary.total_weight > 0 and (self.members.record.normalised or bucket.is_state):
-            out.div_(summary.total_weight)
+        if total_weight > 0 and (self.members.record.normalised or bucket.is_state):
+            out.div_(total_weight)
 
     def add_up(self, payloads: Sequence[Payload], bucket: Bucket, out: torch.Tensor) -> None:
         """Write the sum of payloads, in the order in which they are given, into ``out`` (n,).

@@ -6,7 +6,7 @@ matrix, and then ``Q``, which depends on the sum of the first. The mean of the g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,6 @@ from raytrain_het.allreduce.header import Header
 from raytrain_het.allreduce.layout import Bucket, Segment
 from raytrain_het.allreduce.reducers.base import BucketReducer, SendBuffer
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder
-from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 
@@ -60,29 +59,28 @@ class LowRankReducer:
             self._second.expect_step()
 
     def all_reduce(
-        self, header: Header, local: torch.Tensor | None, weight: float, summary: SummarySoFar, *, noted: bool = False
-    ) -> Iterator[Operation]:
+        self, header: Header, local: torch.Tensor | None, weight: float
+    ) -> Generator[Operation, None, Header]:
         factors, second = self.factors, self._second
         y = self._corrected(header, local, weight)
-        operations = self._first.all_reduce(header, factors.project(y) if y is not None else None, weight, summary)
+        operations = self._first.all_reduce(header, factors.project(y) if y is not None else None, weight)
         sent = next(operations)
         if second is None:  # All has been sent: others may commit the step, and this member may take it over.
             self._keep_residual(y, header.step, weight)
         yield sent
-        yield from operations
+        of_all = yield from operations
         self._first.decode(factors.p)
         if second is None:
-            return
+            return of_all
         factors.orthonormalise()
         again = header._replace(bucket=factors.second_index, used=0)
-        operations = second.all_reduce(
-            again, factors.project_back(y) if y is not None else None, weight, summary, noted=True
-        )
+        operations = second.all_reduce(again, factors.project_back(y) if y is not None else None, weight)
         sent = next(operations)
         self._keep_residual(y, header.step, weight)  # While that is on its way.
         yield sent
         yield from operations
         second.decode(factors.q)
+        return of_all
 
     def _corrected(self, header: Header, local: torch.Tensor | None, weight: float) -> torch.Tensor | None:
         """``y = w g + W r`` (n,), in the memory of the next residual; None if this member contributes nothing."""

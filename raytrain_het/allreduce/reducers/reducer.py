@@ -87,11 +87,11 @@ class Reducer:
 
         Args:
             bucket: which one.
-            header: what every member is told.
+            header: what this member says of its gradient.
             local: the weighted gradient (n,), which may be changed; None where it was gathered in
                 :attr:`send_buffers`, or this member sends nothing.
             out: where the mean goes (n,).
-            summary: where is noted what the headers say.
+            summary: where is noted what all members say of the bucket.
             expected_weight: the sum of all members' weights, as far as it is known.
 
         Raises:
@@ -102,7 +102,8 @@ class Reducer:
         self.feedback.begin_bucket(bucket, reducer.owned, weight if normalised else None)
         if local is not None and header.contributes:
             self.feedback.add_earlier_residual(bucket, local, weight)
-        yield from reducer.all_reduce(header, local, weight, summary)
+        of_all = yield from reducer.all_reduce(header, local, weight)
+        summary.note(of_all, self.record.members)
         reducer.decode(out)
 
     def decode(self, bucket: Bucket, out: torch.Tensor) -> None:

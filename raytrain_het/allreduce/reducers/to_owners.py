@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from raytrain_het.allreduce.header import Header
+from raytrain_het.allreduce.header import Header, merged
 from raytrain_het.allreduce.layout import Bucket
 from raytrain_het.allreduce.reducers.base import SendBuffer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder, Payload
 from raytrain_het.allreduce.reducers.messages import BucketMessages
-from raytrain_het.allreduce.step_summary import SummarySoFar
 from raytrain_het.allreduce.transport.group import Operation
 
 Bounds = tuple[int, int]
@@ -46,11 +45,11 @@ class ShardsToOwners:
             members,
             bucket,
             [
-                coder.payload_bytes(rank, bucket, part) if sends[rank] and receiver != rank else 0
+                _payload_bytes(coder, rank, bucket, part, sends=sends[rank]) if receiver != rank else None
                 for receiver, part in enumerate(bounds)
             ],
             [
-                coder.payload_bytes(sender, bucket, part) if sends[sender] and sender != rank else 0
+                _payload_bytes(coder, sender, bucket, part, sends=sends[sender]) if sender != rank else None
                 for sender, part in enumerate(incoming)
             ],
         )
@@ -84,10 +83,10 @@ class ShardsToOwners:
         self._messages.expect_step()
 
     def send(self, header: Header, local: torch.Tensor | None, weight: float) -> Operation:
-        """Send the header to all members, and to each owner its shard.
+        """Send each owner the header, and its shard.
 
         Args:
-            header: what every member is told.
+            header: what this member says of its gradient.
             local: the weighted gradient (n,), which may be changed; None where it was gathered in
                 :meth:`send_buffers`, or this member sends nothing.
             weight: that the sum will be divided by, as far as it is known.
@@ -114,14 +113,26 @@ class ShardsToOwners:
                 body = self._messages.outgoing[receiver]
                 self._coder.encode_gradient(self._bucket, start, shard, body, header, weight)
 
-    def received(self, summary: SummarySoFar, *, noted: bool) -> list[Payload]:
-        """What all members contribute to this one's part, in rank order, its own contribution included."""
+    def received(self, own: Header) -> tuple[Header, list[Payload]]:
+        """What all members that send here say together, and what they contribute to this one's part in rank order, its
+        own contribution included.
+
+        Args:
+            own: this member's header.
+        """
         payloads, rank = [], self._members.rank
-        for sender, header in enumerate(self._messages.read_headers(summary, noted=noted)):
+        headers = self._messages.headers(own)
+        for sender, header in headers.items():
             data = self._messages.incoming[sender]
             codec = self._coder.codec(sender, self._bucket)
             if sender == rank:
                 data, codec = self._own if self._own is not None else data, self._coder.dense
             if header.contributes and data.numel() > 0:
                 payloads.append(Payload(sender, codec, data))
-        return payloads
+        return merged(headers.values()), payloads
+
+
+def _payload_bytes(coder: GradientCoder, rank: int, bucket: Bucket, part: Bounds, *, sends: bool) -> int | None:
+    """Bytes of a member's payload of these elements: 0 for a header only, None for no message."""
+    start, stop = part
+    return None if stop == start else coder.payload_bytes(rank, bucket, part) if sends else 0
