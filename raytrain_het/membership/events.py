@@ -105,6 +105,14 @@ class Raised(Gone, frozen=True, kw_only=True):
     """The last line of the traceback."""
 
 
+class Draining(Event, frozen=True, kw_only=True):
+    """A member's machine will be taken away: the member leaves in good order."""
+
+    slot: int
+    uid: str
+    reason: str
+
+
 class Vacant(Event, frozen=True, kw_only=True):
     """No worker can be placed in a slot at the moment."""
 

@@ -106,6 +106,10 @@ class Hub:
         """Ray's word that the worker in a slot is dead."""
         self._call(lambda: self._switchboard.slot_lost(slot, reason))
 
+    def slot_drains(self, slot: int, reason: str) -> None:
+        """The machine of a slot's worker will be taken away. To be told again and again until the worker has left."""
+        self._call(lambda: self._switchboard.slot_drains(slot, reason))
+
     def slot_vacant(self, slot: int, reason: str) -> None:
         """No worker can be placed in this slot at the moment."""
         self._call(lambda: self._switchboard.slot_vacant(slot, reason))

@@ -15,7 +15,7 @@ from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.evaluations import ChunkDealer
 from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.logic import Membership
-from raytrain_het.membership.peers import Standing
+from raytrain_het.membership.peers import Phase, Standing
 from raytrain_het.membership.place import Place
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.reporting import Reporting
@@ -78,6 +78,10 @@ class Switchboard:
         self._stats: dict[int, tuple[str, protocol.Stats]] = {}
         """By slot: the uid of its worker, and what that has said last of itself."""
         self._next_event = self.core.run.log.next_seq
+        self._drained_slots: set[int] = set()
+        """Those whose machine will be taken away, until another worker comes to them."""
+        self._drained: set[str] = set()
+        """By uid: the members that were asked to leave for that."""
 
     # ---------------------------------------------------------------- what the hub hears
 
@@ -86,6 +90,8 @@ class Switchboard:
         member, known, run = hello.member, hello.known, self.core.run
         if known is not None:
             self.tables.introduce(member.slot, known)
+        if not any(peer.member.slot == member.slot for peer in run.peers.values()):
+            self._drained_slots.discard(member.slot)  # It is told again, if this one is on such a machine too.
         self.core.hello(
             member,
             Standing(cursor=hello.cursor, healed=hello.healed, fresh=hello.fresh),
@@ -170,6 +176,22 @@ class Switchboard:
     def slot_lost(self, slot: int, reason: str) -> None:
         """Ray says that the worker in a slot is dead."""
         self.core.slot_lost(slot, reason, self._now())
+        self.settle()
+
+    def slot_drains(self, slot: int, reason: str) -> None:
+        """The machine of a slot's worker will be taken away: the worker leaves in good order.
+
+        It stays while no other one holds the state, on a machine that stays. So this is told again until it has left.
+        """
+        run = self.core.run
+        self._drained_slots.add(slot)
+        stay = [peer for peer in run.holders() if peer.member.slot not in self._drained_slots]
+        for peer in [peer for peer in run.peers.values() if peer.member.slot == slot]:
+            uid = peer.member.uid
+            if (stay or peer.phase is Phase.JOINING) and uid not in self._drained:
+                self._drained.add(uid)
+                run.note(events.Draining(slot=slot, uid=uid, reason=reason))
+                self.reporting.let_leave_when_stored(uid, slot)
         self.settle()
 
     def slot_vacant(self, slot: int, reason: str) -> None:

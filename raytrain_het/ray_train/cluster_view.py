@@ -30,7 +30,8 @@ def settle(scaling: HetScalingConfig) -> HetScalingConfig:
     Raises:
         ResourceError: It cannot.
     """
-    nodes = [n for n in ray.nodes() if n["Alive"]]
+    leaving = draining_nodes()
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
     if scaling.workers == "auto":
         return scaling.resolved(resolve_auto(nodes, _free_resources()))
     slots = scaling.resolved_slots
@@ -106,6 +107,16 @@ def autoscaler_types() -> list[NodeShape] | None:
         for name, t in types.items()
         if t.get("max_workers", 1)
     ]
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that Ray will take away: their machines are idle, or were given notice."""
+    return set(ray_state.get_draining_nodes())
+
+
+def node_stays(node_id: str) -> bool:
+    """Whether a worker may be started on this node."""
+    return node_alive(node_id) and node_id not in draining_nodes()
 
 
 def node_alive(node_id: str | None) -> bool:

@@ -133,6 +133,10 @@ class HubActor:
         """Ray says that the slot's worker is dead. Does not wait."""
         self.handle.slot_lost.remote(slot, reason)
 
+    def slot_drains(self, slot: int, reason: str) -> None:
+        """The node of the slot's worker will be taken away. Does not wait."""
+        self.handle.slot_drains.remote(slot, reason)
+
     def slot_vacant(self, slot: int, reason: str) -> None:
         """Nobody comes for this slot for now. Does not wait."""
         self.handle.slot_vacant.remote(slot, reason)

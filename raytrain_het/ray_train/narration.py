@@ -71,6 +71,7 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "came_back": lambda e: (
         f"worker {e['slot']} is heard again after {e['away_s']:.1f} s" + (", and catches up" if e["missed"] else "")
     ),
+    "draining": lambda e: f"worker {e['slot']} leaves in good order: {e['reason']}",
     "handed_on": lambda e: (
         f"worker {e['slot']} sends what worker {e['by']} has left out of its gradients (norm {number(e['norm'])})"
     ),

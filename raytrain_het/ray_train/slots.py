@@ -23,7 +23,7 @@ from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raytrain_het.ray_train.cluster_view import node_alive
+from raytrain_het.ray_train.cluster_view import node_alive, node_stays
 from raytrain_het.ray_train.placement import SlotPlacement
 from raytrain_het.ray_train.resources import SlotSpec
 
@@ -225,7 +225,7 @@ class Start:
             if not group.wait(1):
                 continue
             node_id = self._plan.placement.node_of(self._slot)
-            if node_id is not None and node_alive(node_id):
+            if node_id is not None and node_stays(node_id):
                 self.placed = True
                 return node_id
             if node_id is not None:

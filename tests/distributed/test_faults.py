@@ -44,8 +44,8 @@ class UntilRefilled:
     Else the run may have ended before that.
     """
 
-    def __init__(self, task, slot):
-        self.task, self.slot = task, slot
+    def __init__(self, task, slot, has_happened=happened):
+        self.task, self.slot, self.has_happened = task, slot, has_happened
 
     def __call__(self, directory):
         session, first = current(), Path(directory) / "first_uid"
@@ -53,7 +53,9 @@ class UntilRefilled:
         def hold(point, step):
             if point == "opened" and session.slot == self.slot and not first.exists():
                 first.write_text(session.worker.agent.uid)
-            elif point == "opened" and happened(directory):  # What a healing worker needs has been offered here.
+            elif point == "opened" and self.has_happened(
+                directory
+            ):  # What a healing worker needs has been offered here.
                 uid, number = first.read_text(), session.worker.engine.opened.record.number
                 session.worker.agent.wait_for(lambda: self.is_needed(session.worker.agent, uid, number))
 
@@ -244,6 +246,44 @@ class SlowStorage(LocalStorage):
     def persist(self, local_dir, name, staged=None):
         wait_until(lambda: len(happened(self.root)) >= 2)
         return super().persist(local_dir, name, staged)
+
+
+def noticed(directory):
+    return Path(directory, "noticed").exists()
+
+
+class Notice:
+    """Says from a step on, again and again, that the machines of some slots are taken away."""
+
+    def __init__(self, *slots):
+        self.slots = slots
+
+    def __call__(self, lab):
+        if max((step for step, *_ in traces(lab.directory)), default=0) >= STEPS + 3:
+            Path(lab.directory, "noticed").touch()
+            left = [e["slot"] for e in lab.hub.events(0) if e["kind"] == "left"]
+            for slot in self.slots:
+                if slot not in left:
+                    lab.hub.slot_drains(slot, "a notice")
+
+
+def test_a_worker_whose_machine_is_taken_away_leaves_in_good_order_and_no_step_is_done_again(tmp_path):
+    done = run(UntilRefilled(TASK, 1, noticed), tmp_path, on_poll=Notice(1))
+    assert done.check(TASK).num_redone_steps == 0
+    assert [e["slot"] for e in done.kinds("draining")] == [1]
+    assert [e["slot"] for e in done.kinds("lost", "left")] == [1]
+    assert [e["slot"] for e in done.kinds("healed")] == [1]
+    assert sorted(done.results) == [0, 1, 2]
+
+
+def test_of_workers_that_are_all_taken_away_one_stays_until_another_holds_the_state(tmp_path):
+    """Three of three: two leave at once; the third one when a new worker is healed."""
+    done = run(UntilRefilled(LONGER, 2, noticed), tmp_path, on_poll=Notice(0, 1, 2))
+    done.check(LONGER)
+    assert sorted(e["slot"] for e in done.kinds("draining")) == [0, 1, 2]
+    last = done.kinds("left")[2]
+    healed = [e for e in done.kinds("healed") if e["time"] < last["time"]]
+    assert healed and done.kinds("lost", "evicted") == []
 
 
 def test_who_holds_a_checkpoint_leaves_only_when_it_is_stored(tmp_path):

@@ -29,6 +29,7 @@ class FakeMembership:
         self.joins: list[dict[str, Any]] = []
         self.lost: list[tuple[int, str]] = []
         self.vacant: list[int] = []
+        self.drains: list[int] = []
         self.dead: list[int] = []
         self.state = "running"
         self.failure: str | None = None
@@ -48,6 +49,9 @@ class FakeMembership:
 
     def slot_vacant(self, slot: int, reason: str) -> None:
         self.vacant.append(slot)
+
+    def slot_drains(self, slot: int, reason: str) -> None:
+        self.drains.append(slot)
 
     def take_reports(self) -> list[dict[str, Any]]:
         return list(self.pending)

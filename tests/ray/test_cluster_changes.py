@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,31 @@ def test_a_killed_nodes_slot_is_refilled_on_a_node_that_comes(cluster: Any, two_
     after = run.members(2, joins=num_joins + 1)
     assert after[1]["node_id"] == two_slots.node.node_id != before[1]["node_id"]
     assert after[0]["pid"] == before[0]["pid"]
+
+
+def test_a_worker_on_a_node_that_drains_is_asked_to_leave_and_its_slot_is_refilled_elsewhere(
+    cluster: Any, two_slots: TwoSlots
+) -> None:
+    run, before, old = two_slots.run, two_slots.run.members(2), two_slots.node
+    num_joins, num_lost = len(run.call("peek", "joins")), len(run.call("peek", "lost"))
+    drain(cluster.gcs_address, old.node_id)
+    eventually(lambda: 1 in run.call("peek", "drains"), "the hub is told")
+    assert set(run.call("peek", "drains")) == {1}
+    run.call("tell", "leave", 1)
+    eventually(lambda: len(run.call("peek", "lost")) > num_lost, "it has left")
+    run.call("set", orders={})
+    two_slots.node = cluster.add_node(num_cpus=1, resources={"spare": 1})
+    after = run.members(2, joins=num_joins + 1)
+    assert after[1]["node_id"] == two_slots.node.node_id != before[1]["node_id"]
+    assert after[0]["pid"] == before[0]["pid"]
+    cluster.remove_node(old)
+
+
+def drain(address: str, node_id: str) -> None:
+    """As an autoscaler does that takes a node away."""
+    preempted, in_an_hour = 2, int((time.time() + 3600) * 1000)
+    accepted, why = ray._raylet.GcsClient(address=address).drain_node(node_id, preempted, "notice", in_an_hour)
+    assert accepted, why
 
 
 def test_the_training_functions_own_traceback_comes_first(two_slots: TwoSlots) -> None:
