@@ -152,6 +152,10 @@ class HetConfig:
     """A worker that answers pings but makes its peers wait for so long is dropped, and so is a suspended one that
     nothing was heard of for so long."""
 
+    storage_limit_s: float = 3600.0
+    """A checkpoint that the storage has not taken after so long is skipped, and the last good one stays. Until then
+    nobody is dropped for it."""
+
     start_timeout_s: float = 120.0
     """How long the first step waits for all workers before it starts with those that are there."""
 
@@ -303,7 +307,10 @@ _RULES: dict[str, tuple[Allowed, str]] = {
         "Write warm_spares=False.",
     ),
     "check": (one_of("rolling", "every_step"), "Write check='every_step' to look for an error."),
-    **{name: _by_default(name, ABOVE_0) for name in ("bucket_mib", "silence_s", "hang_limit_s", "start_timeout_s")},
+    **{
+        name: _by_default(name, ABOVE_0)
+        for name in ("bucket_mib", "silence_s", "hang_limit_s", "storage_limit_s", "start_timeout_s")
+    },
     **{name: _by_default(name, whole_number_from(0)) for name in ("replica_check_steps", "max_skipped_steps", "seed")},
 }
 """By field: what is allowed, and what to write instead."""

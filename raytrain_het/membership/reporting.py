@@ -56,6 +56,11 @@ class Reporting:
         for uid in self._core.run.peers if keys else ():
             self._send(uid, protocol.Acknowledged(keys=keys))
 
+    def came_back(self, uid: str) -> None:
+        """A member was suspended, and is heard again: nobody has told it which reports were registered meanwhile."""
+        if keys := self.collector.acknowledged():
+            self._send(uid, protocol.Acknowledged(keys=keys))
+
     def is_under_way(self) -> bool:
         """Whether something is being done about a report that needs no worker's training function."""
         return self.collector.are_under_way(self._slots())

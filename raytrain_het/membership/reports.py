@@ -257,6 +257,10 @@ class ReportCollector:
         for key in list(self._acknowledged)[:-MAX_REPORTS]:
             del self._acknowledged[key]
 
+    def acknowledged(self) -> list[str]:
+        """Keys of the last reports that were acknowledged."""
+        return list(self._acknowledged)
+
     def since(self, seq: int) -> list[WholeReport]:
         """All whole reports from a sequence number on."""
         return [r for r in self._done if r.seq >= seq]

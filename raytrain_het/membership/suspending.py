@@ -51,6 +51,9 @@ def come_back(run: RunState, uid: str, now: float) -> None:
         run.send(uid, End())
         return
     peer.heard, run.peers[uid] = now, peer
+    if run.failed_with is not None:
+        run.send(uid, run.failed_with)
+        return
     if peer.phase is Phase.JOINING or not missed:
         peer.answered &= run.next.number == suspended.asked_for
         ask_to_answer(run, peer)

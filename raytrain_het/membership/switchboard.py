@@ -328,6 +328,8 @@ class Switchboard:
             event = entry.event
             if isinstance(event, events.Gone | events.Suspended):
                 self._reply(self._evaluations.forget(event.uid))
+            if isinstance(event, events.CameBack):
+                self._tell_what_it_has_missed(event.uid)
             if isinstance(event, events.Gone) and not isinstance(event, events.Finished | events.Raised):
                 self.reporting.forget(event.slot)
         self._next_event = self.core.run.log.next_seq
@@ -340,6 +342,12 @@ class Switchboard:
             for uid in free:
                 self.core.leave(uid, self._now())
             self.settle()
+
+    def _tell_what_it_has_missed(self, uid: str) -> None:
+        """A member was suspended: what was said to all members meanwhile was not said to it."""
+        if self.core.run.checkpoint is not None:
+            self._send(uid, self._newest_checkpoint())
+        self.reporting.came_back(uid)
 
     def _reply(self, replies: list[tuple[str, protocol.Reply]]) -> None:
         for uid, reply in replies:

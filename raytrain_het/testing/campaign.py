@@ -19,18 +19,32 @@ import signal
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.points import POINTS
-from raytrain_het.testing.faults import Fault, happened
+from raytrain_het.testing.faults import Fault, Happened, Kind, happened
 from raytrain_het.testing.ledger import LedgerError, check_exactly_once, read_ledgers
+from raytrain_het.testing.outside import Outside
 from raytrain_het.testing.processes import LabSlots, ProcessLab
 from raytrain_het.testing.regression import SMALL_BUCKETS, Regression, differing_replicas, relative_error, traces
 
 FAULTS_PER_ROUND = 12
+USUAL: Mapping[Kind, int] = {"kill": 12, "leave": 4, "stop": 1}
+"""How often each kind of fault happens, relative to the others."""
+EVERY: Mapping[Kind, int] = {
+    **USUAL,
+    "hold": 3,
+    "cut": 3,
+    "drain": 3,
+    "unplug": 2,
+    "mute": 1,
+    "restart_hub": 1,
+}
+"""The same with faults of the network, the hub and the interpreter: those after which nobody is dead. Needs root."""
 STEPS_BETWEEN = 9
 """Steps between faults, on average. A refill takes about as long: some faults meet a worker that is healing, most do
 not."""
@@ -61,6 +75,8 @@ class Account:
     """Seconds from a kill until a step of the next generation is committed: median and largest."""
     eviction_s: dict[str, float] = field(default_factory=dict)
     """The same for stopped workers."""
+    apart_s: dict[str, float] = field(default_factory=dict)
+    """The same for workers whose machines were taken off the network."""
     slow: list[str] = field(default_factory=list)
     """Kills whose recovery took more than a second, with what the hub saw meanwhile."""
     failures: list[str] = field(default_factory=list)
@@ -75,24 +91,34 @@ class Account:
         )
 
 
-def script(rng: random.Random, num_faults: int, num_slots: int, task: Regression) -> list[Fault]:
+def script(
+    rng: random.Random, num_faults: int, num_slots: int, task: Regression, kinds: Mapping[Kind, int] = USUAL
+) -> list[Fault]:
     """Faults at random points, of random workers, with random gaps of steps."""
     faults, step = [], 2
     for _ in range(num_faults):
         step += rng.randint(1, 2 * STEPS_BETWEEN)
         if step > task.num_steps:
             break
-        kind = rng.choices(["kill", "leave", "stop"], weights=[12, 4, 1])[0]
+        kind = rng.choices(list(kinds), weights=list(kinds.values()))[0]
         point, at = rng.choice(POINTS), step
         if point == "report":
             per_epoch = task.plan.steps_per_epoch
             at = min(-(-step // per_epoch) * per_epoch, task.num_steps)
-        faults.append(Fault(slot=rng.randrange(num_slots), step=at, point=point, kind=kind))  # type: ignore[arg-type]
+        slot = rng.randrange(num_slots)
+        seconds = rng.uniform(0.3, 2.0) if kind in ("hold", "unplug", "mute") else 0.0
+        faults.append(Fault(slot=slot, step=at, point=point, kind=kind, seconds=seconds))
     return faults
 
 
 def campaign(
-    num_faults: int, seed: int, *, num_slots: int = 3, config: HetConfig | None = None, directory: str | None = None
+    num_faults: int,
+    seed: int,
+    *,
+    num_slots: int = 3,
+    config: HetConfig | None = None,
+    directory: str | None = None,
+    kinds: Mapping[Kind, int] = USUAL,
 ) -> Account:
     """Run rounds of a small training until ``num_faults`` faults have happened.
 
@@ -102,6 +128,7 @@ def campaign(
         num_slots: Workers in a round.
         config: The run's settings; by default unequal shares and small buckets.
         directory: Where the rounds leave their files; by default a temporary folder.
+        kinds: How often each kind of fault happens.
     """
     rng, account = random.Random(seed), Account()
     shares = tuple(float(num_slots - slot) for slot in range(num_slots))
@@ -110,11 +137,11 @@ def campaign(
     expected = task.plain()
     with tempfile.TemporaryDirectory() as temporary:
         while account.faults < num_faults and account.rounds < 4 + num_faults:
-            faults = script(rng, min(FAULTS_PER_ROUND, num_faults - account.faults), num_slots, task)
+            faults = script(rng, min(FAULTS_PER_ROUND, num_faults - account.faults), num_slots, task, kinds)
             _round(
                 task, expected, faults, num_slots, config, Path(directory or temporary) / str(account.rounds), account
             )
-    for values in (account.recovery_s, account.eviction_s):
+    for values in (account.recovery_s, account.eviction_s, account.apart_s):
         gaps = sorted(values.values())
         values.clear()
         if gaps:
@@ -131,9 +158,17 @@ def _round(
     directory: Path,
     account: Account,
 ) -> None:
-    lab = ProcessLab(task, directory, LabSlots(num_slots=num_slots), faults=faults, config=config)
+    cables = any(fault.kind in ("unplug", "mute") for fault in faults)
+    slots = LabSlots(num_slots=num_slots, rates_mbit=[None] * num_slots if cables else None)
+    lab = ProcessLab(task, directory, slots, faults=faults, config=config)
+    outside, waker = Outside(lab), Waker(lab, LONGEST_STOP_S)
+
+    def on_poll() -> None:
+        outside()
+        waker()
+
     try:
-        results = lab.run(30.0, on_poll=Waker(lab, LONGEST_STOP_S))
+        results = lab.run(60.0, on_poll=on_poll)
     except AssertionError as error:
         account.failures.append(f"round {account.rounds}, {faults}: {error}")
         results = {}
@@ -158,8 +193,10 @@ def _round(
     for fault in faults_now:
         before = max((generation for at, generation in commits if at <= fault.time), default=0)
         after = next((at for at, generation in commits if generation > before), None)
-        if after is not None and fault.kind != "leave":
-            into = account.eviction_s if fault.kind == "stop" else account.recovery_s
+        into = {"kill": account.recovery_s, "stop": account.eviction_s, "unplug": account.apart_s}.get(fault.kind)
+        if fault.kind == "unplug" and not _was_suspended(lab.events, fault):
+            into = None  # It was back before anybody missed it.
+        if after is not None and into is not None:
             into[f"{account.rounds}/{fault.time}"] = after - fault.time
             if fault.kind == "kill" and after - fault.time > 1.0:
                 meanwhile = [
@@ -168,6 +205,13 @@ def _round(
                     if -0.3 < e["time"] - fault.time < after - fault.time
                 ]
                 account.slow.append(f"round {account.rounds - 1}: {fault}: {meanwhile}")
+
+
+def _was_suspended(events: list[dict[str, Any]], fault: Happened) -> bool:
+    until = fault.time + fault.seconds
+    return any(
+        e["kind"] == "suspended" and e["slot"] == fault.slot and fault.time < e["time"] < until + 0.5 for e in events
+    )
 
 
 SILENT = ("suspended", "evicted")
@@ -206,8 +250,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--every-kind", action="store_true", help="also faults after which nobody is dead; as root")
     args = parser.parse_args()
-    account = campaign(args.faults, args.seed, num_slots=args.workers)
+    account = campaign(args.faults, args.seed, num_slots=args.workers, kinds=EVERY if args.every_kind else USUAL)
     values = {**dataclasses.asdict(account), "clean": account.clean}
     if args.json:
         print(json.dumps(values))

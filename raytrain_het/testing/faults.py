@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -12,7 +13,10 @@ from typing import Literal
 
 from raytrain_het.membership.points import POINTS, StepPoints
 
-Kind = Literal["kill", "stop", "leave", "raise", "slow"]
+Kind = Literal["kill", "stop", "leave", "raise", "slow", "hold", "cut", "unplug", "mute", "drain", "restart_hub"]
+
+OUTSIDE: Sequence[Kind] = ("cut", "unplug", "mute", "drain", "restart_hub")
+"""Faults that do not happen in the worker itself: it only says when, and goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +25,14 @@ class Fault:
 
     ``kill``: SIGKILL. ``stop``: SIGSTOP; the test must continue or kill the worker. ``leave``: the worker leaves in
     good order. ``raise``: an exception in the training function. ``slow``: the worker sleeps ``seconds`` at the point,
-    in each of ``steps`` steps. With ``when_stored`` the fault waits until every report of this worker is registered
-    with its checkpoint: it is not meant to cost a checkpoint.
+    in each of ``steps`` steps. ``hold``: it holds the interpreter for ``seconds``, and no thread of it runs.
+
+    What happens outside of the worker is done by :class:`~raytrain_het.testing.outside.Outside`: ``cut`` resets its
+    connection to the hub, ``unplug`` takes its machine off the network for ``seconds``, ``mute`` lets it hear and not
+    be heard, ``drain`` gives notice of its machine, ``restart_hub`` kills the hub.
+
+    With ``when_stored`` the fault waits until every report of this worker is registered with its checkpoint: it is not
+    meant to cost a checkpoint.
     """
 
     slot: int
@@ -63,13 +73,13 @@ def install(
         for fault in mine:
             if fault.point != point or not fault.step <= step < fault.step + fault.steps:
                 continue
-            mark = Path(directory) / f"fault_{fault.slot}_{step}_{fault.point}_{fault.kind}"
+            mark = Path(directory) / f"fault_{fault.slot}_{step}_{fault.point}-{fault.kind}"
             if mark.exists():
                 continue
             if fault.when_stored:
                 await_reports()
             with mark.open("w") as file:
-                file.write(repr(time.time()))
+                file.write(f"{time.time()!r} {fault.seconds}")
                 file.flush()
             _happen(fault, leave)
 
@@ -84,8 +94,12 @@ def _happen(fault: Fault, leave: Callable[[], None]) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault.kind == "slow":
         time.sleep(fault.seconds)
+    elif fault.kind == "hold":
+        ctypes.PyDLL(None).usleep(int(fault.seconds * 1e6))  # A call by PyDLL keeps the interpreter's lock.
     elif fault.kind == "leave":
         leave()
+    elif fault.kind in OUTSIDE:
+        pass
     else:
         raise RuntimeError(f"scripted fault at {fault.point} of step {fault.step}")
 
@@ -100,6 +114,7 @@ class Happened:
     step: int
     point: str
     kind: str
+    seconds: float = 0.0
 
 
 def happened(directory: str | os.PathLike[str]) -> list[Happened]:
@@ -107,6 +122,7 @@ def happened(directory: str | os.PathLike[str]) -> list[Happened]:
     faults = []
     for path in Path(directory).glob("fault_*"):
         _, slot, step, rest = path.name.split("_", 3)
-        point, kind = rest.rsplit("_", 1)
-        faults.append(Happened(float(path.read_text() or "nan"), int(slot), int(step), point, kind))
+        point, kind = rest.split("-")
+        at, seconds = (path.read_text() or "nan 0").split()
+        faults.append(Happened(float(at), int(slot), int(step), point, kind, float(seconds)))
     return sorted(faults)

@@ -34,6 +34,7 @@ from raytrain_het.worker.state.reporter import Reporter
 from raytrain_het.worker.state.resuming import Resuming
 from raytrain_het.worker.state.state_server import StateServer
 from raytrain_het.worker.state.structure import Structure
+from raytrain_het.worker.state.writing import Writer
 from raytrain_het.worker.stats import StatsReporter
 from raytrain_het.worker.step.committing import Committing, advance, resync_due
 from raytrain_het.worker.step.engine import Engine
@@ -157,7 +158,8 @@ def _put_together(
     resuming = Resuming(context, contents, scheduled=rates is not None, tell=connections.warn)
     engine = _make_engine(context, prepared, connections, gradients, replica, rates, resuming)
     stats = StatsReporter(context, prepared, connections, engine)
-    reporter = Reporter(connections.agent, connections.server, context.storage)
+    writer = Writer(connections.agent, connections.server, context.storage)
+    reporter = Reporter(connections.agent, writer, storage_limit_s=context.config.storage_limit_s)
     reports = Reports(connections, engine, contents, reporter, stats)
     return Worker(prepared, connections, engine, Tellers(stats, reports, speed), num_epochs)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from runs import run_of
 
+from raytrain_het.allreduce.reducers import sharding
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.server import Hub
 from raytrain_het.testing.faults import Fault
@@ -74,6 +75,17 @@ def plain(task: Regression) -> torch.Tensor:
     return task.plain()
 
 
+@dataclass(frozen=True)
+class CutUp:
+    """A training function whose buckets are cut among all owners, as large ones are, however small they are."""
+
+    task: Callable[[str], Any]
+
+    def __call__(self, directory: str) -> Any:
+        sharding.MIN_SHARD_BYTES = sharding.MIN_SHARD_BYTES_ON_ONE_MACHINE = 1
+        return self.task(directory)
+
+
 def run(
     task: Callable[[str], Any],
     directory: Path,
@@ -83,6 +95,7 @@ def run(
     config: HetConfig = SMALL_BUCKETS,
     timeout_s: float = TIMEOUT_S,
     on_poll: Callable[[ProcessLab], None] | None = None,
+    cut_up: bool = True,
     **lab_kwargs: Any,
 ) -> Run:
     """Run a training function in plain processes, to its end.
@@ -91,6 +104,7 @@ def run(
     """
     slots = LabSlots(num_slots=num_slots, **{k: lab_kwargs.pop(k) for k in ("refill", "machines") if k in lab_kwargs})
     files = WorkerFiles(storage=lab_kwargs.pop("storage", None))
+    task = CutUp(task) if cut_up else task
     lab = ProcessLab(task, directory, slots, faults=faults or (), config=config, files=files, **lab_kwargs)
     results = lab.run(timeout_s, on_poll=functools.partial(on_poll, lab) if on_poll else None)
     return Run(lab, results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from raytrain_het.membership import protocol
 from raytrain_het.membership.place import Doing
 from raytrain_het.membership.protocol import Message
 from raytrain_het.worker.state.reporter import OpenReport, Reporter
+from raytrain_het.worker.state.writing import Writer
 
 
 class WouldWait(Exception):
@@ -55,7 +57,8 @@ class Worker:
 
     def __init__(self) -> None:
         self.agent, self.server = Agent(), Server()
-        self.reporter = Reporter(self.agent, self.server, None)  # type: ignore[arg-type]
+        writer = Writer(self.agent, self.server, None)  # type: ignore[arg-type]
+        self.reporter = Reporter(self.agent, writer, storage_limit_s=60.0)  # type: ignore[arg-type]
 
     def report(self, step: int, *, snapshot: bool = True) -> str:
         key = self.key(step)
@@ -113,3 +116,33 @@ def test_a_report_made_in_the_body_of_a_step_has_the_same_key_when_the_step_is_d
     keys = [worker.key(5), worker.key(5, first), worker.key(5, first)]
     keys += [worker.key(5, again), worker.key(6), worker.key(6, object())]
     assert keys == ["1.5.0", "1.5.1", "1.5.2", "1.5.1", "1.6.0", "1.6.1"]
+
+
+class SilentStorage:
+    """Takes a checkpoint only when it is allowed to, at last."""
+
+    def __init__(self) -> None:
+        self.allowed = threading.Event()
+
+    def offer(self, key: str, own: dict[str, Any]) -> None:
+        pass
+
+    def write(self, name: str, *_: Any) -> str:
+        assert self.allowed.wait(60)
+        return name
+
+
+def test_a_checkpoint_that_the_storage_does_not_take_is_skipped_and_counts_if_it_is_stored_after_all() -> None:
+    agent, storage, said = Agent(), SilentStorage(), queue.SimpleQueue[Any]()
+    agent.tell = said.put  # type: ignore[method-assign]
+    reporter = Reporter(agent, storage, storage_limit_s=0.05)  # type: ignore[arg-type]
+    message = protocol.Report(key="1.5.0", step=5, epoch=0, metrics={})
+    meta = {"cursor": {"epoch": 0, "offset": 0, "step": 5}}
+    reporter.add(OpenReport("1.5.0", 5, message, meta, {}, agent.record), {})
+    agent.on_message[protocol.Write](protocol.Write(key="1.5.0", uids=[]))
+    event, skipped = said.get(timeout=60), said.get(timeout=60)
+    assert "storage_limit_s=0.05" in event.event.error
+    assert (skipped.path, skipped.error) == (None, event.event.error)
+    storage.allowed.set()
+    stored = said.get(timeout=60)
+    assert (stored.path, stored.error) == ("checkpoint_000000005_0", None)

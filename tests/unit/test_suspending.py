@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from runs import run_of
 from test_membership_rules import HANG_LIMIT_S, SILENCE_S, Run, started
+
+from raytrain_het.membership import protocol
+from raytrain_het.membership.cursor import Cursor
+from raytrain_het.membership.protocol import Message
+from raytrain_het.membership.record import Member
+from raytrain_het.membership.switchboard import Switchboard
 
 
 def silenced(run: Run, *slots: int, at: float = 10.0) -> None:
@@ -164,3 +171,57 @@ def test_who_was_suspended_when_the_run_ended_is_sent_home() -> None:
     run.core.heard_again("1-a", 12.0)
     assert run.messages("1-a") == ["end"]
     assert not run.core.run.peers
+
+
+def test_who_was_suspended_when_the_run_failed_is_told_why() -> None:
+    run = started(num_slots=3, base=5)
+    silenced(run, 2)
+    run.core.raised("0-a", "ValueError: the user's own", 11.0)
+    assert "fail" in run.messages("1-a")
+    run.core.heard_again("2-a", 12.0)
+    assert run.messages("2-a") == ["fail"]
+
+
+def test_who_was_suspended_hears_of_the_reports_and_the_checkpoint_that_were_registered_meanwhile() -> None:
+    now, said = [0.0], list[tuple[str, Message]]()
+    config, context = run_of(3, silence_s=SILENCE_S)
+    board = Switchboard(
+        config, context, now=lambda: now[0], send=lambda uid, m: said.append((uid, m)), connected=lambda: []
+    )
+    members = [Member(uid=f"{k}-a", slot=k, host="h", state_port=1, device="cpu") for k in range(3)]
+    for member in members:
+        board.hello(
+            protocol.Hello(
+                member=member,
+                cursor=Cursor(),
+                healed=False,
+                fresh=False,
+                record=None,
+                answered=0,
+                want=0,
+                fingerprint="",
+                checkpoint=None,
+                checkpoint_cursor=None,
+            )
+        )
+    first = board.core.run.record
+    assert first is not None
+    now[0] = 10.0
+    board.hear(members[0], protocol.Suspect(generation=first.number, step=1))
+    now[0] = 10.1
+    for member in members[:2]:
+        board.hear(member, protocol.Pong(position=1000))
+    now[0] = 10.1 + SILENCE_S
+    board.tick()
+    assert list(board.core.run.suspended) == ["2-a"]
+    key = f"{first.life}.5.0"
+    for member in members[:2]:
+        said_of_it = protocol.Report(key=key, step=5, epoch=0, metrics={}, holds_snapshot=True, checkpoint=True)
+        board.hear(member, said_of_it)
+    board.hear(members[0], protocol.Stored(key=key, path="there", error=None, cursor=Cursor(step=5)))
+    board.acknowledge([key])
+    said.clear()
+    board.hear(members[2], protocol.Pong(position=1000))
+    to_it = [message for uid, message in said if uid == "2-a"]
+    assert [m.keys for m in to_it if isinstance(m, protocol.Acknowledged)] == [[key]]
+    assert [m.path for m in to_it if isinstance(m, protocol.Checkpoint)] == ["there"]

@@ -16,9 +16,7 @@ from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.events import CheckpointFailed
 from raytrain_het.membership.message_parts import LoopProgress
 from raytrain_het.membership.record import Record
-from raytrain_het.worker.state import checkpoint as files
 from raytrain_het.worker.state.report_keys import Keys
-from raytrain_het.worker.state.state_server import StateServer
 from raytrain_het.worker.state.writing import Writer
 
 logger = logging.getLogger("raytrain_het")
@@ -45,15 +43,21 @@ class OpenReport:
 
 
 class Reporter:
-    """Holds this worker's part of each report until the hub has acknowledged it."""
+    """Holds this worker's part of each report until the hub has acknowledged it.
 
-    def __init__(self, agent: MemberAgent, server: StateServer, storage: files.Storage) -> None:
-        self._agent = agent
-        self._writer = Writer(agent, server, storage)
+    Args:
+        agent: speaks with the hub.
+        writer: writes checkpoints.
+        storage_limit_s: after so long a checkpoint that is not stored is skipped.
+    """
+
+    def __init__(self, agent: MemberAgent, writer: Writer, *, storage_limit_s: float) -> None:
+        self._agent, self._writer, self._storage_limit_s = agent, writer, storage_limit_s
         self._open: dict[str, OpenReport] = {}
         self._confirmed = 0
         self._keys = Keys()
         self._returning = False
+        self._lock = threading.Lock()
         agent.on_message[protocol.Acknowledged] = self._acknowledged
         agent.on_message[protocol.Write] = self._write_asked
 
@@ -125,8 +129,9 @@ class Reporter:
 
     def wait(self) -> None:
         """Wait until every report is acknowledged."""
-        step = self._agent.cursor.step
-        with self._agent.doing.call("returned", f"after step {step}, waiting for its reports to be stored"):
+        step, waiting = self._agent.cursor.step, ", ".join(str(report.step) for report in list(self._open.values()))
+        doing = f"after step {step}, waiting for its reports of steps {waiting} to be stored"
+        with self._agent.doing.call("returned", doing):
             self._agent.wait_for_peers(lambda: not self._open)
 
     def _acknowledged(self, message: protocol.Acknowledged) -> None:
@@ -148,14 +153,29 @@ class Reporter:
     def _write(self, report: OpenReport, snapshot: dict[str, Any], uids: list[str]) -> None:
         """Write and store the checkpoint. A failure costs this checkpoint, never an older one, and never the run."""
         name = "checkpoint_{:09d}_{}".format(*map(int, report.key.split(".")[1:]))
+        limit_s = self._storage_limit_s
+        silent = f"the storage has not taken it within HetConfig(storage_limit_s={limit_s:g})"
+        timer = threading.Timer(limit_s, lambda: self._over(report, None, silent))
+        timer.daemon = True
+        timer.start()
         path, error = None, None
         try:
             members = [m for m in report.record.members if m.uid in uids]
             path = self._writer.write(name, report.meta, snapshot, members)
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
+        timer.cancel()
+        self._over(report, path, error)
+
+    def _over(self, report: OpenReport, path: str | None, error: str | None) -> None:
+        """The checkpoint is stored, or is given up. The first word counts, unless it is stored after all: then a run
+        that resumes may go on from it."""
+        with self._lock:
+            if report.stored is not None and (path is None or report.stored.path is not None):
+                return
+            cursor = Cursor.from_dict(report.meta["cursor"])
+            report.stored = protocol.Stored(key=report.key, path=path, error=error, cursor=cursor)
+        if error is not None:
             logger.warning("the checkpoint of step %d could not be stored, the run goes on: %s", report.step, error)
             self._agent.tell(protocol.Event(event=CheckpointFailed(step=report.step, error=error)))
-        cursor = Cursor.from_dict(report.meta["cursor"])
-        report.stored = protocol.Stored(key=report.key, path=path, error=error, cursor=cursor)
         self._agent.tell(report.stored)
