@@ -26,5 +26,6 @@ PLOTS: dict[str, Callable[[], Shown]] = {
     "slow_links": links.slow_links,
     "step_time": costs.step_time,
     "unequal_workers": fleets.unequal_workers,
+    "worker_cpu": costs.worker_cpu,
 }
 """By the name of a page: its plot and its table."""

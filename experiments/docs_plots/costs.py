@@ -153,3 +153,29 @@ def hub() -> Shown:
     ]
     caption = "Left: CPU time of the hub while members train. Right: from a failed collective until all can meet again."
     return Shown(figure=figure, rows=table, sources=[source], caption=caption)
+
+
+def worker_cpu() -> Shown:
+    """What a step with many small buckets takes a worker, by the number of workers."""
+    folder = "2026-12-01_headers"
+    sources = [f"{folder}/worker_cpu_before.json", f"{folder}/worker_cpu.json"]
+    before, after = ({row["workers"]: row for row in read(source)["rows"]} for source in sources)
+    figure, (panel,) = panels()
+    for k, (rows, label, colour) in enumerate(((before, "before", DDP), (after, "now", OURS))):
+        places = [place + 0.3 * (k - 0.5) for place in range(len(rows))]
+        panel.bar(places, [row["cpu_ms"] for row in rows.values()], 0.28, color=colour, label=label)
+    panel.set_xticks(range(len(after)), [f"{workers} workers" for workers in after])
+    panel.set_ylabel("CPU time of a worker and step (ms)")
+    figure.legend(loc="outside upper center", ncols=2)
+    table = [
+        {
+            "workers": str(workers),
+            "before (ms)": f"{before[workers]['cpu_ms']:.1f}",
+            "now (ms)": f"{row['cpu_ms']:.1f}",
+            "of which training (ms)": f"{row['solo_ms']:.1f}",
+            "step, before and now (ms)": f"{before[workers]['step_ms']:.0f} and {row['step_ms']:.0f}",
+        }
+        for workers, row in after.items()
+    ]
+    caption = "Workers of Ray Train on one machine, two cores for all of them. Before: headers to all members."
+    return Shown(figure=figure, rows=table, sources=sources, caption=caption)
