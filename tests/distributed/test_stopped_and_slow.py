@@ -109,7 +109,7 @@ def test_the_only_other_worker_goes_while_one_heals_from_it(tmp_path, checkpoint
     task = dataclasses.replace(TASK, epochs=6, report=checkpoints)
     faults = [Fault(slot=1, step=STEPS + 5, point="backward")]
     faults += [Fault(slot=0, step=step, point="slice", kind=kind) for step in range(STEPS + 6, 59)]
-    config = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=1.0)
+    config = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=2.5)
     done = run(OnceOneIsHealed(task), tmp_path, num_slots=2, faults=faults, config=config, on_poll=waking)
     done.check(task, reports=False)  # One that only the second worker held may be lost with it.
     assert len(happened(tmp_path)) == 2
@@ -143,12 +143,12 @@ class StopsOnceTheOtherIsBack:
     """The first of two workers stops before a step, when the second one's next process is there and not yet let in."""
 
     def __call__(self, directory):
-        session, mark = current(), Path(directory) / "fault_0_0_slice_stop"
+        session, mark = current(), Path(directory) / "fault_0_0_slice-stop"
 
         def hold(point, step):
             if point == "slice" and session.slot == 0 and happened(directory) and not mark.exists():
                 wait_until((Path(directory) / "joined").exists)
-                mark.write_text(repr(time.time()))
+                mark.write_text(f"{time.time()} 0")
                 os.kill(os.getpid(), signal.SIGSTOP)
 
         current().points.listeners.append(hold)
@@ -162,7 +162,7 @@ def test_whoever_waits_to_be_let_in_begins_again_if_the_only_member_has_stopped_
         waking(lab)
 
     faults = [Fault(slot=1, step=STEPS + 5, point="backward", when_stored=True)]
-    config = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=1.0)
+    config = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=2.5)
     done = run(StopsOnceTheOtherIsBack(), tmp_path, num_slots=2, faults=faults, config=config, on_poll=on_poll)
     done.check(TASK, reports=False)
     assert [e["slot"] for e in done.kinds("evicted")] == [0]
@@ -203,7 +203,7 @@ def test_a_worker_that_answers_but_never_arrives_is_dropped_at_the_hang_limit(tm
         if not killed and any(e["kind"] == "evicted" for e in lab.hub.events(0)):
             killed.append(lab.kill(1))
 
-    config = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=1.0)
+    config = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=2.5)
     faults = [Fault(slot=1, step=14, point=point, kind="slow", seconds=60.0)]
     done = run(TASK, tmp_path, faults=faults, config=config, on_poll=clear_away)
     done.check(TASK)

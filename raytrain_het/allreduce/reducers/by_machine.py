@@ -95,8 +95,8 @@ class ByMachineReducer:
             members,
             dataclasses.replace(bucket, is_dense=True),
             machines.coder,
-            [(0, n if receiver == machines.leader else 0) for receiver in range(members.size)],
-            [(0, n if leader == members.rank else 0) for leader in leader_of],
+            [(0, n) if receiver == machines.leader else None for receiver in range(members.size)],
+            [(0, n) if leader == members.rank else None for leader in leader_of],
         )
         self._among_leaders = machines.reducer_among_leaders(bucket)
         self._sum = torch.empty(n if machines.leads else 0, dtype=bucket.dtype, device=members.device)

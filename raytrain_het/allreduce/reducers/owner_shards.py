@@ -40,12 +40,12 @@ class OwnerShardsReducer:
         rank, size = members.rank, members.size
         num_bytes = max(coder.payload_bytes(k, bucket, (0, bucket.numel)) for k in range(size))
         shards = members.sharding.bounds(bucket.numel, num_bytes)
-        self.owned = shards[rank]
-        self._to_owners = ShardsToOwners(members, bucket, coder, shards, [self.owned] * size)
+        self.owned = shards[rank] or (0, 0)
+        self._to_owners = ShardsToOwners(members, bucket, coder, shards, [shards[rank]] * size)
         self._format = members.header_format(bucket)
         head = self._format.num_bytes
         lengths = [
-            head + coder.payload_bytes(k, bucket, part) if part[1] > part[0] else 0 for k, part in enumerate(shards)
+            0 if shard is None else head + coder.payload_bytes(k, bucket, shard) for k, shard in enumerate(shards)
         ]
         own = members.new_buffer(lengths[rank])
         self._own_header, self._own_mean = self._format.place(own), own[head:]
@@ -54,10 +54,10 @@ class OwnerShardsReducer:
         received = self._from_owners.buffer.split(self._from_owners.lengths)
         messages = {k: own if k == rank else received[k] for k, length in enumerate(lengths) if length}
         """By rank of the owners: the merged header, and the mean behind it."""
-        self._first_owner = min(messages)
-        self._header_of_all = self._format.place(messages[self._first_owner])
+        self._owners = list(messages)
+        self._header_of_all = self._format.place(messages[self._owners[0]])
         self._means = [
-            (*shards[owner], Payload(owner, coder.codec(owner, bucket), message[head:]))
+            (*(shards[owner] or (0, 0)), Payload(owner, coder.codec(owner, bucket), message[head:]))
             for owner, message in messages.items()
         ]
         """Each shard's bounds, and its mean as the owner has encoded it: the kept step, until the next one's comes."""
@@ -77,14 +77,14 @@ class OwnerShardsReducer:
         self, header: Header, local: torch.Tensor | None, weight: float
     ) -> Generator[Operation, None, Header]:
         yield self._to_owners.send(header, local, weight)
-        if self.owned[1] > self.owned[0]:
+        if self._members.rank in self._owners:
             of_all, payloads = self._to_owners.received(header)
             self._format.write(of_all, self._own_header)
             self._encode_own_mean(payloads, of_all)
         yield self._members.launch(self._from_owners, self._to_all)
         # Of one owner, the same for all members: another one may have added up the weights in another Python.
         of_all = self._format.read(self._header_of_all)
-        self._members.check_header(of_all, self._bucket.index, header.step, self._first_owner)
+        self._members.check_header(of_all, self._bucket.index, header.step, self._owners[0])
         return of_all
 
     def _encode_own_mean(self, payloads: list[Payload], of_all: Header) -> None:

@@ -12,10 +12,8 @@ from raytrain_het.allreduce.reducers.base import SendBuffer
 from raytrain_het.allreduce.reducers.generation_group import GenerationGroup
 from raytrain_het.allreduce.reducers.gradient_coder import GradientCoder, Payload
 from raytrain_het.allreduce.reducers.messages import BucketMessages
+from raytrain_het.allreduce.reducers.sharding import Shard
 from raytrain_het.allreduce.transport.group import Operation
-
-Bounds = tuple[int, int]
-"""(start, stop) of elements of a bucket."""
 
 
 class ShardsToOwners:
@@ -27,8 +25,9 @@ class ShardsToOwners:
         members: the generation's.
         bucket: which one.
         coder: encodes the shards for others.
-        bounds: by receiver: the elements that this member sends there; its own part is at its own rank.
-        incoming: by sender: the elements that come here.
+        shards: by receiver: the elements that this member sends there, None for nothing; its own part is at its own
+            rank.
+        incoming: by sender: the elements that come here, None for nothing.
     """
 
     def __init__(
@@ -36,17 +35,19 @@ class ShardsToOwners:
         members: GenerationGroup,
         bucket: Bucket,
         coder: GradientCoder,
-        bounds: Sequence[Bounds],
-        incoming: Sequence[Bounds],
+        shards: Sequence[Shard | None],
+        incoming: Sequence[Shard | None],
     ) -> None:
-        self._members, self._bucket, self._coder, self._bounds = members, bucket, coder, bounds
+        self._members, self._bucket, self._coder = members, bucket, coder
+        self._shards = [(receiver, *shard) for receiver, shard in enumerate(shards) if shard and shard[0] < shard[1]]
+        """By receiver: the first element that goes there, and the one behind the last."""
         rank, sends = members.rank, members.sends
         self._messages = BucketMessages(
             members,
             bucket,
             [
                 _payload_bytes(coder, rank, bucket, part, sends=sends[rank]) if receiver != rank else None
-                for receiver, part in enumerate(bounds)
+                for receiver, part in enumerate(shards)
             ],
             [
                 _payload_bytes(coder, sender, bucket, part, sends=sends[sender]) if sender != rank else None
@@ -64,9 +65,7 @@ class ShardsToOwners:
         if bucket.is_state or not self._members.sends[rank]:
             return None
         codec, buffers = self._coder.codec(rank, bucket), []
-        for receiver, (start, stop) in enumerate(self._bounds):
-            if stop == start:
-                continue
+        for receiver, start, stop in self._shards:
             capacity = codec.capacity_bytes(stop - start, bucket.dtype)
             own = torch.empty(capacity, dtype=torch.uint8) if receiver == rank else None
             place = own if own is not None else self._messages.outgoing[receiver][:capacity]
@@ -96,16 +95,14 @@ class ShardsToOwners:
         elif self._members.sends[self._members.rank]:
             self._encode(header, local, weight)
         if not self._bucket.is_dense and not (self._members.sends[self._members.rank] and header.contributes):
-            for receiver, (start, stop) in enumerate(self._bounds):
-                if receiver != self._members.rank and stop > start:
+            for receiver, start, stop in self._shards:
+                if receiver != self._members.rank:
                     self._coder.feedback.carry_over(self._bucket, start, stop, header.step)
         # No flush: an owner begins no further step before it has all that was sent to it.
         return self._messages.send(header, flush=False)
 
     def _encode(self, header: Header, local: torch.Tensor, weight: float) -> None:
-        for receiver, (start, stop) in enumerate(self._bounds):
-            if stop == start:
-                continue
+        for receiver, start, stop in self._shards:
             shard = local[start:stop]
             if receiver == self._members.rank:
                 self._own = shard.to(self._members.device).view(torch.uint8)
@@ -132,7 +129,6 @@ class ShardsToOwners:
         return merged(headers.values()), payloads
 
 
-def _payload_bytes(coder: GradientCoder, rank: int, bucket: Bucket, part: Bounds, *, sends: bool) -> int | None:
+def _payload_bytes(coder: GradientCoder, rank: int, bucket: Bucket, shard: Shard | None, *, sends: bool) -> int | None:
     """Bytes of a member's payload of these elements: 0 for a header only, None for no message."""
-    start, stop = part
-    return None if stop == start else coder.payload_bytes(rank, bucket, part) if sends else 0
+    return None if shard is None else coder.payload_bytes(rank, bucket, shard) if sends else 0
