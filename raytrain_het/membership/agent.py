@@ -44,8 +44,8 @@ from raytrain_het.membership.wire import Connection, connect
 
 logger = logging.getLogger("raytrain_het")
 
-RECONNECT_LIMIT_S = 120.0
-
+FIRST_CONTACT_LIMIT_S = 120.0
+"""A worker that has not reached the hub by then never does: the run fails."""
 
 FIRST_INQUIRY_S = 0.5
 
@@ -65,6 +65,7 @@ class MemberAgent:
         member: who this is.
         locate: says where the hub is; asked again whenever the connection is lost.
         fingerprint: of what all members must have alike.
+        hang_limit_s: a member that does not reach the hub for so long goes by itself.
         points: told when this member's threads reach the points of a step.
     """
 
@@ -74,8 +75,10 @@ class MemberAgent:
         locate: Callable[[], dict[str, Any]],
         *,
         fingerprint: str = "",
+        hang_limit_s: float = 600.0,
         points: StepPoints | None = None,
     ) -> None:
+        self._hang_limit_s = hang_limit_s
         self.member = member
         self.points = points or StepPoints()
         self.uid = member.uid
@@ -249,8 +252,8 @@ class MemberAgent:
                 self._greet(connection)
             except Exception as error:
                 logger.debug("the hub is not reached", exc_info=True)
-                if time.monotonic() - since > RECONNECT_LIMIT_S:
-                    self._leave_with(RunFailedError(f"the membership actor could not be reached: {error}"))
+                if (gone := self._gives_up(time.monotonic() - since, error)) is not None:
+                    self._leave_with(gone)
                     return
                 time.sleep(0.05)
                 continue
@@ -267,6 +270,19 @@ class MemberAgent:
                 self.condition.notify_all()
             if self.gone is not None:
                 return
+
+    def _gives_up(self, away_s: float, why: Exception) -> HetError | None:
+        """What to leave with, if the hub was not reached for so long. One that was a member goes by itself: if only it
+        does not reach the hub, the others go on."""
+        slot = self.member.slot
+        if self.record is None and away_s > FIRST_CONTACT_LIMIT_S:
+            return RunFailedError(
+                f"worker {slot} could not reach the membership actor within {FIRST_CONTACT_LIMIT_S:.0f} s ({why}). The "
+                "machines of a run must reach each other on all ports."
+            )
+        if self.record is not None and away_s > self._hang_limit_s:
+            return EvictedError(f"worker {slot} has not reached the membership actor for {away_s:.0f} s ({why})")
+        return None
 
     def _greet(self, connection: Connection) -> None:
         """Say hello, and speak through this connection from now on.

@@ -54,8 +54,8 @@ def context(*, serves: bool) -> ssl.SSLContext:
     except OSError as error:
         settings = ", ".join(f"{name}={value!r}" for name, value in zip(_FILES, names, strict=True))
         raise ConfigError(
-            f"RAY_USE_TLS is set, and the certificates cannot be used ({error}): {settings}. Allowed are PEM files that "
-            "this process can read; set all three on every node, or unset RAY_USE_TLS."
+            f"RAY_USE_TLS is set, and the certificates cannot be used ({error}): {settings}. Allowed are PEM files "
+            "that this process can read; set all three on every node, or unset RAY_USE_TLS."
         ) from None
     return made
 

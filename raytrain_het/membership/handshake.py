@@ -10,8 +10,10 @@ The token itself is never sent. What follows is not encrypted.
 from __future__ import annotations
 
 import hmac
+import math
 import os
 import socket
+import time
 
 NONCE_BYTES = 16
 PROOF_BYTES = 32
@@ -37,21 +39,38 @@ class Challenge:
         return _proof(token, b"serves", self.nonce, theirs)
 
 
+class Call:
+    """The side of whoever calls, for one connection.
+
+    Args:
+        serves: the nonce that the other end has sent first.
+        token: the run's.
+    """
+
+    def __init__(self, serves: bytes, token: str) -> None:
+        self._serves, self._mine, self._token = serves, os.urandom(NONCE_BYTES), token
+        self.reply = self._mine + _proof(token, b"calls", serves, self._mine)
+        """What is sent to it."""
+
+    def is_proved_by(self, answer: bytes) -> bool:
+        """Whether the other end knows the token too."""
+        return hmac.compare_digest(answer, _proof(self._token, b"serves", self._serves, self._mine))
+
+
 def call(sock: socket.socket, token: str) -> None:
     """The side of whoever calls. The socket has a time-out.
 
     Raises:
         OSError: the connection is lost, or the other end does not know the token.
     """
-    serves = receive_exactly(sock, NONCE_BYTES)
-    mine = os.urandom(NONCE_BYTES)
-    sock.sendall(mine + _proof(token, b"calls", serves, mine))
-    if not hmac.compare_digest(receive_exactly(sock, PROOF_BYTES), _proof(token, b"serves", serves, mine)):
+    made = Call(receive_exactly(sock, NONCE_BYTES), token)
+    sock.sendall(made.reply)
+    if not made.is_proved_by(receive_exactly(sock, PROOF_BYTES)):
         raise ConnectionError("the other end of the connection does not know the run's token")
 
 
 def serve(sock: socket.socket, token: str) -> None:
-    """The side of whoever serves, on a socket with a time-out.
+    """The side of whoever serves, on a socket with a time-out; the whole greeting takes no longer than that.
 
     Raises:
         OSError: the connection is lost, or the caller does not know the token.
@@ -65,13 +84,16 @@ def serve(sock: socket.socket, token: str) -> None:
 
 
 def receive_exactly(sock: socket.socket, size: int) -> bytes:
-    """So many bytes.
+    """So many bytes. All of them take no longer than the socket's time-out.
 
     Raises:
-        OSError: the connection ends before.
+        OSError: the connection ends before, or the time is over.
     """
-    data = b""
+    data, limit_s = b"", sock.gettimeout()
+    until = time.monotonic() + (limit_s if limit_s is not None else math.inf)
     while len(data) < size:
+        if time.monotonic() > until:
+            raise TimeoutError("the greeting takes too long")
         part = sock.recv(size - len(data))
         if not part:
             raise ConnectionError("the connection has ended in the middle of its greeting")

@@ -109,15 +109,18 @@ async def _ask(member: Member, token: str) -> Life:
         raise ConnectionRefusedError
     reader, writer = await asyncio.open_connection(member.host, member.watch_port, limit=256)
     try:
-        nonce = secrets.token_hex(16)
-        writer.write(nonce.encode() + b"\n")
+        nonce = secrets.token_hex(watchman_main.NONCE_BYTES // 2)
+        writer.write(f"{nonce} {_signed(token, f'asks{nonce}')}\n".encode())
         letter, _, proof = (await reader.readline()).decode().strip().partition(" ")
     finally:
         writer.close()
-    expected = hmac.new(token.encode(), (nonce + letter).encode(), "sha256").hexdigest()
-    if not letter or not hmac.compare_digest(proof, expected):
+    if not letter or not hmac.compare_digest(proof, _signed(token, f"watches{nonce}{letter}")):
         return Life.LISTENS
     return _LETTERS.get(letter, Life.RUNS)
+
+
+def _signed(token: str, what: str) -> str:
+    return hmac.new(token.encode(), what.encode(), "sha256").hexdigest()
 
 
 async def _listens(host: str, port: int, timeout_s: float) -> Life:

@@ -5,9 +5,10 @@ its worker has ended it says so to the first that asks, and ends half a second l
 :mod:`raytrain_het.membership.watchman`.
 
 It reads the run's token from its standard input, a line each time that it changes, and writes the port that it listens
-on to its standard output. Whoever connects sends a line of at most 64 characters, its nonce. The answer is a line: the
-letter by which ``/proc`` tells the worker's state (``-`` if it is gone), and the HMAC-SHA256 of nonce and letter under
-the token.
+on to its standard output. Whoever connects sends a line: a nonce of 32 hexadecimal digits, a space, and the HMAC-SHA256
+of ``"asks"`` and the nonce under the token. The answer is a line: the letter by which ``/proc`` tells how the worker is
+(``-`` if it is gone), and the HMAC-SHA256 of ``"watches"``, the nonce and the letter. Whoever does not know the token
+gets no answer: so nobody can have it sign what would prove something elsewhere.
 """
 
 import _hashlib
@@ -22,7 +23,8 @@ MAX_ASKING = 32
 """So many may be connected at once; others are turned away."""
 PATIENCE_S = 2.0
 """Whoever has sent no whole line by then is turned away."""
-MAX_LINE_BYTES = 64
+NONCE_BYTES = 32
+LINE_BYTES = NONCE_BYTES + 1 + 64 + 1
 EXITING = 0x4
 """The kernel's flag (``PF_EXITING``) of a process that is being taken down: it has no connections any more."""
 LAST_WORD_S = 0.5
@@ -119,23 +121,28 @@ class Watch:
         """Somebody who asks has sent something."""
         connection, line, limit = self._asking[fd]
         try:
-            said = connection.recv(MAX_LINE_BYTES)
+            said = connection.recv(LINE_BYTES)
             line += said
-            if line.endswith(b"\n"):
-                self._answer(connection, line.strip())
+            if len(line) == LINE_BYTES:
+                self._answer(connection, line)
         except OSError:
             said = b""
-        if not said or line.endswith(b"\n") or len(line) > MAX_LINE_BYTES:
+        if not said or len(line) >= LINE_BYTES:
             self._turn_away(fd)
         else:
             self._asking[fd] = connection, line, limit
 
-    def _answer(self, connection: _socket.socket, nonce: bytes) -> None:
+    def _answer(self, connection: _socket.socket, line: bytes) -> None:
+        nonce, proof = line[:NONCE_BYTES], line[NONCE_BYTES + 1 : -1]
+        if not self._token or not _hashlib.compare_digest(proof, self._signed(b"asks" + nonce)):
+            return
         letter = state_of(self.pid).encode()
-        proof = _hashlib.hmac_digest(self._token, nonce + letter, "sha256")
-        connection.send(letter + b" " + proof.hex().encode() + b"\n")
+        connection.send(letter + b" " + self._signed(b"watches" + nonce + letter) + b"\n")
         if self._until < math.inf:
             self._until = 0.0  # Somebody knows it now.
+
+    def _signed(self, what: bytes) -> bytes:
+        return bytes(_hashlib.hmac_digest(self._token, what, "sha256").hex().encode())
 
     def _turn_away(self, fd: int) -> None:
         self._poll.unregister(fd)

@@ -23,6 +23,8 @@ from raytrain_het.membership.run_context import RunContext
 
 logger = logging.getLogger(__name__)
 
+RESTART_LIMIT_S = 120.0
+"""An actor that has died answers again by then, or never."""
 MAX_ACKNOWLEDGED = 1000
 """So many of the last reports are remembered, in case that a restarted actor offers one again."""
 
@@ -110,7 +112,7 @@ class HubActor:
             self._pending = None
             if getattr(error, "actor_init_failed", False):
                 raise RunFailedError(f"The membership actor could not start: {error}") from None
-            if time.monotonic() - self._last_answer > 30:
+            if time.monotonic() - self._last_answer > RESTART_LIMIT_S:
                 raise RunFailedError(f"The membership actor is gone and was not restarted: {error}") from None
             return None
         self._pending, self._last_answer = None, time.monotonic()

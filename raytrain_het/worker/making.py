@@ -119,7 +119,9 @@ def _connect(
     )
     identity = identity_of_data(plan, prepared.data.fingerprint).values()
     fingerprint = "/".join(map(str, (layout.fingerprint, *identity)))
-    agent = MemberAgent(member, hub.find, fingerprint=fingerprint, points=context.points)
+    agent = MemberAgent(
+        member, hub.find, fingerprint=fingerprint, hang_limit_s=config.hang_limit_s, points=context.points
+    )
     if speed is not None:
         codecs = _codecs_told(config, layout) if config.compression_error is not None else None
         agent.known = speed.told(plan.full_batch, codecs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -67,6 +68,9 @@ def test_the_token_is_never_sent() -> None:
 
         def recv(self, size: int) -> bytes:
             return self.sock.recv(size)
+
+        def gettimeout(self) -> float | None:
+            return self.sock.gettimeout()
 
     thread = threading.Thread(target=handshake.serve, args=(Overheard(one), "the token"))
     thread.start()
@@ -190,3 +194,23 @@ def test_what_arrives_counts_as_heard_before_what_is_queued_is_decided(hub: Hub)
 def test_a_failed_device_is_told_from_a_failing_program(text: str, failed: bool) -> None:
     assert device_has_failed(RuntimeError(text)) is failed
     assert not device_has_failed(ValueError(text))
+
+
+def test_who_sends_its_proof_byte_by_byte_holds_a_thread_no_longer_than_the_limit() -> None:
+    one, other = socket.socketpair()
+    one.settimeout(0.3)
+    over = threading.Event()
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            while not over.wait(0.02):
+                other.send(b"x")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    with pytest.raises(TimeoutError):
+        handshake.receive_exactly(one, 1 << 20)
+    over.set()
+    thread.join()
+    one.close()
+    other.close()

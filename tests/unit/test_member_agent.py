@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from collectives_fakes import record_of
 
-from raytrain_het.errors import RunFailedError
+from raytrain_het.errors import EvictedError, RunFailedError
 from raytrain_het.membership import handshake, wire
 from raytrain_het.membership.agent import MemberAgent
 from raytrain_het.membership.cursor import Cursor
@@ -151,3 +151,16 @@ def test_a_commit_wakes_those_who_wait_for_its_step(agent: MemberAgent) -> None:
         agent.advance(Cursor(step=5))
     waiting.join(PATIENCE_S)
     assert not waiting.is_alive()
+
+
+def test_a_member_that_does_not_reach_the_hub_for_the_hang_limit_goes_by_itself(hub: ScriptedHub) -> None:
+    member = Member(uid="0-a", slot=0, host="h", state_port=1, device="cpu")
+    agent = MemberAgent(member, hub.locate, hang_limit_s=0.2)
+    agent.record = record_of([1.0])
+    agent.join()
+    hub.accept()
+    hub.server.close()
+    hub.hang_up()
+    with pytest.raises(EvictedError, match="worker 0 has not reached the membership actor for 0 s"):
+        agent.wait_for(lambda: False, timeout=PATIENCE_S)
+    agent.close()

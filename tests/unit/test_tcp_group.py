@@ -348,6 +348,26 @@ def test_a_member_that_is_gone_ends_the_making_of_a_group() -> None:
         connect(second, 1, 2, "127.0.0.1", lambda: True)  # type: ignore[arg-type]
 
 
+def test_who_listens_in_the_place_of_a_member_and_does_not_know_the_secret_is_no_member() -> None:
+    first, second = meetings(2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def pretend() -> None:
+            caller, _ = server.accept()
+            with caller:
+                caller.sendall(b"n" * 16 + b"p" * 32)
+                caller.recv(1000)
+                caller.recv(1000)
+
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        first.set("secret", b"s" * 32)
+        first.set("0", f"127.0.0.1 {server.getsockname()[1]}")
+        with pytest.raises(GroupError, match="does not know the group's secret"):
+            connect(second, 1, 2, "127.0.0.1", lambda: True)  # type: ignore[arg-type]
+        thread.join()
+
+
 def test_a_host_without_an_address_is_named() -> None:
     with pytest.raises(GroupError, match="cannot connect"):
         connect(meetings(1)[0], 0, 1, "no host at all", lambda: True)  # type: ignore[arg-type]

@@ -119,6 +119,18 @@ def test_its_answers_are_believed_only_of_who_knows_the_token(worker: Any) -> No
     assert life(port, "another") is Life.LISTENS
 
 
+@pytest.mark.parametrize("words", ["asks", "calls", ""])
+def test_it_signs_nothing_for_who_does_not_know_the_token(worker: Any, words: str) -> None:
+    """What it signed for a stranger could else prove to the hub that the stranger is of the run."""
+    _, port, _ = worker
+    until(lambda: life(port) is Life.RUNS)
+    nonce = f"{words:c<32}"
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.settimeout(PATIENCE_S)
+        stranger.sendall(f"{nonce} {'0' * 64}\n".encode())
+        assert stranger.recv(100) == b""
+
+
 def test_where_nobody_listens_the_process_has_ended_and_where_somebody_does_nothing_is_known() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hmac
+import math
 import secrets
 import selectors
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -17,10 +18,12 @@ import torch
 from raytrain_het.allreduce.transport.group import Group, GroupError
 from raytrain_het.allreduce.transport.nccl import NcclGroup
 from raytrain_het.allreduce.transport.tcp import TcpGroup
+from raytrain_het.membership import handshake
 from raytrain_het.membership.meeting import Meeting
 
-_HELLO = struct.Struct("<16sI")
-"""The group's secret, and the rank of the member that connects."""
+_RANK = struct.Struct("<I")
+"""Of the member that connects; it says that before it proves that it knows the group's secret."""
+_REPLY_BYTES = _RANK.size + handshake.REPLY_BYTES
 _LOOK_S = 0.05
 """How often a wait looks whether the group is still wanted."""
 _CONNECT_S = 5.0
@@ -45,18 +48,18 @@ def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[
         family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
         with socket.create_server((host, 0), family=family, backlog=size) as listener:
             if rank == 0:
-                meeting.set("secret", secrets.token_bytes(16))
+                meeting.set("secret", secrets.token_hex(16).encode())
             meeting.set(f"{rank}", f"{host} {listener.getsockname()[1]}")
-            secret = meeting.get("secret")
-            for peer in range(rank):
-                address, port = meeting.get(f"{peer}").decode().split()
-                sockets[peer] = socket.create_connection((address, int(port)), timeout=_CONNECT_S)
-                sockets[peer].sendall(_HELLO.pack(secret, rank))
-            with contextlib.closing(_Callers(listener, secret)) as callers:
+            with contextlib.closing(_Greetings(listener, meeting.get("secret").decode())) as greetings:
+                for peer in range(rank):
+                    address, port = meeting.get(f"{peer}").decode().split()
+                    sock = socket.create_connection((address, int(port)), timeout=_CONNECT_S)
+                    sock.sendall(_RANK.pack(rank))
+                    greetings.begin(sock, _Called(peer))
                 while len(sockets) < size - 1:
                     if not wanted():
                         raise GroupError("the group is not wanted any more")
-                    sockets.update(callers.heard(_LOOK_S))
+                    sockets.update(greetings.ended(_LOOK_S))
     except BaseException as error:
         for sock in sockets.values():
             sock.close()
@@ -66,56 +69,143 @@ def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[
     return sockets
 
 
-class _Callers:
-    """Connections that come in. A caller that does not know the secret, or says nothing, delays no other one."""
+class _Called:
+    """A member of a lower rank, which this one has called.
 
-    def __init__(self, listener: socket.socket, secret: bytes) -> None:
+    Args:
+        rank: the member's.
+    """
+
+    until = math.inf
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._call: handshake.Call | None = None
+
+    @property
+    def awaited(self) -> int:
+        """Bytes that it sends next, all in all."""
+        return handshake.NONCE_BYTES if self._call is None else handshake.PROOF_BYTES
+
+    def hear(self, said: bytes, secret: str) -> tuple[bytes, int | None]:
+        """What to send it, and its rank once it has proved itself.
+
+        Raises:
+            OSError: it is no member, or it is gone.
+        """
+        if len(said) < self.awaited:
+            raise ConnectionError(f"the connection to rank {self._rank} was closed")
+        if self._call is None:
+            self._call = handshake.Call(said, secret)
+            return self._call.reply, None
+        if not self._call.is_proved_by(said):
+            raise ConnectionError(f"who answers for rank {self._rank} does not know the group's secret")
+        return b"", self._rank
+
+
+class _Caller:
+    """Somebody who has called: a member of a higher rank, or a stranger."""
+
+    awaited = _RANK.size + handshake.REPLY_BYTES
+
+    def __init__(self) -> None:
+        self.challenge = handshake.Challenge()
+        self.until = time.monotonic() + handshake.LIMIT_S
+
+    def hear(self, said: bytes, secret: str) -> tuple[bytes, int | None]:
+        """As :meth:`_Called.hear`; no rank for a stranger."""
+        if len(said) < self.awaited:
+            return b"", None
+        answer = self.challenge.answer(said[_RANK.size :], secret)
+        return (answer, int(_RANK.unpack_from(said)[0])) if answer is not None else (b"", None)
+
+
+class _Greetings:
+    """Connections whose ends prove to each other that they are of one group. None of them delays another one."""
+
+    def __init__(self, listener: socket.socket, secret: str) -> None:
         self._listener, self._secret = listener, secret
-        self._received: dict[socket.socket, bytes] = {}
-        """By caller: what it has sent of its hello."""
+        self._under_way: dict[socket.socket, tuple[_Called | _Caller, bytes]] = {}
+        """The other end, and what it has sent."""
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
-        self._watch(listener)
+        self._selector.register(listener, selectors.EVENT_READ, listener)
 
-    def heard(self, timeout_s: float) -> dict[int, socket.socket]:
-        """Members that have said hello, by rank."""
+    def begin(self, sock: socket.socket, other: _Called | _Caller) -> None:
+        """A connection is there."""
+        sock.setblocking(False)
+        self._under_way[sock] = other, b""
+        self._selector.register(sock, selectors.EVENT_READ, sock)
+
+    def ended(self, timeout_s: float) -> dict[int, socket.socket]:
+        """Members that have proved themselves, by rank.
+
+        Raises:
+            OSError: a member that was called has not.
+        """
         members = {}
         for key, _ in self._selector.select(timeout_s):
             sock: socket.socket = key.data
-            with contextlib.suppress(BlockingIOError):
-                if sock is self._listener:
-                    caller, _ = sock.accept()
-                    caller.setblocking(False)
-                    self._received[caller] = b""
-                    self._watch(caller)
-                elif self._listen(sock):
-                    members[_HELLO.unpack(self._received.pop(sock))[1]] = sock
+            if sock is self._listener:
+                self._admit()
+            elif (rank := self._listen(sock)) is not None:
+                members[rank] = sock
+        now = time.monotonic()
+        for sock in [sock for sock, (other, _) in self._under_way.items() if now > other.until]:
+            self._forget(sock).close()
         return members
 
     def close(self) -> None:
-        """Close the connections of all that have not said hello."""
-        for sock in self._received:
+        """Close the connections of all that have not proved themselves."""
+        for sock in self._under_way:
             sock.close()
         self._selector.close()
 
-    def _watch(self, sock: socket.socket) -> None:
-        self._selector.register(sock, selectors.EVENT_READ, sock)
-
-    def _listen(self, sock: socket.socket) -> bool:
-        """Whether the caller has said its hello now. One that says something else is closed."""
+    def _admit(self) -> None:
         try:
-            part = sock.recv(_HELLO.size - len(self._received[sock]))
-        except ConnectionError:
+            sock, _ = self._listener.accept()
+        except OSError:  # It has gone again.
+            return
+        if sum(isinstance(other, _Caller) for other, _ in self._under_way.values()) >= handshake.MAX_STRANGERS:
+            sock.close()
+            return
+        caller = _Caller()
+        self.begin(sock, caller)
+        self._send(sock, caller.challenge.nonce)
+
+    def _listen(self, sock: socket.socket) -> int | None:
+        """The other end's rank, once it has proved itself."""
+        other, said = self._under_way[sock]
+        try:
+            part = sock.recv(other.awaited - len(said))
+        except BlockingIOError:
+            return None
+        except OSError:
             part = b""
-        self._received[sock] += part
-        if part and len(self._received[sock]) < _HELLO.size:
-            return False
+        said += part
+        if part and len(said) < other.awaited:
+            self._under_way[sock] = other, said
+            return None
+        reply, rank = other.hear(said, self._secret)
+        self._send(sock, reply)
+        if rank is None and isinstance(other, _Called):
+            self._under_way[sock] = other, b""
+            return None
+        self._forget(sock)
+        if rank is None:
+            sock.close()
+        return rank
+
+    def _forget(self, sock: socket.socket) -> socket.socket:
         self._selector.unregister(sock)
-        if part and hmac.compare_digest(self._received[sock][:16], self._secret):
-            return True
-        del self._received[sock]
-        sock.close()
-        return False
+        del self._under_way[sock]
+        return sock
+
+    @staticmethod
+    def _send(sock: socket.socket, data: bytes) -> None:
+        """Some bytes, for which a new connection has room."""
+        with contextlib.suppress(OSError):  # It shows when it is read.
+            sock.send(data)
 
 
 class GroupBuilder:
