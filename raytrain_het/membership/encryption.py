@@ -15,14 +15,16 @@ that it belongs to the run (:mod:`~raytrain_het.membership.handshake`).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import select
 import socket
 import ssl
+import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -67,6 +69,15 @@ def secured(sock: socket.socket, *, serves: bool) -> Socket:
         ConfigError: Ray's settings name no certificate that can be used.
     """
     return TlsSocket(sock, context(serves=serves), serves=serves) if is_on() else sock
+
+
+def limit_sending(sock: Socket, seconds: float) -> None:
+    """From now on only sending has a limit."""
+    if isinstance(sock, TlsSocket):
+        sock.limit_sending(seconds)
+    else:
+        limit = struct.pack("@ll", *divmod(int(seconds * 1e6), 1_000_000))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 class TlsSocket:
@@ -122,16 +133,17 @@ class TlsSocket:
         """An option of the connection."""
         return self._sock.getsockopt(level, name, size)
 
-    def pending(self) -> int:
-        """Bytes that were received and wait in here: no poller sees them."""
-        return self._sock.pending()
+    def greet(self) -> None:
+        """Begin TLS's own greeting, or go on with it, as far as that goes without waiting."""
+        with contextlib.suppress(BlockingIOError):
+            self._call(self._sock.do_handshake, 0)
 
     def recv_into(self, buffer: memoryview | bytearray, size: int = 0) -> int:
         """Receive into a buffer; 0 at the connection's end."""
         view = memoryview(buffer)
         view = view[:size] if size else view
         try:
-            return int(self._call(lambda: self._sock.recv_into(view), _READ, self._timeout_s)) if len(view) else 0
+            return int(self._call(lambda: self._sock.recv_into(view), self._timeout_s)) if len(view) else 0
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return 0
 
@@ -142,7 +154,7 @@ class TlsSocket:
 
     def send(self, data: bytes | memoryview) -> int:
         """Send a part of it, or all; returns how many bytes."""
-        return int(self._call(lambda: self._sock.send(data), _WRITE, self._send_timeout_s)) if len(data) else 0
+        return int(self._call(lambda: self._sock.send(data), self._send_timeout_s)) if len(data) else 0
 
     def sendmsg(self, parts: Sequence[bytes | memoryview]) -> int:
         """Send parts one after the other, as far as they can be sent."""
@@ -187,7 +199,7 @@ class TlsSocket:
 
     # ---------------------------------------------------------------- waiting
 
-    def _call(self, what: Any, usually: int, timeout_s: float | None) -> Any:
+    def _call(self, what: Callable[[], Any], timeout_s: float | None) -> Any:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             with self._lock:

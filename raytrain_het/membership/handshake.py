@@ -4,7 +4,7 @@
 2. Who calls sends a nonce ``c`` of 16 bytes, and HMAC-SHA256(token, "calls" + s + c).
 3. Who serves sends HMAC-SHA256(token, "serves" + s + c).
 
-The token itself is never sent. What follows is not encrypted.
+The token itself is never sent. What follows is encrypted only where Ray's settings say so (:mod:`.encryption`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import hmac
 import math
 import os
-import socket
 import time
+
+from raytrain_het.membership.encryption import Socket
 
 NONCE_BYTES = 16
 PROOF_BYTES = 32
@@ -57,7 +58,7 @@ class Call:
         return hmac.compare_digest(answer, _proof(self._token, b"serves", self._serves, self._mine))
 
 
-def call(sock: socket.socket, token: str) -> None:
+def call(sock: Socket, token: str) -> None:
     """The side of whoever calls. The socket has a time-out.
 
     Raises:
@@ -69,7 +70,7 @@ def call(sock: socket.socket, token: str) -> None:
         raise ConnectionError("the other end of the connection does not know the run's token")
 
 
-def serve(sock: socket.socket, token: str) -> None:
+def serve(sock: Socket, token: str) -> None:
     """The side of whoever serves, on a socket with a time-out; the whole greeting takes no longer than that.
 
     Raises:
@@ -83,7 +84,7 @@ def serve(sock: socket.socket, token: str) -> None:
     sock.sendall(answer)
 
 
-def receive_exactly(sock: socket.socket, size: int) -> bytes:
+def receive_exactly(sock: Socket, size: int) -> bytes:
     """So many bytes. All of them take no longer than the socket's time-out.
 
     Raises:

@@ -23,7 +23,7 @@ from typing import Any
 
 from raytrain_het.config import HetConfig
 from raytrain_het.errors import HubError
-from raytrain_het.membership import protocol
+from raytrain_het.membership import encryption, handshake, protocol
 from raytrain_het.membership.listener import Inbox, Link
 from raytrain_het.membership.record import Member
 from raytrain_het.membership.run_context import RunContext
@@ -188,7 +188,12 @@ class Hub:
         # Every interface of one family: with both, a free port would be another one for each.
         every = "::" if ":" in self.context.host else "0.0.0.0"
         self._server = await self._loop.create_server(
-            lambda: Link(self._inbox, self.token), host=every, port=self._port, backlog=BACKLOG
+            lambda: Link(self._inbox, self.token),
+            host=every,
+            port=self._port,
+            backlog=BACKLOG,
+            ssl=encryption.context(serves=True) if encryption.is_on() else None,
+            ssl_handshake_timeout=handshake.LIMIT_S if encryption.is_on() else None,
         )
         self._port = self._server.sockets[0].getsockname()[1]
         self._ticker = asyncio.ensure_future(self._tick())

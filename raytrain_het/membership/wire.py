@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import struct
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import msgspec
 
 from raytrain_het.membership import handshake
+from raytrain_het.membership.encryption import Socket, limit_sending, secured
 from raytrain_het.membership.protocol import FromHub, Message
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -53,7 +53,7 @@ def decoded(said: Any, kinds: Any) -> Any:
     return msgspec.convert(said, kinds)
 
 
-def tune(sock: socket.socket) -> None:
+def tune(sock: Socket) -> None:
     """Send small messages at once, and notice a machine that has vanished."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -68,7 +68,7 @@ def connect(host: str, port: int, token: str, timeout_s: float = 10.0) -> Connec
     Raises:
         OSError: there is no hub, or it is another run's.
     """
-    sock = socket.create_connection((host, port), timeout=timeout_s)
+    sock = secured(socket.create_connection((host, port), timeout=timeout_s), serves=False)
     try:
         handshake.call(sock, token)
     except OSError:
@@ -85,13 +85,11 @@ class Connection:
         send_timeout_s: a hub that takes nothing for so long is taken for gone.
     """
 
-    def __init__(self, sock: socket.socket, send_timeout_s: float = SEND_TIMEOUT_S) -> None:
+    def __init__(self, sock: Socket, send_timeout_s: float = SEND_TIMEOUT_S) -> None:
         self._sock = sock
         self._sock.settimeout(None)
         tune(self._sock)
-        # Only sending has a limit: a reader waits for as long as nothing is said.
-        limit = struct.pack("@ll", *divmod(int(send_timeout_s * 1e6), 1_000_000))
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        limit_sending(self._sock, send_timeout_s)  # A reader waits for as long as nothing is said.
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:

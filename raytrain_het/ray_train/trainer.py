@@ -26,6 +26,7 @@ from ray.train.v2.api.config import LoggingConfig
 
 from raytrain_het.config import HetConfig, refuse_unknown
 from raytrain_het.errors import ConfigError
+from raytrain_het.membership import encryption
 from raytrain_het.ray_train.autoscaling import HetScalingPolicy
 from raytrain_het.ray_train.backend import HetBackendConfig, WorkerSetup
 from raytrain_het.ray_train.cluster_view import autoscaler_types, settle
@@ -306,4 +307,9 @@ def _check_backend(config: HetConfig, slots: Sequence[SlotSpec]) -> None:
         raise ConfigError(
             f"HetConfig.backend='nccl' needs a whole GPU for every worker; workers {without} have none. Write "
             "backend='tcp', which carries GPU and CPU workers in one run."
+        )
+    if config.backend == "nccl" and encryption.is_on():
+        raise ConfigError(
+            "HetConfig.backend='nccl' sends gradients unencrypted, and RAY_USE_TLS is set. Write backend='tcp', or "
+            "unset RAY_USE_TLS."
         )

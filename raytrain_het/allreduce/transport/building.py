@@ -19,6 +19,7 @@ from raytrain_het.allreduce.transport.group import Group, GroupError
 from raytrain_het.allreduce.transport.nccl import NcclGroup
 from raytrain_het.allreduce.transport.tcp import TcpGroup
 from raytrain_het.membership import handshake
+from raytrain_het.membership.encryption import Socket, TlsSocket, secured
 from raytrain_het.membership.meeting import Meeting
 
 _RANK = struct.Struct("<I")
@@ -30,7 +31,7 @@ _CONNECT_S = 5.0
 """A host that does not answer for so long is taken for gone."""
 
 
-def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[[], bool]) -> dict[int, socket.socket]:
+def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[[], bool]) -> dict[int, Socket]:
     """A connection with every other member, by rank. Higher ranks connect to lower ones.
 
     Args:
@@ -43,7 +44,7 @@ def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[
     Raises:
         GroupError: a member has gone, or the group is not wanted any more.
     """
-    sockets: dict[int, socket.socket] = {}
+    sockets: dict[int, Socket] = {}
     try:
         family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
         with socket.create_server((host, 0), family=family, backlog=size) as listener:
@@ -54,15 +55,14 @@ def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[
                 for peer in range(rank):
                     address, port = meeting.get(f"{peer}").decode().split()
                     sock = socket.create_connection((address, int(port)), timeout=_CONNECT_S)
-                    sock.sendall(_RANK.pack(rank))
-                    greetings.begin(sock, _Called(peer))
+                    greetings.begin(secured(sock, serves=False), _Called(peer, rank))
                 while len(sockets) < size - 1:
                     if not wanted():
                         raise GroupError("the group is not wanted any more")
                     sockets.update(greetings.ended(_LOOK_S))
     except BaseException as error:
-        for sock in sockets.values():
-            sock.close()
+        for made in sockets.values():
+            made.close()
         if isinstance(error, OSError):
             raise GroupError(f"members cannot connect: {error}") from error
         raise
@@ -74,17 +74,18 @@ class _Called:
 
     Args:
         rank: the member's.
+        own_rank: this member's.
     """
 
-    until = math.inf
+    until, first = math.inf, b""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, own_rank: int) -> None:
+        self._rank, self._own_rank = rank, own_rank
         self._call: handshake.Call | None = None
 
     @property
     def awaited(self) -> int:
-        """Bytes that it sends next, all in all."""
+        """Bytes that it sends next."""
         return handshake.NONCE_BYTES if self._call is None else handshake.PROOF_BYTES
 
     def hear(self, said: bytes, secret: str) -> tuple[bytes, int | None]:
@@ -97,7 +98,7 @@ class _Called:
             raise ConnectionError(f"the connection to rank {self._rank} was closed")
         if self._call is None:
             self._call = handshake.Call(said, secret)
-            return self._call.reply, None
+            return _RANK.pack(self._own_rank) + self._call.reply, None
         if not self._call.is_proved_by(said):
             raise ConnectionError(f"who answers for rank {self._rank} does not know the group's secret")
         return b"", self._rank
@@ -109,35 +110,85 @@ class _Caller:
     awaited = _RANK.size + handshake.REPLY_BYTES
 
     def __init__(self) -> None:
-        self.challenge = handshake.Challenge()
+        self._challenge = handshake.Challenge()
+        self.first = self._challenge.nonce
         self.until = time.monotonic() + handshake.LIMIT_S
 
     def hear(self, said: bytes, secret: str) -> tuple[bytes, int | None]:
         """As :meth:`_Called.hear`; no rank for a stranger."""
         if len(said) < self.awaited:
             return b"", None
-        answer = self.challenge.answer(said[_RANK.size :], secret)
+        answer = self._challenge.answer(said[_RANK.size :], secret)
         return (answer, int(_RANK.unpack_from(said)[0])) if answer is not None else (b"", None)
 
 
+class _Greeting:
+    """One connection whose ends are to prove themselves to each other. It never waits.
+
+    Args:
+        sock: the connection.
+        other: who is at its other end.
+        secret: the group's.
+    """
+
+    def __init__(self, sock: Socket, other: _Called | _Caller, secret: str) -> None:
+        self.sock, self.other, self._secret = sock, other, secret
+        self._said, self._unsent = b"", other.first
+        self.rank: int | None = None
+        """The other end's, once it has proved itself."""
+        self.is_over = False
+        sock.setblocking(False)
+        if isinstance(sock, TlsSocket):
+            sock.greet()
+        self._flush()
+
+    def go_on(self) -> None:
+        """Something has come, perhaps.
+
+        Raises:
+            OSError: a member that was called is none, or is gone.
+        """
+        while not self.is_over:
+            self._flush()
+            try:
+                part = self.sock.recv(self.other.awaited - len(self._said))
+            except BlockingIOError:
+                self._flush()  # TLS may have come along.
+                return
+            except OSError:
+                part = b""
+            self._said += part
+            if part and len(self._said) < self.other.awaited:
+                continue
+            self._unsent, self.rank = self.other.hear(self._said, self._secret)
+            self._said = b""
+            self._flush()
+            self.is_over = self.rank is not None or isinstance(self.other, _Caller)
+
+    def _flush(self) -> None:
+        """Some bytes, for which a new connection has room; where it has failed it shows when it is read."""
+        with contextlib.suppress(OSError):
+            while self._unsent:
+                self._unsent = self._unsent[self.sock.send(self._unsent) :]
+
+
 class _Greetings:
-    """Connections whose ends prove to each other that they are of one group. None of them delays another one."""
+    """All of one group. None of them delays another one."""
 
     def __init__(self, listener: socket.socket, secret: str) -> None:
         self._listener, self._secret = listener, secret
-        self._under_way: dict[socket.socket, tuple[_Called | _Caller, bytes]] = {}
-        """The other end, and what it has sent."""
+        self._under_way: set[_Greeting] = set()
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
-        self._selector.register(listener, selectors.EVENT_READ, listener)
+        self._selector.register(listener, selectors.EVENT_READ)
 
-    def begin(self, sock: socket.socket, other: _Called | _Caller) -> None:
+    def begin(self, sock: Socket, other: _Called | _Caller) -> None:
         """A connection is there."""
-        sock.setblocking(False)
-        self._under_way[sock] = other, b""
-        self._selector.register(sock, selectors.EVENT_READ, sock)
+        greeting = _Greeting(sock, other, self._secret)
+        self._under_way.add(greeting)
+        self._selector.register(sock, selectors.EVENT_READ, greeting)
 
-    def ended(self, timeout_s: float) -> dict[int, socket.socket]:
+    def ended(self, timeout_s: float) -> dict[int, Socket]:
         """Members that have proved themselves, by rank.
 
         Raises:
@@ -145,20 +196,27 @@ class _Greetings:
         """
         members = {}
         for key, _ in self._selector.select(timeout_s):
-            sock: socket.socket = key.data
-            if sock is self._listener:
+            greeting: _Greeting | None = key.data
+            if greeting is None:
                 self._admit()
-            elif (rank := self._listen(sock)) is not None:
-                members[rank] = sock
+                continue
+            greeting.go_on()
+            if greeting.is_over:
+                self._forget(greeting)
+                if greeting.rank is not None:
+                    members[greeting.rank] = greeting.sock
+                else:
+                    greeting.sock.close()
         now = time.monotonic()
-        for sock in [sock for sock, (other, _) in self._under_way.items() if now > other.until]:
-            self._forget(sock).close()
+        for late in [greeting for greeting in self._under_way if now > greeting.other.until]:
+            self._forget(late)
+            late.sock.close()
         return members
 
     def close(self) -> None:
         """Close the connections of all that have not proved themselves."""
-        for sock in self._under_way:
-            sock.close()
+        for greeting in self._under_way:
+            greeting.sock.close()
         self._selector.close()
 
     def _admit(self) -> None:
@@ -166,46 +224,14 @@ class _Greetings:
             sock, _ = self._listener.accept()
         except OSError:  # It has gone again.
             return
-        if sum(isinstance(other, _Caller) for other, _ in self._under_way.values()) >= handshake.MAX_STRANGERS:
+        if sum(isinstance(greeting.other, _Caller) for greeting in self._under_way) >= handshake.MAX_STRANGERS:
             sock.close()
             return
-        caller = _Caller()
-        self.begin(sock, caller)
-        self._send(sock, caller.challenge.nonce)
+        self.begin(secured(sock, serves=True), _Caller())
 
-    def _listen(self, sock: socket.socket) -> int | None:
-        """The other end's rank, once it has proved itself."""
-        other, said = self._under_way[sock]
-        try:
-            part = sock.recv(other.awaited - len(said))
-        except BlockingIOError:
-            return None
-        except OSError:
-            part = b""
-        said += part
-        if part and len(said) < other.awaited:
-            self._under_way[sock] = other, said
-            return None
-        reply, rank = other.hear(said, self._secret)
-        self._send(sock, reply)
-        if rank is None and isinstance(other, _Called):
-            self._under_way[sock] = other, b""
-            return None
-        self._forget(sock)
-        if rank is None:
-            sock.close()
-        return rank
-
-    def _forget(self, sock: socket.socket) -> socket.socket:
-        self._selector.unregister(sock)
-        del self._under_way[sock]
-        return sock
-
-    @staticmethod
-    def _send(sock: socket.socket, data: bytes) -> None:
-        """Some bytes, for which a new connection has room."""
-        with contextlib.suppress(OSError):  # It shows when it is read.
-            sock.send(data)
+    def _forget(self, greeting: _Greeting) -> None:
+        self._selector.unregister(greeting.sock)
+        self._under_way.discard(greeting)
 
 
 class GroupBuilder:

@@ -7,6 +7,8 @@ import selectors
 import socket
 from collections.abc import Callable
 
+from raytrain_het.membership.encryption import Socket
+
 
 class Poller:
     """Serves sockets in the thread that waits here. There are no further threads to hand over to."""
@@ -31,7 +33,7 @@ class Poller:
         for key, events in self._selector.select(max(timeout_s, 0.0)):
             key.data(events)
 
-    def watch(self, sock: socket.socket, events: int, serve: Callable[[int], None]) -> None:
+    def watch(self, sock: Socket, events: int, serve: Callable[[int], None]) -> None:
         """Call ``serve`` whenever one of these events happens; 0 stops that."""
         known = sock in self._selector.get_map()
         if events and known:

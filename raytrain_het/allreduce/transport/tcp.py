@@ -20,11 +20,13 @@ import selectors
 import socket
 import struct
 import sys
+from collections.abc import Mapping
 
 import torch
 
 from raytrain_het.allreduce.transport.group import GroupError, PeerBuffers
 from raytrain_het.allreduce.transport.poller import Poller
+from raytrain_het.membership.encryption import Socket
 
 _FRAME = struct.Struct("<QQ")
 _SENT = struct.Struct("=120xQ40xQQ")
@@ -74,7 +76,7 @@ class _Incoming:
 class _Peer:
     """One connection."""
 
-    def __init__(self, rank: int, sock: socket.socket) -> None:
+    def __init__(self, rank: int, sock: Socket) -> None:
         self.rank, self.sock = rank, sock
         self.events = 0
         self.out: collections.deque[tuple[memoryview, TcpOperation | None]] = collections.deque()
@@ -101,7 +103,7 @@ class TcpGroup:
     device = torch.device("cpu")
     poll_s: float | None = None
 
-    def __init__(self, key: str, rank: int, sockets: dict[int, socket.socket]) -> None:
+    def __init__(self, key: str, rank: int, sockets: Mapping[int, Socket]) -> None:
         self.key, self.rank, self.size = key, rank, len(sockets) + 1
         self._poller: Poller | None = None
         self._peers = {r: _Peer(r, sock) for r, sock in sockets.items()}

@@ -18,6 +18,7 @@ import torch
 from raytrain_het.errors import CheckpointError, HetError
 from raytrain_het.membership import handshake
 from raytrain_het.membership.agent import RunOver
+from raytrain_het.membership.encryption import Socket, secured
 from raytrain_het.membership.wire import tune
 from raytrain_het.worker.data import strides
 
@@ -25,6 +26,7 @@ _LENGTH = struct.Struct("<Q")
 _CHUNK_BYTES = 4 * 2**20
 WAIT_S = 600.0
 MAX_REQUEST_BYTES = 64 * 1024
+_OF_NO_CONCERN = (OSError, ValueError, KeyError, RunOver, HetError)
 
 Packed = tuple[bytes, list[torch.Tensor]]
 
@@ -84,9 +86,9 @@ class StateServer:
                 continue
             threading.Thread(target=self._serve, args=(connection,), name="het-state-serve", daemon=True).start()
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, plain: socket.socket) -> None:
         # What is asked for when the run is over, or goes on without this worker, is for nobody.
-        with connection, contextlib.suppress(OSError, ValueError, KeyError, RunOver, HetError):
+        with secured(plain, serves=True) as connection, contextlib.suppress(*_OF_NO_CONCERN):
             tune(connection)
             connection.settimeout(handshake.LIMIT_S)
             try:
@@ -130,7 +132,7 @@ def ask(host: str, port: int, token: str, name: str, *, give_up: Callable[[], bo
         CheckpointError: the peer has it, and cannot send it, or this process cannot read it.
     """
     try:
-        with socket.create_connection((host, port), timeout=10) as sock:
+        with secured(socket.create_connection((host, port), timeout=10), serves=False) as sock:
             tune(sock)
             handshake.call(sock, token)
             sock.sendall(json.dumps({"name": name, **values}).encode() + b"\n")
@@ -157,7 +159,7 @@ def ask(host: str, port: int, token: str, name: str, *, give_up: Callable[[], bo
 # the structure is pickled with places in it for tensors, whose bytes go from and to their own memory by system calls.
 
 
-def send(sock: socket.socket, value: Any) -> None:
+def send(sock: Socket, value: Any) -> None:
     """Send a value of plain Python objects and tensors.
 
     Raises:
@@ -166,7 +168,7 @@ def send(sock: socket.socket, value: Any) -> None:
     _send(sock, _pack(value))
 
 
-def _send(sock: socket.socket, packed: Packed) -> None:
+def _send(sock: Socket, packed: Packed) -> None:
     body, tensors = packed
     head = pickle.dumps((body, [(t.dtype, tuple(t.shape), t.stride()) for t in tensors]))
     sock.sendall(_LENGTH.pack(len(head)) + head)
@@ -184,7 +186,7 @@ def _pack(value: Any) -> Packed:
     return body.getvalue(), [t if strides.memory(t) is not None else t.contiguous() for t in pickler.tensors]
 
 
-def receive(sock: socket.socket, give_up: Callable[[], bool]) -> Any:
+def receive(sock: Socket, give_up: Callable[[], bool]) -> Any:
     """What the peer has sent; all tensors are on the CPU. The socket has a time-out, after which ``give_up`` is asked.
 
     Raises:
@@ -237,7 +239,7 @@ def _bytes_of(t: torch.Tensor) -> memoryview:
     return t.view(torch.uint8).numpy().data
 
 
-def _receive(sock: socket.socket, view: memoryview, give_up: Callable[[], bool]) -> None:
+def _receive(sock: Socket, view: memoryview, give_up: Callable[[], bool]) -> None:
     done = 0
     while done < len(view):
         try:
