@@ -7,6 +7,7 @@ headers are merged on their way as gradients are added up: at the owners, or on 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -54,7 +55,7 @@ class Header(NamedTuple):
 
 
 def merged(headers: Iterable[Header]) -> Header:
-    """What members say together; in rank order, for the sum of weights depends on the order in its last bit."""
+    """What members say together. The sum of weights is exact, and so does not depend on the order."""
     first, *others = headers
     said = [first, *others]
     contributing = [h for h in said if h.contributes]
@@ -67,7 +68,7 @@ def merged(headers: Iterable[Header]) -> Header:
     digest, numbers = digests[0] if digests else (0, 0)
     return first._replace(
         want=max(h.want for h in said),
-        weight=float(sum(h.weight for h in contributing)),
+        weight=math.fsum(h.weight for h in contributing),
         contributes=bool(contributing),
         used=used,
         nonfinite=nonfinite,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
 NUM_LOOKS = 3
@@ -85,7 +85,8 @@ class PathRates:
 
             out = [(slot, peer) for peer in self._paths.get(slot, ()) if counts(peer)]
             into = [(peer, slot) for peer in self._senders.get(slot, ()) if counts(peer)]
-            ways = [self._way(out, num_peers, sizes), self._way(into, num_peers, sizes)]
+            large = len(here) > MAX_WATCHED
+            ways = [self._way(way, num_peers, sizes, in_large_fleet=large) for way in (out, into)]
             if None in ways:
                 return {}
             rates = [rate for sent, rate in filter(None, ways) if sent >= LEAST_SENT]
@@ -95,12 +96,12 @@ class PathRates:
         return links
 
     def _way(
-        self, paths: Iterable[tuple[int, int]], num_paths: int, sizes: Mapping[int, float]
+        self, paths: Sequence[tuple[int, int]], num_paths: int, sizes: Mapping[int, float], *, in_large_fleet: bool
     ) -> tuple[float, float] | None:
         """All paths of a link in one direction: gradients from look to look, and what was sent a second while some of
         it was on the way, with so much for a sender's gradient. None if too few of them are known: in a small fleet
         all have to be, in a large one some, and the others are taken to be like these."""
-        sent, rate, known = 0.0, 0.0, 0
+        sent, rate, known, num_told = 0.0, 0.0, 0, len(paths)
         for sender, receiver in paths:
             seen = self._paths[sender].get(receiver, ())
             if len(seen) < NUM_LOOKS:
@@ -109,7 +110,7 @@ class PathRates:
             sent += gradients
             rate += sizes[sender] * gradients / max(busy_s, LEAST_S)
             known += 1
-        if known < min(num_paths, NUM_KNOWN if num_paths >= MAX_WATCHED else num_paths) or not known:
+        if known < (min(num_told, NUM_KNOWN) if in_large_fleet else num_paths) or not known:
             return None
         return sent * num_paths / known, rate * num_paths / known
 

@@ -67,6 +67,8 @@ def leave(run: RunState, peer: Peer, now: float) -> None:
     if peer.phase is Phase.JOINING:
         release(run, peer.member.uid, "left")
         return
+    if peer.phase is Phase.FINISHED:
+        return  # It goes as soon as nobody needs it.
     peer.phase = Phase.LEAVING
     want(run, f"slot {peer.member.slot} leaves", now)
 

@@ -59,7 +59,7 @@ def release(run: RunState, uid: str, how: str, heir: Member | None = None) -> No
 
 def end_if_nobody_trains(run: RunState) -> bool:
     """End the run once some have finished and no other member holds its state; returns whether it has ended."""
-    if not run.finished_slots or run.holders():
+    if not run.finished_slots or run.holders() or run.still_to_train():
         return False
     for uid in list(run.peers):
         let_go(run, uid, End())
@@ -78,7 +78,7 @@ def release_finished(run: RunState) -> None:
         for uid, peer in run.peers.items():
             if record.rank_of(uid) is not None and uid not in record.unhealed:
                 peer.healed, peer.fresh = True, False
-    training = [p for p in run.holders() if p.phase is not Phase.FINISHED]
+    training = [p for p in run.holders() if p.phase is not Phase.FINISHED] or run.still_to_train()
     for peer in finished:
         step = peer.cursor.step
         nobody_needs_it = all(p.cursor.step >= step for p in finished) and not training

@@ -24,6 +24,8 @@ class _Evaluation:
     """By uid of the worker that computes it, a chunk."""
     waiting: dict[str, int] = field(default_factory=dict)
     """By uid of a worker that has asked in vain, the number of its request."""
+    away: dict[str, int] = field(default_factory=dict)
+    """The same for workers that are suspended: they are answered when they are back."""
     sums: dict[str, float] = field(default_factory=dict)
     """Once all chunks are done."""
     error: Raise | None = None
@@ -82,11 +84,32 @@ class ChunkDealer:
         now.waiting[uid] = question.id
         return replies + _replies(now)
 
-    def forget(self, uid: str) -> list[tuple[str, Reply]]:
-        """A worker is at nothing, or gone: its chunks are free again, and given to those that wait for one."""
+    def suspend(self, uid: str) -> list[tuple[str, Reply]]:
+        """A worker does not answer: its chunks are free again, and what it waits for it gets when it is back."""
+        for evaluation in self._evaluations.values():
+            if (number := evaluation.waiting.pop(uid, None)) is not None:
+                evaluation.away[uid] = number
+        return self._free(uid)
+
+    def came_back(self, uid: str) -> list[tuple[str, Reply]]:
+        """A suspended worker is heard again: it may still wait for what it has asked."""
         replies = []
         for evaluation in self._evaluations.values():
+            if (number := evaluation.away.pop(uid, None)) is not None:
+                evaluation.waiting[uid] = number
+                replies += _replies(evaluation)
+        return replies
+
+    def forget(self, uid: str) -> list[tuple[str, Reply]]:
+        """A worker is at nothing, or gone: its chunks are free again, and given to those that wait for one."""
+        for evaluation in self._evaluations.values():
             evaluation.waiting.pop(uid, None)
+            evaluation.away.pop(uid, None)
+        return self._free(uid)
+
+    def _free(self, uid: str) -> list[tuple[str, Reply]]:
+        replies = []
+        for evaluation in self._evaluations.values():
             chunk = evaluation.given.pop(uid, None)
             if chunk is not None and chunk not in evaluation.results:
                 heapq.heappush(evaluation.free, chunk)

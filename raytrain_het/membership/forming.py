@@ -84,7 +84,8 @@ def form_if_all_have_answered(run: RunState, now: float) -> None:
 def _must_wait_for_a_holder(run: RunState) -> bool:
     """Whether nobody who is here holds the run's state, and somebody who is suspended does: it may come back, and
     beginning again from a checkpoint would cost more than any wait."""
-    return not run.holders() and any(s.peer.holds_state for s in run.suspended.values())
+    number = run.record.number if run.record is not None else 0
+    return not run.holders() and any(s.peer.holds_state and s.generation == number for s in run.suspended.values())
 
 
 def go_on_without(run: RunState, uid: str, why: str, now: float) -> None:

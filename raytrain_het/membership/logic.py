@@ -83,10 +83,12 @@ class Membership:
             self.dead(other, "its slot was taken by a new process", now)
         if uid in run.suspended:
             suspending.come_back(run, uid, now)
+            if uid not in run.peers:
+                return  # It was told that it is not needed any more.
         if uid in run.peers:
             reconnecting.reconnect(run, run.peers[uid], standing, record=record, answered=answered, now=now)
             return
-        if run.over and record is None:
+        if run.over:
             run.send(uid, End())
             return
         if self._refuse_other_model(member, fingerprint):
@@ -131,6 +133,7 @@ class Membership:
             peer.known_to_run = now
             if not peer.away:
                 peer.heard = now
+                self.run.suspicion.vouch()
                 watching.look_around(self.run, now)
 
     def stopped(self, uid: str, now: float) -> None:
@@ -225,7 +228,7 @@ class Membership:
     def suspect(self, uid: str, generation: int, step: int, now: float) -> None:
         """A member has waited past its deadline in a step."""
         if self.run.heard(uid, now) is not None:
-            watching.suspect(self.run, uid, generation, step, now)
+            watching.suspect(self.run, generation, step, now)
 
     def waiting(self, uid: str, now: float) -> None:
         """A member waits for others outside of a collective: are they all alive?"""
@@ -270,10 +273,12 @@ class Membership:
         if peer is not None:
             peer.returning = True
 
-    def finish(self, uid: str, *, cursor: Cursor, confirmed: bool, now: float) -> None:
-        """A member's training function has come to its end, and its reports are stored."""
+    def finish(self, uid: str, *, cursor: Cursor, confirmed: bool, now: float, complete: bool = True) -> None:
+        """A member's training function has come to its end, and its reports are stored. ``complete``: it has gone over
+        all epochs."""
         peer = self.run.heard(uid, now)
         if peer is not None:
+            self.run.complete |= complete
             departures.finish(self.run, peer, cursor, now, confirmed=confirmed)
 
     def raised(self, uid: str, error: str, now: float) -> None:

@@ -53,11 +53,20 @@ class Reporting:
     def acknowledge(self, keys: list[str]) -> None:
         """These reports are registered, and the workers may forget them."""
         self.collector.acknowledge(keys)
+        message = protocol.Acknowledged(keys=keys)
         for uid in self._core.run.peers if keys else ():
-            self._send(uid, protocol.Acknowledged(keys=keys))
+            self._send(uid, message)
 
-    def came_back(self, uid: str) -> None:
-        """A member was suspended, and is heard again: nobody has told it which reports were registered meanwhile."""
+    def came_back(self, uid: str, slot: int, *, missed: bool) -> None:
+        """A member was suspended, and is heard again: nobody has told it which reports were registered meanwhile.
+
+        Args:
+            uid: the member's.
+            slot: too.
+            missed: whether generations were formed without it.
+        """
+        if missed:
+            self.collector.came_back(slot)
         if keys := self.collector.acknowledged():
             self._send(uid, protocol.Acknowledged(keys=keys))
 
@@ -76,7 +85,8 @@ class Reporting:
         """Uids of the members that wanted to leave, and now may: each is returned once."""
         if self._misused:
             return []
-        free = [uid for uid, keys in self.leaving.items() if not self.collector.are_open(keys)]
+        here = self._core.run.peers
+        free = [uid for uid, keys in self.leaving.items() if uid in here and not self.collector.are_open(keys)]
         for uid in free:
             del self.leaving[uid]
         return free
@@ -97,7 +107,9 @@ class Reporting:
         if self._misused:
             return
         self._ask_for_checkpoints()
-        for report in self.collector.settle(self._slots(), ended=self._core.run.over):
+        run = self._core.run
+        away = [peer.member.slot for peer in [*run.peers.values(), *(s.peer for s in run.suspended.values())]]
+        for report in self.collector.settle(self._slots(), away=away, ended=run.over):
             if isinstance(report, Difference):
                 self._core.replicas_differ(audit.message(report.step, report.what))
                 continue

@@ -100,6 +100,8 @@ class ReportCollector:
         self._unacknowledged: dict[str, WholeReport] = {}
         self._acknowledged: dict[str, None] = {}
         self._last_order: dict[int, Order] = {}
+        self._out_of_date: dict[int, Order] = {}
+        """By slot: parts up to this one are of steps that the others may have done again without it."""
         self._skipped = SkippedReports()
 
     @property
@@ -113,7 +115,7 @@ class ReportCollector:
         self._skipped.called(slot, key, said.told)
         if key in self._acknowledged:
             return key
-        if key in self._unacknowledged:
+        if key in self._unacknowledged or order(key) <= self._out_of_date.get(slot, ()):
             return None
         report = self._open.setdefault(key, _OpenReport(said.step, said.epoch))
         report.parts[slot] = _Part(uid, said, said.holds_snapshot)
@@ -187,17 +189,21 @@ class ReportCollector:
         written, or it is being registered."""
         return bool(self._unacknowledged) or any(not self._missing(key, slots) for key in self._open)
 
-    def settle(self, slots: Collection[int], *, ended: bool = False) -> list[WholeReport | Difference]:
+    def settle(
+        self, slots: Collection[int], *, away: Collection[int] = (), ended: bool = False
+    ) -> list[WholeReport | Difference]:
         """Reports that have become whole, oldest first.
 
         Args:
             slots: of the current members.
+            away: of those that are suspended or have yet to catch up, which may hold the only snapshot of a report.
             ended: whether the run has ended, so that no more parts come.
         """
         settled: list[WholeReport | Difference] = []
         for key in sorted(self._open, key=order):
             report = self._open[key]
-            if self._missing(key, slots) and not ended or report.waits_for_checkpoint and report.holders(slots):
+            is_being_stored = report.waits_for_checkpoint and report.holders({*slots, *away})
+            if self._missing(key, slots) and not ended or is_being_stored:
                 break
             del self._open[key]
             audits = {slot: said.audit for slot, said in report.said().items() if said.audit is not None}
@@ -236,6 +242,7 @@ class ReportCollector:
     def forget(self, slot: int) -> None:
         """A slot's process is gone, with the snapshots it held; a new one in its place starts from nothing."""
         self._last_order.pop(slot, None)
+        self._out_of_date.pop(slot, None)
         self._skipped.forget(slot)
         for report in self._open.values():
             if slot in report.parts:
@@ -243,7 +250,15 @@ class ReportCollector:
 
     def joined(self, slot: int, life: int, step: int) -> None:
         """A slot's process takes part after this step: no part of a report up to this step is expected of it."""
-        self._last_order[slot] = max(self._last_order.get(slot, ()), (life, step, sys.maxsize))
+        from_here = (life, step, sys.maxsize)
+        self._last_order[slot] = max(self._last_order.get(slot, ()), from_here)
+        if slot in self._out_of_date:
+            self._out_of_date[slot] = from_here
+
+    def came_back(self, slot: int) -> None:
+        """The others have gone on without a slot's process: until it takes part again, what it reports is of a state
+        that only it has had."""
+        self._out_of_date[slot] = (sys.maxsize,)
 
     def untaken(self) -> list[WholeReport]:
         """Whole reports that nobody has acknowledged, oldest first."""

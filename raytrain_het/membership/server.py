@@ -183,6 +183,7 @@ class Hub:
         for task in under_way:
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*under_way, return_exceptions=True))
+        self._loop.close()
 
     async def _start(self) -> None:
         # Every interface of one family: with both, a free port would be another one for each.
@@ -203,8 +204,9 @@ class Hub:
             await asyncio.sleep(TICK_S)
             with contextlib.suppress(Exception):  # The run has failed by it, and everybody was told.
                 self._decide(self._switchboard.tick)
-            for member in self._switchboard.in_doubt():
-                self._ask_after(member)
+            with contextlib.suppress(Exception):
+                for member in self._decide(self._switchboard.in_doubt):
+                    self._ask_after(member)
 
     def _arrived(self, link: Link) -> None:
         self._switchboard.heard(link.member.uid)

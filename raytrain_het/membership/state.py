@@ -107,6 +107,8 @@ class RunState:
     """Why the run has failed."""
     failed_with: ToMember | None = None
     """What its members were told then."""
+    complete: bool = False
+    """Whether a member has come to the end of all epochs."""
     disturbed: bool = False
     """Whether anything has happened in this run after which workers' own counts of steps may differ."""
 
@@ -150,7 +152,7 @@ class RunState:
     @property
     def over(self) -> bool:
         """Whether the run has ended in good order."""
-        return bool(self.finished_slots) and not self.members()
+        return bool(self.finished_slots) and not self.members() and not self.still_to_train()
 
     @property
     def phase(self) -> str:
@@ -187,6 +189,13 @@ class RunState:
     def holders(self) -> list[Peer]:
         """Members that hold the run's state: they take part in steps and reports, or have done so to the end."""
         return [p for p in self.members() if p.holds_state]
+
+    def still_to_train(self) -> list[Peer]:
+        """Suspended members that hold a state of the run and have not come to its end, unless others have."""
+        if self.complete:
+            return []
+        peers = [suspended.peer for suspended in self.suspended.values()]
+        return [p for p in peers if p.holds_state and p.phase is not Phase.FINISHED]
 
     # ---------------------------------------------------------------- what every part does
 

@@ -39,7 +39,8 @@ class RunStatus(TypedDict):
     samples: int
     members: list[dict[str, Any]]
     """By slot: the fields of :class:`~raytrain_het.membership.protocol.Stats`, whether it is ``alive`` (a suspended one
-    is, as far as is known) and has ``finished``; and of those that are alive what :func:`_of_peer` adds."""
+    is, as far as is known, until the run is over) and has ``finished``; and of those that are alive what
+    :func:`_of_peer` adds."""
 
 
 def status(run: RunState, tables: TableKeeper, stats: dict[int, tuple[str, Stats]]) -> RunStatus:
@@ -52,7 +53,9 @@ def status(run: RunState, tables: TableKeeper, stats: dict[int, tuple[str, Stats
     """
     record, board = run.record, tables.board
     samples = tables.samples(record)
-    peers = {p.member.slot: p for p in [*(s.peer for s in run.suspended.values()), *run.peers.values()]}
+    # Once the run is over nobody waits for a suspended one any more.
+    away = [suspended.peer for suspended in run.suspended.values() if not run.over]
+    peers = {p.member.slot: p for p in [*away, *run.peers.values()]}
     scores = board.scores(samples)
     solo = {slot: board.solo_samples_per_s(slot, b) for slot, b in samples.items()}
     members = []

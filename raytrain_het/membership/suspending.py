@@ -8,7 +8,7 @@ stood, or generations were formed without it: then it heals from the others, lik
 from __future__ import annotations
 
 from raytrain_het.membership import events
-from raytrain_het.membership.ending import release
+from raytrain_het.membership.ending import let_go, release
 from raytrain_het.membership.forming import (
     ask_to_answer,
     begin_if_all_are_there,
@@ -43,12 +43,12 @@ def suspend(run: RunState, peer: Peer, reason: str, now: float) -> None:
 
 def come_back(run: RunState, uid: str, now: float) -> None:
     """A suspended member is heard again."""
-    suspended = run.suspended.pop(uid)
+    over, suspended = run.over, run.suspended.pop(uid)
     peer, record = suspended.peer, run.record
     missed = record is None or record.number != suspended.generation
     run.note(events.CameBack(slot=peer.member.slot, uid=uid, away_s=round(now - suspended.since, 3), missed=missed))
-    if run.over:
-        run.send(uid, End())
+    if over:
+        let_go(run, uid, End())
         return
     peer.heard, run.peers[uid] = now, peer
     if run.failed_with is not None:

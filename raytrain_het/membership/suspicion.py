@@ -10,7 +10,7 @@ others for ``hang_limit_s``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.peers import Peer
@@ -26,8 +26,10 @@ class Round:
     """One round of pings."""
 
     began: float
-    suspecting: set[str] = field(default_factory=set)
-    """Uids of the members that wait to hear how it ends."""
+    in_a_step: bool = False
+    """Whether a member has suspected others that it waits for in a step."""
+    vouched: bool = False
+    """Whether a watchman has answered for its worker."""
 
     def unheard(self, peers: Sequence[Peer]) -> list[Peer]:
         """The members that were not heard since it began."""
@@ -56,14 +58,19 @@ class Suspicion:
         self.round = Round(began=now)
         return True
 
-    def suspect(self, uid: str, generation: int, step: int, now: float) -> bool:
+    def suspect(self, generation: int, step: int, now: float) -> bool:
         """A member has waited too long in a step; whether members are to be pinged."""
         if self.since is None or self.since[:2] != (generation, step):
             self.since = (generation, step, now)
         begins = self.round is None
         self.round = self.round or Round(began=now)
-        self.round.suspecting.add(uid)
+        self.round.in_a_step = True
         return begins
+
+    def vouch(self) -> None:
+        """A watchman says that its worker runs: how long that took is not how long answers take."""
+        if self.round is not None:
+            self.round.vouched = True
 
     @property
     def patience_s(self) -> float:
@@ -88,10 +95,10 @@ class Suspicion:
         """Ends the round if all were heard, and says whether a member had suspected others; None if it goes on."""
         if self.round is None or self.round.unheard(peers):
             return None
-        took_s, suspecting = now - self.round.began, bool(self.round.suspecting)
-        self.round = None
+        over, self.round = self.round, None
+        took_s = now - over.began if not over.vouched else 0.0
         self._answers_take_s = max(took_s, (1 - FORGET) * self._answers_take_s)
-        return suspecting
+        return over.in_a_step
 
     def late(self, peers: Sequence[Peer], now: float) -> list[Peer]:
         """The members that answer, but hold the others up in a step for longer than the hang limit."""

@@ -39,6 +39,7 @@ _SELDOM_MATTERS = (
     protocol.Suspect,
     protocol.Answer,
     protocol.Evaluate,
+    protocol.Report,
 )
 """Messages of which many come."""
 
@@ -186,7 +187,7 @@ class Switchboard:
         run = self.core.run
         self._drained_slots.add(slot)
         stay = [peer for peer in run.holders() if peer.member.slot not in self._drained_slots]
-        for peer in [peer for peer in run.peers.values() if peer.member.slot == slot]:
+        for peer in [p for p in run.peers.values() if p.member.slot == slot and p.phase is not Phase.FINISHED]:
             uid = peer.member.uid
             if (stay or peer.phase is Phase.JOINING) and uid not in self._drained:
                 self._drained.add(uid)
@@ -254,7 +255,8 @@ class Switchboard:
             case protocol.Returning():
                 self.core.returning(uid, self._now())
             case protocol.Finish() as m:
-                self.core.finish(uid, cursor=m.cursor, confirmed=m.confirmed, now=self._now())
+                complete = m.told is None or m.told.complete
+                self.core.finish(uid, cursor=m.cursor, confirmed=m.confirmed, complete=complete, now=self._now())
                 self.reporting.collector.note_progress(slot, m.told)
             case protocol.Raised() as m:
                 self.core.raised(uid, m.error, self._now())
@@ -326,10 +328,12 @@ class Switchboard:
         for entry in self.core.run.log.since(self._next_event):
             entry.time = time.time()
             event = entry.event
-            if isinstance(event, events.Gone | events.Suspended):
+            if isinstance(event, events.Gone):
                 self._reply(self._evaluations.forget(event.uid))
+            if isinstance(event, events.Suspended):
+                self._reply(self._evaluations.suspend(event.uid))
             if isinstance(event, events.CameBack):
-                self._tell_what_it_has_missed(event.uid)
+                self._tell_what_it_has_missed(event)
             if isinstance(event, events.Gone) and not isinstance(event, events.Finished | events.Raised):
                 self.reporting.forget(event.slot)
         self._next_event = self.core.run.log.next_seq
@@ -343,11 +347,12 @@ class Switchboard:
                 self.core.leave(uid, self._now())
             self.settle()
 
-    def _tell_what_it_has_missed(self, uid: str) -> None:
+    def _tell_what_it_has_missed(self, back: events.CameBack) -> None:
         """A member was suspended: what was said to all members meanwhile was not said to it."""
         if self.core.run.checkpoint is not None:
-            self._send(uid, self._newest_checkpoint())
-        self.reporting.came_back(uid)
+            self._send(back.uid, self._newest_checkpoint())
+        self.reporting.came_back(back.uid, back.slot, missed=back.missed)
+        self._reply(self._evaluations.came_back(back.uid))
 
     def _reply(self, replies: list[tuple[str, protocol.Reply]]) -> None:
         for uid, reply in replies:

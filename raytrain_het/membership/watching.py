@@ -38,13 +38,13 @@ def ping(run: RunState, now: float) -> None:
     run.announce(Ping())
 
 
-def suspect(run: RunState, uid: str, generation: int, step: int, now: float) -> None:
+def suspect(run: RunState, generation: int, step: int, now: float) -> None:
     """A member has waited past its deadline in a step. This is only a suspicion: all are pinged."""
     if run.record is None or generation != run.record.number or run.next.voided:
         return
     if go_on_without_finished(run, now):
         return
-    if run.suspicion.suspect(uid, generation, step, now):
+    if run.suspicion.suspect(generation, step, now):
         ping(run, now)
 
 
@@ -118,9 +118,9 @@ def ask_again(run: RunState, now: float) -> None:
 
 
 def _settle_suspicion(run: RunState, now: float) -> None:
-    suspecting = run.suspicion.settled(run.members(), now)
-    if suspecting is not None:
-        _drop_what_holds_up(run, suspecting, now)
+    in_a_step = run.suspicion.settled(run.members(), now)
+    if in_a_step is not None:
+        _drop_what_holds_up(run, in_a_step, now)
 
 
 def _drop_what_holds_up(run: RunState, in_a_step: bool, now: float) -> None:
@@ -130,6 +130,8 @@ def _drop_what_holds_up(run: RunState, in_a_step: bool, now: float) -> None:
     """
     limit_s, since = run.config.hang_limit_s, run.suspicion.since
     late = run.suspicion.late(run.members(), now) if in_a_step else []
+    # Who waits in a step may be behind others only since it needs what they do not: whoever does not wait is to blame.
+    late = [p for p in late if not p.place.waits] or late
     busy = [p for p in run.holders() if not p.place.waits]
     if not late:
         if longest_wait(run.holders(), now) < limit_s or run.under_way():

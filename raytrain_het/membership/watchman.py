@@ -15,6 +15,7 @@ import hmac
 import logging
 import os
 import secrets
+import select
 import subprocess
 import sys
 
@@ -65,9 +66,13 @@ class Watchman:
             )
             assert self._process.stdout is not None
             with self._process.stdout as said:
-                self.port = int(said.readline() or 0)
-        except OSError as error:
+                ready, _, _ = select.select([said], [], [], START_LIMIT_S)
+                self.port = int(said.readline()) if ready else 0
+        except (OSError, ValueError) as error:
             logger.warning("no process can be started that answers for this worker while it is busy: %s", error)
+            return
+        if not self.port:
+            logger.warning("the process that is to answer for this worker while it is busy has said nothing")
 
     def learn(self, token: str) -> None:
         """The run's token, by which the hub knows the watchman's answers."""
@@ -100,7 +105,7 @@ async def life_of(member: Member, token: str, timeout_s: float) -> Life:
         return await _listens(member.host, member.state_port, timeout_s)
     except ConnectionError:  # It may just be ending with its worker.
         return Life.LISTENS
-    except (OSError, TimeoutError, ValueError):
+    except (OSError, asyncio.TimeoutError, ValueError):  # Two kinds of time-out before Python 3.11.
         return Life.UNKNOWN
 
 
@@ -129,6 +134,6 @@ async def _listens(host: str, port: int, timeout_s: float) -> Life:
         writer.close()
     except ConnectionRefusedError:
         return Life.REFUSED
-    except (OSError, TimeoutError):
+    except (OSError, asyncio.TimeoutError):
         return Life.UNKNOWN
     return Life.LISTENS

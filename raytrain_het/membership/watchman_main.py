@@ -27,7 +27,7 @@ NONCE_BYTES = 32
 LINE_BYTES = NONCE_BYTES + 1 + 64 + 1
 EXITING = 0x4
 """The kernel's flag (``PF_EXITING``) of a process that is being taken down: it has no connections any more."""
-LAST_WORD_S = 0.5
+LAST_WORD_S = 1.5
 """So long it waits, after its worker's end, for somebody to ask."""
 LOOK_S = 1.0
 """Where the kernel does not tell of a process's end, it is looked for so often."""
@@ -67,7 +67,10 @@ class Watch:
         self._poll = select.poll()
         self._poll.register(self._listener.fileno(), select.POLLIN)
         self._poll.register(0, select.POLLIN)
-        self._its_end = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
+        try:
+            self._its_end = os.pidfd_open(pid)
+        except (AttributeError, OSError):  # An old kernel, or a sandbox that forbids it.
+            self._its_end = -1
         if self._its_end >= 0:
             self._poll.register(self._its_end, select.POLLIN)
 

@@ -198,7 +198,8 @@ class Worker:
 
     def hand_on(self) -> None:
         """The others go on without this worker: what it has left to give goes to one of them."""
-        if self._leaving and not self._handing_on.hand_on():
+        asked_to = self._leaving or self.agent.heir is not None  # By the program, or since its machine is taken away.
+        if asked_to and not self._handing_on.hand_on():
             logger.warning(
                 "worker %d leaves, and what its codec has left out of its gradients is lost: nobody stands where it "
                 "does, or nobody came for it.",

@@ -34,7 +34,6 @@ from raytrain_het.membership.logic import Membership
 from raytrain_het.membership.peers import Peer, Phase, Standing
 from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.state import RunState
-from raytrain_het.membership.suspicion import Round
 
 Event = tuple[Any, ...]
 NEVER = 1e9
@@ -275,7 +274,7 @@ class World:
             for name in names:
                 setattr(owner, name, getattr(owner, name).copy())
         if run.suspicion.round is not None:
-            run.suspicion.round = Round(run.suspicion.round.began, set(run.suspicion.round.suspecting))
+            run.suspicion.round = replace(run.suspicion.round)
         new.workers = dict(self.workers)
         new._owned = set()
         self._owned = set()
@@ -323,7 +322,7 @@ class World:
             run.first_hello is None,
             run.suspicion.since,
             run.next.some_have_answered,
-            None if suspected is None else tuple(sorted(suspected.suspecting)),
+            None if suspected is None else (suspected.in_a_step, suspected.vouched),
             tuple(w.key() for w in self.workers.values()),
             tuple(sorted(self.ring.items())),
             tuple(self.budget.values()),

@@ -170,7 +170,9 @@ def test_who_was_suspended_when_the_run_ended_is_sent_home() -> None:
     run.messages()
     run.core.heard_again("1-a", 12.0)
     assert run.messages("1-a") == ["end"]
-    assert not run.core.run.peers
+    run.hello(1, step=5, healed=True, record=run.record, now=12.0)
+    assert run.messages("1-a") == ["end"], "its connection was cut when it was told"
+    assert run.core.run.over and not run.core.run.peers
 
 
 def test_who_was_suspended_when_the_run_failed_is_told_why() -> None:

@@ -58,6 +58,8 @@ class Reporter:
         self._keys = Keys()
         self._returning = False
         self._lock = threading.Lock()
+        self._overdue: list[int] = []
+        """Steps of the checkpoints that were skipped while the storage still takes them."""
         agent.on_message[protocol.Acknowledged] = self._acknowledged
         agent.on_message[protocol.Write] = self._write_asked
 
@@ -146,6 +148,9 @@ class Reporter:
         report = self._open.get(message.key)
         if report is not None and report.snapshot is not None and not report.writing:
             report.writing = True
+            if self._overdue:
+                self._over(report, None, f"the storage still has not taken that of step {self._overdue[0]}")
+                return
             threading.Thread(
                 target=self._write, args=(report, report.snapshot, message.uids), name="het-checkpoint", daemon=True
             ).start()
@@ -153,9 +158,7 @@ class Reporter:
     def _write(self, report: OpenReport, snapshot: dict[str, Any], uids: list[str]) -> None:
         """Write and store the checkpoint. A failure costs this checkpoint, never an older one, and never the run."""
         name = "checkpoint_{:09d}_{}".format(*map(int, report.key.split(".")[1:]))
-        limit_s = self._storage_limit_s
-        silent = f"the storage has not taken it within HetConfig(storage_limit_s={limit_s:g})"
-        timer = threading.Timer(limit_s, lambda: self._over(report, None, silent))
+        timer = threading.Timer(self._storage_limit_s, lambda: self._skip(report))
         timer.daemon = True
         timer.start()
         path, error = None, None
@@ -165,7 +168,14 @@ class Reporter:
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
         timer.cancel()
+        self._overdue = [step for step in self._overdue if step != report.step]
         self._over(report, path, error)
+
+    def _skip(self, report: OpenReport) -> None:
+        """The storage takes too long. What it has not taken fills this worker's memory: no other one is begun."""
+        self._overdue = [*self._overdue, report.step]
+        limit = f"HetConfig(storage_limit_s={self._storage_limit_s:g})"
+        self._over(report, None, f"the storage has not taken it within {limit}")
 
     def _over(self, report: OpenReport, path: str | None, error: str | None) -> None:
         """The checkpoint is stored, or is given up. The first word counts, unless it is stored after all: then a run

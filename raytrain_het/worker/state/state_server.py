@@ -88,10 +88,13 @@ class StateServer:
 
     def _serve(self, plain: socket.socket) -> None:
         # What is asked for when the run is over, or goes on without this worker, is for nobody.
-        with secured(plain, serves=True) as connection, contextlib.suppress(*_OF_NO_CONCERN):
-            tune(connection)
-            connection.settimeout(handshake.LIMIT_S)
+        with contextlib.ExitStack() as stack, contextlib.suppress(*_OF_NO_CONCERN):
+            stack.callback(plain.close)
             try:
+                connection = secured(plain, serves=True)
+                stack.callback(connection.close)
+                tune(connection)
+                connection.settimeout(handshake.LIMIT_S)
                 handshake.serve(connection, self._token())
                 with connection.makefile("rb") as lines:
                     request = json.loads(lines.readline(MAX_REQUEST_BYTES))
