@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import dis
+import inspect
+import os
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -19,6 +25,7 @@ from raytrain_het.jobs.table import JOBS
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
 from raytrain_het.score_policies import SCORE_POLICIES
 from raytrain_het.sweeps import SweepConfig, make_sweep
+from raytrain_het.testing import plugin
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -73,6 +80,25 @@ def test_the_first_example_of_a_guide_runs_as_it_stands(page: str) -> None:
     space: dict[str, object] = {"__name__": "first_example"}
     exec(compile(python_blocks(page)[0], page, "exec"), space)
     assert space.keys() - {"__name__", "__builtins__"}, "it defines or imports something"
+
+
+def test_the_labs_script_with_a_fault_runs_as_it_stands(tmp_path: Path) -> None:
+    """As a file of its own: each worker of a process lab imports the script."""
+    script = tmp_path / "script.py"
+    script.write_text(python_blocks("lab.md")[1])
+    done = subprocess.run([sys.executable, script], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0
+
+
+def test_the_labs_tests_import_what_they_use() -> None:
+    space: dict[str, Any] = {"__name__": "example"}
+    exec(compile(python_blocks("lab.md")[2], "lab.md, block 3", "exec"), space)
+    tests = [value for name, value in space.items() if name.startswith("test_")]
+    assert tests
+    for test in tests:
+        used = {line.argval for line in dis.get_instructions(test) if line.opname == "LOAD_GLOBAL"}
+        assert used <= space.keys() | vars(builtins).keys()
+        assert all(hasattr(plugin, fixture) for fixture in inspect.signature(test).parameters)
 
 
 def test_the_first_sweep_of_the_guide_is_one() -> None:
