@@ -22,6 +22,7 @@ import yaml
 from experiments import docs_pages
 from raytrain_het.codec_options import CODECS
 from raytrain_het.jobs.table import JOBS
+from raytrain_het.membership import events
 from raytrain_het.optim import OPTIMIZERS, SCHEDULES
 from raytrain_het.score_policies import SCORE_POLICIES
 from raytrain_het.sweeps import SweepConfig, make_sweep
@@ -135,6 +136,20 @@ def test_the_site_has_each_entry_of_the_log_under_its_day() -> None:
     for match in docs_pages.ENTRY.finditer((ROOT / "experiments" / "LOG.md").read_text()):
         day = page[page.index(f"## {match[1]}") :].partition("\n## ")[0]
         assert match[3].replace('"', "'") in day
+
+
+def test_the_table_of_events_has_every_kind_with_its_fields() -> None:
+    def kinds(of: type[events.Event]) -> Iterator[type[events.Event]]:
+        for kind in of.__subclasses__():
+            yield kind
+            yield from kinds(kind)
+
+    text = (DOCS / "api.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| `\w+`", line)]
+    named = {kind: set(re.findall(r"`(\w+)`", row[-1])) for row in rows for kind in re.findall(r"`(\w+)`", row[0])}
+    for event in set(kinds(events.Event)) - {events.Gone}:  # That one is the base of others.
+        tag = str(event.__struct_config__.tag)
+        assert named[tag] == set(event.__struct_fields__) - {"slot", "uid"}, tag
 
 
 @pytest.mark.parametrize("page", ["step.md", "protocol.md"])
