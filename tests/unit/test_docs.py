@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import dataclasses
 import dis
@@ -152,14 +153,40 @@ def test_the_table_of_events_has_every_kind_with_its_fields() -> None:
         assert named[tag] == set(event.__struct_fields__) - {"slot", "uid"}, tag
 
 
+def defined(package: Path) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """What is defined in each class (methods, fields, attributes), and in each module, by its name alone."""
+    classes: dict[str, set[str]] = {}
+    modules: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        modules.setdefault(path.stem, set()).update(_names(tree.body))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                stored = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+                own = [n.attr for n in stored if isinstance(n.value, ast.Name) and n.value.id == "self"]
+                classes.setdefault(node.name, set()).update(_names(node.body), own)
+    return classes, modules
+
+
+def _names(body: list[ast.stmt]) -> Iterator[str]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        for target in node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]:
+            if isinstance(target, ast.Name):
+                yield target.id
+
+
 @pytest.mark.parametrize("page", ["step.md", "protocol.md"])
 def test_the_code_has_the_names_that_the_concepts_tell_of(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (DOCS / page).read_text(), flags=re.M | re.S)
     package = ROOT / "raytrain_het"
-    sources = [path.read_text() for path in package.rglob("*.py")]
+    classes, modules = defined(package)
     for owner, name in re.findall(r"`([A-Z]\w+)\.(\w+)`", text):
-        assert any(re.search(rf"^class {owner}\b.*\b{name}\b", source, re.M | re.S) for source in sources), name
-    for name in re.findall(r"`(_\w+)`", text):
-        assert any(f"def {name}(" in source for source in sources), name
+        assert name in classes.get(owner, ()), f"{owner}.{name}"
+    for owner, name in re.findall(r"`([a-z_]+)\.(\w+)`", text):
+        assert owner not in modules or name in modules[owner] or name == "py", f"{owner}.{name}"
+    for name in re.findall(r"`(?!RAY_)([A-Z_]{4,})`", text):
+        assert any(name in names for names in modules.values()), name
     for path in re.findall(r"`([\w/]+/[\w.]*)`", text):
         assert (package / path).exists(), path
