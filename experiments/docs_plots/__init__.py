@@ -14,6 +14,7 @@ PLOTS: dict[str, Callable[[], Shown]] = {
     "adapting": fleets.adapting,
     "alpha": training.alpha,
     "codec_speed": costs.codec_speed,
+    "false_alarms": faults.false_alarms,
     "faults": faults.faults,
     "hooks": costs.hooks,
     "hub": costs.hub,

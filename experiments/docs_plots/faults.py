@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from typing import Any
 
 from experiments.docs_plots.raw import Shown, date_of, read
-from experiments.docs_plots.svg import BOUND, DDP, ORACLE, OURS, dots, panels
+from experiments.docs_plots.svg import BAD, BOUND, DDP, ORACLE, OURS, dots, panels
 
 _POINTS = ("slice", "backward", "between_buckets", "decoded", "updated", "report")
 _RUNS = {
@@ -94,6 +95,42 @@ def _campaign_row(source: str, result: dict[str, Any]) -> dict[str, str]:
         "checkpoints lost": str(result["lost_checkpoints"]),
         "raw data": f"`{source}`",
     }
+
+
+def false_alarms() -> Shown:
+    """Failures after which everything lives: how often a worker was lost or suspended, and what that has cost."""
+    source = "2026-12-01_suspended/false_alarms.json"
+    results = read(source)
+    places, names = range(len(results)), [textwrap.fill(name, 34) for name in results]
+    figure, (left, right) = panels(2, sharey=True, height=4.2)
+    for label, colour, shift in (("suspended", OURS, -0.2), ("lost", BAD, 0.2)):
+        counts = [result[label] for result in results.values()]
+        left.barh([place + shift for place in places], counts, height=0.35, color=colour, label=label)
+    left.set_xlabel("workers")
+    left.set_xlim(0, 2)
+    left.set_xticks([0, 1, 2])
+    left.set_yticks(places, names, fontsize=7)
+    left.invert_yaxis()
+    right.barh(places, [result["longest_s"] for result in results.values()], height=0.35, color=OURS)
+    right.set_xlabel("longest suspension (s)")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    rows = [
+        {
+            "failure": name,
+            "lost": str(result["lost"]),
+            "suspended": str(result["suspended"]),
+            "longest suspension (s)": f"{result['longest_s']:.1f}",
+            "begun again from a checkpoint": str(result["resets"]),
+            "steps repeated": str(result["redone"]),
+            "checkpoints lost": str(result["checkpoints_lost"]),
+            "differing replicas": str(result["differing"]),
+            "largest relative difference": f"{result['error']:.1e}",
+            "raw data": f"`{source}`",
+        }
+        for name, result in results.items()
+    ]
+    caption = "A row is a run, the last one 80 runs. No worker was lost in any of them."
+    return Shown(figure=figure, rows=rows, sources=[source], caption=caption)
 
 
 def leaks() -> Shown:
