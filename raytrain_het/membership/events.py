@@ -66,7 +66,7 @@ class Lost(Gone, frozen=True, kw_only=True):
 
 
 class Evicted(Lost, frozen=True, kw_only=True):
-    """It was dropped, since the others waited for it."""
+    """It was given up after the hang limit: the others waited for it, or nothing was heard of it."""
 
 
 class Suspended(Event, frozen=True, kw_only=True):

@@ -90,6 +90,16 @@ _SENTENCES: dict[str, Callable[[Mapping[str, Any]], str]] = {
         + (f", codecs {', '.join(word for _, word in sorted(e['codecs'].items()))}" if e.get("codecs") else "")
         + f" ({e['reason']})"
     ),
+    "empty": lambda e: "no worker is left; the next ones begin from the last checkpoint",
+    "recovered": lambda e: f"a restarted hub goes on with generation {e['number']}",
+    "skipped": lambda e: (
+        f"the update of step {e['step']} is skipped: gradients are not finite, those of "
+        f"{', '.join(e['parameters'])} among them"
+    ),
+    "drift": lambda e: (
+        f"after step {e['step']} parameters of unlike devices differed by {number(e['largest_difference'])} at most, "
+        "and were sent anew"
+    ),
     "warning": lambda e: e["text"],
     "compared": lambda e: (
         f"step {e['step'] + 1}: the mean gradient is that of one process with the whole batch, but for a part of "

@@ -16,7 +16,7 @@ from raytrain_het.allreduce.codecs import RESIDUAL
 from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.cursor import Cursor
-from raytrain_het.testing.faults import Fault
+from raytrain_het.testing.faults import Fault, happened
 from raytrain_het.testing.ledger import read_ledgers
 from raytrain_het.testing.regression import Regression, go_on
 from raytrain_het.worker import session as sessions
@@ -139,12 +139,14 @@ class HandingOver(LeavingOut):
 
 
 @pytest.mark.parametrize("compression", [{"topk": {"density": 0.1}}, {"lowrank": {"rank": 1}}])
-@pytest.mark.parametrize("slot", [0, 2])
-def test_what_a_worker_that_leaves_has_left_out_is_sent_by_another_one(tmp_path, slot, compression):
+@pytest.mark.parametrize(("slot", "kind"), [(0, "leave"), (2, "leave"), (2, "drain")])
+def test_what_a_worker_that_leaves_has_left_out_is_sent_by_another_one(tmp_path, slot, kind, compression):
     config, task = HetConfig(compression=compression, shares=None), HandingOver(waits_at=(30,))
-    faults = [Fault(slot=slot, step=17, point="slice", kind="leave")]
+    faults = [Fault(slot=slot, step=17, point="slice", kind=kind)]
 
     def on_poll(lab):
+        if kind == "drain" and happened(tmp_path):
+            lab.hub.slot_drains(slot, "a notice")
         if any(e["kind"] == "handed_on" for e in lab.hub.events(0)):
             go_on(tmp_path, 30)
 

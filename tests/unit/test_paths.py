@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from raytrain_het.balance.paths import LEAST_S, NUM_LOOKS, WINDOW, PathRates
+from raytrain_het.balance.paths import LEAST_S, NUM_LOOKS, WINDOW, PathRates, watched
 from raytrain_het.balance.scoreboard import LINK_ROUNDS, Scoreboard, Table
 from raytrain_het.config import HetConfig
 
@@ -165,3 +165,13 @@ def test_what_stays_on_a_machine_says_nothing_of_its_link():
     assert paths.byte_s([0, 1, 2]) == pytest.approx({0: 0.002, 1: 0.002, 2: 0.001})
     paths.hosts = dict.fromkeys(range(3), "x")
     assert paths.byte_s([0, 1, 2])[0] < 0.0001
+
+
+@pytest.mark.parametrize(("machines", "of_each"), [(2, 9), (2, 16), (2, 32), (3, 6), (4, 5), (16, 2), (32, 1)])
+def test_links_are_known_of_large_fleets_whose_members_tell_of_some_paths_only(machines: int, of_each: int) -> None:
+    paths, size = PathRates(), machines * of_each
+    paths.hosts = {slot: f"machine {slot // of_each}" for slot in range(size)}
+    for _ in range(NUM_LOOKS):
+        for slot in range(size):
+            paths.observe(slot, dict.fromkeys(watched(slot, size), (0.3, 0.01)))
+    assert paths.links_s(range(size)).keys() == set(range(size))

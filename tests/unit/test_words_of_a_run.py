@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from raytrain_het.jobs.ray_session import check_address
 from raytrain_het.jobs.runner import check_reuse, check_writable, resolve
 from raytrain_het.jobs.summary import checkpoint_line
 from raytrain_het.jobs.table import load_job
-from raytrain_het.ray_train import monitor
+from raytrain_het.membership import events
+from raytrain_het.ray_train import monitor, narration
 from raytrain_het.ray_train.monitor import Monitor
 from raytrain_het.ray_train.narration import event_line, number, sentences
 from raytrain_het.ray_train.run_folder import LastCheckpoint, RunFolder, last_checkpoint_of
@@ -324,3 +326,14 @@ def test_the_script_of_the_docs_is_complete() -> None:
     assert {name for name in function.co_names if name in ("torch", "F", "het", "DataLoader", "TensorDataset")} <= set(
         names
     )
+
+
+def test_every_kind_of_event_is_a_sentence_or_said_by_another_one() -> None:
+    told = {*narration._SENTENCES, *narration._SILENT}
+    assert {kind.__struct_config__.tag for kind in all_kinds(events.Event)} - {"gone"} == told
+
+
+def all_kinds(of: type[events.Event]) -> Iterator[type[events.Event]]:
+    for kind in of.__subclasses__():
+        yield kind
+        yield from all_kinds(kind)
