@@ -14,6 +14,7 @@ from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.ending import fail, fail_as_replicas_differ
 from raytrain_het.membership.event_log import EventLog
 from raytrain_het.membership.issuing import issue_first, keep_table
+from raytrain_het.membership.pace import LARGE_FLEET
 from raytrain_het.membership.peers import Peer, Phase, Standing
 from raytrain_het.membership.place import Place
 from raytrain_het.membership.protocol import End, Mismatch, ToMember
@@ -241,7 +242,8 @@ class Membership:
         peer = self.run.heard(uid, now)
         if peer is not None:
             peer.is_at(place or Place(), position, now)
-            watching.look_around(self.run, now)
+            if len(self.run.peers) <= LARGE_FLEET:
+                watching.look_around(self.run, now)
 
     def progress(self, uid: str, step: int, now: float, left_out: float | None = None, step_s: float = 0.0) -> None:
         """A member has committed a step. Members say so from time to time only.
@@ -340,6 +342,8 @@ class Membership:
             run.waits.looked_at = now
             watching.lose_unheard(run, now)
             watching.ask_again(run, now)
+            if len(run.peers) > LARGE_FLEET:
+                watching.look_around(run, now)
 
     def _wait_no_longer_for_the_start(self, now: float) -> None:
         run = self.run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LARGE_FLEET = 32
+"""With more members than this, what need not be known at once is looked at every tick, and not with each message."""
 MOST_A_SECOND = 64
 """So many messages of one kind the hub hears a second, of all members together."""
 

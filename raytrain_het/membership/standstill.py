@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from raytrain_het.membership.pace import pace_s
 from raytrain_het.membership.peers import Peer
 from raytrain_het.membership.place import STEP
 
@@ -15,7 +16,7 @@ LOG_AFTER_S = 5.0
 """A wait that lasts so long, and for several typical steps, is logged."""
 TYPICAL_STEPS = 4
 ASK_AGAIN_S = 1.0
-"""As long as a member waits, all are asked so often where they are."""
+"""As long as a member waits, all are asked so often where they are; in a large fleet less often."""
 DEADLOCK_S = 3.0
 """All members must have waited at the same places for so long, with nothing under way that could end it."""
 
@@ -39,8 +40,9 @@ def deadlocked(peers: Sequence[Peer], now: float) -> bool:
 
     If all wait in a step, the network holds them up, and not the program.
     """
+    again_s = pace_s(ASK_AGAIN_S, len(peers))
     return all(
-        p.place.waits and now - p.place_since >= DEADLOCK_S and now - p.place_heard <= 2 * ASK_AGAIN_S for p in peers
+        p.place.waits and now - p.place_since >= DEADLOCK_S and now - p.place_heard <= 2 * again_s for p in peers
     ) and any(p.place.kind != STEP for p in peers)
 
 

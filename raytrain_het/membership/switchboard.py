@@ -15,6 +15,7 @@ from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.evaluations import ChunkDealer
 from raytrain_het.membership.last_groups import LastGroups
 from raytrain_het.membership.logic import Membership
+from raytrain_het.membership.pace import LARGE_FLEET
 from raytrain_het.membership.peers import Phase, Standing
 from raytrain_het.membership.place import Place
 from raytrain_het.membership.record import Member
@@ -28,8 +29,6 @@ Send = Callable[[str, protocol.Message], None]
 """Send a message to the member with this uid, if it is connected."""
 
 
-LARGE_FLEET = 32
-"""With more members than this, what they say while they make a group is passed on together, every tick."""
 _SELDOM_MATTERS = (
     protocol.Timing,
     protocol.Stats,

@@ -12,6 +12,7 @@ from raytrain_het.membership import events
 from raytrain_het.membership.departures import go_on_without_finished, lose
 from raytrain_het.membership.ending import fail
 from raytrain_het.membership.forming import members_wait_for_answers
+from raytrain_het.membership.pace import pace_s
 from raytrain_het.membership.peers import Peer
 from raytrain_het.membership.protocol import Ping
 from raytrain_het.membership.record import Member
@@ -113,7 +114,7 @@ def look_for_missing_answers(run: RunState, now: float) -> None:
 
 def ask_again(run: RunState, now: float) -> None:
     """As long as a member waits, all are asked now and again where they are."""
-    if now - run.waits.asked_at >= ASK_AGAIN_S and somebody_waits(run.holders()):
+    if now - run.waits.asked_at >= pace_s(ASK_AGAIN_S, len(run.peers)) and somebody_waits(run.holders()):
         ping(run, now)
 
 

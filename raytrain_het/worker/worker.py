@@ -114,9 +114,11 @@ class Worker:
 
     def evaluate(self, num_chunks: int, run_chunk: Callable[[int], dict[str, float]], name: str) -> dict[str, float]:
         """Sums over all chunks, computed by whoever is free; the same on every worker that asks for them there."""
-        body = self.engine.open_body
+        engine, body = self.engine, self.engine.open_body
         under = "" if body is None else str(body.job.generation)
-        return self._evaluations.sums(self.agent, self.engine.cursor.step, name, num_chunks, run_chunk, under)
+        # Who was away at the epoch's end asks for what the others have found there.
+        step = engine.end_of(self.epoch) if engine.has_missed_an_epochs_end else engine.cursor.step
+        return self._evaluations.sums(self.agent, step, name, num_chunks, run_chunk, under)
 
     def num_participants(self) -> int:
         """Members that take part in the steps now."""

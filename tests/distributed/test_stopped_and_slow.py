@@ -11,6 +11,7 @@ import pytest
 import torch
 from labs import run, wait_until
 
+import raytrain_het as het
 from raytrain_het.membership.points import POINTS
 from raytrain_het.testing.campaign import Waker
 from raytrain_het.testing.faults import Fault, happened
@@ -73,6 +74,46 @@ def test_a_worker_that_was_away_at_the_end_of_epochs_comes_back_into_a_later_one
     rates = {slot: dict(result["rates"]) for slot, result in done.results.items()}
     assert all(rates[1][step] == rate for step, rate in rates[0].items() if step in rates[1])
     assert max(rates[1]) == task.num_steps - 1 and len(rates[1]) < len(rates[0])
+
+
+class Evaluating:
+    """Evaluates before each report. Notes the epoch, what was found, and how many chunks were computed here."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def __call__(self, directory):
+        found, chunks, report = [], [], het.report
+
+        def evaluate_and_report(metrics):
+            session = current()
+            model, (_, dataset) = session.joined().replica.model, self.task.build()
+            before = len(chunks)
+
+            def fn(batch):
+                chunks.append(1)
+                x, y = batch
+                return {"loss": ((model(x) - y) ** 2).sum()}
+
+            value = het.evaluate(fn, dataset, batch_size=10)
+            found.append((session.worker.epoch, value["loss"], len(chunks) - before))
+            report(metrics)
+
+        het.report = evaluate_and_report
+        return self.task(directory) | {"found": found}
+
+
+def test_who_was_away_at_the_end_of_epochs_gets_what_the_others_have_found_there(tmp_path):
+    """It evaluates nothing of a state that only it is asked for, while the others wait for it."""
+    task = dataclasses.replace(TASK, epochs=8)
+    faults = [Fault(slot=1, step=14, point="backward", kind="stop")]
+    done = run(Evaluating(task), tmp_path, faults=faults, on_poll=WakesAfterSteps(2 * STEPS + 3))
+    assert done.kinds("lost", "evicted", "failed") == [] and [e["missed"] for e in done.kinds("came_back")] == [True]
+    of_all = {epoch: value for epoch, value, _ in done.results[0]["found"]}
+    own = done.results[1]["found"]
+    assert {epoch: value for epoch, value, _ in own}.items() <= of_all.items()
+    (missed,) = [number for epoch, _, number in own if epoch == 1]
+    assert missed == 0
 
 
 @pytest.mark.parametrize("point", ["decoded", "updated"])

@@ -80,6 +80,12 @@ class Engine:
         """What the steps update."""
         return self._restore_point.replica
 
+    def end_of(self, epoch: int) -> int:
+        """The step with which an epoch has ended that lies behind."""
+        plan, cursor = self.passes.plan, self.cursor
+        begun = cursor.step - cursor.offset // plan.full_batch
+        return begun - (cursor.epoch - epoch - 1) * plan.steps_per_epoch
+
     # ---------------------------------------------------------------- 1. open
 
     def start(self) -> None:
