@@ -3,6 +3,9 @@
 The hub is the real one, in a process of its own. The members are real connections, from one other process: each greets,
 answers pings, voids and wants, and with steps of 0.15 s says what a worker says (timings with what it saw of its paths,
 and stats), as often as a worker of such a fleet does. Their work is not done: no gradient is sent.
+
+With ``--real`` the members are real workers, which train with steps of that time: to see that the others cost the hub
+what these do. CPU time is that of the hub's thread then.
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ import resource
 import selectors
 import socket
 import statistics
+import tempfile
+import threading
 import time
 from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
 from typing import Any
 
 from raytrain_het.balance.paths import watched
@@ -26,8 +32,12 @@ from raytrain_het.membership import handshake
 from raytrain_het.membership.pace import pace_s
 from raytrain_het.membership.run_context import RunContext
 from raytrain_het.membership.server import Hub
+from raytrain_het.testing.lab_worker import WorkerFiles
+from raytrain_het.testing.processes import LabSlots, ProcessLab
+from raytrain_het.testing.regression import Regression, traces
 
 STEP_S = 0.15
+WARM_STEPS = 40
 LOOK_S = 0.5
 ZERO = {"epoch": 0, "offset": 0, "step": 0}
 
@@ -194,18 +204,60 @@ def measure(size: int, seconds: float) -> dict[str, Any]:
     }
 
 
+class Window:
+    """Once a lab's workers train: what the hub's thread uses in some seconds, in which the lab asks it nothing."""
+
+    def __init__(self, lab: ProcessLab, seconds: float) -> None:
+        self._lab, self._seconds = lab, seconds
+        self.cpu_part: float | None = None
+
+    def __call__(self) -> None:
+        """To be called at every poll."""
+        if self.cpu_part is not None or max((step for step, *_ in traces(self._lab.directory)), default=0) < WARM_STEPS:
+            return
+        before, began = self._used_s(), time.perf_counter()
+        time.sleep(self._seconds)
+        self.cpu_part = (self._used_s() - before) / (time.perf_counter() - began)
+
+    def _used_s(self) -> float:
+        (hub,) = [thread for thread in threading.enumerate() if thread.name == "het-hub"]
+        return int(Path(f"/proc/self/task/{hub.native_id}/schedstat").read_text().split()[0]) / 1e9
+
+
+def measure_real(size: int, seconds: float) -> dict[str, Any]:
+    """What the hub costs with so many real workers."""
+    steps = WARM_STEPS + int(2 * seconds / STEP_S) + 10
+    task = Regression(num_samples=16 * size * steps, global_batch_size=16 * size, epochs=1, pace_s=STEP_S, report=False)
+    with tempfile.TemporaryDirectory() as directory:
+        lab = ProcessLab(task, directory, LabSlots(num_slots=size), files=WorkerFiles(ledger=False))
+        window = Window(lab, seconds)
+        lab.run(300 + 4 * seconds, on_poll=window)
+        kinds = [event["kind"] for event in lab.events]
+    return {
+        "members": size,
+        "cpu_part": window.cpu_part,
+        "lost": sum(kinds.count(k) for k in ("lost", "evicted", "suspended")),
+        "tables": kinds.count("table"),
+    }
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--members", type=int, nargs="+", default=[16, 64, 100, 256, 1000])
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--real", action="store_true", help="with real workers, and CPU time only")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (8192, 8192))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    results = [measure(size, args.seconds) for size in args.members]
+    results = [(measure_real if args.real else measure)(size, args.seconds) for size in args.members]
     if args.json:
         print(json.dumps({"rows": results}))
+        return
+    if args.real:
+        for r in results:
+            print(f"{r['members']:>8} {100 * r['cpu_part']:>7.2f} % of a core, {r['lost']} lost")
         return
     print(f"{'members':>8} {'CPU %':>7} {'start s':>8} {'forming s':>10} {'its CPU s':>10} {'tables':>7} {'lost':>5}")
     for r in results:
