@@ -12,6 +12,7 @@ from raytrain_het.balance.batch_shares import apportion
 from raytrain_het.balance.scoreboard import Scoreboard, Table
 from raytrain_het.config import HetConfig
 from raytrain_het.membership.message_parts import Known
+from raytrain_het.membership.pace import LARGE_FLEET
 from raytrain_het.membership.protocol import Timing
 from raytrain_het.membership.record import Record
 from raytrain_het.membership.state import RunState
@@ -65,7 +66,7 @@ class TableKeeper:
         try:
             return self._judge(record, run)
         finally:
-            self._judges_again_at = began + (self._now() - began) / JUDGING_PART
+            self._judges_again_at = began + (self._now() - began) / _judging_part(len(record.members))
 
     def _judge(self, record: Record, run: RunState) -> Table | None:
         """A round of steps is over."""
@@ -103,3 +104,9 @@ class TableKeeper:
         """After a restart, the table of an earlier hub is the one in force."""
         if self.board.table is None:
             self.board.table = self._run.table
+
+
+def _judging_part(num_members: int) -> float:
+    """The part of the hub's time that judging may take: less in a fleet of medium size, where :data:`JUDGING_PART`
+    would be most of what the hub does at all."""
+    return JUDGING_PART if num_members <= LARGE_FLEET else min(JUDGING_PART, num_members / 12_000)
