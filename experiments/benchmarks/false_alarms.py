@@ -241,7 +241,9 @@ def rows(num_runs: int, num_ray_runs: int) -> dict[str, Callable[[], dict[str, f
     slow = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=0.8)
     return {
         "all connections to the hub cut 50 times": lambda: run(long, long, on_poll=Cuts(50, None, 1)),
-        "one worker's connection cut 50 times": lambda: run(long, long, on_poll=Cuts(50, [1], 2)),
+        "each worker's connection cut 50 times": lambda: together(
+            [run(long, long, on_poll=Cuts(50, [slot], slot)) for slot in range(3)]
+        ),
         "hub not reached for 30 s": lambda: partition(
             lambda network: network.hide_host(),
             lambda network: network.show_host(),

@@ -78,10 +78,10 @@ class Switchboard:
         self._stats: dict[int, tuple[str, protocol.Stats]] = {}
         """By slot: the uid of its worker, and what that has said last of itself."""
         self._next_event = self.core.run.log.next_seq
-        self._drained_slots: set[int] = set()
+        self._slots_to_clear: set[int] = set()
         """Those whose machine will be taken away, until another worker comes to them."""
-        self._drained: set[str] = set()
-        """By uid: the members that were asked to leave for that."""
+        self._asked_to_leave: set[str] = set()
+        """Uids of the members that were asked to leave for that."""
 
     # ---------------------------------------------------------------- what the hub hears
 
@@ -91,7 +91,7 @@ class Switchboard:
         if known is not None:
             self.tables.introduce(member.slot, known)
         if not any(peer.member.slot == member.slot for peer in run.peers.values()):
-            self._drained_slots.discard(member.slot)  # It is told again, if this one is on such a machine too.
+            self._slots_to_clear.discard(member.slot)  # It is told again, if this one is on such a machine too.
         self.core.hello(
             member,
             Standing(cursor=hello.cursor, healed=hello.healed, fresh=hello.fresh),
@@ -184,12 +184,12 @@ class Switchboard:
         It stays while no other one holds the state, on a machine that stays. So this is told again until it has left.
         """
         run = self.core.run
-        self._drained_slots.add(slot)
-        stay = [peer for peer in run.holders() if peer.member.slot not in self._drained_slots]
+        self._slots_to_clear.add(slot)
+        stay = [peer for peer in run.holders() if peer.member.slot not in self._slots_to_clear]
         for peer in [p for p in run.peers.values() if p.member.slot == slot and p.phase is not Phase.FINISHED]:
             uid = peer.member.uid
-            if (stay or peer.phase is Phase.JOINING) and uid not in self._drained:
-                self._drained.add(uid)
+            if (stay or peer.phase is Phase.JOINING) and uid not in self._asked_to_leave:
+                self._asked_to_leave.add(uid)
                 run.note(events.Draining(slot=slot, uid=uid, reason=reason))
                 self.reporting.let_leave_when_stored(uid, slot)
         self.settle()
@@ -328,6 +328,7 @@ class Switchboard:
             entry.time = time.time()
             event = entry.event
             if isinstance(event, events.Gone):
+                self._asked_to_leave.discard(event.uid)
                 self._reply(self._evaluations.forget(event.uid))
             if isinstance(event, events.Suspended):
                 self._reply(self._evaluations.suspend(event.uid))
