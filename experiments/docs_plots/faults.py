@@ -61,12 +61,17 @@ def faults() -> Shown:
     sources = ["2026-11-21_engine/campaign_52.json"]
     folders = ("2026-11-21_tcp", "2026-11-21_parts", "2026-11-30_never_silently_wrong")
     sources += [f"{folder}/campaign_{seed}.json" for folder in folders for seed in (61, 62)]
+    sources += [f"2026-12-01_headers/campaign_{seed}.json" for seed in (111, 112)]
     results = [read(source) for source in sources]
-    names = [f"{date_of(source)[5:]}, seed {source[-7:-5]}" for source in sources]
+    names = [f"{date_of(source)[5:]}, seed {source.removesuffix('.json').rpartition('_')[2]}" for source in sources]
     figure, (left, right) = panels(2, sharey=True)
     done = [0] * len(results)
-    for kind, colour in (("kill", OURS), ("leave", BOUND), ("stop", ORACLE)):
-        counts = [result["by_kind"].get(kind, 0) for result in results]
+    known = {"kill": OURS, "leave": BOUND, "stop": ORACLE, "of the network, the hub, the machine": BAD}
+    for kind, colour in known.items():
+        counts = [
+            sum(n for k, n in result["by_kind"].items() if k == kind or (k not in known and colour == BAD))
+            for result in results
+        ]
         left.barh(range(len(results)), counts, left=done, color=colour, label=kind)
         done = [a + b for a, b in zip(done, counts, strict=True)]
     left.set_xlabel("faults")
