@@ -14,6 +14,7 @@ import msgspec
 from raytrain_het.errors import EvictedError, HetError, ReplicaMismatchError, RunFailedError
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.message_parts import Address, Known, LoopProgress
+from raytrain_het.membership.out_of_reach import out_of_reach
 from raytrain_het.membership.place import Doing
 from raytrain_het.membership.points import StepPoints
 from raytrain_het.membership.protocol import (
@@ -43,9 +44,6 @@ from raytrain_het.membership.record import Member, Record
 from raytrain_het.membership.wire import Connection, connect
 
 logger = logging.getLogger("raytrain_het")
-
-FIRST_CONTACT_LIMIT_S = 120.0
-"""A worker that has not reached the hub by then never does: the run fails."""
 
 FIRST_INQUIRY_S = 0.5
 
@@ -86,8 +84,7 @@ class MemberAgent:
         self.commit_lock = threading.Lock()
         self.record: Record | None = None
         self.cursor = Cursor()
-        self.healed = False
-        self.fresh = False
+        self.healed = self.fresh = False
         self.want = 0
         """Highest generation number that this member was told of; it travels in step headers."""
         self.void = 0
@@ -252,7 +249,7 @@ class MemberAgent:
                 self._greet(connection)
             except Exception as error:
                 logger.debug("the hub is not reached", exc_info=True)
-                if (gone := self._gives_up(time.monotonic() - since, error)) is not None:
+                if (gone := out_of_reach(self, time.monotonic() - since, self._hang_limit_s, error)) is not None:
                     self._leave_with(gone)
                     return
                 time.sleep(0.05)
@@ -270,19 +267,6 @@ class MemberAgent:
                 self.condition.notify_all()
             if self.gone is not None:
                 return
-
-    def _gives_up(self, away_s: float, why: Exception) -> HetError | None:
-        """What to leave with, if the hub was not reached for so long. One that was a member goes by itself: if only it
-        does not reach the hub, the others go on."""
-        slot = self.member.slot
-        if self.record is None and away_s > FIRST_CONTACT_LIMIT_S:
-            return RunFailedError(
-                f"worker {slot} could not reach the membership actor within {FIRST_CONTACT_LIMIT_S:.0f} s ({why}). The "
-                "machines of a run must reach each other on all ports."
-            )
-        if self.record is not None and away_s > self._hang_limit_s:
-            return EvictedError(f"worker {slot} has not reached the membership actor for {away_s:.0f} s ({why})")
-        return None
 
     def _greet(self, connection: Connection) -> None:
         """Say hello, and speak through this connection from now on.

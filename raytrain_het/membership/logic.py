@@ -74,11 +74,9 @@ class Membership:
             fingerprint: of its model and data; empty where it has not said.
         """
         run, uid = self.run, member.uid
-        if uid in run.gone:
-            run.send(uid, run.gone[uid])
-            return
-        if run.failed_with is not None:
-            run.send(uid, run.failed_with)
+        farewell = run.gone.get(uid) or run.failed_with
+        if farewell is not None:
+            run.send(uid, farewell)
             return
         for other in run.uids_in(member.slot) - {uid}:
             self.dead(other, "its slot was taken by a new process", now)
@@ -94,17 +92,27 @@ class Membership:
             return
         if self._refuse_other_model(member, fingerprint):
             return
-        run.vacant.discard(member.slot)
-        if run.first_hello is None:
-            run.first_hello = now
         peer = Peer(member=member, phase=Phase.JOINING, heard=now)
         peer.stands(standing.under(record, uid))
-        run.peers[uid] = peer
-        run.num_joined[member.slot] += 1
-        if record is not None:
+        if record is None:
+            self._join(peer, now)
+        else:
+            self._add(peer, now)
             recovery.rejoin(run, peer, record, max(answered, want), now)
-            return
-        run.note(events.Joined(slot=member.slot, uid=uid, device=member.device, host=member.host))
+
+    def _add(self, peer: Peer, now: float) -> None:
+        run, slot = self.run, peer.member.slot
+        run.vacant.discard(slot)
+        if run.first_hello is None:
+            run.first_hello = now
+        run.peers[peer.member.uid] = peer
+        run.num_joined[slot] += 1
+
+    def _join(self, peer: Peer, now: float) -> None:
+        """A new process has come: it takes part from the next generation on."""
+        run, member = self.run, peer.member
+        self._add(peer, now)
+        run.note(events.Joined(slot=member.slot, uid=member.uid, device=member.device, host=member.host))
         if run.recovering:
             recovery.resume_if_all_are_there(run, now)
         elif run.record is None:

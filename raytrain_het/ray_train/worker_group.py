@@ -25,7 +25,8 @@ from ray.train.v2._internal.util import time_monotonic
 from ray.util.placement_group import PlacementGroup
 
 from raytrain_het.errors import RunFailedError
-from raytrain_het.ray_train.cluster_view import describe_free, draining_nodes
+from raytrain_het.ray_train.cluster_view import describe_free
+from raytrain_het.ray_train.drains import Drains
 from raytrain_het.ray_train.failures import ErrorMeaning, foremost, meaning_of
 from raytrain_het.ray_train.hub import HubActor
 from raytrain_het.ray_train.placement import SlotPlacement
@@ -38,7 +39,6 @@ _STOPPED_S = 1.0
 """A worker that its generation has dropped is replaced, if it has not answered a poll for so long."""
 _REASON_S = 3.0
 _TELL_VACANT_S = 5.0
-_LOOK_FOR_DRAINS_S = 1.0
 _TELL_USER_S = 15.0
 
 
@@ -69,7 +69,7 @@ class HetWorkerGroup(WorkerGroup):
         self.slots = [Slot(i, spec) for i, spec in enumerate(train_run_context.scaling_config.slots)]
         self._errors: dict[int, Exception] = {}
         self._failing_since: float | None = None
-        self._looked_for_drains = time.monotonic()
+        self._drains = Drains(hub)
         # A report handler's queues are filled and emptied within one poll: a refill has nothing to reset.
         self._replica_group_callbacks: list[Any] = [
             c for c in self._replica_group_callbacks if not isinstance(c, ReportCallbackHandler)
@@ -130,7 +130,7 @@ class HetWorkerGroup(WorkerGroup):
         reports = self._hub.ask(timeout)
         self._collect_starts()
         self._settle(fresh=reports is not None)
-        self._tell_of_drains()
+        self._drains.tell(self.slots)
         for report in reports or []:
             self._tell(self._statuses(running=True, report=self._training_report(report)))
             self._hub.acknowledge([report["key"]])
@@ -275,15 +275,6 @@ class HetWorkerGroup(WorkerGroup):
         self._hub.slot_vacant(slot.index, reason)
         slot.stop_start()
         slot.state, slot.lost_reason = SlotState.DEAD, reason
-
-    def _tell_of_drains(self) -> None:
-        """Workers on nodes that Ray takes away leave in good order; their slots are filled on other nodes."""
-        if time.monotonic() - self._looked_for_drains < _LOOK_FOR_DRAINS_S:
-            return
-        self._looked_for_drains, nodes = time.monotonic(), draining_nodes()
-        for slot in self.slots:
-            if slot.state is SlotState.LIVE and slot.worker is not None and slot.worker.metadata.node_id in nodes:
-                self._hub.slot_drains(slot.index, f"node {slot.worker.metadata.node_id[:8]} is being drained")
 
     def _tell_of_waiting(self, slot: Slot) -> None:
         waited = time.monotonic() - slot.waiting_since
