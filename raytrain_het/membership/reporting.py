@@ -108,8 +108,8 @@ class Reporting:
             return
         self._ask_for_checkpoints()
         run = self._core.run
-        away = [peer.member.slot for peer in [*run.peers.values(), *(s.peer for s in run.suspended.values())]]
-        for report in self.collector.settle(self._slots(), away=away, ended=run.over):
+        present = [peer.member.slot for peer in run.peers.values()]
+        for report in self.collector.settle(self._slots(), present=present, ended=run.over):
             if isinstance(report, Difference):
                 self._core.replicas_differ(audit.message(report.step, report.what))
                 continue
@@ -129,10 +129,9 @@ class Reporting:
                 self.collector.joined(peer.member.slot, run.life, peer.reports_after)
 
     def _ask_for_checkpoints(self) -> None:
-        slots = self._slots()
         uids = {p.member.slot: p.member.uid for p in self._core.run.peers.values()}
-        for key, slot in self.collector.writer_wanted(slots).items():
-            if self._writers.get(key) not in slots:
+        for key, slot in self.collector.writer_wanted(self._slots(), uids).items():
+            if self._writers.get(key) not in uids:
                 self._writers[key] = slot
                 self._send(uids[slot], protocol.Write(key=key, uids=self.collector.uids(key)))
 

@@ -166,13 +166,20 @@ class ReportCollector:
         """The members that have given their part: they hold a state of their own for the checkpoint."""
         return [part.uid for part in self._open[key].parts.values()]
 
-    def writer_wanted(self, slots: Collection[int]) -> dict[str, int]:
-        """For each report that waits for its checkpoint only: the slot that should write it."""
+    def writer_wanted(self, slots: Collection[int], present: Collection[int] = ()) -> dict[str, int]:
+        """For each report that waits for its checkpoint only: the slot that should write it.
+
+        Args:
+            slots: of the current members.
+            present: also of those that have yet to catch up. The others may wait for a checkpoint in the middle of a
+                step, and that for these.
+        """
         wanted = {}
         for key, report in self._open.items():
             if self._missing(key, slots):
                 continue
-            if report.waits_for_checkpoint and (writers := report.holders(slots)):
+            writers = report.holders(slots) or report.holders(present)
+            if report.waits_for_checkpoint and writers:
                 wanted[key] = writers[0]
         return wanted
 
@@ -190,19 +197,19 @@ class ReportCollector:
         return bool(self._unacknowledged) or any(not self._missing(key, slots) for key in self._open)
 
     def settle(
-        self, slots: Collection[int], *, away: Collection[int] = (), ended: bool = False
+        self, slots: Collection[int], *, present: Collection[int] = (), ended: bool = False
     ) -> list[WholeReport | Difference]:
         """Reports that have become whole, oldest first.
 
         Args:
             slots: of the current members.
-            away: of those that are suspended or have yet to catch up, which may hold the only snapshot of a report.
+            present: also of those that have yet to catch up, which may hold the only snapshot of a report.
             ended: whether the run has ended, so that no more parts come.
         """
         settled: list[WholeReport | Difference] = []
         for key in sorted(self._open, key=order):
             report = self._open[key]
-            is_being_stored = report.waits_for_checkpoint and report.holders({*slots, *away})
+            is_being_stored = report.waits_for_checkpoint and report.holders({*slots, *present})
             if self._missing(key, slots) and not ended or is_being_stored:
                 break
             del self._open[key]
@@ -219,7 +226,7 @@ class ReportCollector:
 
     def _whole(self, key: str, report: _OpenReport) -> WholeReport:
         parts = [said for _, said in sorted(report.said().items())]
-        lost = "every worker that held the snapshot was lost before it was stored"
+        lost = "every worker that held the snapshot was lost before it was stored, or does not answer"
         return WholeReport(
             seq=self._next_seq,
             key=key,

@@ -204,18 +204,35 @@ def test_its_report_of_a_step_that_was_done_again_without_it_counts_for_nothing(
     assert [report.num_workers for report in board.switchboard.reporting.collector.untaken()] == [1]
 
 
-def test_a_report_that_only_a_suspended_member_can_store_waits_for_it() -> None:
-    board, key = Board(2), ""
+def test_who_has_yet_to_catch_up_is_asked_for_the_checkpoint_that_only_it_can_store() -> None:
+    """The others may wait for it in the middle of a step, which it takes to catch up."""
+    board = Board(3)
+    key = f"{board.run.life}.5.0"
+    board.report(1, key)
+    board.suspend(1, at=10.0)
+    board.answer(0, 2, step=5)
+    board.wakes(1, at=12.0)
+    assert board.run.peers["1-a"].phase.value == "joining"
+    for slot in (0, 2):
+        board.report(slot, key, holds_snapshot=False)
+    assert [uid for uid, message in board.said if isinstance(message, protocol.Write)] == ["1-a"]
+    board.hear(1, protocol.Stored(key=key, path="p", error=None, cursor=Cursor(step=5)))
+    assert [report.checkpoint for report in board.switchboard.reporting.collector.untaken()] == ["p"]
+
+
+def test_a_checkpoint_whose_holder_does_not_answer_keeps_nobody_waiting() -> None:
+    board = Board(2)
     key = f"{board.run.life}.5.0"
     board.report(0, key, holds_snapshot=False)
     board.report(1, key)
     board.suspend(1, at=10.0)
     board.answer(0, step=5)
     untaken = board.switchboard.reporting.collector.untaken
-    assert untaken() == []
+    assert [report.checkpoint for report in untaken()] == [None]
+    assert "does not answer" in str(untaken()[0].checkpoint_error)
     board.wakes(1, at=12.0)
     board.hear(1, protocol.Stored(key=key, path="p", error=None, cursor=Cursor(step=5)))
-    assert [(report.checkpoint, report.checkpoint_error) for report in untaken()] == [("p", None)]
+    assert board.run.checkpoint == "p", "a run that resumes goes on from it"
 
 
 def test_patience_does_not_grow_by_what_a_watchman_says() -> None:
