@@ -9,8 +9,8 @@ from raytrain_het.membership.merging import exact_sum
 from raytrain_het.membership.message_parts import Raise
 from raytrain_het.membership.protocol import Evaluate, Reply
 
-MAX_EVALUATIONS = 16
-"""So many of the last evaluations are remembered, for workers that ask late."""
+MAX_EVALUATIONS = 4096
+"""So many of the last evaluations are remembered, for workers that ask late; of those that are over, the sums."""
 
 
 @dataclass
@@ -28,16 +28,19 @@ class _Evaluation:
     """The same for workers that are suspended: they are answered when they are back."""
     sums: dict[str, float] = field(default_factory=dict)
     """Once all chunks are done."""
+    is_over: bool = False
     error: Raise | None = None
 
     def answer(self, uid: str, number: int) -> Reply | None:
         """What there is to say to a worker; None if that is nothing yet."""
         if self.error is not None:
             return Reply(id=number, error=self.error)
-        if len(self.results) >= self.num_chunks:
-            if not self.sums:
-                chunks = [self.results[c] for c in range(self.num_chunks)]
-                self.sums = {name: exact_sum(c[name] for c in chunks) for name in chunks[0]}
+        if not self.is_over and len(self.results) >= self.num_chunks:
+            chunks = [self.results[c] for c in range(self.num_chunks)]
+            self.sums = {name: exact_sum(c[name] for c in chunks) for name in chunks[0]}
+            self.is_over, self.free = True, []
+            self.results.clear()
+        if self.is_over:
             return Reply(id=number, sums=self.sums)
         while self.free:
             chunk = heapq.heappop(self.free)
@@ -75,7 +78,7 @@ class ChunkDealer:
             size = question.num_chunks
             self._evaluations[key] = _Evaluation(size, list(range(size)))
         now = self._evaluations[key]
-        if question.result is not None:
+        if question.result is not None and not now.is_over:
             chunk, sums = question.result
             now.results.setdefault(chunk, sums)
             now.error = now.error or _other_names(now.results, chunk)
@@ -111,7 +114,7 @@ class ChunkDealer:
         replies = []
         for evaluation in self._evaluations.values():
             chunk = evaluation.given.pop(uid, None)
-            if chunk is not None and chunk not in evaluation.results:
+            if chunk is not None and chunk not in evaluation.results and not evaluation.is_over:
                 heapq.heappush(evaluation.free, chunk)
                 replies += _replies(evaluation)
         return replies

@@ -110,12 +110,13 @@ class ReportCollector:
         return bool(self._open)
 
     def add_part(self, slot: int, uid: str, said: Report) -> str | None:
-        """A worker's part. Returns the key if it was acknowledged long ago (so that the worker is told again)."""
+        """A worker's part. Returns the key if the worker need not keep it: it was acknowledged long ago, or is of no
+        use."""
         key = said.key
         self._skipped.called(slot, key, said.told)
-        if key in self._acknowledged:
+        if key in self._acknowledged or order(key) <= self._out_of_date.get(slot, ()):
             return key
-        if key in self._unacknowledged or order(key) <= self._out_of_date.get(slot, ()):
+        if key in self._unacknowledged:
             return None
         report = self._open.setdefault(key, _OpenReport(said.step, said.epoch))
         report.parts[slot] = _Part(uid, said, said.holds_snapshot)

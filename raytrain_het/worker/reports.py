@@ -46,6 +46,8 @@ class Reports:
         agent.check()
         if engine.has_missed_an_epochs_end:
             return  # The others have made this report.
+        if engine.body_is_void:
+            return  # This body's step was given up: the body runs again.
         cursor, record = engine.cursor, self._connections.record()
         agent.points.reach("report", cursor.step)
         # Not those that healed at the very end of an epoch: they begin with the next one, and do not come here.
@@ -56,7 +58,7 @@ class Reports:
             return
         self._warn_of_sums(reduce)
         since_last = self._stats.since_report()
-        buffers = engine.buffers_when_opened()
+        opened = engine.light_when_opened()
         message = ReportPart(
             key=key,
             at=call_site().where,
@@ -70,23 +72,22 @@ class Reports:
             lr=contents.replica.learning_rate(),
             checkpoint=checkpoint,
             holds_snapshot=holds,
-            audit=self._audit(buffers) if checkpoint else None,
+            audit=self._audit(opened) if checkpoint else None,
         )
         about = contents.about(cursor, record, self._identity(record, key))
-        report = OpenReport(key, cursor.step, message, about, contents.shared(buffers) if holds else None, record)
+        report = OpenReport(key, cursor.step, message, about, contents.shared(opened) if holds else None, record)
         reporter.add(report, contents.own(checkpoint=checkpoint))
         self._stats.send()
 
     def _identity(self, record: Record, key: str) -> Identity:
         return Identity(id=self._connections.hub.run_id, life=record.life, key=key)
 
-    def _audit(self, buffers: dict[str, Any]) -> ReplicaAudit | None:
+    def _audit(self, opened: dict[str, Any] | None) -> ReplicaAudit | None:
         """What the hub compares before a checkpoint is stored."""
         check = self._engine.checks.replica
         if not check.looks:
             return None
-        light = self._contents.replica.light()
-        light["buffers"] |= buffers
+        light = opened if opened is not None else self._contents.replica.light()
         position = {"the position in the data": str(list(self._engine.cursor.to_dict().values()))}
         return ReplicaAudit(**check.whole_audit(light, position))
 

@@ -54,7 +54,7 @@ def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[
             with contextlib.closing(_Greetings(listener, meeting.get("secret").decode())) as greetings:
                 for peer in range(rank):
                     address, port = meeting.get(f"{peer}").decode().split()
-                    sock = socket.create_connection((address, int(port)), timeout=_CONNECT_S)
+                    sock = _called((address, int(port)), wanted)
                     greetings.begin(secured(sock, serves=False), _Called(peer, rank))
                 while len(sockets) < size - 1:
                     if not wanted():
@@ -67,6 +67,23 @@ def connect(meeting: Meeting, rank: int, size: int, host: str, wanted: Callable[
             raise GroupError(f"members cannot connect: {error}") from error
         raise
     return sockets
+
+
+def _called(address: tuple[str, int], wanted: Callable[[], bool]) -> socket.socket:
+    """A connection to a member. A route that fails for a moment is tried again: else one generation after the other
+    would fail within milliseconds.
+
+    Raises:
+        OSError: there is none within :data:`_CONNECT_S`, or the group is not wanted any more.
+    """
+    until = time.monotonic() + _CONNECT_S
+    while True:
+        try:
+            return socket.create_connection(address, timeout=_CONNECT_S)
+        except OSError:
+            if time.monotonic() > until or not wanted():
+                raise
+            time.sleep(_LOOK_S)
 
 
 class _Called:

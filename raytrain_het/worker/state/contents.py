@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 from raytrain_het.allreduce.error_feedback import ErrorFeedback
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.membership.record import Record
@@ -59,15 +57,21 @@ class Contents:
             "run": identity.to_json(),
         }
 
-    def shared(self, buffers: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def shared(self, opened: dict[str, Any] | None) -> dict[str, Any]:
         """All that is common to workers, copied to the CPU.
 
         Args:
-            buffers: those that are to be stored with other values than they have now, by name.
+            opened: in the middle of a step what it began from (:meth:`Replica.light`): a run that resumes does this
+                step from its beginning. None between steps.
         """
         snapshot = {**self.replica.snapshot(), "extras": self.extras.save()}
-        for part in (snapshot["model"], snapshot["buffers"]):
-            part.update({name: b.to("cpu", copy=True) for name, b in buffers.items() if name in part})
+        if opened is not None:
+            began = self.replica.offered(opened)
+            for part in (snapshot["model"], snapshot["buffers"]):
+                part.update({name: b for name, b in began["buffers"].items() if name in part})
+            snapshot["registered"] = began["registered"]
+            for group, settings in zip(snapshot["optimizer"]["param_groups"], began["hyperparameters"], strict=True):
+                group.update(settings)
         return snapshot
 
     def own(self, *, checkpoint: bool) -> dict[str, Any]:

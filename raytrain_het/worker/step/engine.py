@@ -293,11 +293,15 @@ class Engine:
             step.closed = True
         self.generations.await_confirmation()
 
-    def buffers_when_opened(self) -> dict[str, Any]:
-        """In the middle of a step: its buffers when it was opened, and not what this worker's pass has made of
-        them; nothing between steps."""
-        step = self.open_body
-        return self._restore_point.buffers() if step is not None and not step.settled else {}
+    def light_when_opened(self) -> dict[str, Any] | None:
+        """In the middle of a step: what it began from (:meth:`Replica.light`), and not what this worker's passes and
+        the body have made of it; None between steps."""
+        return self._restore_point.light if self.open_body is not None else None
+
+    @property
+    def body_is_void(self) -> bool:
+        """Whether the step has come to nothing, while the loop's body goes on: it runs once more."""
+        return self._restore_point.is_due
 
     def close_down(self) -> None:
         """Take everything off torch that was put there."""

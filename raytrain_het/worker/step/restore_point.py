@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from raytrain_het.membership.cursor import Cursor
 from raytrain_het.worker.checks.hand_edits import HandEdits
 from raytrain_het.worker.checks.unsupported import refuse
@@ -31,7 +29,8 @@ class RestorePoint:
         self._rates = rates
         self._edits = HandEdits([p for _, p in replica.named_parameters()])
         self._light: dict[str, Any] | None = None
-        self._is_due = False
+        self.is_due = False
+        """Whether the next step to be opened is the one that was given up."""
 
     @property
     def light(self) -> dict[str, Any]:
@@ -44,11 +43,6 @@ class RestorePoint:
             raise KeyError("no step was opened yet")
         return self._light
 
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """By name: the buffers when the step was opened."""
-        buffers: dict[str, torch.Tensor] = self._light["buffers"] if self._light is not None else {}
-        return buffers
-
     def begin(self, cursor: Cursor) -> bool:
         """A step opens: go back, if it is done again, and keep what it begins from.
 
@@ -58,14 +52,14 @@ class RestorePoint:
         Raises:
             NotSupportedError: parameters were changed by hand in a failed step, and there is no copy of them.
         """
-        before = self._light if self._is_due else None
-        if self._is_due and not self._edits.take_back():
+        before = self._light if self.is_due else None
+        if self.is_due and not self._edits.take_back():
             raise refuse("weights changed in a failed step", f"it was step {cursor.step + 1}")
         if before is not None:
             self.replica.restore_light(before)
         if self._rates is not None:
             self._rates.set(self.replica.optimizer, cursor)
-        self._light, self._is_due = before or self.replica.light(), False
+        self._light, self.is_due = before or self.replica.light(), False
         return before is not None
 
     def begin_passes(self, num_passes: int) -> None:
@@ -83,7 +77,7 @@ class RestorePoint:
 
     def do_again(self) -> None:
         """The next step to be opened is the one that was just given up."""
-        self._is_due = True
+        self.is_due = True
 
     def take_over(self, light: dict[str, Any] | None) -> None:
         """A worker that has come in the middle of an epoch: what its program has just done at the epoch's beginning (a
@@ -102,4 +96,4 @@ class RestorePoint:
     def forget(self) -> None:
         """The worker has another state now: what a step to be done again would go back to is no longer its
         beginning."""
-        self._is_due = False
+        self.is_due = False
