@@ -148,7 +148,7 @@ def test_the_only_other_worker_goes_while_one_heals_from_it(tmp_path, checkpoint
     from the last checkpoint or, with the first state, from the beginning.
     """
     task = dataclasses.replace(TASK, epochs=6, report=checkpoints)
-    faults = [Fault(slot=1, step=STEPS + 5, point="backward")]
+    faults = [Fault(slot=1, step=STEPS + 5, point="backward", when_stored=True)]
     faults += [Fault(slot=0, step=step, point="slice", kind=kind) for step in range(STEPS + 6, 59)]
     config = dataclasses.replace(SMALL_BUCKETS, hang_limit_s=2.5)
     done = run(OnceOneIsHealed(task), tmp_path, num_slots=2, faults=faults, config=config, on_poll=waking)
