@@ -130,7 +130,7 @@ def _gb(value: float) -> str:
 
 def hub() -> Shown:
     """What the membership actor costs by the number of members."""
-    source = "2026-12-01_suspended/hub_cost.json"
+    source = "2026-12-01_headers/hub_cost.json"
     rows = read(source)["rows"]
     members = [row["members"] for row in rows]
     figure, (cpu, forming) = panels(2)
